@@ -1,0 +1,72 @@
+"""The validation gradient, each parameter's in the form that is cheapest to dot with.
+
+With the direction dense, `<g_i, u>` costs a product of the parameter's size; with the validation
+gradient kept factored it costs a product of the validation tokens' number. The choice is made per
+parameter, from shapes, for every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ghostfunc import _cost
+from ghostfunc._quantities import DotReader, PairReader
+from ghostfunc._tree import ParamSpec, batch_size
+from ghostfunc._types import ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._vjp import Meeting, meetings, run
+
+
+def validation_readers(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    train: PyTree,
+    val: PyTree,
+    *,
+    reduction: Reduction,
+    grads: bool,
+    randomness: Randomness,
+) -> list[Any]:
+    """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
+
+    `grads` says whether the training gradient will be formed in the same backward pass.
+    """
+    m = batch_size(val, "val")
+    everything = range(len(leaves))
+    each = reduction == "none"
+    if each:
+        factored = set(everything)
+    else:
+        ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+        theirs = meetings(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+        factored = {i for i in everything if _keep_factored(ours[i], theirs[i], grads=grads)}
+    taken = run(
+        model_fn,
+        leaves,
+        spec,
+        val,
+        [],
+        grads=[i for i in everything if i not in factored],
+        collect=factored,
+        scale=1 / m if reduction == "mean" else 1.0,
+        randomness=randomness,
+    )
+    return [
+        PairReader(tuple(taken.factors[i]), each, m) if i in factored else DotReader(taken.grads[i])
+        for i in everything
+    ]
+
+
+def _keep_factored(ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool) -> bool:
+    if not ours or not theirs or not all(x.direct for x in (*ours, *theirs)):
+        return False
+    outer = [x for x in (*ours, *theirs) if x.kind == "Outer"]
+    if not outer:
+        return False  # look-ups alone are cheapest with a dense direction
+    p, d = outer[0].shape
+    return _cost.direction_is_cheaper_factored(
+        [(x.n, x.positions) for x in ours], [(x.n, x.positions) for x in theirs], p, d, grads=grads
+    )

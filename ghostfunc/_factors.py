@@ -1,0 +1,322 @@
+"""The algebra of factored per-sample gradients.
+
+A *factor* is one use's per-sample gradient `g_i` of a parameter, unmaterialised. The sample axis
+is always first and positions, where there are any, second:
+
+    Outer(left [n, t, p], right [n, t, d])   g_i = sum_t left_it right_it^T          shape [p, d]
+    OneHot(ids [n, t], b [n, t, d], rows)    g_i = sum_t onehot(ids_it) b_it^T       shape [rows, d]
+    Dense(g [n, *shape])                     g_i itself, where it is as small as its factors
+
+Everything else in this file is a function over these three. Contractions run in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import singledispatch
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ghostfunc import _cost
+
+
+class Outer(NamedTuple):
+    """`g_i = sum_t left_it right_it^T`, shape `[p, d]`."""
+
+    left: Float[Tensor, "n t p"]
+    right: Float[Tensor, "n t d"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[-1], self.right.shape[-1])
+
+
+class OneHot(NamedTuple):
+    """`g_i = sum_t onehot(ids_it) b_it^T`, shape `[rows, d]`."""
+
+    ids: Int[Tensor, "n t"]
+    b: Float[Tensor, "n t d"]
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.b.shape[-1])
+
+
+class Dense(NamedTuple):
+    """`g_i` itself, `[n, *shape]`."""
+
+    g: Float[Tensor, "n ..."]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.g.shape[1:])
+
+
+Factor: TypeAlias = Outer | OneHot | Dense
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype contractions run in: float32, or wider if `x` is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def row_dots(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """`<x_i, y_i>` for every row i."""
+    return (x * y).flatten(1).sum(1)
+
+
+def _blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
+    """Cut n samples into blocks whose temporaries stay in cache."""
+    step = _cost.samples_per_block(n, elements_per_sample)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+# --- one factor -------------------------------------------------------------------------------
+
+
+def _unknown(factor: object) -> TypeError:
+    return TypeError(f"{type(factor).__name__} is not a factor: expected Outer, OneHot or Dense.")
+
+
+@singledispatch
+def materialize(factor: Factor) -> Float[Tensor, "n ..."]:
+    """`g_i` for every sample, `[n, *shape]`."""
+    raise _unknown(factor)
+
+
+@materialize.register
+def _(factor: Outer) -> Tensor:
+    return wide(factor.left).mT @ wide(factor.right)
+
+
+@materialize.register
+def _(factor: OneHot) -> Tensor:
+    b = wide(factor.b)
+    n, _, d = b.shape
+    rows = factor.ids + factor.rows * torch.arange(n, device=b.device)[:, None]
+    return (
+        b.new_zeros(n * factor.rows, d)
+        .index_add(0, rows.flatten(), b.flatten(0, 1))
+        .view(n, factor.rows, d)
+    )
+
+
+@materialize.register
+def _(factor: Dense) -> Tensor:
+    return wide(factor.g)
+
+
+@singledispatch
+def total(factor: Factor) -> Float[Tensor, "..."]:
+    """`sum_i g_i`, shape `[*shape]`: the ordinary gradient of the summed losses."""
+    raise _unknown(factor)
+
+
+@total.register
+def _(factor: Outer) -> Tensor:
+    return wide(factor.left).flatten(0, 1).mT @ wide(factor.right).flatten(0, 1)
+
+
+@total.register
+def _(factor: OneHot) -> Tensor:
+    b = wide(factor.b)
+    return b.new_zeros(factor.shape).index_add(0, factor.ids.flatten(), b.flatten(0, 1))
+
+
+@total.register
+def _(factor: Dense) -> Tensor:
+    return wide(factor.g).sum(0)
+
+
+@singledispatch
+def dot(factor: Factor, u: Float[Tensor, "..."]) -> Float[Tensor, " n"]:
+    """`<g_i, u>` for every sample; `u` has the factor's shape."""
+    raise _unknown(factor)
+
+
+@dot.register
+def _(factor: Outer, u: Tensor) -> Tensor:
+    left, right, u = wide(factor.left), wide(factor.right), wide(u)
+    p, d = factor.shape
+    # The product with u is formed on the side where it is smaller.
+    if p < d:
+        left, right, u = right, left, u.mT
+    t = left.shape[1]
+    return torch.cat(
+        [row_dots(left[s] @ u, right[s]) for s in _blocks(len(left), t * right.shape[-1])]
+    )
+
+
+@dot.register
+def _(factor: OneHot, u: Tensor) -> Tensor:
+    return row_dots(F.embedding(factor.ids, wide(u)), wide(factor.b))
+
+
+@dot.register
+def _(factor: Dense, u: Tensor) -> Tensor:
+    return wide(factor.g).flatten(1) @ wide(u).flatten()
+
+
+@singledispatch
+def dot_and_total(factor: Factor, u: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
+    """`(dot(factor, u), total(factor))`, sharing work where that is cheaper."""
+    return dot(factor, u), total(factor)
+
+
+@dot_and_total.register
+def _(factor: Outer, u: Tensor) -> tuple[Tensor, Tensor]:
+    n, t, _ = factor.left.shape
+    if not _cost.share_dot_with_total(n, t, *factor.shape):
+        return dot(factor, u), total(factor)
+    # One sample at a time, the gradient of a block of rows is formed, dotted with u and added up:
+    # the product that makes the training gradient makes the scores too.
+    left, right, u = wide(factor.left), wide(factor.right), wide(u)
+    dots: list[Tensor] = []
+    totals: list[Tensor] = []
+    for rows in _cost.row_blocks(*factor.shape):
+        block_u = u[rows].flatten()
+        grads = (left[i, :, rows].mT @ right[i] for i in range(n))
+        block_dots, block_total = _dots_and_sum(grads, block_u)
+        dots.append(block_dots)
+        totals.append(block_total)
+    return add_up(dots), totals[0] if len(totals) == 1 else torch.cat(totals)
+
+
+def _dots_and_sum(grads: Iterator[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """`<g, u>` for every g, and their sum; one g is alive at a time."""
+    first = next(grads)
+    dots = [torch.dot(first.flatten(), u)]
+    total = first
+    for i, g in enumerate(grads):
+        dots.append(torch.dot(g.flatten(), u))
+        # The second sum is a buffer of our own: from then on it is added to in place.
+        total = total + g if i == 0 else total.add_(g)
+    return torch.stack(dots), total
+
+
+def add_up(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    out = tensors[0]
+    for x in tensors[1:]:
+        out = out + x
+    return out
+
+
+@singledispatch
+def sqnorm(factor: Factor) -> Float[Tensor, " n"]:
+    """`||g_i||^2` for every sample."""
+    raise _unknown(factor)
+
+
+@sqnorm.register
+def _(factor: Outer) -> Tensor:
+    n, t, _ = factor.left.shape
+    left, right = wide(factor.left), wide(factor.right)
+    if _cost.gram_is_cheaper(t, t, *factor.shape):
+        return torch.cat(
+            [row_dots(left[s] @ left[s].mT, right[s] @ right[s].mT) for s in _blocks(n, t * t)]
+        )
+    squares = []
+    for s in _blocks(n, factor.shape[0] * factor.shape[1]):
+        g = left[s].mT @ right[s]
+        squares.append(row_dots(g, g))
+    return torch.cat(squares)
+
+
+@sqnorm.register
+def _(factor: OneHot) -> Tensor:
+    ids, b = factor.ids, wide(factor.b)
+    t = ids.shape[1]
+    return torch.cat(
+        [
+            row_dots((ids[s, :, None] == ids[s, None, :]).to(b.dtype), b[s] @ b[s].mT)
+            for s in _blocks(len(ids), t * t)
+        ]
+    )
+
+
+@sqnorm.register
+def _(factor: Dense) -> Tensor:
+    g = wide(factor.g)
+    return row_dots(g, g)
+
+
+def transpose(factor: Factor) -> Factor:
+    """The factor of `W.t()`, given that of `W`."""
+    match factor:
+        case Outer(left, right):
+            return Outer(right, left)
+        case OneHot():
+            return Dense(materialize(factor).mT)
+        case Dense(g):
+            return Dense(g.mT)
+        case _:
+            raise _unknown(factor)
+
+
+# --- two factors of one parameter -------------------------------------------------------------
+
+
+def pair_dots(f: Factor, g: Factor, *, each: bool) -> Tensor:
+    """`<f_i, g_j>`: `[n, m]` if `each`, else summed over j, `[n]`. Nothing is materialised
+    unless one of the two is `Dense`."""
+    match f, g:
+        case (Dense(), Dense()):
+            gram = wide(f.g).flatten(1) @ wide(g.g).flatten(1).mT
+            return gram if each else gram.sum(1)
+        case (_, Dense()):
+            if each:
+                return torch.stack([dot(f, u) for u in g.g], dim=1)
+            return dot(f, g.g.sum(0))
+        case (Dense(), _):
+            if each:
+                return pair_dots(g, f, each=True).mT
+            return dot(f, total(g))
+    m, s = g[0].shape[:2]
+    samples = f[0]
+    out = []
+    for block in _blocks(samples.shape[0], samples.shape[1] * m * s):
+        grams = _token_grams(_take(f, block), g)
+        product = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
+        out.append(product.sum((1, 3)) if each else product.sum((1, 2, 3)))
+    return torch.cat(out)
+
+
+def _take(f: Factor, block: slice) -> Factor:
+    match f:
+        case Outer(left, right):
+            return Outer(left[block], right[block])
+        case OneHot(ids, b, rows):
+            return OneHot(ids[block], b[block], rows)
+        case _:
+            raise _unknown(f)
+
+
+def _token_grams(f: Factor, g: Factor) -> tuple[Tensor, Tensor]:
+    """Inner products of the two factors' left and right vectors, each `[n*t, m*s]`."""
+    match f, g:
+        case (Outer(), Outer()):
+            return (
+                _rows(f.left) @ _rows(g.left).mT,
+                _rows(f.right) @ _rows(g.right).mT,
+            )
+        case (Outer(), OneHot()):
+            return _rows(f.left)[:, g.ids.flatten()], _rows(f.right) @ _rows(g.b).mT
+        case (OneHot(), Outer()):
+            return _rows(g.left)[:, f.ids.flatten()].mT, _rows(f.b) @ _rows(g.right).mT
+        case (OneHot(), OneHot()):
+            b = _rows(f.b) @ _rows(g.b).mT
+            same = f.ids.flatten()[:, None] == g.ids.flatten()[None, :]
+            return same.to(b.dtype), b
+        case _:
+            raise _unknown(f)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return wide(x).flatten(0, 1)

@@ -1,0 +1,70 @@
+"""From an ordinary `nn.Module` to a pure function of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ghostfunc._errors import ParamsError
+from ghostfunc._types import ModelFn, PyTree
+
+Loss = Callable[[nn.Module, PyTree], Tensor]
+
+
+class _Bound(nn.Module):
+    """Module and loss as one module, so that `functional_call` covers whatever the loss calls."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, batch: PyTree) -> Tensor:
+        return self.loss(self.module, batch)
+
+
+class ModuleFn:
+    """`model_fn(params, batch)` of a module; made by `from_module`."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        self._bound = _Bound(module, loss)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._bound.module
+
+    def training_flags(self) -> tuple[bool, ...]:
+        """Training or evaluation, module by module: a trace holds for one setting of them."""
+        return tuple(m.training for m in self.module.modules())
+
+    def __call__(self, params: dict[str, Tensor], batch: PyTree) -> Tensor:
+        tensors = {f"module.{name}": p for name, p in params.items()}
+        return torch.func.functional_call(self._bound, tensors, (batch,))
+
+
+def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
+    """Make a pure `model_fn(params, batch) -> losses[n]` of a module and a per-sample loss.
+
+    Args:
+        module: any module. It is not changed, and not copied: `params` share the memory of its
+            parameters, so an optimizer step on the module is seen by the next call.
+        loss: `loss(module, batch) -> [n]`, ordinary PyTorch code that calls the module in any way
+            it likes and returns one loss per sample, not reduced over samples.
+
+    Returns:
+        `(model_fn, params)`. `params` holds the parameters with `requires_grad=True` under their
+        names in `module.named_parameters()`, a tied parameter once. Frozen parameters and buffers
+        are closed over: not tracked, never touched.
+
+    Raises:
+        ParamsError: no parameter requires a gradient.
+    """
+    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    if not params:
+        raise ParamsError(
+            f"{type(module).__name__} has no parameter with requires_grad=True: there is nothing "
+            "to take gradients of. Unfreeze the parameters you want scores for."
+        )
+    return ModuleFn(module, loss), params

@@ -1,0 +1,157 @@
+"""The two other ways to the same numbers: `vmap(grad)`, and forward-mode derivatives.
+
+They know no op rules and no taps, so what they agree on with ghost mode is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import optree
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ghostfunc._errors import RandomnessError, TransformError
+from ghostfunc._factors import wide
+from ghostfunc._trace import check_losses
+from ghostfunc._tree import ParamSpec, batch_size, flatten, take, unflatten
+from ghostfunc._types import ModelFn, PyTree, Randomness
+
+
+def val_gradient(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, *, mean: bool
+) -> list[Tensor]:
+    """The gradient of the mean or summed validation losses, by reverse mode alone."""
+    m = batch_size(val, "val")
+    losses, pullback = _vjp(model_fn, leaves, spec, val, m)
+    (grads,) = pullback(
+        torch.full_like(losses, 1 / m if mean else 1.0), retain_graph=False, create_graph=False
+    )
+    return grads
+
+
+def val_gradients(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree
+) -> Iterator[list[Tensor]]:
+    """The gradient of every validation loss in turn."""
+    m = batch_size(val, "val")
+    losses, pullback = _vjp(model_fn, leaves, spec, val, m)
+    for j in range(m):
+        cotangent = torch.zeros_like(losses)
+        cotangent[j] = 1
+        yield pullback(cotangent, retain_graph=True, create_graph=False)[0]
+
+
+def _vjp(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, n: int
+) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
+    losses, pullback = torch.func.vjp(lambda p: model_fn(spec.unflatten(p), batch), list(leaves))[
+        :2
+    ]
+    return check_losses(losses, n), pullback
+
+
+def jvp_dots(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    train: PyTree,
+    direction: Sequence[Tensor],
+    *,
+    per_param: bool,
+) -> list[Tensor]:
+    """`<g_i, u>` as the directional derivative of the losses: `[n]`, one in all or one per
+    parameter."""
+    n = batch_size(train, "train")
+
+    def losses(p: list[Tensor]) -> Tensor:
+        return model_fn(spec.unflatten(p), train)
+
+    def along(tangents: list[Tensor]) -> Tensor:
+        with _forward_mode():
+            value, tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[:2]
+        check_losses(value, n)
+        return wide(tangent)
+
+    direction = [u.to(x.dtype) for u, x in zip(direction, leaves, strict=True)]
+    if not per_param:
+        return [along(direction)]
+    zeros = [torch.zeros_like(x) for x in leaves]
+    return [along([*zeros[:i], u, *zeros[i + 1 :]]) for i, u in enumerate(direction)]
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Only the plain attention kernel has forward-mode AD."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward AD" not in str(error) and "forward mode AD" not in str(error):
+            raise
+        raise TransformError(
+            f'mode="jvp" needs forward-mode AD for every op, and torch has none for one of them: '
+            f'{error}. Use mode="ghost" or mode="materialized".'
+        ) from error
+
+
+def materialize(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    vectorize: bool,
+    randomness: Randomness,
+) -> list[Tensor]:
+    """Every sample's gradient by itself, `[n, *shape]` per parameter."""
+    n = batch_size(batch)
+
+    def loss(p: list[Tensor], sample: PyTree) -> Tensor:
+        losses = model_fn(spec.unflatten(p), optree.tree_map(lambda x: x[None], sample))
+        return _one_loss(losses)
+
+    grad = torch.func.grad(loss)
+    if not vectorize:
+        rows = []
+        for i in range(n):
+            sample = optree.tree_map(lambda x: x[0], take(batch, [i]))
+            rows.append(grad(list(leaves), sample))
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+    samples, treedef = flatten(batch)
+
+    def of_flat(flat: list[Tensor]) -> list[Tensor]:
+        return grad(list(leaves), unflatten(treedef, flat))
+
+    with _vectorized():
+        return torch.vmap(of_flat, randomness=randomness)(samples)
+
+
+def _one_loss(losses: Tensor) -> Tensor:
+    if losses.shape != (1,):
+        raise TransformError(
+            f"model_fn returned shape {tuple(losses.shape)} for one sample; expected [1]."
+        )
+    return losses[0]
+
+
+@contextmanager
+def _vectorized() -> Iterator[None]:
+    """Translate what torch.vmap says of models it cannot run."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if "random" in said and "randomness" in said:
+            raise RandomnessError(
+                "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
+                'pass randomness="different" to give every sample its own draws.'
+            ) from error
+        if "vmap" in said:
+            raise TransformError(
+                "torch.vmap cannot run this model: its control flow or masks depend on data. Pass "
+                f"vectorize=False to loop over samples instead. torch said: {said.splitlines()[0]}"
+            ) from error
+        raise

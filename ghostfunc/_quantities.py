@@ -1,0 +1,180 @@
+"""Quantities: what a tap reads off a factor.
+
+A quantity hands out one *reader* per parameter. A reader is a pytree of tensors with three methods:
+
+    tap(param, n)      the zero tensor whose cotangent is what the reader reads
+    read(factor)       that cotangent, from one use's factor
+    push(...)          the reader of a tensor derived from the parameter, or None where the
+                       per-sample gradient must be pulled back to the parameter instead
+
+Readers that can be pushed can be added: `plus` reads the sum of both.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghostfunc import _factors
+from ghostfunc._factors import Dense, Factor
+from ghostfunc._tree import ParamSpec, flatten_like
+from ghostfunc._types import PyTree
+
+DeriveFn: TypeAlias = Callable[..., Tensor]
+"""The computation of a derived tensor, of the tensors it derives from."""
+
+
+class Reader(Protocol):
+    """Reads one quantity of one parameter."""
+
+    def tap(self, param: Tensor, n: int) -> Tensor: ...
+
+    def read(self, factor: Factor) -> Tensor: ...
+
+    def push(self, push: Push) -> Any: ...
+
+    def plus(self, other: Any) -> Any: ...
+
+
+class Push(NamedTuple):
+    """How directions travel from parameters to a tensor derived from them.
+
+    Attributes:
+        jvp: from a tangent of the tensor in question (the others' are zero) to that of the
+            derived tensor.
+        derivation: "transpose" or "cast" where the derived tensor is just that, else "general".
+    """
+
+    jvp: Callable[[Tensor], Tensor]
+    derivation: str
+
+
+class Quantity(ABC):
+    """A number per sample (or several), made from its gradient.
+
+    Attributes:
+        degree: how the quantity scales with the gradient: 1 linear, 2 quadratic.
+    """
+
+    degree: int
+
+    @abstractmethod
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
+        """One reader per parameter; None where the quantity has nothing to read."""
+
+
+# --- dot products -----------------------------------------------------------------------------
+
+
+class DotReader(NamedTuple):
+    """`<g_i, u>` with a dense direction: `[n]`."""
+
+    u: Tensor
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return _factors.dot(factor, self.u.reshape(factor.shape))
+
+    def push(self, push: Push) -> DotReader:
+        return DotReader(push.jvp(self.u))
+
+    def plus(self, other: DotReader) -> DotReader:
+        return DotReader(self.u + other.u)
+
+
+class PairReader(NamedTuple):
+    """`<g_i, g_j>` with gradients that stay factored: summed over j, `[n]`, or `[n, m]`."""
+
+    factors: tuple[Factor, ...]
+    each: bool
+    m: int
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, self.m) if self.each else _zeros(param, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        pairs = [_factors.pair_dots(factor, _fit(g, factor), each=self.each) for g in self.factors]
+        return _factors.add_up(pairs)
+
+    def push(self, push: Push) -> PairReader:
+        if push.derivation == "cast":
+            return self
+        if push.derivation == "transpose":
+            return self._replace(factors=tuple(map(_factors.transpose, self.factors)))
+        g = _factors.add_up([_factors.materialize(f) for f in self.factors])
+        return self._replace(factors=(Dense(torch.vmap(push.jvp)(g)),))
+
+    def plus(self, other: PairReader) -> PairReader:
+        return self._replace(factors=self.factors + other.factors)
+
+
+def _fit(g: Factor, factor: Factor) -> Factor:
+    """Ops may see one parameter in several shapes; a dense gradient takes the other's."""
+    return Dense(g.g.reshape(-1, *factor.shape)) if isinstance(g, Dense) else g
+
+
+class Dot(Quantity):
+    """`<g_i, u>` for a direction `u`, a pytree like `params`: `[n]` per parameter."""
+
+    degree = 1
+
+    def __init__(self, direction: PyTree) -> None:
+        self.direction = direction
+
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[DotReader]:
+        return [DotReader(u) for u in flatten_like(self.direction, leaves, spec, "direction")]
+
+
+class Prepared(Quantity):
+    """A quantity whose readers were made beforehand, one per parameter."""
+
+    def __init__(self, readers: Sequence[Any], degree: int) -> None:
+        self._readers = list(readers)
+        self.degree = degree
+
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
+        return self._readers
+
+
+# --- the gradient itself ----------------------------------------------------------------------
+
+
+class SampleGradReader(NamedTuple):
+    """`g_i` itself, `[n, *shape]`."""
+
+    shape: tuple[int, ...]
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, *self.shape)
+
+    def read(self, factor: Factor) -> Tensor:
+        return _factors.materialize(factor).reshape(-1, *self.shape)
+
+    def push(self, push: Push) -> None:
+        return None
+
+    def plus(self, other: SampleGradReader) -> SampleGradReader:
+        return self
+
+
+class SampleGrad(Quantity):
+    """The per-sample gradient, materialised from its factors: `[n, *shape]` per parameter.
+
+    As large as n models: for verification, and for models that vmap cannot run.
+    """
+
+    degree = 1
+
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[SampleGradReader]:
+        return [SampleGradReader(tuple(x.shape)) for x in leaves]
+
+
+def _zeros(param: Tensor, *shape: int) -> Tensor:
+    """A zero tap: float32 or wider, one stored element whatever its shape."""
+    return _factors.wide(param.new_zeros(())).expand(shape)

@@ -1,0 +1,42 @@
+"""Op rules: what an op's per-sample gradient looks like as a factor.
+
+A rule is needed only where a parameter meets samples. It is a function with the op's own
+signature, after the cotangent `b` of the op's output:
+
+    @register_rule(F.linear)
+    def linear(b, input, weight, bias=None):
+        return {
+            "weight": lambda: Outer(rows(b), rows(input)),
+            "bias": lambda: Dense(rows(b).sum(1)),
+        }
+
+It returns, for every argument that may be a parameter, a function that makes the factor; only those
+of arguments that are parameters are called. One layout holds everywhere: tensors that carry
+samples arrive as `[n, ...]`, sample axis first and unfolded, whatever the model does; other
+arguments arrive as the op got them.
+"""
+
+from ghostfunc._rules import elementwise, embedding, linear, norm
+from ghostfunc._rules._registry import (
+    REFUSED,
+    RULES,
+    BroadcastRule,
+    FactorRule,
+    Rule,
+    lookup,
+    register_rule,
+)
+
+__all__ = [
+    "REFUSED",
+    "RULES",
+    "BroadcastRule",
+    "FactorRule",
+    "Rule",
+    "elementwise",
+    "embedding",
+    "linear",
+    "lookup",
+    "norm",
+    "register_rule",
+]

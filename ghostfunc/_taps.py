@@ -1,0 +1,309 @@
+"""Taps: zero inputs whose cotangents are quantities.
+
+A *tap* is a zero input that leaves an op's output as it is; its cotangent is a quantity. The mode
+below places one beside every op where a parameter meets samples. The op itself runs on a constant
+copy of the parameter, so autograd computes only the cotangent of its input; the training gradient,
+where it is wanted, is one more thing read off the factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from ghostfunc import _factors
+from ghostfunc._factors import Dense, Factor, OneHot, Outer
+from ghostfunc._layout import StaleLayout
+from ghostfunc._quantities import DotReader, Reader
+from ghostfunc._rules import BroadcastRule
+from ghostfunc._rules._registry import op_name
+from ghostfunc._trace import CallTrace, Trace
+from ghostfunc._tracking import CallArgs, ReaderKey, Tracked, TrackingMode
+from ghostfunc._tree import flatten, tensors_of, unflatten
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on `y`; its backward hands `y`'s cotangent to the use's readers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, use: Use, *tensors: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, use, *tensors = inputs
+        ctx.use = use
+        ctx.save_for_backward(*tensors[use.n_taps :])
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return (b, None, *ctx.use.read(b, saved), *(None for _ in saved))
+
+    @staticmethod
+    def jvp(ctx: Any, y_t: Tensor, *rest: object) -> Tensor:
+        return y_t
+
+
+@dataclass(eq=False)
+class Use:
+    """One place where parameters meet samples, in one run of the model.
+
+    Attributes:
+        call: what the trace knows of it.
+        n: samples in this run.
+        targets: the tracked tensors that meet samples here, with the rule's names for them.
+        args, treedef: the call's arguments, flattened, those with samples as `[n, ...]`.
+        collect_tap: hands out the output's cotangent too, for factors that outlive the run.
+    """
+
+    call: CallTrace
+    n: int
+    targets: list[tuple[str, Tracked]]
+    args: list[Any]
+    treedef: optree.PyTreeSpec
+    collect_tap: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.arg_tensors, self._rest = _split_tensors(self.args)
+        readers = [[r for r, _ in target.readers.values()] for _, target in self.targets]
+        reader_leaves, self._reader_spec = flatten(readers)
+        self._reader_tensors, self._reader_rest = _split_tensors(reader_leaves)
+        self.n_taps = 0
+
+    def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
+        """`y` with the taps of all targets beside it."""
+        inputs: list[Tensor] = []
+        for _, target in self.targets:
+            inputs += [taps[key] for key in target.readers]
+            if target.wants_grad:
+                inputs.append(target.grad)
+        if self.collect_tap is not None:
+            inputs.append(self.collect_tap)
+        self.n_taps = len(inputs)
+        if not inputs:
+            return y
+        return _Tap.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
+
+    def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The cotangents of all tap inputs, in the order of `tap`."""
+        n_args = len(self.arg_tensors)
+        readers = unflatten(self._reader_spec, _merge_tensors(self._reader_rest, saved[n_args:]))
+        out: list[Tensor] = []
+        for (name, target), own in zip(self.targets, readers, strict=True):
+            if own or target.wants_grad:
+                out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
+        if self.collect_tap is not None:
+            out.append(b)
+        return out
+
+    def factor(self, name: str, target: Tracked, b: Tensor, args: Sequence[Tensor]) -> Factor:
+        """The factor of one target, given the output's cotangent."""
+        layout = self.call.out
+        if isinstance(self.call.rule, BroadcastRule):
+            g = b.movedim(layout.sample_axis, 0)
+            return Dense(g.reshape(self.n, *target.const.shape))
+        call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
+        assert self.call.rule is not None  # tracing saw to it
+        factors = self.call.rule.fn(layout.front(b, self.n), *call_args, **kwargs)
+        return factors[name]()
+
+
+def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor]:
+    """What every reader of a target reads, and its training gradient last if it is wanted."""
+    grad: Tensor | None = None
+    pulled: dict[int, Factor] | None = None
+    out = []
+    for (key, (_, must_pull)), reader in zip(target.readers.items(), readers, strict=True):
+        if must_pull:
+            pulled = pulled or leaf_factors(target, factor)
+            out.append(reader.read(pulled[key[1]]))
+        elif target.wants_grad and grad is None and isinstance(reader, DotReader):
+            dots, grad = _factors.dot_and_total(factor, reader.u.reshape(factor.shape))
+            out.append(dots)
+        else:
+            out.append(reader.read(factor))
+    if target.wants_grad:
+        grad = _factors.total(factor) if grad is None else grad
+        out.append(grad.reshape(target.const.shape).to(target.const.dtype))
+    return out
+
+
+def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:
+    """One factor per parameter that `target` derives from."""
+    out: dict[int, Factor] = {}
+    for leaf, at_leaf in target.at_leaves(factor):
+        if leaf in out:
+            at_leaf = Dense(_factors.materialize(out[leaf]) + _factors.materialize(at_leaf))
+        out[leaf] = at_leaf
+    return out
+
+
+def _split_tensors(leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Tensors among `leaves`, and the rest with holes where the tensors were."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return tensors, [_HOLE if isinstance(x, Tensor) else x for x in leaves]
+
+
+def _merge_tensors(rest: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    it = iter(tensors)
+    return [next(it) if x is _HOLE else x for x in rest]
+
+
+class _Hole:
+    """Stands where a tensor was."""
+
+
+_HOLE = _Hole()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A use as a run on one sample sees it.
+
+    Attributes:
+        shape, axis, dtype, device: its output, and where the samples lie in it.
+        targets: `(parameter, type of factor, shape of factor, positions, direct)`.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    dtype: torch.dtype
+    device: torch.device
+    targets: tuple[tuple[int, str, tuple[int, ...], int, bool], ...]
+
+    def tap(self, n: int) -> Tensor:
+        shape = list(self.shape)
+        shape[self.axis] *= n
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+
+
+def _site_of(use: Use, y: Tensor, axis: int) -> Site:
+    targets = []
+    for name, target in use.targets:
+        factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
+        positions = factor[0].shape[1] if isinstance(factor, (Outer, OneHot)) else 1
+        direct = target.leaf is not None or target.derivation != "general"
+        targets += [
+            (leaf, type(factor).__name__, factor.shape, positions, direct)
+            for leaf in target.leaves()
+        ]
+    return Site(tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
+
+
+class TapMode(TrackingMode):
+    """Runs a traced model with a tap at every use.
+
+    `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
+    `note_sites` fills `sites`, for shapes and costs.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        leaves: Sequence[Tracked],
+        n: int,
+        taps: dict[ReaderKey, Tensor],
+        collect: dict[int, Tensor],
+        *,
+        note_sites: bool = False,
+    ) -> None:
+        super().__init__(leaves)
+        self._note_sites = note_sites
+        self._calls = iter(trace.calls)
+        self._expected = next(self._calls, None)
+        self._n = n
+        self._taps = taps
+        self._collect = collect
+        self.uses: list[Use] = []
+        self.sites: list[Site] = []
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        expected = self._expected
+        if expected is None or func != expected.func:
+            return self._read_attribute(func, call)
+        if tuple(call.hits) != expected.hits:
+            raise StaleLayout(f"{op_name(func)} got parameters in other arguments")
+        self._expected = next(self._calls, None)
+        if expected.kind == "derived":
+            return self.derive(func, call)
+        if expected.kind == "constant":
+            return call.run(func, call.consts())
+        if isinstance(expected.rule, BroadcastRule):
+            return self._broadcast(func, call, expected)
+        return self._factor(func, call, expected)
+
+    def finish(self) -> None:
+        """Raise `StaleLayout` unless every traced call was made."""
+        if self._expected is not None:
+            raise StaleLayout(f"{op_name(self._expected.func)} was not called")
+
+    def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        """Calls that return no tensor, such as reads of shapes, are not traced."""
+        out = call.run(func, call.consts())
+        if tensors_of(out):
+            wanted = self._expected and op_name(self._expected.func)
+            raise StaleLayout(f"{op_name(func)} was called where {wanted} was expected")
+        return out
+
+    def _site(
+        self,
+        y: Tensor,
+        axis: int,
+        call: CallTrace,
+        targets: list[tuple[str, Tracked]],
+        args: list[Any],
+        treedef: optree.PyTreeSpec,
+    ) -> Tensor:
+        tap = self._collect.get(len(self.uses))
+        use = Use(call, self._n, targets, args, treedef, tap)
+        self.uses.append(use)
+        if self._note_sites:
+            self.sites.append(_site_of(use, y, axis))
+        return use.tap(y, self._taps)
+
+    def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+        y = call.run(func, call.consts())
+        expected.out.check(y, self._n)
+        args = list(call.leaves)
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            args[i] = tracked.const
+        for i, layout in expected.layouts:
+            args[i] = layout.front(args[i], self._n)
+        targets = list(zip(expected.names, call.tracked, strict=True))
+        return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
+
+    def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+        layout = expected.out
+        args = _unfold_all(call, expected, self._n)
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            padded = layout.pad(tracked.const, expected.ndim)
+            shape = list(padded.shape)
+            shape[layout.sample_axis] = self._n
+            copy = padded.expand(shape)
+            args[i] = self._site(
+                copy, layout.sample_axis, expected, [("", tracked)], [], call.treedef
+            )
+        call_args, kwargs = call.rebuild(args)
+        return layout.merge(func(*call_args, **kwargs))
+
+
+def _unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
+    """The arguments, the folded sample axis as two axes in all of them."""
+    args = list(call.leaves)
+    layouts = dict(expected.layouts)
+    from_right = expected.ndim - expected.out.axis
+    for i, x in enumerate(args):
+        if i in layouts:
+            layouts[i].check(x, n)
+            args[i] = layouts[i].split(x, n)
+        elif expected.out.fold != "none" and isinstance(x, Tensor) and x.ndim >= from_right:
+            args[i] = x.unsqueeze(x.ndim - from_right)
+    return args

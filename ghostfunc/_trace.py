@@ -1,0 +1,535 @@
+"""Tracing: where parameters meet samples, and where the sample axis lies there.
+
+Guessing the sample axis from one shape is how silent errors are made, so the model is run three
+times on a few samples, without keeping anything:
+
+1. on samples 0 and 1: the shapes of every torch call;
+2. on samples 0, 1 and 0 again: an axis that grew holds samples, and a tensor computed from
+   parameters whose shape did not change is derived. The losses of the first two must not move, and
+   the third must equal the first: samples do not talk to each other;
+3. the same, with a zero tap at every use, pulled back from the last loss alone: rows with a
+   cotangent are the last sample's, which tells sample-major from position-major folding and shows
+   once more that samples do not talk. A cotangent that reaches a parameter past the taps is a use
+   that was not seen.
+
+What is learnt is kept by structure, not by length.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ghostfunc._errors import (
+    WAYS_OUT,
+    ControlFlowError,
+    CoupledSamplesError,
+    InPlaceError,
+    LossShapeError,
+    NonFiniteLossError,
+    RandomnessError,
+    SampleAxisError,
+    UnsupportedOpError,
+    UntrackedUseError,
+)
+from ghostfunc._layout import Fold, Layout
+from ghostfunc._module import ModuleFn
+from ghostfunc._rules import REFUSED, BroadcastRule, Rule, lookup
+from ghostfunc._rules._registry import op_name
+from ghostfunc._tracking import CONSTANTS, CallArgs, Tracked, TrackingMode, constants
+from ghostfunc._tree import ParamSpec, batch_size, flatten, take, tensors_of
+from ghostfunc._types import ModelFn, PyTree, Randomness
+
+Kind = Literal["use", "derived", "constant"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CallTrace:
+    """One torch call on tracked tensors.
+
+    Attributes:
+        func: the op; `hits`: which of its flattened arguments are tracked.
+        kind: "use" where samples are met, "derived" where not yet, "constant" where autograd
+            sees no dependence.
+        rule, names: for uses, the op's rule and its names for the tracked arguments.
+        layouts: where samples lie in the flattened arguments that carry them.
+        out, ndim: where samples lie in the output, and its number of axes.
+    """
+
+    func: Callable[..., Any]
+    hits: tuple[int, ...]
+    kind: Kind
+    rule: Rule | None = None
+    names: tuple[str, ...] = ()
+    layouts: tuple[tuple[int, Layout], ...] = ()
+    out: Layout = field(default=Layout(0))
+    ndim: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The calls on tracked tensors, in order, and how often samples meet each parameter."""
+
+    calls: tuple[CallTrace, ...]
+    uses: tuple[int, ...]
+
+
+# --- recording --------------------------------------------------------------------------------
+
+
+class _Refusals(TorchFunctionMode):
+    """Raises for calls that have no per-sample meaning."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in REFUSED:
+            REFUSED[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _ShapeLog(_Refusals):
+    """Notes the shapes of every torch call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], list[Shape | None], list[Shape | None]]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        entry = len(self.calls)
+        inputs = _shapes((args, kwargs or {}))
+        self.calls.append((func, inputs, []))
+        out = super().__torch_function__(func, types, args, kwargs)
+        self.calls[entry] = (func, inputs, _shapes(out))
+        return out
+
+
+def _shapes(tree: object) -> list[Shape | None]:
+    return [tuple(x.shape) if isinstance(x, Tensor) else None for x in flatten(tree)[0]]
+
+
+@dataclass
+class _Seen:
+    """A call on tracked tensors, with what is needed to classify it."""
+
+    trace: CallTrace
+    tracked: list[Tracked]
+    y: Tensor | None
+    folds: tuple[Fold, ...]
+
+
+class _Recorder(TrackingMode):
+    """Runs the grown batch beside the log of the smaller one."""
+
+    def __init__(self, leaves: Sequence[Tracked], log: _ShapeLog, k: int, grown: int) -> None:
+        super().__init__(leaves)
+        self._log = log
+        self._k, self._grown = k, grown
+        self._entry = 0
+        self.seen: list[_Seen] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self._entry += 1
+        if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
+            raise ControlFlowError(
+                f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
+                f"{op_name(func)}): its control flow depends on its data, so it cannot be traced. "
+                + WAYS_OUT
+            )
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        _, arg_shapes, out_shapes = self._log.calls[self._entry - 1]
+        plain = CallTrace(func, tuple(call.hits), "constant")
+        if func in CONSTANTS or not torch.is_grad_enabled():
+            out = call.run(func, call.consts())
+            if any(s is not None for s in out_shapes):
+                self.seen.append(_Seen(plain, [], None, ()))
+            return out
+        if not any(s is not None for s in out_shapes):
+            return call.run(func, call.consts())
+        out = call.run(func, call.consts())
+        outs = flatten(out)[0]
+        grew = [tuple(x.shape) != s for x, s in zip(outs, out_shapes, strict=True)]
+        if not any(x.is_floating_point() for x in outs):
+            self.seen.append(_Seen(plain, [], None, ()))
+            return out
+        if not any(grew):
+            self.seen.append(_Seen(replace(plain, kind="derived"), [], None, ()))
+            return self.derive(func, call)
+        self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
+        return out
+
+    def _use(
+        self,
+        func: Callable[..., Any],
+        call: CallArgs,
+        out: Any,
+        arg_shapes: list[Shape | None],
+        out_shapes: list[Shape | None],
+    ) -> _Seen:
+        rule = lookup(func)
+        what = f"{op_name(func)} on parameter {', '.join(repr(t.name) for t in call.tracked)}"
+        if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
+            raise UnsupportedOpError(f"{what}: no ghost rule for this op. {WAYS_OUT}")
+        args, kwargs = call.rebuild(call.leaves)
+        names = tuple("" for _ in call.tracked)
+        if not isinstance(rule, BroadcastRule):
+            bound = rule.bind(args, kwargs)
+            found = {id(v): name for name, v in bound.items()}
+            if any(id(call.leaves[i]) not in found for i in call.hits):
+                raise UnsupportedOpError(f"{what}: given inside a list or tuple. {WAYS_OUT}")
+            names = tuple(found[id(call.leaves[i])] for i in call.hits)
+        axis, folds = self._axis(out_shapes[0], tuple(out.shape), what)
+        layouts = []
+        for i, x in enumerate(call.leaves):
+            shape = arg_shapes[i]
+            if isinstance(x, Tensor) and shape is not None and tuple(x.shape) != shape:
+                arg_axis, arg_folds = self._axis(shape, tuple(x.shape), what)
+                layouts.append(
+                    (i, Layout(arg_axis, "none" if arg_folds == ("none",) else folds[0]))
+                )
+        trace = CallTrace(
+            func, tuple(call.hits), "use", rule, names, tuple(layouts), Layout(axis), out.ndim
+        )
+        return _Seen(trace, call.tracked, out, folds)
+
+    def _axis(self, small: Shape, grown: Shape, what: str) -> tuple[int, tuple[Fold, ...]]:
+        """The axis that grew, and how samples may be folded on it."""
+        if len(small) != len(grown):
+            raise SampleAxisError(f"{what}: shape {small} became {grown} with one more sample.")
+        axes = [i for i, (a, b) in enumerate(zip(small, grown, strict=True)) if a != b]
+        if len(axes) != 1:
+            raise SampleAxisError(
+                f"{what}: with one more sample, shape {small} became {grown}. Samples must lie on "
+                "exactly one axis; a table of sample pairs couples samples."
+            )
+        (axis,) = axes
+        k, positions = self._k, small[axis] // self._k
+        if small[axis] % k or grown[axis] != self._grown * positions:
+            raise SampleAxisError(
+                f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
+                f"{self._grown}: not the same number for every sample. {WAYS_OUT}"
+            )
+        return axis, ("none",) if positions == 1 else ("sample-major", "position-major")
+
+
+class _Probe(torch.autograd.Function):
+    """The identity on `y`, whose cotangent is also that of `tap`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, tap: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, Tensor]:
+        return b, b
+
+
+class _Prober(TrackingMode):
+    """Runs the recorded calls on constants, with a probe on every use."""
+
+    def __init__(
+        self, leaves: Sequence[Tracked], seen: Sequence[_Seen], taps: Sequence[Tensor]
+    ) -> None:
+        super().__init__(leaves)
+        self._seen = iter(seen)
+        self._taps = iter(taps)
+        self._expected = next(self._seen, None)
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        expected = self._expected
+        if expected is None or expected.trace.func != func:
+            return call.run(func, call.consts())
+        self._expected = next(self._seen, None)
+        if expected.trace.kind == "derived":
+            return self.derive(func, call)
+        out = call.run(func, call.consts())
+        return _Probe.apply(out, next(self._taps)) if expected.trace.kind == "use" else out
+
+
+# --- the trace --------------------------------------------------------------------------------
+
+
+def trace_model(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> tuple[Trace, Tensor]:
+    """Trace `model_fn`; also returns the losses of its first samples, for `check_company`."""
+    n = batch_size(batch)
+    chosen = [0, 1][:n]
+    small, grown = take(batch, chosen), take(batch, [*chosen, 0])
+    k = len(chosen)
+
+    log = _ShapeLog()
+    params = spec.unflatten(_fresh(leaves))
+    with log:
+        first = model_fn(params, small)
+    first = check_losses(first, k)
+    tracked = constants(leaves, spec)
+    recorder = _Recorder(tracked, log, k, k + 1)
+    versions = [x._version for x in tensors_of(grown)]
+    with recorder:
+        second = model_fn(spec.unflatten([t.grad for t in tracked]), grown)
+    if [x._version for x in tensors_of(grown)] != versions:
+        raise InPlaceError("model_fn writes to its batch in place; work on a copy of it.")
+    second = check_losses(second, k + 1)
+    if randomness == "error":
+        _compare(model_fn, leaves, spec, small, first, second)
+
+    uses = [s for s in recorder.seen if s.trace.kind == "use"]
+    cotangents = _probe(model_fn, leaves, spec, grown, recorder.seen, uses)
+    calls = iter(
+        _settle_layout(s, b, k + 1, randomness) for s, b in zip(uses, cotangents, strict=True)
+    )
+    counts = [0] * len(leaves)
+    for use in uses:
+        for leaf in set().union(*(t.leaves() for t in use.tracked)):
+            counts[leaf] += 1
+    trace = Trace(
+        tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
+        tuple(counts),
+    )
+    return trace, first
+
+
+def _fresh(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Aliases of the parameters, one object each, whatever is tied outside."""
+    return [x.view_as(x) for x in leaves]
+
+
+def check_losses(losses: object, n: int) -> Tensor:
+    """`losses`, if they are one finite float per sample."""
+    if not isinstance(losses, Tensor):
+        raise LossShapeError(
+            f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
+            f"shape [{n}]."
+        )
+    if losses.shape != (n,) or not losses.is_floating_point():
+        raise LossShapeError(
+            f"model_fn returned shape {tuple(losses.shape)} of {losses.dtype} for {n} samples; "
+            f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
+            'samples (use reduction="none", then average over each sample\'s own positions).'
+        )
+    check_finite(losses)
+    return losses
+
+
+def check_finite(losses: Tensor) -> None:
+    """Raise `NonFiniteLossError` if a loss is NaN or infinite."""
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(f"losses[{i}] = {losses[i].item()}" for i in bad[:5])
+        raise NonFiniteLossError(
+            f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
+            "parameters; a sample without a single labelled position has a mean loss of 0/0."
+        )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 64 * torch.finfo(dtype).eps ** (1.0 if dtype in (torch.bfloat16, torch.float16) else 0.8)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = min(0.1, _tolerance(a.dtype))
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+
+
+def _compare(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    small: PyTree,
+    first: Tensor,
+    second: Tensor,
+) -> None:
+    """The losses of `small` must be the same in larger company."""
+    k = len(first)
+    if _close(first, second[:k]) and _close(second[k], first[0]):
+        return
+    again = model_fn(spec.unflatten(_fresh(leaves)), small)
+    if not torch.equal(again, first):
+        raise RandomnessError(
+            "model_fn returned other losses when called again with the same inputs: it draws "
+            "random numbers (dropout in training mode?). Call module.eval(), or pass "
+            'randomness="different" to give every sample its own draws.'
+        )
+    raise _coupled(
+        f"adding a copy of sample 0 to a batch of {k} changed the losses from {first.tolist()} to "
+        f"{second[:k].tolist()}, and gave the copy {second[k].item()}"
+    )
+
+
+def check_independence(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> None:
+    """What tracing proves of the losses, for the modes that do not trace; remembered."""
+    remembered = memory(model_fn)
+    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    if key in remembered:
+        return
+    chosen = [0, 1][: batch_size(batch)]
+    with _Refusals():
+        small, grown = take(batch, chosen), take(batch, [*chosen, 0])
+        first = model_fn(spec.unflatten(_fresh(leaves)), small)
+        second = model_fn(spec.unflatten(_fresh(leaves)), grown)
+    first, second = check_losses(first, len(chosen)), check_losses(second, len(chosen) + 1)
+    if randomness == "error":
+        _compare(model_fn, leaves, spec, small, first, second)
+    remembered[key] = True
+
+
+def _coupled(observed: str) -> CoupledSamplesError:
+    return CoupledSamplesError(
+        f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
+        "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "
+        "negatives, a loss normalised over the batch."
+    )
+
+
+def check_company(losses: Tensor, traced: Tensor) -> None:
+    """The traced samples must have the same losses in the company of the whole batch."""
+    together = losses[: len(traced)]
+    if not _close(together, traced):
+        raise _coupled(
+            f"in the whole batch samples 0 and 1 have losses {together.tolist()}, on their own "
+            f"{traced.tolist()}"
+        )
+
+
+def _probe(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    grown: PyTree,
+    seen: Sequence[_Seen],
+    uses: Sequence[_Seen],
+) -> list[Tensor]:
+    """Cotangents of every use's output for the last sample's loss."""
+    taps = [_zero(s.y) for s in uses]
+
+    def run(taps: list[Tensor], primals: list[Tensor]) -> Tensor:
+        tracked = constants(leaves, spec)
+        for leaf, primal in zip(tracked, primals, strict=True):
+            leaf.grad = primal
+        with _Prober(tracked, seen, taps):
+            return model_fn(spec.unflatten(primals), grown)
+
+    losses, pullback = torch.func.vjp(run, taps, _fresh(leaves))[:2]
+    last = torch.zeros_like(losses)
+    last[-1] = 1
+    cotangents, unseen = pullback(last, retain_graph=False, create_graph=False)
+    for name, g in zip(spec.names, unseen, strict=True):
+        if bool((g != 0).any()):
+            raise UntrackedUseError(
+                f"The losses depend on parameter {name!r} on a path ghostfunc does not see: a "
+                "custom autograd.Function, a write into a buffer, or code outside torch functions. "
+                + WAYS_OUT
+            )
+    return cotangents
+
+
+def _zero(y: Tensor | None) -> Tensor:
+    assert y is not None
+    return y.new_zeros(()).expand(y.shape)
+
+
+def _settle_layout(seen: _Seen, b: Tensor, n: int, randomness: Randomness) -> CallTrace:
+    """Choose the folding that both the cotangents and the values of the output allow."""
+    trace, y = seen.trace, seen.y
+    assert y is not None
+    owned = [f for f in seen.folds if _only_last(Layout(trace.out.axis, f).front(b, n))]
+    what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
+    if not owned:
+        raise _coupled(f"at {what}, the last sample's loss has a gradient at other samples' rows")
+    if len(owned) > 1 and randomness == "error":
+        owned = [f for f in owned if _copy_equal(Layout(trace.out.axis, f).front(y, n))] or owned
+    if len(owned) > 1:
+        raise SampleAxisError(
+            f"At {what}, samples and positions share an axis, and neither values nor gradients "
+            "tell which rows belong to which sample (are all values equal?). Call it once with a "
+            "batch of ordinary values."
+        )
+    (fold,) = owned
+    layouts = tuple(
+        (i, lay if lay.fold == "none" else replace(lay, fold=fold)) for i, lay in trace.layouts
+    )
+    return replace(trace, out=Layout(trace.out.axis, fold), layouts=layouts)
+
+
+def _only_last(b: Tensor) -> bool:
+    return not bool((b[:-1] != 0).any())
+
+
+def _copy_equal(y: Tensor) -> bool:
+    return torch.allclose(y[-1], y[0], rtol=1e-3, atol=1e-5)
+
+
+# --- memory of traces -------------------------------------------------------------------------
+
+_memo: weakref.WeakKeyDictionary[ModelFn, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+
+def memory(model_fn: ModelFn) -> dict[Hashable, Any]:
+    """What is remembered of a function, for as long as the function lives."""
+    try:
+        return _memo.setdefault(model_fn, {})
+    except TypeError:  # not hashable or not weakly referable: nothing is remembered
+        return {}
+
+
+def structure(
+    model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree, randomness: str
+) -> Hashable:
+    """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
+    batch_leaves, batch_def = flatten(batch)
+    return (
+        spec.treedef,
+        tuple((x.ndim, x.dtype) for x in leaves),
+        batch_def,
+        tuple((x.ndim, x.dtype) for x in batch_leaves),
+        randomness,
+        model_fn.training_flags() if isinstance(model_fn, ModuleFn) else (),
+    )
+
+
+def shapes_key(batch: PyTree) -> Hashable:
+    """The exact shapes of a batch."""
+    return tuple(tuple(x.shape) for x in tensors_of(batch))

@@ -1,0 +1,278 @@
+"""Tracked tensors: parameters, and what is derived from them before any sample is met.
+
+A `TorchFunctionMode`, active while `model_fn` runs, sees every torch call and knows tracked
+tensors by identity. This file holds what tracing and tapping share: the mode's skeleton, the
+bookkeeping of derived tensors, and the pull-back of factors from derived tensors to parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ghostfunc._errors import InPlaceError
+from ghostfunc._factors import Dense, Factor, materialize, transpose
+from ghostfunc._quantities import Push, Reader
+from ghostfunc._rules import REFUSED
+from ghostfunc._rules._registry import op_name
+from ghostfunc._tree import ParamSpec, flatten, unflatten
+
+Derivation: TypeAlias = Literal["general", "transpose", "cast"]
+ReaderKey: TypeAlias = tuple[int, int]
+"""(quantity, parameter): which tap a reader belongs to."""
+
+
+def _getter(name: str) -> Callable[..., Any]:
+    """The function that reading a tensor's attribute calls."""
+    getter: Callable[..., Any] = getattr(Tensor, name).__get__
+    return getter
+
+
+_TRANSPOSES: set[Callable[..., Any]] = {
+    torch.t, torch.transpose, torch.swapaxes, Tensor.t, Tensor.transpose, Tensor.swapaxes,
+    _getter("T"), _getter("mT"), torch.adjoint, Tensor.adjoint,
+}  # fmt: skip
+_CASTS = {
+    Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
+    Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda,
+}  # fmt: skip
+CONSTANTS: set[Callable[..., Any]] = {Tensor.detach, torch.detach, _getter("data")}
+"""Ops whose result autograd holds constant."""
+_IN_PLACE_OPERATORS = {
+    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__",
+    "__iand__", "__ior__", "__ixor__", "__setitem__", "__set__",
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A parameter, or a tensor derived from parameters alone.
+
+    Attributes:
+        name: the parameter's name, or an expression of them: what errors call it.
+        const: its value, constant at the level of the transform that is running.
+        grad: the same value, connected to the transform's primals: its cotangent is the
+            training gradient. The same object as `const` where none is wanted.
+        readers: per tap, the reader of this tensor's factors, and whether factors have to be
+            pulled back to the parameter first.
+        leaf: index of the parameter, for parameters.
+        sources, derivation, fn: for derived tensors, what of and how.
+    """
+
+    name: str
+    const: Tensor
+    grad: Tensor
+    readers: dict[ReaderKey, tuple[Reader, bool]] = field(default_factory=dict)
+    leaf: int | None = None
+    sources: tuple[Tracked, ...] = ()
+    derivation: Derivation = "general"
+    fn: Callable[..., Tensor] | None = None
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether the training gradient is to be read here."""
+        return self.grad is not self.const
+
+    def leaves(self) -> set[int]:
+        """The parameters this tensor derives from."""
+        if self.leaf is not None:
+            return {self.leaf}
+        return set().union(*(s.leaves() for s in self.sources))
+
+    def at_leaves(self, factor: Factor) -> list[tuple[int, Factor]]:
+        """The parameters' factors, given this tensor's: `J^T g_i`, parameter by parameter."""
+        if self.leaf is not None:
+            return [(self.leaf, factor)]
+        first = self.sources[0]
+        if self.derivation == "cast":
+            return first.at_leaves(factor)
+        if self.derivation == "transpose":
+            return first.at_leaves(transpose(factor))
+        assert self.fn is not None
+        g = materialize(factor)
+        g = g.reshape(len(g), *self.const.shape).to(self.const.dtype)
+        pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
+        pulled = torch.vmap(pullback)(g)
+        return [
+            pair
+            for source, g_source in zip(self.sources, pulled, strict=True)
+            for pair in source.at_leaves(Dense(g_source))
+        ]
+
+
+def constants(leaves: Sequence[Tensor], spec: ParamSpec) -> list[Tracked]:
+    """Every parameter as a constant; a new object each, whatever is tied outside."""
+    values = [x.view_as(x) for x in leaves]
+    return [
+        Tracked(name, const=x, grad=x, leaf=i)
+        for i, (name, x) in enumerate(zip(spec.names, values, strict=True))
+    ]
+
+
+@dataclass
+class CallArgs:
+    """A call's arguments, flattened, and which of them are tracked."""
+
+    leaves: list[Any]
+    treedef: optree.PyTreeSpec
+    hits: list[int]
+    tracked: list[Tracked]
+
+    def rebuild(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = unflatten(self.treedef, leaves)
+        return args, kwargs
+
+    def replaced(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with `values` in place of the tracked tensors."""
+        leaves = list(self.leaves)
+        for i, value in zip(self.hits, values, strict=True):
+            leaves[i] = value
+        return self.rebuild(leaves)
+
+    def run(self, func: Callable[..., Any], values: Sequence[Any]) -> Any:
+        args, kwargs = self.replaced(values)
+        return func(*args, **kwargs)
+
+    def consts(self) -> list[Tensor]:
+        return [t.const for t in self.tracked]
+
+    def grads(self) -> list[Tensor]:
+        return [t.grad for t in self.tracked]
+
+
+class TrackingMode(TorchFunctionMode):
+    """Sees every torch call and hands those with tracked tensors to `on_tracked`."""
+
+    def __init__(self, leaves: Sequence[Tracked]) -> None:
+        super().__init__()
+        self._tracked: dict[int, Tracked] = {}
+        for leaf in leaves:
+            self.track(leaf)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in REFUSED:
+            REFUSED[func](*args, **kwargs)
+        if not self._touches(args) and not (kwargs and self._touches(kwargs.values())):
+            return func(*args, **kwargs)
+        call = self._flatten(args, kwargs)
+        _refuse_in_place(func, args, call)
+        return self.on_tracked(func, call)
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        raise NotImplementedError
+
+    def track(self, tracked: Tracked) -> None:
+        self._tracked[id(tracked.grad)] = tracked
+
+    def _find(self, x: object) -> Tracked | None:
+        found = self._tracked.get(id(x))
+        return found if found is not None and found.grad is x else None
+
+    def _touches(self, values: Any) -> bool:
+        for x in values:
+            if id(x) in self._tracked or (isinstance(x, (list, tuple)) and self._touches(x)):
+                return True
+        return False
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArgs:
+        leaves, treedef = flatten((args, kwargs))
+        hits = [i for i, x in enumerate(leaves) if self._find(x) is not None]
+        return CallArgs(leaves, treedef, hits, [self._tracked[id(leaves[i])] for i in hits])
+
+    def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        """Run an op on tracked tensors alone; its results are tracked in their turn."""
+        out = call.run(func, call.grads())
+        connected = any(t.wants_grad for t in call.tracked)
+        const = call.run(func, call.consts()) if connected else out
+        outs, spec = flatten(out)
+        consts = flatten(const)[0]
+        for i, (grad, value) in enumerate(zip(outs, consts, strict=True)):
+            if self._find(grad) is None and grad.is_floating_point():
+                self.track(_derived(func, call, grad, value, i if len(outs) > 1 else None))
+        return unflatten(spec, outs)
+
+
+def _derived(
+    func: Callable[..., Any], call: CallArgs, grad: Tensor, const: Tensor, index: int | None
+) -> Tracked:
+    def fn(*sources: Tensor) -> Tensor:
+        out = call.run(func, sources)
+        return out if index is None else flatten(out)[0][index]
+
+    derivation = _derivation(func, call, const)
+    names = ", ".join(t.name for t in call.tracked)
+    tracked = Tracked(
+        name=f"{op_name(func).rsplit('.', 1)[-1]}({names})",
+        const=const,
+        grad=grad,
+        sources=tuple(call.tracked),
+        derivation=derivation,
+        fn=fn,
+    )
+    for position, source in enumerate(call.tracked):
+        for key, (reader, pulled) in source.readers.items():
+            pushed = None if pulled else reader.push(_push(fn, call, position, derivation))
+            added = (reader, True) if pushed is None else (pushed, False)
+            if key in tracked.readers and not added[1]:
+                # Two sources of one parameter: directions add up, J u = J_1 u_1 + J_2 u_2.
+                added = (tracked.readers[key][0].plus(pushed), False)
+            tracked.readers[key] = added
+    return tracked
+
+
+def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Derivation:
+    if len(call.tracked) == 1:
+        source = call.tracked[0].const
+        if func in _TRANSPOSES and source.ndim == 2:
+            return "transpose"
+        if func in _CASTS and source.shape == out.shape:
+            return "cast"
+    return "general"
+
+
+def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: Derivation) -> Push:
+    consts = call.consts()
+
+    def jvp(tangent: Tensor) -> Tensor:
+        def of_one(x: Tensor) -> Tensor:
+            return fn(*consts[:position], x, *consts[position + 1 :])
+
+        primal = consts[position]
+        try:
+            return torch.func.jvp(of_one, (primal,), (tangent.to(primal.dtype),))[1]
+        except NotImplementedError:
+            # No forward-mode AD: J u is the derivative of the linear map v -> J^T v along u.
+            pullback = torch.func.vjp(of_one, primal)[1]
+            zero = torch.zeros_like(of_one(primal))
+            twice = torch.func.vjp(lambda v: pullback(v)[0], zero)[1]
+            return twice(tangent.to(primal.dtype))[0]
+
+    return Push(jvp, derivation)
+
+
+def _refuse_in_place(func: Callable[..., Any], args: tuple[Any, ...], call: CallArgs) -> None:
+    name = func.__name__
+    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    if (
+        in_place
+        and name != "requires_grad_"
+        and args
+        and any(args[0] is t.grad for t in call.tracked)
+    ):
+        raise InPlaceError(
+            f"model_fn writes to parameter {call.tracked[0].name!r} in place ({op_name(func)}). "
+            "A pure function leaves its parameters as they are: use the out-of-place op."
+        )

@@ -1,0 +1,300 @@
+"""The public functions: dot products of per-sample gradients with a validation gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc import _oracles
+from ghostfunc._direction import validation_readers
+from ghostfunc._errors import OptionError, one_of
+from ghostfunc._factors import wide
+from ghostfunc._quantities import Dot, Prepared, Quantity, SampleGrad
+from ghostfunc._trace import check_independence
+from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._types import GhostStep, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._vjp import run
+
+_MODES = ("ghost", "jvp", "materialized")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def ghost_dot_prod(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    val: PyTree | None = None,
+    *,
+    direction: PyTree | None = None,
+    mode: Mode = "ghost",
+    reduction: Reduction = "mean",
+    per_param: bool = False,
+    vectorize: bool = True,
+    randomness: Randomness = "error",
+) -> PyTree:
+    """Dot products of every train sample's gradient with the validation gradient.
+
+        s_i = <g_i, u>,  g_i = d losses_train[i] / d params,  u = mean_j d losses_val[j] / d params
+
+    To first order, a step of `-lr * g_i` changes the mean validation loss by `-lr * s_i`: a
+    positive score is a sample that helps.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses`, one loss per sample.
+        params: pytree of floating-point tensors.
+        train: pytree of tensors `[n, ...]`.
+        val: pytree of tensors `[m, ...]`; lengths may differ from those of `train`.
+        direction: instead of `val`, a pytree like `params` to dot with, such as `gf.direction(...)`
+            returns: the way to score many batches at one checkpoint.
+        mode: "ghost" (from factors, one backward pass), "jvp" (directional derivative of the
+            losses; any model with forward-mode AD), or "materialized" (`vmap(grad)`; exact by
+            definition, as large as n models).
+        reduction: over validation samples: "mean", "sum", or "none" for `[n, m]`.
+        per_param: return the contributions of every parameter; they sum to the total.
+        vectorize: for `mode="materialized"`, False loops over samples where vmap cannot run the
+            model.
+        randomness: "error" refuses a model that draws random numbers; "different" allows it.
+
+    Returns:
+        `[n]` (`[n, m]` for `reduction="none"`), float32 or wider; for `per_param` a pytree like
+        `params` of those. Units: those of loss^2 per parameter^2. Scales: `g_i` is the gradient of
+        sample i's own loss, not divided by n.
+
+    Raises:
+        GhostError: one of its children: which op, parameter, sample or option, and what to do.
+
+    Reference:
+        Wang et al., "Data Shapley in One Training Run", ICLR 2025.
+    """
+    leaves, spec = flatten_params(params)
+    problem = _Problem(model_fn, leaves, spec, train, val, direction, reduction, randomness)
+    one_of("mode", mode, _MODES)
+    dots = problem.dots(mode, per_param=per_param, vectorize=vectorize)
+    return spec.unflatten(dots) if per_param else _sum(dots)
+
+
+def ghost_value_and_grad(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    val: PyTree | None = None,
+    *,
+    direction: PyTree | None = None,
+    mode: Mode = "ghost",
+    reduction: Reduction = "mean",
+    per_param: bool = False,
+    vectorize: bool = True,
+    randomness: Randomness = "error",
+) -> GhostStep:
+    """One training step's losses, gradient and scores, from one backward pass over `train`.
+
+        losses_i,   grads = d mean_i losses_i / d params,   dot_prods_i = <g_i, u>
+
+    Arguments and errors are those of `ghost_dot_prod`. Nothing is written anywhere: hand `grads` to
+    a functional optimizer, or copy them into `.grad`.
+
+    Returns:
+        `GhostStep(losses [n], grads, dot_prods)`. `grads` is a pytree like `params`, of their
+        dtypes, the gradient of the *mean* loss; `g_i` in `dot_prods` is that of sample i's own
+        loss.
+    """
+    leaves, spec = flatten_params(params)
+    problem = _Problem(model_fn, leaves, spec, train, val, direction, reduction, randomness)
+    one_of("mode", mode, _MODES)
+    if mode == "ghost":
+        losses, grads, dots = problem.ghost(grads=True)
+    else:
+        losses, grads = problem.plain_gradient()
+        dots = problem.dots(mode, per_param=per_param, vectorize=vectorize)
+    return GhostStep(
+        losses, spec.unflatten(grads), spec.unflatten(dots) if per_param else _sum(dots)
+    )
+
+
+def direction(
+    model_fn: ModelFn, params: PyTree, val: PyTree, *, reduction: Reduction = "mean"
+) -> PyTree:
+    """The validation gradient `u`, to dot with as often as wanted.
+
+        u = mean_j d losses[j] / d params        (reduction="sum": the sum)
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses`.
+        params: pytree of floating-point tensors.
+        val: pytree of tensors `[m, ...]`.
+        reduction: "mean" or "sum" over the m validation samples.
+
+    Returns:
+        A pytree like `params`.
+
+    Raises:
+        OptionError: another reduction. `reduction="none"` would be m models large: use
+            `ghost_dot_prod(..., reduction="none")`, which never forms it.
+    """
+    one_of("reduction", reduction, ("mean", "sum"))
+    leaves, spec = flatten_params(params)
+    grads = _oracles.val_gradient(model_fn, leaves, spec, val, mean=reduction == "mean")
+    return spec.unflatten(grads)
+
+
+def per_sample_grads(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    mode: Mode = "materialized",
+    vectorize: bool = True,
+    randomness: Randomness = "error",
+) -> PyTree:
+    """Every sample's gradient itself: as large as n models.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        mode: "materialized" (`vmap(grad)`, the definition) or "ghost" (from the factors, in one
+            batched backward pass: how op rules are tested, and a way for models vmap cannot run).
+        vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        randomness: "error" or "different".
+
+    Returns:
+        A pytree like `params` of `[n, *shape]`; row i is the gradient of sample i's own loss.
+    """
+    one_of("mode", mode, ("materialized", "ghost"))
+    one_of("randomness", randomness, ("error", "different"))
+    leaves, spec = flatten_params(params)
+    if mode == "ghost":
+        taken = run(model_fn, leaves, spec, batch, [SampleGrad()], randomness=randomness)
+        return spec.unflatten(taken.values[0])
+    check_independence(model_fn, leaves, spec, batch, randomness)
+    return spec.unflatten(
+        _oracles.materialize(
+            model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
+        )
+    )
+
+
+class _Problem:
+    """A validated call: what is asked of which data."""
+
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        leaves: Sequence[Tensor],
+        spec: ParamSpec,
+        train: PyTree,
+        val: PyTree | None,
+        direction: PyTree | None,
+        reduction: Reduction,
+        randomness: Randomness,
+    ) -> None:
+        one_of("reduction", reduction, _REDUCTIONS)
+        one_of("randomness", randomness, ("error", "different"))
+        if (val is None) == (direction is None):
+            given = "both" if val is not None else "neither"
+            raise OptionError(f"Give exactly one of val and direction; {given} was given.")
+        self.model_fn, self.leaves, self.spec = model_fn, leaves, spec
+        self.train, self.n = train, batch_size(train, "train")
+        self.val, self.reduction, self.randomness = val, reduction, randomness
+        self.m = 1 if val is None else batch_size(val, "val")
+        self.direction = (
+            None if direction is None else flatten_like(direction, leaves, spec, "direction")
+        )
+
+    def dots(self, mode: Mode, *, per_param: bool, vectorize: bool) -> list[Tensor]:
+        """Dot products, one per parameter (one in all is enough unless `per_param`)."""
+        if mode == "ghost":
+            return self.ghost(grads=False)[2]
+        check_independence(self.model_fn, self.leaves, self.spec, self.train, self.randomness)
+        if mode == "jvp":
+            return self._jvp(per_param=per_param)
+        return self._materialized(vectorize=vectorize)
+
+    def ghost(self, *, grads: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        quantity: Quantity
+        if self.direction is not None:
+            quantity = Dot(self.spec.unflatten(self.direction))
+        else:
+            readers = validation_readers(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                self.train,
+                self.val,
+                reduction=self.reduction,
+                grads=grads,
+                randomness=self.randomness,
+            )
+            quantity = Prepared(readers, degree=1)
+        taken = run(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            self.train,
+            [quantity],
+            grads=range(len(self.leaves)) if grads else (),
+            scale=1 / self.n if grads else 1.0,
+            randomness=self.randomness,
+        )
+        return taken.losses, taken.grads, taken.values[0]
+
+    def plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        def mean_loss(p: list[Tensor]) -> tuple[Tensor, Tensor]:
+            losses = self.model_fn(self.spec.unflatten(p), self.train)
+            return losses.mean(), losses
+
+        grads, losses = torch.func.grad(mean_loss, has_aux=True)(list(self.leaves))
+        return losses, grads
+
+    def _directions(self) -> Any:
+        """Every direction to dot with, one at a time."""
+        if self.direction is not None:
+            return iter([self.direction])
+        if self.reduction == "none":
+            return _oracles.val_gradients(self.model_fn, self.leaves, self.spec, self.val)
+        mean = self.reduction == "mean"
+        return iter(
+            [_oracles.val_gradient(self.model_fn, self.leaves, self.spec, self.val, mean=mean)]
+        )
+
+    def _stacked(self, columns: list[list[Tensor]]) -> list[Tensor]:
+        if self.reduction == "none" and self.direction is None:
+            return [torch.stack(column, dim=1) for column in zip(*columns, strict=True)]
+        return columns[0]
+
+    def _jvp(self, *, per_param: bool) -> list[Tensor]:
+        return self._stacked(
+            [
+                _oracles.jvp_dots(
+                    self.model_fn, self.leaves, self.spec, self.train, u, per_param=per_param
+                )
+                for u in self._directions()
+            ]
+        )
+
+    def _materialized(self, *, vectorize: bool) -> list[Tensor]:
+        def grads(batch: PyTree) -> list[Tensor]:
+            return _oracles.materialize(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                batch,
+                vectorize=vectorize,
+                randomness=self.randomness,
+            )
+
+        train = [wide(g).flatten(1) for g in grads(self.train)]
+        if self.direction is not None:
+            return [g @ wide(u).flatten() for g, u in zip(train, self.direction, strict=True)]
+        val = [wide(g).flatten(1) for g in grads(self.val)]
+        gram = [g @ v.mT for g, v in zip(train, val, strict=True)]
+        if self.reduction == "none":
+            return gram
+        return [x.mean(1) if self.reduction == "mean" else x.sum(1) for x in gram]
+
+
+def _sum(dots: Sequence[Tensor]) -> Tensor:
+    return sum(dots[1:], dots[0])

@@ -1,0 +1,39 @@
+"""Names for the things every file speaks about.
+
+Index letters, used in every shape comment of this package:
+`n` train samples, `m` validation samples, `t` positions in a sample, `d` in features,
+`p` out features, `k` projected dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+PyTree: TypeAlias = Any
+"""Any optree pytree; where tensors are meant, every leaf is a tensor."""
+
+ModelFn: TypeAlias = Callable[[PyTree, PyTree], Tensor]
+"""A pure function `model_fn(params, batch) -> losses[n]`."""
+
+Mode: TypeAlias = Literal["ghost", "jvp", "materialized"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Randomness: TypeAlias = Literal["error", "different"]
+
+
+class GhostStep(NamedTuple):
+    """What one training step with scores returns.
+
+    Attributes:
+        losses: per-sample losses, `[n]`.
+        grads: gradient of the mean loss, a pytree like `params`.
+        dot_prods: `<g_i, u>`, `[n]` (`[n, m]` for `reduction="none"`), or a pytree of those like
+            `params` for `per_param=True`.
+    """
+
+    losses: Float[Tensor, " n"]
+    grads: PyTree
+    dot_prods: PyTree

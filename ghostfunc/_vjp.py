@@ -1,0 +1,344 @@
+"""`ghost_vjp`: the transform everything else is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghostfunc._errors import WAYS_OUT, ControlFlowError, OptionError, one_of
+from ghostfunc._factors import Factor
+from ghostfunc._layout import StaleLayout
+from ghostfunc._quantities import Quantity
+from ghostfunc._taps import Site, TapMode, leaf_factors
+from ghostfunc._trace import (
+    Trace,
+    check_company,
+    check_losses,
+    memory,
+    shapes_key,
+    structure,
+    trace_model,
+)
+from ghostfunc._tracking import ReaderKey, constants
+from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
+from ghostfunc._types import ModelFn, PyTree, Randomness
+
+
+class GhostVjp(NamedTuple):
+    """What `ghost_vjp` returns.
+
+    Attributes:
+        losses: per-sample losses, `[n]`.
+        values: like `quantities`, each a pytree like `params` of what was read per parameter.
+        grads: gradient of the summed losses, a pytree like `params`; None unless asked for.
+    """
+
+    losses: Tensor
+    values: Any
+    grads: PyTree | None
+
+
+def ghost_vjp(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    quantities: Quantity | dict[str, Quantity],
+    *,
+    grads: bool = False,
+    randomness: Randomness = "error",
+) -> GhostVjp:
+    """Quantities of per-sample gradients `g_i = d losses[i] / d params`, in one backward pass.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        quantities: one quantity (`gf.Dot(u)`, `gf.SampleGrad()`, ...) or a dict of them: all are
+            read in the same backward pass.
+        grads: also return the gradient of `sum_i losses[i]`.
+        randomness: "error" refuses a model that draws random numbers; "different" lets every sample
+            have its own draws.
+
+    Returns:
+        `GhostVjp(losses, values, grads)`. `values` is like `quantities`: a pytree like `params` for
+        each. A quantity that is a dot product has `[n]` per parameter; sum them for the whole
+        model.
+
+    Raises:
+        GhostError: one of its children, which names what was given and what to do.
+    """
+    one_of("randomness", randomness, ("error", "different"))
+    named = quantities if isinstance(quantities, dict) else {"": quantities}
+    for name, quantity in named.items():
+        if not isinstance(quantity, Quantity):
+            raise OptionError(
+                f"quantities[{name!r}] is a {type(quantity).__name__}; expected a quantity such as "
+                "gf.Dot(direction)."
+            )
+    leaves, spec = flatten_params(params)
+    taken = run(
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        list(named.values()),
+        grads=range(len(leaves)) if grads else (),
+        randomness=randomness,
+    )
+    values = {k: spec.unflatten(v) for k, v in zip(named, taken.values, strict=True)}
+    return GhostVjp(
+        taken.losses,
+        values if isinstance(quantities, dict) else values[""],
+        spec.unflatten(taken.grads) if grads else None,
+    )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one run returns, parameter by parameter; None for what was not asked for.
+
+    Attributes:
+        losses: `[n]`.
+        values: per quantity, what was read.
+        grads: the gradient of `scale * sum_i losses[i]`.
+        factors: the factors of `scale * g_i`, one per use.
+    """
+
+    losses: Tensor
+    values: list[list[Any]]
+    grads: list[Any]
+    factors: list[list[Factor]]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model function with its trace, ready to be run on one batch.
+
+    Make it with `traced`; `sample_losses` are there only if the model has just been traced.
+    """
+
+    model_fn: ModelFn
+    leaves: list[Tensor]
+    spec: ParamSpec
+    batch: PyTree
+    n: int
+    trace: Trace
+    sample_losses: Tensor | None
+
+
+def traced(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    randomness: Randomness,
+    anew: bool = False,
+) -> Traced:
+    """Look the trace up, or make it."""
+    leaves = [_plain(x) for x in leaves]
+    n = batch_size(batch)
+    remembered = memory(model_fn)
+    key = structure(model_fn, spec, leaves, batch, randomness)
+    if key in remembered and not anew:
+        return Traced(model_fn, leaves, spec, batch, n, remembered[key], None)
+    trace, losses = trace_model(model_fn, leaves, spec, batch, randomness)
+    remembered[key] = trace
+    checked = losses if randomness == "error" else None
+    return Traced(model_fn, leaves, spec, batch, n, trace, checked)
+
+
+def run(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    quantities: Sequence[Quantity],
+    *,
+    grads: Collection[int] = (),
+    collect: Collection[int] = (),
+    scale: float = 1.0,
+    randomness: Randomness = "error",
+) -> Taken:
+    """Run `model_fn` under taps, tracing it first where needed.
+
+    `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted.
+    """
+    for anew in (False, True):
+        model = traced(model_fn, leaves, spec, batch, randomness=randomness, anew=anew)
+        try:
+            taken = _run(model, quantities, grads, collect, scale)
+        except StaleLayout as stale:
+            if anew:
+                raise ControlFlowError(
+                    "model_fn does not call the same ops each time it runs on this batch "
+                    f"({stale}): its control flow depends on its data. {WAYS_OUT}"
+                ) from None
+            continue
+        break
+    if model.sample_losses is not None:
+        check_company(taken.losses, model.sample_losses)
+    return taken
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A parameter without the caller's autograd history, but inside the caller's transforms."""
+    return x if torch._C._functorch.is_functorch_wrapped_tensor(x) else x.detach()
+
+
+def _run(
+    model: Traced,
+    quantities: Sequence[Quantity],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float,
+) -> Taken:
+    leaves, spec, n = model.leaves, model.spec, model.n
+    readers = [q.readers(leaves, spec) for q in quantities]
+    keys: list[ReaderKey] = [
+        (q, i) for q, row in enumerate(readers) for i, r in enumerate(row) if r is not None
+    ]
+    taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
+    collected = _collecting_sites(model, collect)
+    modes: list[TapMode] = []
+
+    def tapped(
+        taps: list[Tensor], collect_taps: list[Tensor], primals: list[Tensor]
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        tracked = constants(leaves, spec)
+        for i, primal in zip(grads, primals, strict=True):
+            tracked[i].grad = primal
+        for q, i in keys:
+            tracked[i].readers[q, i] = (readers[q][i], False)
+        mode = TapMode(
+            model.trace,
+            tracked,
+            n,
+            dict(zip(keys, taps, strict=True)),
+            dict(zip(collected, collect_taps, strict=True)),
+        )
+        with mode:
+            losses = model.model_fn(spec.unflatten([t.grad for t in tracked]), model.batch)
+        mode.finish()
+        modes.append(mode)
+        return losses, [mode.uses[site].arg_tensors for site in collected]
+
+    losses, pullback, saved = _vjp_with_aux(
+        tapped,
+        taps,
+        [site.tap(n) for site in collected.values()],
+        [leaves[i] for i in grads],
+    )
+    check_losses(losses, n)
+    keep = _derivative_wanted(leaves, model.batch, readers)
+    tap_cotangents, collected_b, param_grads = pullback(
+        torch.full_like(losses, scale), retain_graph=keep, create_graph=keep
+    )
+
+    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
+    for (q, i), value in zip(keys, tap_cotangents, strict=True):
+        values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
+    out_grads: list[Any] = [None] * len(leaves)
+    for i, grad in zip(grads, param_grads, strict=True):
+        out_grads[i] = grad
+    factors: list[list[Factor]] = [[] for _ in leaves]
+    for site, b, tensors in zip(collected, collected_b, saved, strict=True):
+        use = modes[0].uses[site]
+        for name, target in use.targets:
+            for i, factor in leaf_factors(target, use.factor(name, target, b, tensors)).items():
+                if i in collect:
+                    factors[i].append(factor)
+    return Taken(losses, values, out_grads, factors)
+
+
+def _vjp_with_aux(f: Callable[..., Any], *primals: list[Tensor]) -> tuple[Tensor, Any, Any]:
+    out: Any = torch.func.vjp(f, *primals, has_aux=True)
+    losses, pullback, aux = out
+    return losses, pullback, aux
+
+
+def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:
+    """Whether an enclosing transform differentiates what this run returns."""
+    return any(
+        x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x)
+        for x in tensors_of((list(leaves), batch, readers))
+    )
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One use of one parameter, seen from outside: what it costs follows from it.
+
+    Attributes:
+        kind: type of its factor.
+        shape: shape of the factor.
+        n, positions: samples, and positions per sample.
+        direct: the parameter itself, or a mere transpose or cast of it, meets the samples.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    n: int
+    positions: int
+    direct: bool
+
+
+def meetings(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    randomness: Randomness,
+    exact: bool,
+) -> list[list[Meeting]]:
+    """The uses of every parameter in a run on `batch`.
+
+    Not `exact`, the positions may be those of a batch of another length, scaled to this one.
+    """
+    model = traced(model_fn, leaves, spec, batch, randomness=randomness)
+    lengths = sum(x[0].numel() for x in tensors_of(batch))
+    out: list[list[Meeting]] = [[] for _ in leaves]
+    remembered = memory(model_fn)
+    any_length = ("sites", model.trace)
+    if any_length not in remembered:
+        remembered[any_length] = (lengths, _sites(model))
+    if exact:
+        sites, ratio = _sites(model), 1.0
+    else:
+        sites, ratio = remembered[any_length][1], lengths / remembered[any_length][0]
+    for site in sites:
+        for i, kind, shape, positions, direct in site.targets:
+            out[i].append(Meeting(kind, shape, model.n, max(1, round(positions * ratio)), direct))
+    return out
+
+
+def _sites(model: Traced) -> list[Site]:
+    """All uses and what their outputs look like: those of a run on one sample, remembered by
+    the exact shapes of the batch."""
+    remembered = memory(model.model_fn)
+    sample = take(model.batch, [0])
+    key = ("sites", model.trace, shapes_key(sample))
+    if key not in remembered:
+        tracked = constants(model.leaves, model.spec)
+        mode = TapMode(model.trace, tracked, 1, {}, {}, note_sites=True)
+        with mode:
+            model.model_fn(model.spec.unflatten([t.grad for t in tracked]), sample)
+        mode.finish()
+        remembered[key] = mode.sites
+    return remembered[key]
+
+
+def _collecting_sites(model: Traced, collect: Collection[int]) -> dict[int, Site]:
+    """The uses of the parameters `collect`, by number."""
+    if not collect:
+        return {}
+    return {
+        number: site
+        for number, site in enumerate(_sites(model))
+        if any(target[0] in collect for target in site.targets)
+    }
