@@ -6,7 +6,9 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import hf
+from ghostfunc import hf, projection, select, testing
+from ghostfunc._book import FactoredGrads, factored_grads
+from ghostfunc._clipping import ClippedGrad, ghost_clipped_grad
 from ghostfunc._errors import (
     BatchError,
     ControlFlowError,
@@ -24,9 +26,11 @@ from ghostfunc._errors import (
     UntrackedUseError,
     VerificationError,
 )
+from ghostfunc._explain import Plan, explain
 from ghostfunc._factors import Dense, OneHot, Outer
 from ghostfunc._module import from_module
-from ghostfunc._quantities import Dot, Quantity, SampleGrad
+from ghostfunc._pairwise import ghost_cosine, ghost_gram, ghost_norm
+from ghostfunc._quantities import Dot, Gram, Quantity, SampleGrad, SqNorm
 from ghostfunc._rules import register_rule
 from ghostfunc._transforms import (
     direction,
@@ -37,18 +41,22 @@ from ghostfunc._transforms import (
 from ghostfunc._types import GhostStep
 from ghostfunc._verify import Report, verify
 from ghostfunc._vjp import GhostVjp, ghost_vjp
+from ghostfunc.projection import Project, Projection, ghost_project, kronecker_projection
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "ClippedGrad",
     "ControlFlowError",
     "CoupledSamplesError",
     "Dense",
     "Dot",
+    "FactoredGrads",
     "GhostError",
     "GhostStep",
     "GhostVjp",
+    "Gram",
     "InPlaceError",
     "LossShapeError",
     "NonFiniteLossError",
@@ -56,22 +64,37 @@ __all__ = [
     "OptionError",
     "Outer",
     "ParamsError",
+    "Plan",
+    "Project",
+    "Projection",
     "Quantity",
     "RandomnessError",
     "Report",
     "SampleAxisError",
     "SampleGrad",
+    "SqNorm",
     "TransformError",
     "UnsupportedOpError",
     "UntrackedUseError",
     "VerificationError",
     "direction",
+    "explain",
+    "factored_grads",
     "from_module",
+    "ghost_clipped_grad",
+    "ghost_cosine",
     "ghost_dot_prod",
+    "ghost_gram",
+    "ghost_norm",
+    "ghost_project",
     "ghost_value_and_grad",
     "ghost_vjp",
     "hf",
+    "kronecker_projection",
     "per_sample_grads",
+    "projection",
     "register_rule",
+    "select",
+    "testing",
     "verify",
 ]

@@ -8,7 +8,9 @@ nanosecond.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 PASS = 32
 """Operations that cost as much as one pass (read or write) over one element."""
@@ -37,14 +39,63 @@ def outer_total(n: int, t: int, p: int, d: int) -> int:
     return 2 * n * t * p * d
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """One use of one parameter, seen from outside: what it costs follows from it.
+
+    Attributes:
+        kind: type of its factor: "Outer", "OneHot" or "Dense".
+        shape: shape of the factor, `(p, d)` for the first two.
+        n, positions: samples, and positions per sample.
+        direct: the parameter itself, or a mere transpose or cast of it, meets the samples.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    n: int
+    positions: int
+    direct: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.positions
+
+
 def outer_dot(n: int, t: int, p: int, d: int) -> int:
-    """`<g_i, u>` with a dense direction."""
+    """`<g_i, u>` of an outer-product factor with a dense direction."""
     return 2 * n * t * p * d + 2 * PASS * n * t * min(p, d)
 
 
-def outer_pair_dots(n: int, t: int, m: int, s: int, p: int, d: int) -> int:
-    """`<g_i, g_j^val>` from factors on both sides."""
-    return 2 * (n * t) * (m * s) * (p + d) + 3 * PASS * (n * t) * (m * s)
+def total_cost(use: Meeting) -> int:
+    """`sum_i g_i`, dense."""
+    p, d = use.shape
+    if use.kind == "Outer":
+        return outer_total(use.n, use.positions, p, d)
+    return PASS * (p * d + 2 * use.tokens * d)
+
+
+def dot_cost(use: Meeting, *, with_total: bool) -> int:
+    """`<g_i, u>` with a dense direction, beyond the cost of the total where that is formed too."""
+    p, d = use.shape
+    if use.kind == "OneHot":
+        return 3 * PASS * use.tokens * d
+    if with_total and share_dot_with_total(use.n, use.positions, p, d):
+        return shared_dot(use.n, p, d)
+    return outer_dot(use.n, use.positions, p, d)
+
+
+def pair_cost(use: Meeting, other: Meeting) -> int:
+    """`<g_i, g_j>` from the factors of two uses: inner products of all tokens, multiplied."""
+    p, d = use.shape
+    pairs = use.tokens * other.tokens
+    inner = p + d if use.kind == other.kind == "Outer" else d
+    return 2 * pairs * inner + 3 * PASS * pairs
+
+
+def shared_dot(n: int, p: int, d: int) -> int:
+    """`<g_i, u>` read off the blocks of `g_i` that make the total: a product of vectors, and a sum
+    that a single large product would not have needed."""
+    return 5 * PASS * n * p * d
 
 
 def share_dot_with_total(n: int, t: int, p: int, d: int) -> bool:
@@ -52,7 +103,7 @@ def share_dot_with_total(n: int, t: int, p: int, d: int) -> bool:
 
     That costs a few passes over `n` gradients instead of a second product of `t` terms.
     """
-    return 4 * PASS * n * p * d < outer_dot(n, t, p, d)
+    return shared_dot(n, p, d) < outer_dot(n, t, p, d)
 
 
 def gram_is_cheaper(t: int, s: int, p: int, d: int) -> bool:
@@ -60,18 +111,76 @@ def gram_is_cheaper(t: int, s: int, p: int, d: int) -> bool:
     return 2 * t * s * (p + d) < (t + s) * p * d
 
 
-def direction_is_cheaper_factored(
-    uses: list[tuple[int, int]], val_uses: list[tuple[int, int]], p: int, d: int, *, grads: bool
+def keep_direction_factored(
+    ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool
 ) -> bool:
     """Whether one parameter's validation gradient should stay factored.
 
-    `uses` and `val_uses` hold `(samples, positions)` of every use in train and validation batch.
-    Dense, the validation gradient costs its own product and one more per train use (or only
-    passes, where the training gradient is formed anyway); factored, every pair of uses meets.
+    Dense, it costs its own total and a dot product at every train use; factored, every train use
+    meets every validation use. `grads` says whether the training gradient is formed too.
     """
-    dense = sum(outer_total(m, s, p, d) for m, s in val_uses)
-    for n, t in uses:
-        shared = grads and share_dot_with_total(n, t, p, d)
-        dense += 4 * PASS * n * p * d if shared else outer_dot(n, t, p, d)
-    factored = sum(outer_pair_dots(n, t, m, s, p, d) for n, t in uses for m, s in val_uses)
-    return factored < dense
+    uses = [*ours, *theirs]
+    if not ours or not theirs:
+        return False
+    if not all(x.direct and x.kind in ("Outer", "OneHot") for x in uses):
+        return False
+    dense = sum(map(total_cost, theirs)) + sum(dot_cost(x, with_total=grads) for x in ours)
+    return sum(pair_cost(x, y) for x in ours for y in theirs) < dense
+
+
+# --- quantities quadratic in the gradient ------------------------------------------------------
+
+TOKENS = 128
+"""Positions per block of a sample's token Gram matrix; of two equal blocks one is computed."""
+
+
+class Positions(NamedTuple):
+    """Positions per sample of one parameter, added up over its uses, by kind of factor.
+
+    `dense` counts the uses whose gradient is at hand as it is.
+    """
+
+    outer: int
+    one_hot: int
+    dense: int
+
+
+def token_norms(t: Positions, p: int, d: int) -> int:
+    """`||g_i||^2` of one sample from inner products of positions."""
+    tokens = t.outer + t.one_hot
+    blocks = -(-tokens // TOKENS)
+    share = (blocks + 1) / (2 * blocks)  # the block matrix is symmetric
+    products = 2 * tokens**2 * d + 2 * t.outer**2 * p
+    return round(share * (products + 6 * PASS * tokens**2))
+
+
+def row_norms(t: Positions, p: int, d: int) -> int:
+    """`||g_i||^2` of one sample from the gradient itself."""
+    return 2 * t.outer * p * d + PASS * (2 * p * d + t.one_hot * d)
+
+
+def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
+    """Whether norms come from inner products of positions rather than from rows."""
+    return not t.dense and token_norms(t, p, d) < row_norms(t, p, d)
+
+
+def token_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int) -> int:
+    """`<g_i, g_j>` of n and m samples from inner products of positions."""
+    pairs = n * m * (t.outer + t.one_hot) * (s.outer + s.one_hot)
+    return 2 * pairs * d + 2 * n * m * t.outer * s.outer * p + 6 * PASS * pairs
+
+
+def row_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool) -> int:
+    """`<g_i, g_j>` of n and m samples from blocks of rows; `same` if both are one batch."""
+    sides = [(n, t)] if same else [(n, t), (m, s)]
+    form = sum(2 * k * x.outer * p * d + PASS * k * x.one_hot * d for k, x in sides)
+    return form + 2 * n * m * p * d + 2 * PASS * sum(k for k, _ in sides) * p * d
+
+
+def gram_by_tokens(
+    n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
+) -> bool:
+    """Whether a Gram matrix comes from inner products of positions rather than from rows."""
+    if t.dense or s.dense:
+        return False
+    return token_gram(n, m, t, s, p, d) < row_gram(n, m, t, s, p, d, same=same)

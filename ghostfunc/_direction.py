@@ -16,7 +16,7 @@ from ghostfunc import _cost
 from ghostfunc._quantities import DotReader, PairReader
 from ghostfunc._tree import ParamSpec, batch_size
 from ghostfunc._types import ModelFn, PyTree, Randomness, Reduction
-from ghostfunc._vjp import Meeting, meetings, run
+from ghostfunc._vjp import meetings, run
 
 
 def validation_readers(
@@ -42,7 +42,9 @@ def validation_readers(
     else:
         ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
         theirs = meetings(model_fn, leaves, spec, val, randomness=randomness, exact=True)
-        factored = {i for i in everything if _keep_factored(ours[i], theirs[i], grads=grads)}
+        factored = {
+            i for i in everything if _cost.keep_direction_factored(ours[i], theirs[i], grads=grads)
+        }
     taken = run(
         model_fn,
         leaves,
@@ -58,15 +60,3 @@ def validation_readers(
         PairReader(tuple(taken.factors[i]), each, m) if i in factored else DotReader(taken.grads[i])
         for i in everything
     ]
-
-
-def _keep_factored(ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool) -> bool:
-    if not ours or not theirs or not all(x.direct for x in (*ours, *theirs)):
-        return False
-    outer = [x for x in (*ours, *theirs) if x.kind == "Outer"]
-    if not outer:
-        return False  # look-ups alone are cheapest with a dense direction
-    p, d = outer[0].shape
-    return _cost.direction_is_cheaper_factored(
-        [(x.n, x.positions) for x in ours], [(x.n, x.positions) for x in theirs], p, d, grads=grads
-    )

@@ -5,9 +5,10 @@ is always first and positions, where there are any, second:
 
     Outer(left [n, t, p], right [n, t, d])   g_i = sum_t left_it right_it^T          shape [p, d]
     OneHot(ids [n, t], b [n, t, d], rows)    g_i = sum_t onehot(ids_it) b_it^T       shape [rows, d]
+    Grouped(left [n, g, t, p], right)        an outer-product factor per group       shape [g, p, d]
     Dense(g [n, *shape])                     g_i itself, where it is as small as its factors
 
-Everything else in this file is a function over these three. Contractions run in float32 or wider.
+Everything else in this file is a function over these four. Contractions run in float32 or wider.
 """
 
 from __future__ import annotations
@@ -47,6 +48,21 @@ class OneHot(NamedTuple):
         return (self.rows, self.b.shape[-1])
 
 
+class Grouped(NamedTuple):
+    """`g_i[j] = sum_t left_ijt right_ijt^T` for every group j, shape `[g, p, d]`."""
+
+    left: Float[Tensor, "n g t p"]
+    right: Float[Tensor, "n g t d"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[1], self.left.shape[-1], self.right.shape[-1])
+
+    def groups(self) -> list[Outer]:
+        """The groups, one factor each."""
+        return [Outer(x, y) for x, y in zip(self.left.unbind(1), self.right.unbind(1), strict=True)]
+
+
 class Dense(NamedTuple):
     """`g_i` itself, `[n, *shape]`."""
 
@@ -57,7 +73,7 @@ class Dense(NamedTuple):
         return tuple(self.g.shape[1:])
 
 
-Factor: TypeAlias = Outer | OneHot | Dense
+Factor: TypeAlias = Outer | OneHot | Grouped | Dense
 
 
 def wide(x: Tensor) -> Tensor:
@@ -67,7 +83,12 @@ def wide(x: Tensor) -> Tensor:
 
 def row_dots(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
     """`<x_i, y_i>` for every row i."""
-    return (x * y).flatten(1).sum(1)
+    return _flat(x * y).sum(1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[n, ...]` as `[n, elements]`; scalars have one."""
+    return wide(x)[:, None].flatten(1)
 
 
 def _blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
@@ -81,7 +102,9 @@ def _blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
 
 
 def _unknown(factor: object) -> TypeError:
-    return TypeError(f"{type(factor).__name__} is not a factor: expected Outer, OneHot or Dense.")
+    return TypeError(
+        f"{type(factor).__name__} is not a factor: expected Outer, OneHot, Grouped or Dense."
+    )
 
 
 @singledispatch
@@ -108,6 +131,11 @@ def _(factor: OneHot) -> Tensor:
 
 
 @materialize.register
+def _(factor: Grouped) -> Tensor:
+    return wide(factor.left).mT @ wide(factor.right)
+
+
+@materialize.register
 def _(factor: Dense) -> Tensor:
     return wide(factor.g)
 
@@ -127,6 +155,12 @@ def _(factor: Outer) -> Tensor:
 def _(factor: OneHot) -> Tensor:
     b = wide(factor.b)
     return b.new_zeros(factor.shape).index_add(0, factor.ids.flatten(), b.flatten(0, 1))
+
+
+@total.register
+def _(factor: Grouped) -> Tensor:
+    left, right = wide(factor.left).transpose(0, 1), wide(factor.right).transpose(0, 1)
+    return left.flatten(1, 2).mT @ right.flatten(1, 2)
 
 
 @total.register
@@ -159,8 +193,13 @@ def _(factor: OneHot, u: Tensor) -> Tensor:
 
 
 @dot.register
+def _(factor: Grouped, u: Tensor) -> Tensor:
+    return add_up([dot(group, v) for group, v in zip(factor.groups(), u, strict=True)])
+
+
+@dot.register
 def _(factor: Dense, u: Tensor) -> Tensor:
-    return wide(factor.g).flatten(1) @ wide(u).flatten()
+    return _flat(factor.g) @ wide(u).flatten()
 
 
 @singledispatch
@@ -242,9 +281,49 @@ def _(factor: OneHot) -> Tensor:
 
 
 @sqnorm.register
+def _(factor: Grouped) -> Tensor:
+    return add_up([sqnorm(group) for group in factor.groups()])
+
+
+@sqnorm.register
 def _(factor: Dense) -> Tensor:
     g = wide(factor.g)
     return row_dots(g, g)
+
+
+@singledispatch
+def project(
+    factor: Factor, left: Float[Tensor, "p k"] | None, right: Float[Tensor, "d l"] | None
+) -> Float[Tensor, "n k l"]:
+    """`left^T g_i right` for every sample; None is the identity."""
+    raise _unknown(factor)
+
+
+@project.register
+def _(factor: Outer, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return _times(wide(factor.left), left).mT @ _times(wide(factor.right), right)
+
+
+@project.register
+def _(factor: OneHot, left: Tensor | None, right: Tensor | None) -> Tensor:
+    b = _times(wide(factor.b), right)
+    if left is None:
+        return materialize(OneHot(factor.ids, b, factor.rows))
+    return F.embedding(factor.ids, left).to(b.dtype).mT @ b
+
+
+@project.register
+def _(factor: Grouped, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return project(Dense(materialize(factor)), left, right)
+
+
+@project.register
+def _(factor: Dense, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return _times(_times(wide(factor.g), right).mT, left).mT
+
+
+def _times(x: Tensor, matrix: Tensor | None) -> Tensor:
+    return x if matrix is None else x @ matrix.to(x.dtype)
 
 
 def transpose(factor: Factor) -> Factor:
@@ -266,9 +345,11 @@ def transpose(factor: Factor) -> Factor:
 def pair_dots(f: Factor, g: Factor, *, each: bool) -> Tensor:
     """`<f_i, g_j>`: `[n, m]` if `each`, else summed over j, `[n]`. Nothing is materialised
     unless one of the two is `Dense`."""
+    if f.shape != g.shape:
+        f, g = _alike(f, g)
     match f, g:
         case (Dense(), Dense()):
-            gram = wide(f.g).flatten(1) @ wide(g.g).flatten(1).mT
+            gram = _flat(f.g) @ _flat(g.g).mT
             return gram if each else gram.sum(1)
         case (_, Dense()):
             if each:
@@ -278,6 +359,9 @@ def pair_dots(f: Factor, g: Factor, *, each: bool) -> Tensor:
             if each:
                 return pair_dots(g, f, each=True).mT
             return dot(f, total(g))
+        case (Grouped(), Grouped()):
+            pairs = zip(f.groups(), g.groups(), strict=True)
+            return add_up([pair_dots(x, y, each=each) for x, y in pairs])
     m, s = g[0].shape[:2]
     samples = f[0]
     out = []
@@ -286,6 +370,15 @@ def pair_dots(f: Factor, g: Factor, *, each: bool) -> Tensor:
         product = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
         out.append(product.sum((1, 3)) if each else product.sum((1, 2, 3)))
     return torch.cat(out)
+
+
+def _alike(f: Factor, g: Factor) -> tuple[Factor, Factor]:
+    """Two factors that see one parameter in several shapes, in one shape."""
+    if isinstance(g, Dense):
+        return f, Dense(g.g.reshape(-1, *f.shape))
+    if isinstance(f, Dense):
+        return Dense(f.g.reshape(-1, *g.shape)), g
+    return Dense(_flat(materialize(f))), Dense(_flat(materialize(g)))
 
 
 def _take(f: Factor, block: slice) -> Factor:

@@ -6,8 +6,9 @@ together with positions, sample-major (`[n*T, d]`) or position-major (`[T*n, d]`
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -53,6 +54,11 @@ class Layout:
         x = self.split(x, n)
         return x.movedim(self.sample_axis, 0) if self.sample_axis else x
 
+    def stack(self, x: Tensor, n: int) -> Tensor:
+        """`x` as `[n, *shape]`, where `shape` is what a call with one sample would have; a view."""
+        x = self.front(x, n)
+        return x.unsqueeze(self.axis + 1) if self.fold == "none" else x
+
     def pad(self, w: Tensor, ndim: int) -> Tensor:
         """A tensor without samples, shaped to broadcast against a split one of `ndim` axes
         before the split: it has size 1 on the sample axis."""
@@ -63,6 +69,19 @@ class Layout:
                 f"(axis {self.axis}): each sample would have a parameter of its own."
             )
         return w if self.fold == "none" else w.unsqueeze(self.axis)
+
+
+def stack_all(leaves: Sequence[Any], layouts: Mapping[int, Layout], n: int) -> list[Any]:
+    """Every tensor among `leaves` as `[n, *shape]`, `shape` being what a call with one sample would
+    have; those that carry no samples (have no layout) are expanded."""
+    out = list(leaves)
+    for i, x in enumerate(leaves):
+        if i in layouts:
+            layouts[i].check(x, n)
+            out[i] = layouts[i].stack(x, n)
+        elif isinstance(x, Tensor):
+            out[i] = x.expand(n, *x.shape)
+    return out
 
 
 class StaleLayout(Exception):

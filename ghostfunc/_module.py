@@ -30,6 +30,12 @@ class ModuleFn:
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         self._bound = _Bound(module, loss)
+        # Every name of every parameter: tied parameters have several.
+        first_name: dict[int, str] = {}
+        self._aliases: dict[str, list[str]] = {}
+        for name, p in module.named_parameters(remove_duplicate=False):
+            own = first_name.setdefault(id(p), name)
+            self._aliases.setdefault(own, []).append(f"module.{name}")
 
     @property
     def module(self) -> nn.Module:
@@ -40,8 +46,8 @@ class ModuleFn:
         return tuple(m.training for m in self.module.modules())
 
     def __call__(self, params: dict[str, Tensor], batch: PyTree) -> Tensor:
-        tensors = {f"module.{name}": p for name, p in params.items()}
-        return torch.func.functional_call(self._bound, tensors, (batch,))
+        tensors = {alias: p for name, p in params.items() for alias in self._aliases[name]}
+        return torch.func.functional_call(self._bound, tensors, (batch,), tie_weights=False)
 
 
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:

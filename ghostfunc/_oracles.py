@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ghostfunc._errors import RandomnessError, TransformError
 from ghostfunc._factors import wide
 from ghostfunc._trace import check_losses
+from ghostfunc._tracking import in_transform
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -70,7 +74,7 @@ def jvp_dots(
         return model_fn(spec.unflatten(p), train)
 
     def along(tangents: list[Tensor]) -> Tensor:
-        with _forward_mode():
+        with _forward_mode(), torch.enable_grad(), _ReverseModeConstants():
             value, tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[:2]
         check_losses(value, n)
         return wide(tangent)
@@ -80,6 +84,35 @@ def jvp_dots(
         return [along(direction)]
     zeros = [torch.zeros_like(x) for x in leaves]
     return [along([*zeros[:i], u, *zeros[i + 1 :]]) for i, u in enumerate(direction)]
+
+
+class _ReverseModeConstants(TorchFunctionMode):
+    """Holds constant in forward mode what reverse mode does: what is computed under
+    `torch.no_grad`, and the padding row of a look-up."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            leaves, treedef = flatten((args, kwargs))
+            leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+            args, kwargs = unflatten(treedef, leaves)
+        elif func is F.embedding:
+            return _constant_padding(func(*args, **kwargs), *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _constant_padding(
+    out: Tensor, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any
+) -> Tensor:
+    if padding_idx is None:
+        return out
+    return torch.where((ids == padding_idx % len(weight))[..., None], out.detach(), out)
 
 
 @contextmanager
@@ -113,13 +146,11 @@ def materialize(
         losses = model_fn(spec.unflatten(p), optree.tree_map(lambda x: x[None], sample))
         return _one_loss(losses)
 
-    grad = torch.func.grad(loss)
     if not vectorize:
-        rows = []
-        for i in range(n):
-            sample = optree.tree_map(lambda x: x[0], take(batch, [i]))
-            rows.append(grad(list(leaves), sample))
+        samples = [take(batch, [i]) for i in range(n)]
+        rows = [_gradient_of_one(model_fn, leaves, spec, sample) for sample in samples]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
+    grad = torch.func.grad(loss)
     samples, treedef = flatten(batch)
 
     def of_flat(flat: list[Tensor]) -> list[Tensor]:
@@ -127,6 +158,23 @@ def materialize(
 
     with _vectorized():
         return torch.vmap(of_flat, randomness=randomness)(samples)
+
+
+def _gradient_of_one(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, sample: PyTree
+) -> Sequence[Tensor]:
+    """The gradient of a batch of one sample. Outside transforms by plain autograd, which runs
+    everything: checkpoints, packed sequences, control flow that looks at values."""
+    if in_transform():
+        return torch.func.grad(lambda p: _one_loss(model_fn(spec.unflatten(p), sample)))(
+            list(leaves)
+        )
+    inputs = [x.detach().requires_grad_() for x in leaves]
+    with torch.enable_grad():
+        loss = _one_loss(model_fn(spec.unflatten(inputs), sample))
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
 def _one_loss(losses: Tensor) -> Tensor:

@@ -8,6 +8,13 @@ A quantity hands out one *reader* per parameter. A reader is a pytree of tensors
                        per-sample gradient must be pulled back to the parameter instead
 
 Readers that can be pushed can be added: `plus` reads the sum of both.
+
+A tap adds up what is read at every use, which is right for what is linear in the gradient. The
+readers of other quantities have a fourth method:
+
+    read_all(factors)  the value, from the factors of all uses together
+
+It is called after the backward pass, for the parameters that samples meet more than once.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc import _factors
+from ghostfunc import _bundles, _cost, _factors, _pairs
 from ghostfunc._factors import Dense, Factor
 from ghostfunc._tree import ParamSpec, flatten_like
 from ghostfunc._types import PyTree
@@ -94,16 +101,21 @@ class PairReader(NamedTuple):
     factors: tuple[Factor, ...]
     each: bool
     m: int
+    workspace: int = _cost.BLOCK_ELEMENTS
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n, self.m) if self.each else _zeros(param, n)
 
     def read(self, factor: Factor) -> Tensor:
-        pairs = [_factors.pair_dots(factor, _fit(g, factor), each=self.each) for g in self.factors]
+        if not self.factors:  # the validation losses do not depend on the parameter
+            return self.tap(_bundles.values(factor), _bundles.samples([factor]))
+        if self.each:
+            return _pairs.gram([factor], self.factors, workspace=self.workspace)
+        pairs = [_factors.pair_dots(factor, g, each=False) for g in self.factors]
         return _factors.add_up(pairs)
 
     def push(self, push: Push) -> PairReader:
-        if push.derivation == "cast":
+        if push.derivation == "cast" or not self.factors:
             return self
         if push.derivation == "transpose":
             return self._replace(factors=tuple(map(_factors.transpose, self.factors)))
@@ -112,11 +124,6 @@ class PairReader(NamedTuple):
 
     def plus(self, other: PairReader) -> PairReader:
         return self._replace(factors=self.factors + other.factors)
-
-
-def _fit(g: Factor, factor: Factor) -> Factor:
-    """Ops may see one parameter in several shapes; a dense gradient takes the other's."""
-    return Dense(g.g.reshape(-1, *factor.shape)) if isinstance(g, Dense) else g
 
 
 class Dot(Quantity):
@@ -140,6 +147,77 @@ class Prepared(Quantity):
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
         return self._readers
+
+
+# --- norms and Gram matrices ------------------------------------------------------------------
+
+
+class SqNormReader(NamedTuple):
+    """`||g_i||^2`, `[n]`."""
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return _pairs.sqnorms([factor])
+
+    def read_all(self, factors: Sequence[Factor]) -> Tensor:
+        return _pairs.sqnorms(factors)
+
+    def push(self, push: Push) -> SqNormReader | None:
+        return None if push.derivation == "general" else self
+
+    def plus(self, other: SqNormReader) -> SqNormReader:
+        return self
+
+
+class SqNorm(Quantity):
+    """`||g_i||^2`, the squared norm of every sample's gradient: `[n]` per parameter.
+
+    The squares add up: the norm of the whole gradient is the root of the sum over parameters.
+    """
+
+    degree = 2
+
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[SqNormReader]:
+        return [SqNormReader() for _ in leaves]
+
+
+class GramReader(NamedTuple):
+    """`<g_i, g_j>` within one batch, `[n, n]`."""
+
+    workspace: int
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return _pairs.gram([factor], workspace=self.workspace)
+
+    def read_all(self, factors: Sequence[Factor]) -> Tensor:
+        return _pairs.gram(factors, workspace=self.workspace)
+
+    def push(self, push: Push) -> GramReader | None:
+        return None if push.derivation == "general" else self
+
+    def plus(self, other: GramReader) -> GramReader:
+        return self
+
+
+class Gram(Quantity):
+    """`<g_i, g_j>`, the inner products of all pairs of samples of a batch: `[n, n]` per parameter.
+
+    Args:
+        workspace: most elements of a temporary block; the numbers do not depend on it.
+    """
+
+    degree = 2
+
+    def __init__(self, *, workspace: int = _cost.BLOCK_ELEMENTS) -> None:
+        self.workspace = workspace
+
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[GramReader]:
+        return [GramReader(self.workspace) for _ in leaves]
 
 
 # --- the gradient itself ----------------------------------------------------------------------

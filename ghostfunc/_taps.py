@@ -21,9 +21,9 @@ from ghostfunc._factors import Dense, Factor, OneHot, Outer
 from ghostfunc._layout import StaleLayout
 from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules import BroadcastRule
-from ghostfunc._rules._registry import op_name
+from ghostfunc._rules._registry import ArgName, op_name
 from ghostfunc._trace import CallTrace, Trace
-from ghostfunc._tracking import CallArgs, ReaderKey, Tracked, TrackingMode
+from ghostfunc._tracking import CallArgs, ReaderKey, Tracked, TrackingMode, in_transform
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 
@@ -52,6 +52,17 @@ class _Tap(torch.autograd.Function):
         return y_t
 
 
+class _TopLevelTap(torch.autograd.Function):
+    """`_Tap` outside transforms, where the separate `setup_context` would only cost time."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, use: Use, *tensors: Tensor) -> Tensor:
+        _Tap.setup_context(ctx, (y, use, *tensors), y)
+        return y.detach()  # y itself would count as a view, which in-place ops may not touch
+
+    backward = staticmethod(_Tap.backward)
+
+
 @dataclass(eq=False)
 class Use:
     """One place where parameters meet samples, in one run of the model.
@@ -60,13 +71,13 @@ class Use:
         call: what the trace knows of it.
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
-        args, treedef: the call's arguments, flattened, those with samples as `[n, ...]`.
+        args, treedef: the call's arguments, flattened, every tensor as `[n, ...]`.
         collect_tap: hands out the output's cotangent too, for factors that outlive the run.
     """
 
     call: CallTrace
     n: int
-    targets: list[tuple[str, Tracked]]
+    targets: list[tuple[ArgName, Tracked]]
     args: list[Any]
     treedef: optree.PyTreeSpec
     collect_tap: Tensor | None = None
@@ -90,7 +101,8 @@ class Use:
         self.n_taps = len(inputs)
         if not inputs:
             return y
-        return _Tap.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
+        function = _Tap if in_transform() else _TopLevelTap
+        return function.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
         """The cotangents of all tap inputs, in the order of `tap`."""
@@ -104,7 +116,7 @@ class Use:
             out.append(b)
         return out
 
-    def factor(self, name: str, target: Tracked, b: Tensor, args: Sequence[Tensor]) -> Factor:
+    def factor(self, name: ArgName, target: Tracked, b: Tensor, args: Sequence[Tensor]) -> Factor:
         """The factor of one target, given the output's cotangent."""
         layout = self.call.out
         if isinstance(self.call.rule, BroadcastRule):
@@ -112,8 +124,18 @@ class Use:
             return Dense(g.reshape(self.n, *target.const.shape))
         call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
         assert self.call.rule is not None  # tracing saw to it
-        factors = self.call.rule.fn(layout.front(b, self.n), *call_args, **kwargs)
-        return factors[name]()
+        factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
+        return fitted(factors[name](), target)
+
+
+def fitted(factor: Factor, target: Tracked) -> Factor:
+    """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
+    matrix, which may be transposed; otherwise one with the same elements in the same order."""
+    shape = tuple(target.const.shape)
+    if factor.shape == shape or (not isinstance(factor, Dense) and len(shape) != 2):
+        return factor
+    g = _factors.materialize(factor)
+    return Dense(g.reshape(len(g), *shape))
 
 
 def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor]:
@@ -217,6 +239,8 @@ class TapMode(TrackingMode):
     ) -> None:
         super().__init__(leaves)
         self._note_sites = note_sites
+        self._trace = trace
+        self._entry = 0
         self._calls = iter(trace.calls)
         self._expected = next(self._calls, None)
         self._n = n
@@ -224,6 +248,15 @@ class TapMode(TrackingMode):
         self._collect = collect
         self.uses: list[Use] = []
         self.sites: list[Site] = []
+
+    def elementary(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        funcs = self._trace.funcs
+        if self._entry >= len(funcs) or funcs[self._entry] != func:
+            raise StaleLayout(f"{op_name(func)} is called where another op was traced")
+        self._entry += 1
+        return super().elementary(func, args, kwargs)
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         expected = self._expected
@@ -258,7 +291,7 @@ class TapMode(TrackingMode):
         y: Tensor,
         axis: int,
         call: CallTrace,
-        targets: list[tuple[str, Tracked]],
+        targets: list[tuple[ArgName, Tracked]],
         args: list[Any],
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
@@ -272,11 +305,7 @@ class TapMode(TrackingMode):
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         y = call.run(func, call.consts())
         expected.out.check(y, self._n)
-        args = list(call.leaves)
-        for i, tracked in zip(call.hits, call.tracked, strict=True):
-            args[i] = tracked.const
-        for i, layout in expected.layouts:
-            args[i] = layout.front(args[i], self._n)
+        args = call.stacked(dict(expected.layouts), self._n)
         targets = list(zip(expected.names, call.tracked, strict=True))
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
 

@@ -17,6 +17,7 @@ What is learnt is kept by structure, not by length.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from ghostfunc._errors import (
     WAYS_OUT,
     ControlFlowError,
     CoupledSamplesError,
+    GhostError,
     InPlaceError,
     LossShapeError,
     NonFiniteLossError,
@@ -40,9 +42,17 @@ from ghostfunc._errors import (
 )
 from ghostfunc._layout import Fold, Layout
 from ghostfunc._module import ModuleFn
-from ghostfunc._rules import REFUSED, BroadcastRule, Rule, lookup
-from ghostfunc._rules._registry import op_name
-from ghostfunc._tracking import CONSTANTS, CallArgs, Tracked, TrackingMode, constants
+from ghostfunc._rules import REFUSED, BroadcastRule, FactorRule, Rule, lookup
+from ghostfunc._rules._registry import REASONS, ArgName, op_name
+from ghostfunc._tracking import (
+    CONSTANTS,
+    CallArgs,
+    Tracked,
+    TrackingMode,
+    constants,
+    decomposed,
+    writes,
+)
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, tensors_of
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -67,7 +77,7 @@ class CallTrace:
     hits: tuple[int, ...]
     kind: Kind
     rule: Rule | None = None
-    names: tuple[str, ...] = ()
+    names: tuple[ArgName, ...] = ()
     layouts: tuple[tuple[int, Layout], ...] = ()
     out: Layout = field(default=Layout(0))
     ndim: int = 0
@@ -75,8 +85,15 @@ class CallTrace:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The calls on tracked tensors, in order, and how often samples meet each parameter."""
+    """What is known of one way through the model.
 
+    Attributes:
+        funcs: every torch call, in order: a run that makes others is on another way.
+        calls: the calls on tracked tensors, in order.
+        uses: how often samples meet each parameter.
+    """
+
+    funcs: tuple[Callable[..., Any], ...]
     calls: tuple[CallTrace, ...]
     uses: tuple[int, ...]
 
@@ -113,12 +130,20 @@ class _ShapeLog(_Refusals):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        whole = decomposed(self, func, args, kwargs or {})
+        if whole is not NotImplemented:
+            return whole
         entry = len(self.calls)
         inputs = _shapes((args, kwargs or {}))
         self.calls.append((func, inputs, []))
         out = super().__torch_function__(func, types, args, kwargs)
         self.calls[entry] = (func, inputs, _shapes(out))
         return out
+
+
+def _rng_state(x: Tensor) -> Tensor:
+    """The state of the generator that random numbers like `x` come from."""
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
 def _shapes(tree: object) -> list[Shape | None]:
@@ -152,6 +177,10 @@ class _Recorder(TrackingMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        out = decomposed(self, func, args, kwargs)
+        if out is not NotImplemented:
+            return out
         self._entry += 1
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
@@ -159,7 +188,7 @@ class _Recorder(TrackingMode):
                 f"{op_name(func)}): its control flow depends on its data, so it cannot be traced. "
                 + WAYS_OUT
             )
-        return super().__torch_function__(func, types, args, kwargs)
+        return self.elementary(func, args, kwargs)
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         _, arg_shapes, out_shapes = self._log.calls[self._entry - 1]
@@ -169,10 +198,15 @@ class _Recorder(TrackingMode):
             if any(s is not None for s in out_shapes):
                 self.seen.append(_Seen(plain, [], None, ()))
             return out
-        if not any(s is not None for s in out_shapes):
-            return call.run(func, call.consts())
+        if writes(func, call.kwargs()) and call.leaves[0].shape == arg_shapes[0]:
+            self.seen.append(_Seen(replace(plain, kind="derived"), [], None, ()))
+            return self.derive(func, call)
         out = call.run(func, call.consts())
         outs = flatten(out)[0]
+        if out is None and writes(func, call.kwargs()):
+            outs, out_shapes = call.leaves[:1], arg_shapes[:1]
+        if not any(s is not None for s in out_shapes):
+            return out
         grew = [tuple(x.shape) != s for x, s in zip(outs, out_shapes, strict=True)]
         if not any(x.is_floating_point() for x in outs):
             self.seen.append(_Seen(plain, [], None, ()))
@@ -181,6 +215,18 @@ class _Recorder(TrackingMode):
             self.seen.append(_Seen(replace(plain, kind="derived"), [], None, ()))
             return self.derive(func, call)
         self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
+        return out
+
+    def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        x = call.tracked[0].const
+        before = _rng_state(x)
+        out = super().derive(func, call)
+        if not torch.equal(before, _rng_state(x)):
+            raise RandomnessError(
+                f"{op_name(func)} draws random numbers for parameter {call.tracked[0].name!r}: one "
+                "draw for all samples, so the losses are not one function of the parameter for "
+                "each of them. Draw outside model_fn and close over the numbers."
+            )
         return out
 
     def _use(
@@ -194,28 +240,69 @@ class _Recorder(TrackingMode):
         rule = lookup(func)
         what = f"{op_name(func)} on parameter {', '.join(repr(t.name) for t in call.tracked)}"
         if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
-            raise UnsupportedOpError(f"{what}: no ghost rule for this op. {WAYS_OUT}")
-        args, kwargs = call.rebuild(call.leaves)
-        names = tuple("" for _ in call.tracked)
-        if not isinstance(rule, BroadcastRule):
-            bound = rule.bind(args, kwargs)
-            found = {id(v): name for name, v in bound.items()}
-            if any(id(call.leaves[i]) not in found for i in call.hits):
-                raise UnsupportedOpError(f"{what}: given inside a list or tuple. {WAYS_OUT}")
-            names = tuple(found[id(call.leaves[i])] for i in call.hits)
+            reason = REASONS.get(func, "no ghost rule for this op")
+            raise UnsupportedOpError(f"{what}: {reason}. {WAYS_OUT}")
+        if isinstance(rule, FactorRule) and rule.check is not None:
+            args, kwargs = call.rebuild(call.leaves)
+            rule.check(*args, **kwargs)
         axis, folds = self._axis(out_shapes[0], tuple(out.shape), what)
         layouts = []
         for i, x in enumerate(call.leaves):
             shape = arg_shapes[i]
             if isinstance(x, Tensor) and shape is not None and tuple(x.shape) != shape:
                 arg_axis, arg_folds = self._axis(shape, tuple(x.shape), what)
+                if len(arg_folds) > len(folds):
+                    raise SampleAxisError(
+                        f"{what}: argument {i} has shape {tuple(x.shape)} with several rows per "
+                        f"sample, the output {tuple(out.shape)} with one. {WAYS_OUT}"
+                    )
                 layouts.append(
                     (i, Layout(arg_axis, "none" if arg_folds == ("none",) else folds[0]))
                 )
+        layout = Layout(axis, folds[0])
+        names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
+        if not isinstance(rule, BroadcastRule):
+            names = self._try(rule, call, out, layout, dict(layouts), what)
         trace = CallTrace(
             func, tuple(call.hits), "use", rule, names, tuple(layouts), Layout(axis), out.ndim
         )
         return _Seen(trace, call.tracked, out, folds)
+
+    def _try(
+        self,
+        rule: FactorRule,
+        call: CallArgs,
+        out: Tensor,
+        layout: Layout,
+        layouts: dict[int, Layout],
+        what: str,
+    ) -> tuple[ArgName, ...]:
+        """The rule's names for the tracked arguments; raises unless it has factors for them."""
+        slots = [object() for _ in call.leaves]  # one tensor may be two arguments
+        try:
+            named = rule.names(*call.rebuild(slots))
+            names = tuple(named[id(slots[i])] for i in call.hits)
+            args, kwargs = call.rebuild(call.stacked(layouts, self._grown))
+            factors = rule.fn(layout.stack(out, self._grown), *args, **kwargs)
+            for name, tracked in zip(names, call.tracked, strict=True):
+                if name not in factors:
+                    raise UnsupportedOpError(f"{what}: its rule has no factor for {name!r}")
+                shape, wanted = factors[name]().shape, tuple(tracked.const.shape)
+                if math.prod(shape) != math.prod(wanted):
+                    raise UnsupportedOpError(
+                        f"{what}: its rule makes a factor of shape {shape} for shape {wanted}"
+                    )
+        except UnsupportedOpError as error:
+            said = str(error)
+            raise UnsupportedOpError(said if WAYS_OUT in said else f"{said}. {WAYS_OUT}") from None
+        except GhostError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise UnsupportedOpError(
+                f"{what}: its rule cannot take this call ({type(error).__name__}: {error}). "
+                + WAYS_OUT
+            ) from error
+        return names
 
     def _axis(self, small: Shape, grown: Shape, what: str) -> tuple[int, tuple[Fold, ...]]:
         """The axis that grew, and how samples may be folded on it."""
@@ -268,8 +355,17 @@ class _Prober(TrackingMode):
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         expected = self._expected
-        if expected is None or expected.trace.func != func:
-            return call.run(func, call.consts())
+        if expected is None or (func, tuple(call.hits)) != (
+            expected.trace.func,
+            expected.trace.hits,
+        ):
+            out = call.run(func, call.consts())
+            if tensors_of(out):
+                raise ControlFlowError(
+                    f"model_fn calls other ops when it is run again (at {op_name(func)}): its "
+                    f"control flow depends on something besides its arguments. {WAYS_OUT}"
+                )
+            return out
         self._expected = next(self._seen, None)
         if expected.trace.kind == "derived":
             return self.derive(func, call)
@@ -280,6 +376,7 @@ class _Prober(TrackingMode):
 # --- the trace --------------------------------------------------------------------------------
 
 
+@torch.enable_grad()
 def trace_model(
     model_fn: ModelFn,
     leaves: Sequence[Tensor],
@@ -316,9 +413,10 @@ def trace_model(
     )
     counts = [0] * len(leaves)
     for use in uses:
-        for leaf in set().union(*(t.leaves() for t in use.tracked)):
+        for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
             counts[leaf] += 1
     trace = Trace(
+        tuple(func for func, _, _ in log.calls),
         tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
         tuple(counts),
     )
@@ -365,7 +463,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = min(0.1, _tolerance(a.dtype))
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.detach().abs().max()))
 
 
 def _compare(

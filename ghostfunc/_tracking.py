@@ -7,7 +7,7 @@ bookkeeping of derived tensors, and the pull-back of factors from derived tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from ghostfunc._errors import InPlaceError
 from ghostfunc._factors import Dense, Factor, materialize, transpose
+from ghostfunc._layout import Layout, stack_all
 from ghostfunc._quantities import Push, Reader
-from ghostfunc._rules import REFUSED
-from ghostfunc._rules._registry import op_name
+from ghostfunc._rules import DECOMPOSITIONS, REFUSED
+from ghostfunc._rules._registry import constant, op_name
 from ghostfunc._tree import ParamSpec, flatten, unflatten
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
@@ -42,12 +43,23 @@ _CASTS = {
     Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
     Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda,
 }  # fmt: skip
-CONSTANTS: set[Callable[..., Any]] = {Tensor.detach, torch.detach, _getter("data")}
+CONSTANTS: set[Callable[..., Any]] = {
+    Tensor.detach, torch.detach, _getter("data"), constant,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor,
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like,
+    torch.rand_like, torch.randn_like, torch.randint_like,
+}  # fmt: skip
 """Ops whose result autograd holds constant."""
 _IN_PLACE_OPERATORS = {
     "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__",
     "__iand__", "__ior__", "__ixor__", "__setitem__", "__set__",
 }  # fmt: skip
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform or the compiler is at work around us."""
+    active: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return active or torch.compiler.is_compiling()
 
 
 @dataclass(eq=False)
@@ -142,8 +154,30 @@ class CallArgs:
     def consts(self) -> list[Tensor]:
         return [t.const for t in self.tracked]
 
+    def stacked(self, layouts: Mapping[int, Layout], n: int) -> list[Any]:
+        """The arguments as op rules get them: every tensor as `[n, *shape]`."""
+        leaves = list(self.leaves)
+        for i, tracked in zip(self.hits, self.tracked, strict=True):
+            leaves[i] = tracked.const
+        return stack_all(leaves, layouts, n)
+
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return self.rebuild(self.leaves)[1]
+
     def grads(self) -> list[Tensor]:
         return [t.grad for t in self.tracked]
+
+
+def decomposed(
+    mode: TorchFunctionMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The result of the elementary ops that make up a composite one, each seen by `mode`;
+    `NotImplemented` if the call is elementary."""
+    if func not in DECOMPOSITIONS:
+        return NotImplemented
+    with mode:
+        return DECOMPOSITIONS[func](*args, **kwargs)
 
 
 class TrackingMode(TorchFunctionMode):
@@ -151,9 +185,10 @@ class TrackingMode(TorchFunctionMode):
 
     def __init__(self, leaves: Sequence[Tracked]) -> None:
         super().__init__()
-        self._tracked: dict[int, Tracked] = {}
+        # By identity, which lasts as long as the object is held here.
+        self._tracked: dict[int, tuple[Any, Tracked]] = {}
         for leaf in leaves:
-            self.track(leaf)
+            self.track(leaf.grad, leaf)
 
     def __torch_function__(
         self,
@@ -163,23 +198,43 @@ class TrackingMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in DECOMPOSITIONS and self._touched(args, kwargs):
+            out = decomposed(self, func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return self.elementary(func, args, kwargs)
+
+    def elementary(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call, seen as it is."""
         if func in REFUSED:
             REFUSED[func](*args, **kwargs)
-        if not self._touches(args) and not (kwargs and self._touches(kwargs.values())):
+        if not self._touched(args, kwargs):
             return func(*args, **kwargs)
         call = self._flatten(args, kwargs)
-        _refuse_in_place(func, args, call)
+        if writes(func, kwargs) and call.hits[:1] == [0]:
+            target = call.tracked[0]
+            if target.leaf is not None or not torch.is_grad_enabled():
+                raise InPlaceError(
+                    f"model_fn writes to parameter {target.name!r} in place ({op_name(func)}). A "
+                    "pure function leaves its parameters as they are: use the out-of-place op."
+                )
         return self.on_tracked(func, call)
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         raise NotImplementedError
 
-    def track(self, tracked: Tracked) -> None:
-        self._tracked[id(tracked.grad)] = tracked
+    def track(self, x: Tensor, tracked: Tracked) -> None:
+        """Take `x`, wherever the program uses it, for `tracked`."""
+        self._tracked[id(x)] = (x, tracked)
 
     def _find(self, x: object) -> Tracked | None:
         found = self._tracked.get(id(x))
-        return found if found is not None and found.grad is x else None
+        return None if found is None else found[1]
+
+    def _touched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._touches(args) or (bool(kwargs) and self._touches(kwargs.values()))
 
     def _touches(self, values: Any) -> bool:
         for x in values:
@@ -190,26 +245,63 @@ class TrackingMode(TorchFunctionMode):
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArgs:
         leaves, treedef = flatten((args, kwargs))
         hits = [i for i, x in enumerate(leaves) if self._find(x) is not None]
-        return CallArgs(leaves, treedef, hits, [self._tracked[id(leaves[i])] for i in hits])
+        return CallArgs(leaves, treedef, hits, [self._tracked[id(leaves[i])][1] for i in hits])
 
     def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:
-        """Run an op on tracked tensors alone; its results are tracked in their turn."""
-        out = call.run(func, call.grads())
+        """Run an op on tracked tensors alone; its results are tracked in their turn.
+
+        What an in-place op writes to, it writes to a copy, which stands for the original from then
+        on.
+        """
+        in_place = writes(func, call.kwargs())
+        pure = _on_a_copy(func) if in_place else func
+        out = call.run(pure, call.grads())
         connected = any(t.wants_grad for t in call.tracked)
-        const = call.run(func, call.consts()) if connected else out
+        const = call.run(pure, call.consts()) if connected else out
+        if in_place:
+            self.track(call.leaves[0], _derived(func, pure, call, out, const, None))
+            return call.leaves[0]
         outs, spec = flatten(out)
         consts = flatten(const)[0]
+        known = {id(t.grad) for t in call.tracked}
         for i, (grad, value) in enumerate(zip(outs, consts, strict=True)):
-            if self._find(grad) is None and grad.is_floating_point():
-                self.track(_derived(func, call, grad, value, i if len(outs) > 1 else None))
+            if id(grad) not in known and grad.is_floating_point():
+                index = i if len(outs) > 1 else None
+                self.track(grad, _derived(func, func, call, grad, value, index))
         return unflatten(spec, outs)
 
 
+def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an op writes to its first argument."""
+    name = func.__name__
+    return (
+        name in _IN_PLACE_OPERATORS
+        or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        or kwargs.get("inplace") is True
+    )
+
+
+def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Any]:
+    """An in-place op as a pure function."""
+
+    def pure(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = x.clone()
+        func(x, *args, **kwargs)
+        return x
+
+    return pure
+
+
 def _derived(
-    func: Callable[..., Any], call: CallArgs, grad: Tensor, const: Tensor, index: int | None
+    func: Callable[..., Any],
+    pure: Callable[..., Any],
+    call: CallArgs,
+    grad: Tensor,
+    const: Tensor,
+    index: int | None,
 ) -> Tracked:
     def fn(*sources: Tensor) -> Tensor:
-        out = call.run(func, sources)
+        out = call.run(pure, sources)
         return out if index is None else flatten(out)[0][index]
 
     derivation = _derivation(func, call, const)
@@ -261,18 +353,3 @@ def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: 
             return twice(tangent.to(primal.dtype))[0]
 
     return Push(jvp, derivation)
-
-
-def _refuse_in_place(func: Callable[..., Any], args: tuple[Any, ...], call: CallArgs) -> None:
-    name = func.__name__
-    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    if (
-        in_place
-        and name != "requires_grad_"
-        and args
-        and any(args[0] is t.grad for t in call.tracked)
-    ):
-        raise InPlaceError(
-            f"model_fn writes to parameter {call.tracked[0].name!r} in place ({op_name(func)}). "
-            "A pure function leaves its parameters as they are: use the out-of-place op."
-        )

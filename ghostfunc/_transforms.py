@@ -286,10 +286,10 @@ class _Problem:
                 randomness=self.randomness,
             )
 
-        train = [wide(g).flatten(1) for g in grads(self.train)]
+        train = [wide(g)[:, None].flatten(1) for g in grads(self.train)]
         if self.direction is not None:
             return [g @ wide(u).flatten() for g, u in zip(train, self.direction, strict=True)]
-        val = [wide(g).flatten(1) for g in grads(self.val)]
+        val = [wide(g)[:, None].flatten(1) for g in grads(self.val)]
         gram = [g @ v.mT for g, v in zip(train, val, strict=True)]
         if self.reduction == "none":
             return gram

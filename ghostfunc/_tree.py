@@ -118,5 +118,13 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
 
 
 def take(batch: PyTree, index: Sequence[int]) -> PyTree:
-    """The samples `index` of `batch`, as a new batch."""
-    return optree.tree_map(lambda x: x[torch.tensor(list(index), device=x.device)], batch)
+    """The samples `index` of `batch`, as a new batch. Leaves that are one tensor stay one:
+    attention asks whether its key is its value."""
+    taken: dict[int, Tensor] = {}
+
+    def of_leaf(x: Tensor) -> Tensor:
+        if id(x) not in taken:
+            taken[id(x)] = x[torch.tensor(list(index), device=x.device)]
+        return taken[id(x)]
+
+    return optree.tree_map(of_leaf, batch)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ghostfunc._cost import Meeting
 from ghostfunc._errors import WAYS_OUT, ControlFlowError, OptionError, one_of
 from ghostfunc._factors import Factor
 from ghostfunc._layout import StaleLayout
@@ -23,9 +24,14 @@ from ghostfunc._trace import (
     structure,
     trace_model,
 )
-from ghostfunc._tracking import ReaderKey, constants
+from ghostfunc._tracking import ReaderKey, constants, in_transform
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
 from ghostfunc._types import ModelFn, PyTree, Randomness
+
+T = TypeVar("T")
+
+MAX_TRACES = 8
+"""Ways through one model that are remembered."""
 
 
 class GhostVjp(NamedTuple):
@@ -118,7 +124,7 @@ class Taken:
 class Traced:
     """A model function with its trace, ready to be run on one batch.
 
-    Make it with `traced`; `sample_losses` are there only if the model has just been traced.
+    Made by `on_trace`; `sample_losses` are there only if the model has just been traced.
     """
 
     model_fn: ModelFn
@@ -128,28 +134,6 @@ class Traced:
     n: int
     trace: Trace
     sample_losses: Tensor | None
-
-
-def traced(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    *,
-    randomness: Randomness,
-    anew: bool = False,
-) -> Traced:
-    """Look the trace up, or make it."""
-    leaves = [_plain(x) for x in leaves]
-    n = batch_size(batch)
-    remembered = memory(model_fn)
-    key = structure(model_fn, spec, leaves, batch, randomness)
-    if key in remembered and not anew:
-        return Traced(model_fn, leaves, spec, batch, n, remembered[key], None)
-    trace, losses = trace_model(model_fn, leaves, spec, batch, randomness)
-    remembered[key] = trace
-    checked = losses if randomness == "error" else None
-    return Traced(model_fn, leaves, spec, batch, n, trace, checked)
 
 
 def run(
@@ -168,21 +152,67 @@ def run(
 
     `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted.
     """
-    for anew in (False, True):
-        model = traced(model_fn, leaves, spec, batch, randomness=randomness, anew=anew)
-        try:
-            taken = _run(model, quantities, grads, collect, scale)
-        except StaleLayout as stale:
-            if anew:
-                raise ControlFlowError(
-                    "model_fn does not call the same ops each time it runs on this batch "
-                    f"({stale}): its control flow depends on its data. {WAYS_OUT}"
-                ) from None
-            continue
-        break
+    model, taken = on_trace(
+        lambda model: _run(model, quantities, grads, collect, scale),
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        randomness,
+    )
     if model.sample_losses is not None:
         check_company(taken.losses, model.sample_losses)
     return taken
+
+
+def on_trace(
+    use: Callable[[Traced], T],
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> tuple[Traced, T]:
+    """`use` a trace that fits this batch: one of those remembered, or a new one."""
+    leaves = [_plain(x) for x in leaves]
+    n = batch_size(batch)
+    traces: list[Trace] = memory(model_fn).setdefault(
+        structure(model_fn, spec, leaves, batch, randomness), []
+    )
+    for trace in traces:
+        model = Traced(model_fn, leaves, spec, batch, n, trace, None)
+        try:
+            result = use(model)
+        except StaleLayout:
+            continue  # control flow went another way: perhaps one that was traced before
+        traces.remove(trace)
+        traces.insert(0, trace)
+        return model, result
+    trace, losses = trace_model(model_fn, leaves, spec, batch, randomness)
+    checked = losses if randomness == "error" else None
+    model = Traced(model_fn, leaves, spec, batch, n, trace, checked)
+    try:
+        result = use(model)
+    except StaleLayout as stale:
+        raise ControlFlowError(
+            "model_fn does not call the same ops each time it runs on this batch "
+            f"({stale}): its control flow depends on its data. {WAYS_OUT}"
+        ) from None
+    traces.insert(0, trace)
+    del traces[MAX_TRACES:]
+    return model, result
+
+
+def traced(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    randomness: Randomness,
+) -> Trace:
+    """A trace of the model, made now if there is none."""
+    return on_trace(lambda model: model.trace, model_fn, leaves, spec, batch, randomness)[1]
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -199,11 +229,16 @@ def _run(
 ) -> Taken:
     leaves, spec, n = model.leaves, model.spec, model.n
     readers = [q.readers(leaves, spec) for q in quantities]
-    keys: list[ReaderKey] = [
-        (q, i) for q, row in enumerate(readers) for i, r in enumerate(row) if r is not None
-    ]
+    keys: list[ReaderKey] = []
+    met: list[ReaderKey] = []
+    for q, row in enumerate(readers):
+        for i in (i for i, r in enumerate(row) if r is not None):
+            # Not linear in the gradient, a quantity needs all uses of a parameter together.
+            together = quantities[q].degree > 1 and model.trace.uses[i] > 1
+            (met if together else keys).append((q, i))
     taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
-    collected = _collecting_sites(model, collect)
+    kept = {*collect, *(i for _, i in met)}
+    collected = _collecting_sites(model, kept)
     modes: list[TapMode] = []
 
     def tapped(
@@ -224,19 +259,15 @@ def _run(
         with mode:
             losses = model.model_fn(spec.unflatten([t.grad for t in tracked]), model.batch)
         mode.finish()
+        check_losses(losses, n)
         modes.append(mode)
-        return losses, [mode.uses[site].arg_tensors for site in collected]
+        return losses, [[x.detach() for x in mode.uses[s].arg_tensors] for s in collected]
 
-    losses, pullback, saved = _vjp_with_aux(
+    losses, (tap_cotangents, collected_b, param_grads), saved = _pull_back(
         tapped,
-        taps,
-        [site.tap(n) for site in collected.values()],
-        [leaves[i] for i in grads],
-    )
-    check_losses(losses, n)
-    keep = _derivative_wanted(leaves, model.batch, readers)
-    tap_cotangents, collected_b, param_grads = pullback(
-        torch.full_like(losses, scale), retain_graph=keep, create_graph=keep
+        (taps, [site.tap(n) for site in collected.values()], [leaves[i] for i in grads]),
+        scale,
+        differentiable=_derivative_wanted(leaves, model.batch, readers),
     )
 
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
@@ -250,15 +281,47 @@ def _run(
         use = modes[0].uses[site]
         for name, target in use.targets:
             for i, factor in leaf_factors(target, use.factor(name, target, b, tensors)).items():
-                if i in collect:
+                if i in kept:
                     factors[i].append(factor)
+    for q, i in met:
+        value = readers[q][i].read_all(factors[i])
+        values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
     return Taken(losses, values, out_grads, factors)
 
 
-def _vjp_with_aux(f: Callable[..., Any], *primals: list[Tensor]) -> tuple[Tensor, Any, Any]:
-    out: Any = torch.func.vjp(f, *primals, has_aux=True)
-    losses, pullback, aux = out
-    return losses, pullback, aux
+def _pull_back(
+    f: Callable[..., tuple[Tensor, Any]],
+    primals: tuple[list[Tensor], ...],
+    cotangent: float,
+    *,
+    differentiable: bool,
+) -> tuple[Tensor, Any, Any]:
+    """`f`'s output, the cotangents of its primals for a constant cotangent, and its aux output.
+
+    Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
+    same with a tenth of the overhead on every op and tap.
+    """
+    if in_transform():
+        out: Any = torch.func.vjp(f, *primals, has_aux=True)
+        losses, pullback, aux = out
+        cotangents = pullback(
+            torch.full_like(losses, cotangent),
+            retain_graph=differentiable,
+            create_graph=differentiable,
+        )
+        return losses, cotangents, aux
+    inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
+    with torch.enable_grad():
+        losses, aux = f(*inputs)
+    flat = torch.autograd.grad(
+        losses,
+        [x for group in inputs for x in group],
+        torch.full_like(losses, cotangent),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    rest = iter(flat)
+    return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
 
 
 def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:
@@ -267,24 +330,6 @@ def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) ->
         x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x)
         for x in tensors_of((list(leaves), batch, readers))
     )
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """One use of one parameter, seen from outside: what it costs follows from it.
-
-    Attributes:
-        kind: type of its factor.
-        shape: shape of the factor.
-        n, positions: samples, and positions per sample.
-        direct: the parameter itself, or a mere transpose or cast of it, meets the samples.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    n: int
-    positions: int
-    direct: bool
 
 
 def meetings(
@@ -300,17 +345,18 @@ def meetings(
 
     Not `exact`, the positions may be those of a batch of another length, scaled to this one.
     """
-    model = traced(model_fn, leaves, spec, batch, randomness=randomness)
-    lengths = sum(x[0].numel() for x in tensors_of(batch))
-    out: list[list[Meeting]] = [[] for _ in leaves]
     remembered = memory(model_fn)
-    any_length = ("sites", model.trace)
-    if any_length not in remembered:
-        remembered[any_length] = (lengths, _sites(model))
-    if exact:
-        sites, ratio = _sites(model), 1.0
-    else:
-        sites, ratio = remembered[any_length][1], lengths / remembered[any_length][0]
+    lengths = sum(x[0].numel() for x in tensors_of(batch))
+
+    def look(model: Traced) -> tuple[list[Site], float]:
+        key = ("sites", model.trace)
+        if key not in remembered:
+            remembered[key] = (lengths, _sites(model))
+        seen_lengths, seen = remembered[key]
+        return (_sites(model), 1.0) if exact else (seen, lengths / seen_lengths)
+
+    model, (sites, ratio) = on_trace(look, model_fn, leaves, spec, batch, randomness)
+    out: list[list[Meeting]] = [[] for _ in leaves]
     for site in sites:
         for i, kind, shape, positions, direct in site.targets:
             out[i].append(Meeting(kind, shape, model.n, max(1, round(positions * ratio)), direct))

@@ -2,9 +2,11 @@
 
 The layers, lowest first (a module may import its own layer and those below it):
 
-    {_types, _errors, _cost} <- {_tree, _layout, _module} <- {_factors} <- {_rules, _quantities}
-        <- {_tracking, _trace, _taps, _vjp} <- {_oracles, _direction, _transforms, _verify}
-        <- everything built on them
+    {_types, _errors, _cost} <- {_tree, _layout, _module, _memory}
+        <- {_factors, _bundles, _pairs, _norms} <- {_rules, _quantities}
+        <- {_tracking, _trace, _taps, _vjp}
+        <- {_oracles, _direction, _transforms, _verify, _book, _blocks, _pairwise, _clipping,
+            _explain} <- everything built on them
 
 Every import counts, those inside functions and under `TYPE_CHECKING` included.
 """
@@ -22,11 +24,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ghostfunc"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
-    ("_tree", "_layout", "_module"),
-    ("_factors",),
+    ("_tree", "_layout", "_module", "_memory"),
+    ("_factors", "_bundles", "_pairs", "_norms"),
     ("_rules", "_quantities"),
     ("_tracking", "_trace", "_taps", "_vjp"),
-    ("_oracles", "_direction", "_transforms", "_verify"),
+    (
+        "_oracles",
+        "_direction",
+        "_transforms",
+        "_verify",
+        "_book",
+        "_blocks",
+        "_pairwise",
+        "_clipping",
+        "_explain",
+    ),
 )
 LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TOP = len(LAYERS)

@@ -16,8 +16,20 @@ samples arrive as `[n, ...]`, sample axis first and unfolded, whatever the model
 arguments arrive as the op got them.
 """
 
-from ghostfunc._rules import elementwise, embedding, linear, norm
+from ghostfunc._rules import (
+    activation,
+    composite,
+    conv,
+    distance,
+    elementwise,
+    embedding,
+    inplace,
+    linear,
+    norm,
+    recurrent,
+)
 from ghostfunc._rules._registry import (
+    DECOMPOSITIONS,
     REFUSED,
     RULES,
     BroadcastRule,
@@ -28,15 +40,22 @@ from ghostfunc._rules._registry import (
 )
 
 __all__ = [
+    "DECOMPOSITIONS",
     "REFUSED",
     "RULES",
     "BroadcastRule",
     "FactorRule",
     "Rule",
+    "activation",
+    "composite",
+    "conv",
+    "distance",
     "elementwise",
     "embedding",
+    "inplace",
     "linear",
     "lookup",
     "norm",
+    "recurrent",
     "register_rule",
 ]

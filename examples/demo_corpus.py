@@ -1,0 +1,118 @@
+"""Real text that every CPython carries, as chunks of bytes in six domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from inspect import getsource
+
+import _pydecimal
+import html.entities
+import locale
+import torch
+from jaxtyping import Int
+from pydoc_data import topics
+from torch import Tensor
+
+VOCAB_SIZE = 256
+"""The tokens are bytes."""
+
+PASSAGE = 16
+"""Chunks in a passage: neighbours are trained on, or held out, together."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of text, and where to read it."""
+
+    about: str
+    read: Callable[[], Iterable[str]]
+
+
+def package_sources(package: str, prefix: str = "") -> Iterator[str]:
+    """The source of every module of a package whose name starts with `prefix`."""
+    for file in sorted(resources.files(package).iterdir(), key=lambda file: file.name):
+        if file.name.startswith(prefix) and file.name.endswith(".py"):
+            yield file.read_text(encoding="utf-8")
+
+
+DOMAINS = {
+    "manual": Domain(
+        "prose of the language reference (pydoc_data.topics)", lambda: topics.topics.values()
+    ),
+    "asyncio": Domain("code of the asyncio package", lambda: package_sources("asyncio")),
+    "decimal": Domain("code and doctests of the decimal module", lambda: [getsource(_pydecimal)]),
+    "charmaps": Domain(
+        "tables of code pages (encodings/cp*.py)", lambda: package_sources("encodings", "cp")
+    ),
+    "entities": Domain("tables of HTML entities", lambda: [getsource(html.entities)]),
+    "locales": Domain("code and tables of the locale module", lambda: [getsource(locale)]),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Chunks of every domain: `[chunks, bytes]` each.
+
+    Attributes:
+        train: trained on.
+        held_out: of passages that are not trained on.
+    """
+
+    train: dict[str, Int[Tensor, "n t"]]
+    held_out: dict[str, Int[Tensor, "m t"]]
+
+
+def load_corpus(
+    *, chunk_bytes: int, n_train: int, n_held_out: int, generator: torch.Generator
+) -> Corpus:
+    """Cut every domain into passages, hold some out, and draw chunks of both kinds.
+
+    Args:
+        chunk_bytes: length of a chunk.
+        n_train, n_held_out: chunks of each kind in every domain.
+        generator: shuffles passages and chunks.
+
+    Returns:
+        The same number of chunks of every domain.
+
+    Raises:
+        ValueError: a domain has too little text, as in a Python installed without its sources.
+    """
+    train, held_out = {}, {}
+    for name, domain in DOMAINS.items():
+        text = "\n\n".join(unique_paragraphs(domain.read())).encode()
+        n_passages = len(text) // (PASSAGE * chunk_bytes)
+        n_kept_out = -(-n_held_out // PASSAGE)
+        if n_passages * PASSAGE < n_train + n_kept_out * PASSAGE:
+            raise ValueError(
+                f"domain {name!r} ({domain.about}) has {len(text)} bytes here, too few for "
+                f"{n_train} + {n_held_out} chunks of {chunk_bytes} bytes. Ask for fewer chunks, or "
+                "use a Python that was installed with the sources of its standard library."
+            )
+        used = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        passages = used[: n_passages * PASSAGE * chunk_bytes].view(n_passages, PASSAGE, chunk_bytes)
+        passages = passages[torch.randperm(n_passages, generator=generator)]
+        held_out[name] = draw(passages[:n_kept_out].flatten(0, 1), n_held_out, generator)
+        train[name] = draw(passages[n_kept_out:].flatten(0, 1), n_train, generator)
+    return Corpus(train, held_out)
+
+
+def unique_paragraphs(documents: Iterable[str]) -> Iterable[str]:
+    """Paragraphs in their order, each once: the manual, for one, repeats whole sections."""
+    return dict.fromkeys(
+        paragraph for document in documents for paragraph in document.split("\n\n")
+    )
+
+
+def draw(chunks: Int[Tensor, "n t"], count: int, generator: torch.Generator) -> Tensor:
+    """`count` chunks without replacement."""
+    return chunks[torch.randperm(len(chunks), generator=generator)[:count]]
+
+
+def snippet(chunk: Int[Tensor, " t"], width: int) -> str:
+    """A chunk as one printable line."""
+    text = bytes(chunk.tolist()).decode(errors="replace")
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"

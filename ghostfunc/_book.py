@@ -1,0 +1,171 @@
+"""Per-sample gradients kept as factors: one backward pass, many quantities afterwards.
+
+What a tap reads must be known before the backward pass. Where it is not (clip by norms, then sum;
+choose samples by their scores, then sum), the factors of every use are kept instead and contracted
+when the question is asked: the book-keeping of Bu et al., for any contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc import _bundles, _cost, _norms, _oracles, _pairs
+from ghostfunc._errors import OptionError, one_of
+from ghostfunc._factors import Dense, Factor, add_up
+from ghostfunc._trace import check_independence, check_losses
+from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._vjp import run
+
+
+def factored_grads(
+    model_fn: ModelFn, params: PyTree, batch: PyTree, *, randomness: Randomness = "error"
+) -> FactoredGrads:
+    """Every sample's gradient `g_i`, kept as factors, from one backward pass.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        randomness: "error" or "different".
+
+    Returns:
+        A `FactoredGrads`, to be asked for norms, dot products, Gram matrices and weighted sums in
+        any order, without another pass through the model. It holds the input and the output's
+        cotangent of every op with a parameter: about as much memory as the activations of a
+        training step, and nothing of the size of n models.
+
+    Raises:
+        GhostError: one of its children, as for `ghost_vjp`.
+
+    Reference:
+        Bu et al., "Differentially Private Optimization on Large Model at Small Cost", ICML 2023.
+    """
+    one_of("randomness", randomness, ("error", "different"))
+    leaves, spec = flatten_params(params)
+    return collect(model_fn, leaves, spec, batch, randomness=randomness)
+
+
+def collect(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    mode: Mode = "ghost",
+    vectorize: bool = True,
+    randomness: Randomness = "error",
+) -> FactoredGrads:
+    """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
+    if mode == "materialized":
+        check_independence(model_fn, leaves, spec, batch, randomness)
+        with torch.no_grad():
+            losses = check_losses(model_fn(spec.unflatten(list(leaves)), batch), batch_size(batch))
+        grads = _oracles.materialize(
+            model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
+        )
+        return FactoredGrads(losses, tuple((Dense(g),) for g in grads), tuple(leaves), spec)
+    taken = run(
+        model_fn, leaves, spec, batch, [], collect=range(len(leaves)), randomness=randomness
+    )
+    n = len(taken.losses)
+    bundles = tuple(
+        tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
+        for bundle, x in zip(taken.factors, leaves, strict=True)
+    )
+    return FactoredGrads(taken.losses, bundles, tuple(leaves), spec)
+
+
+@dataclass(frozen=True)
+class FactoredGrads:
+    """The gradients of n samples; made by `gf.factored_grads`.
+
+    Attributes:
+        losses: `[n]`.
+        bundles: for every parameter the factors of its uses, whose sum is `g_i`.
+    """
+
+    losses: Float[Tensor, " n"]
+    bundles: tuple[tuple[Factor, ...], ...]
+    _leaves: tuple[Tensor, ...]
+    _spec: ParamSpec
+
+    def norms(self, *, per_param: bool = False) -> PyTree:
+        """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.
+
+        Exact as long as the norm itself can be represented: where the square of the whole gradient
+        overflows or underflows, norms are taken again at another scale. A gradient with a NaN or
+        infinite entry has a NaN or infinite norm.
+        """
+        rows = self.param_norms()
+        return self._spec.unflatten(list(rows)) if per_param else _norms.joint(rows)
+
+    def param_norms(self) -> Float[Tensor, "params n"]:
+        """`norms`, one row per parameter."""
+        squares = torch.stack([_pairs.sqnorms(bundle) for bundle in self.bundles])
+        out = _norms.root(squares)
+        extreme = _norms.extremes(squares.sum(0))
+        if bool(extreme.any()):
+            index = extreme.nonzero().flatten()
+            for row, bundle in zip(out, self.bundles, strict=True):
+                exact = _norms.norms([_bundles.take(f, index) for f in bundle])
+                row[index] = exact.to(row.dtype)
+        return out
+
+    def dot_prods(self, direction: PyTree, *, per_param: bool = False) -> PyTree:
+        """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request."""
+        dots = self.param_dots(flatten_like(direction, self._leaves, self._spec, "direction"))
+        return self._spec.unflatten(dots) if per_param else add_up(dots)
+
+    def param_dots(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """`dot_prods`, parameter by parameter."""
+        return [
+            add_up([_bundles.dot(f, u) for f in bundle])
+            for bundle, u in zip(self.bundles, direction, strict=True)
+        ]
+
+    def gram(self, other: FactoredGrads | None = None, *, per_param: bool = False) -> PyTree:
+        """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request."""
+        grams = self.param_grams(other)
+        return self._spec.unflatten(grams) if per_param else add_up(grams)
+
+    def param_grams(
+        self, other: FactoredGrads | None = None, *, workspace: int = _cost.BLOCK_ELEMENTS
+    ) -> list[Tensor]:
+        """`gram`, parameter by parameter."""
+        others = [None] * len(self.bundles) if other is None else other.bundles
+        return [
+            _pairs.gram(f, g, workspace=workspace)
+            for f, g in zip(self.bundles, others, strict=True)
+        ]
+
+    def weighted_sum(self, weights: Float[Tensor, " n"]) -> PyTree:
+        """`sum_i w_i g_i`, a pytree like `params` and of their dtypes.
+
+        Samples of weight zero are left out: they cost nothing, and a NaN in one spoils nothing.
+        """
+        weights = check_weights(weights, len(self.losses))
+        return self.param_sums([weights] * len(self.bundles))
+
+    def param_sums(self, weights: Sequence[Float[Tensor, " n"]]) -> PyTree:
+        """`weighted_sum` with weights of its own for every parameter."""
+        sums = [
+            _bundles.weighted_total(bundle, w).reshape(x.shape).to(x.dtype)
+            for bundle, w, x in zip(self.bundles, weights, self._leaves, strict=True)
+        ]
+        return self._spec.unflatten(sums)
+
+
+def check_weights(weights: object, n: int) -> Float[Tensor, " n"]:
+    """`weights`, if they are n finite numbers."""
+    if not isinstance(weights, Tensor) or weights.shape != (n,):
+        found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise OptionError(f"weights must be a tensor of shape [{n}], one per sample; got {found}.")
+    if not bool(weights.isfinite().all()):
+        raise OptionError("weights must be finite; leave a sample out with weight 0.")
+    return weights

@@ -1,0 +1,227 @@
+"""Quantities quadratic in the per-sample gradient: norms and Gram matrices of bundles.
+
+Two ways lead to the same numbers:
+
+    by tokens   g_i is a sum of rank-one terms, one per position, and `<g_i, g_j>` the sum of
+                their `t x s` inner products. Nothing of the parameter's size is formed.
+    by rows     a block of rows of every `g_i` is formed, added up over the uses, contracted,
+                and dropped.
+
+`_cost` says which is cheaper. Both work in blocks of at most `workspace` elements, so temporaries
+are bounded whatever the sizes; how many blocks there are changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce, singledispatch
+from itertools import chain, product
+from math import isqrt, prod
+from operator import add
+
+import torch
+from torch import Tensor
+
+from ghostfunc import _cost
+from ghostfunc._bundles import Bundle, aligned, matrix_shape, pooled, positions, samples, take
+from ghostfunc._factors import (
+    Dense,
+    Factor,
+    Grouped,
+    OneHot,
+    Outer,
+    add_up,
+    materialize,
+    row_dots,
+    wide,
+)
+
+
+def sqnorms(bundle: Bundle, *, workspace: int = _cost.BLOCK_ELEMENTS) -> Tensor:
+    """`||g_i||^2` for every sample, `[n]`."""
+    n = samples(bundle)
+    folded = [
+        Outer(f.left.flatten(0, 1), f.right.flatten(0, 1)) for f in bundle if isinstance(f, Grouped)
+    ]
+    if len(folded) == len(bundle):
+        # Groups are orthogonal: their norms are those of as many samples more.
+        return sqnorms(folded, workspace=workspace).view(n, -1).sum(1)
+    p, d = matrix_shape(bundle)
+    bundle = aligned(bundle, p, d)
+    if _cost.norms_by_tokens(positions(bundle), p, d):
+        return _sqnorms_by_tokens(bundle, n, min(workspace, _cost.CACHE_ELEMENTS))
+    blocks = []
+    for block in _slices(n, workspace // (p * d)):
+        parts = []
+        for rows in _slices(p, workspace // d):
+            g = _rows(bundle, block, rows)
+            parts.append(row_dots(g, g))
+        blocks.append(add_up(parts))
+    return torch.cat(blocks)
+
+
+def gram(
+    bundle: Bundle, other: Bundle | None = None, *, workspace: int = _cost.BLOCK_ELEMENTS
+) -> Tensor:
+    """`<g_i, g_j>` for every pair of samples: `[n, n]`, or `[n, m]` with another bundle of the
+    same parameter."""
+    groups = _groups(bundle, other, workspace)
+    if groups:
+        return add_up([gram(f, g, workspace=workspace) for f, g in groups])
+    p, d = matrix_shape((*bundle, *(other or ())))
+    mine = aligned(bundle, p, d)
+    theirs = mine if other is None else aligned(other, p, d)
+    ours, others = positions(mine), positions(theirs)
+    n, m, same = samples(mine), samples(theirs), other is None
+    if _cost.gram_by_tokens(n, m, ours, others, p, d, same=same):
+        out = _gram_by_tokens(mine, theirs, n, m, workspace)
+    else:
+        out = _gram_by_rows(mine, theirs, p, d, workspace, same=same)
+    # Rounding differs between a matrix product's two triangles.
+    return (out + out.mT) / 2 if same else out
+
+
+def _groups(
+    bundle: Bundle, other: Bundle | None, workspace: int
+) -> list[tuple[Bundle, Bundle | None]]:
+    """The pairs of groups whose Gram matrices add up; none where groups are small or there are
+    other factors: those are formed whole."""
+    everything = [*bundle, *(other or ())]
+    grouped = [f for f in everything if isinstance(f, Grouped)]
+    elements = sum(samples([f]) * prod(f.shape) for f in grouped)
+    if len(grouped) < len(everything) or elements <= workspace:
+        return []
+    mine = zip(*(f.groups() for f in grouped[: len(bundle)]), strict=True)
+    if other is None:
+        return [(group, None) for group in mine]
+    theirs = zip(*(f.groups() for f in grouped[len(bundle) :]), strict=True)
+    return list(zip(mine, theirs, strict=True))
+
+
+# --- by rows ----------------------------------------------------------------------------------
+
+
+def _gram_by_rows(
+    mine: Bundle, theirs: Bundle, p: int, d: int, workspace: int, *, same: bool
+) -> Tensor:
+    everyone = samples(mine) + (0 if same else samples(theirs))
+
+    def products() -> Iterator[Tensor]:
+        for rows in _slices(p, workspace // (everyone * d)):
+            g = _rows(mine, slice(None), rows).flatten(1)
+            h = g if same else _rows(theirs, slice(None), rows).flatten(1)
+            yield g @ h.mT
+
+    return reduce(add, products())
+
+
+def _rows(bundle: Bundle, block: slice, rows: slice) -> Tensor:
+    """The chosen rows of the gradients of the chosen samples, `[n, r, d]`."""
+    return add_up([_form_rows(take(f, block), rows) for f in bundle])
+
+
+@singledispatch
+def _form_rows(factor: Factor, rows: slice) -> Tensor:
+    raise TypeError(f"{type(factor).__name__} is not formed row by row.")
+
+
+@_form_rows.register
+def _(factor: Outer, rows: slice) -> Tensor:
+    return wide(factor.left[:, :, rows]).mT @ wide(factor.right)
+
+
+@_form_rows.register
+def _(factor: OneHot, rows: slice) -> Tensor:
+    start, stop, _ = rows.indices(factor.rows)
+    local = factor.ids - start
+    here = (local >= 0) & (local < stop - start)
+    # Positions of other rows land on a row of their own, which is cut off again.
+    local = torch.where(here, local, stop - start)
+    return materialize(OneHot(local, factor.b, stop - start + 1))[:, :-1]
+
+
+@_form_rows.register
+def _(factor: Dense, rows: slice) -> Tensor:
+    return wide(factor.g[:, rows])
+
+
+# --- by tokens --------------------------------------------------------------------------------
+
+
+def _sqnorms_by_tokens(bundle: Bundle, n: int, workspace: int) -> Tensor:
+    chunks = [c for f in bundle for c in _chunks(f, min(_cost.TOKENS, isqrt(workspace)))]
+    t = max(c[0].shape[1] for c in chunks)
+    out = []
+    for block in _slices(n, workspace // t**2):
+        parts = []
+        for i, f in enumerate(chunks):
+            parts.append(_token_dots(take(f, block), take(f, block)).sum((1, 2)))
+            for g in chunks[:i]:
+                parts.append(2 * _token_dots(take(f, block), take(g, block)).sum((1, 2)))
+        out.append(add_up(parts))
+    return torch.cat(out)
+
+
+def _gram_by_tokens(mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int) -> Tensor:
+    """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
+
+    def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
+        s = min(g[0].shape[1], isqrt(workspace))
+        columns = min(m, max(1, isqrt(workspace) // s))
+        t = min(f[0].shape[1], max(1, workspace // (s * columns)))
+        rows = min(n, max(1, workspace // (s * columns * t)))
+        for a, b in product(_chunks(f, t), _chunks(g, s)):
+            yield _token_gram(a, b, n, m, rows, columns)
+
+    return reduce(add, chain.from_iterable(grams(f, g) for f in mine for g in theirs))
+
+
+def _token_gram(f: Factor, g: Factor, n: int, m: int, rows: int, columns: int) -> Tensor:
+    strips = []
+    for i in _slices(n, rows):
+        strip = []
+        for j in _slices(m, columns):
+            a, b = take(f, i), take(g, j)
+            sizes = (samples([a]), -1, samples([b]), g[0].shape[1])
+            strip.append(_token_dots(pooled(a), pooled(b)).view(sizes).sum((1, 3)))
+        strips.append(torch.cat(strip, 1))
+    return torch.cat(strips)
+
+
+def _token_dots(f: Factor, g: Factor) -> Tensor:
+    """Inner products of the rank-one terms of the same sample's gradients, `[n, t, s]`."""
+    match f, g:
+        case (Outer(), Outer()):
+            return (wide(f.left) @ wide(g.left).mT) * (wide(f.right) @ wide(g.right).mT)
+        case (Outer(), OneHot()):
+            t = f.left.shape[1]
+            left = f.left.gather(2, g.ids.long()[:, None, :].expand(-1, t, -1))
+            return wide(left) * (wide(f.right) @ wide(g.b).mT)
+        case (OneHot(), Outer()):
+            return _token_dots(g, f).mT
+        case (OneHot(), OneHot()):
+            same = f.ids[:, :, None] == g.ids[:, None, :]
+            return torch.where(same, wide(f.b) @ wide(g.b).mT, 0)
+        case _:
+            raise TypeError(f"{type(f).__name__} and {type(g).__name__} do not meet by tokens.")
+
+
+# --- cutting ----------------------------------------------------------------------------------
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _chunks(factor: Factor, positions: int) -> Iterator[Factor]:
+    """Cut a factor along its positions: the chunks add up to it."""
+    for s in _slices(factor[0].shape[1], positions):
+        match factor:
+            case Outer(left, right):
+                yield Outer(left[:, s], right[:, s])
+            case OneHot(ids, b, rows):
+                yield OneHot(ids[:, s], b[:, s], rows)
+            case _:
+                raise TypeError(f"{type(factor).__name__} is not cut along positions.")

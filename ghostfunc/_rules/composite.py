@@ -1,0 +1,56 @@
+"""Composite functions of torch that reach torch functions whole, run by their own source.
+
+`F.multi_head_attention_forward` and its like are Python functions of elementary ops, behind a door
+that hands the whole call to whoever overrides torch functions. Run past that door, they are what
+they always are, op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghostfunc._rules._registry import register_decomposition
+
+
+def _nobody_overrides(*args: object) -> bool:
+    return False
+
+
+def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function of torch without its dispatch to overrides; what it calls keeps its own."""
+    assert isinstance(function, FunctionType)
+    doors = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    inside = FunctionType(
+        function.__code__,
+        {**function.__globals__, **dict.fromkeys(doors, _nobody_overrides)},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    inside.__kwdefaults__ = function.__kwdefaults__
+    return inside
+
+
+for _function in (
+    F.multi_head_attention_forward,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.gaussian_nll_loss,
+    F.poisson_nll_loss,
+    F.binary_cross_entropy_with_logits,
+):
+    register_decomposition(_function)(body_of(_function))
+
+
+@register_decomposition(torch.broadcast_tensors)
+def broadcast_tensors(*tensors: Tensor) -> list[Tensor]:
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return [x.expand(shape) for x in tensors]

@@ -1,0 +1,56 @@
+"""Ops that reorder samples by their values, after which rows belong to samples no layout knows.
+
+The products of routed experts are explained; whoever else reorders is noted by the trace, which has
+the owners of rows checked in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghostfunc._rules._registry import explain
+
+explain(
+    "its rows are sorted by expert, so they cannot be told apart by sample. In transformers, "
+    'model.set_experts_implementation("batched_mm") runs in every mode (it needs memory for one '
+    'expert per routed token), "eager" with mode="jvp" and with vectorize=False',
+    *(op for op in (vars(F).get("grouped_mm"), torch._grouped_mm) if op is not None),
+)
+
+_ROWS_BY_VALUE: set[Callable[..., Any]] = {
+    torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere,
+    torch.masked_select, Tensor.masked_select,
+    torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive,
+    torch._pack_padded_sequence,
+}  # fmt: skip
+_SORTS: set[Callable[..., Any]] = {
+    torch.sort, Tensor.sort, torch.argsort, Tensor.argsort, torch.msort, Tensor.msort,
+    torch.topk, Tensor.topk,
+}  # fmt: skip
+
+
+def reorders(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> bool:
+    """Whether a call on a tensor with samples on `axis` may reorder them by their values."""
+    if func in _ROWS_BY_VALUE:
+        return True
+    if func is torch.where or func is Tensor.where:
+        return len(args) + len(kwargs) == 1
+    if func is Tensor.__getitem__:
+        entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in entries)
+    if func in _SORTS:
+        x = args[0]
+        sorted_axis = 0 if func in (torch.msort, Tensor.msort) else _dim(func, args, kwargs)
+        return sorted_axis % x.ndim == axis
+    return False
+
+
+def _dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    position = 2 if func in (torch.topk, Tensor.topk) else 1
+    dim = kwargs["dim"] if "dim" in kwargs else args[position] if len(args) > position else -1
+    return dim if isinstance(dim, int) and not isinstance(dim, bool) else -1

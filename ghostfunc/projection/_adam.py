@@ -1,0 +1,57 @@
+"""What Adam would make of one sample's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optree
+from torch import Tensor
+
+from ghostfunc._errors import OptionError
+from ghostfunc._factors import wide
+from ghostfunc._types import PyTree
+
+
+def adam_scaled(
+    exp_avg: PyTree,
+    exp_avg_sq: PyTree,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Callable[[PyTree], PyTree]:
+    """From per-sample gradients to the step Adam would take on each, as LESS scores samples.
+
+        m_i = (b1 m + (1 - b1) g_i) / (1 - b1^(t+1))
+        v_i = (b2 v + (1 - b2) g_i^2) / (1 - b2^(t+1))
+        out_i = m_i / (sqrt(v_i) + eps)
+
+    It is not linear in `g_i`, so it is made of per-sample gradients themselves: pass it to
+    `store.project_dataset(transform=...)`, or compute `projection.apply(out)`.
+
+    Args:
+        exp_avg, exp_avg_sq: Adam's state `m` and `v`, pytrees like `params`.
+        step: number t of steps taken so far.
+        betas, eps: Adam's.
+
+    Returns:
+        A function from a pytree of `[n, *shape]` to one of the same shapes, float32 or wider.
+
+    Reference:
+        Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", ICML 2024.
+    """
+    if step < 0:
+        raise OptionError(f"step={step} must not be negative.")
+    b1, b2 = betas
+    correct1, correct2 = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1)
+
+    def scaled(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        g = wide(g)
+        first = (b1 * wide(m) + (1 - b1) * g) / correct1
+        second = (b2 * wide(v) + (1 - b2) * g.square()) / correct2
+        return first / (second.sqrt() + eps)
+
+    def transform(grads: PyTree) -> PyTree:
+        return optree.tree_map(scaled, grads, exp_avg, exp_avg_sq)
+
+    return transform

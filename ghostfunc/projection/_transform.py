@@ -1,0 +1,82 @@
+"""`Project`, the quantity, and `ghost_project`, the transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._errors import OptionError, one_of
+from ghostfunc._quantities import Quantity
+from ghostfunc._transforms import per_sample_grads
+from ghostfunc._tree import ParamSpec
+from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._vjp import ghost_vjp
+from ghostfunc.projection._projection import Projection
+
+
+class Project(Quantity):
+    """The projected gradient: `[n, block.k]` per parameter, None where there is no block.
+
+    `projection.join(values)` makes `[n, k]` of what `ghost_vjp` returns.
+    """
+
+    degree = 1
+
+    def __init__(self, projection: Projection) -> None:
+        if not isinstance(projection, Projection):
+            raise OptionError(
+                f"Project takes a projection such as gf.kronecker_projection(...) makes, not a "
+                f"{type(projection).__name__}."
+            )
+        self.projection = projection
+
+    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
+        return self.projection.readers(dict(zip(spec.names, leaves, strict=True)))
+
+
+def ghost_project(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    projection: Projection,
+    *,
+    mode: str = "ghost",
+    vectorize: bool = True,
+    randomness: Randomness = "error",
+) -> Float[Tensor, "n k"]:
+    """Every sample's gradient, projected to k numbers; no per-sample gradient is formed.
+
+        out_i = projection(g_i),    g_i = d losses[i] / d params
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        projection: made by `kronecker_projection`.
+        mode: "ghost" (from factors, in one backward pass without weight gradients) or
+            "materialized" (`projection.apply(per_sample_grads(...))`, the definition).
+        vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        randomness: "error" refuses a model that draws random numbers; "different" allows it.
+
+    Returns:
+        `[n, k]`, float32 or wider, columns as in `projection.blocks`. Scale: `g_i` is the gradient
+        of sample i's own loss, not divided by n; the row of a sample does not depend on the batch
+        it comes in.
+
+    Raises:
+        GhostError: one of its children: what was given and what to do.
+
+    Reference:
+        Choe et al., "What is Your Data Worth to GPT?" (LoGra), 2024.
+    """
+    one_of("mode", mode, ("ghost", "materialized"))
+    quantity = Project(projection)
+    if mode == "ghost":
+        return projection.join(
+            ghost_vjp(model_fn, params, batch, quantity, randomness=randomness).values
+        )
+    grads = per_sample_grads(model_fn, params, batch, vectorize=vectorize, randomness=randomness)
+    return projection.apply(grads)

@@ -1,0 +1,33 @@
+"""A store of projected gradients on disk, and the questions to ask it. Needs `ghostfunc[store]`.
+
+from ghostfunc.store import Store, project_dataset
+
+store = Store.create(path, projection=projection, n_samples=len(data), dtype="float32")
+store.add_checkpoint("final", params)
+project_dataset(model_fn, params, data, projection, store, checkpoint="final", ...)
+store.topk(gf.ghost_project(model_fn, params, queries, projection), 10, normalize="cosine")
+"""
+
+from ghostfunc.store._dataset import project_dataset
+from ghostfunc.store._errors import (
+    DamagedRowsError,
+    IncompatibleStoreError,
+    IncompleteStoreError,
+    StoreError,
+)
+from ghostfunc.store._fingerprint import fingerprint
+from ghostfunc.store._query import Preconditioner, TopK
+from ghostfunc.store._store import Damage, Store
+
+__all__ = [
+    "Damage",
+    "DamagedRowsError",
+    "IncompatibleStoreError",
+    "IncompleteStoreError",
+    "Preconditioner",
+    "Store",
+    "StoreError",
+    "TopK",
+    "fingerprint",
+    "project_dataset",
+]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from problems import CASES, Problem
+
+torch.set_num_threads(1)  # the tests run side by side
+
+settings.register_profile(
+    "ghostfunc",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    report_multiple_bugs=False,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+settings.load_profile("ghostfunc")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What torch.vmap says of fused attention and weight norm: slow, and right.
+    config.addinivalue_line("filterwarnings", "ignore:There is a performance drop:UserWarning")
+
+
+@pytest.fixture(params=CASES)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return CASES[request.param]()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

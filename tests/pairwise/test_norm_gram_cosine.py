@@ -1,0 +1,89 @@
+"""Norms, Gram matrices and cosines against materialized gradients, on every problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_close, leaves_of, sample_grads
+from problems import Problem
+from torch import Tensor
+
+import ghostfunc as gf
+
+SIZES = {
+    "T_is_n": {"n": 4, "t": 4},
+    "T_is_a_multiple_of_n": {"n": 2, "t": 4},
+    "one_sample": {"n": 1, "t": 3},
+}
+
+
+def rows(problem: Problem, batch: Any) -> list[Tensor]:
+    """Per-sample gradients, `[n, elements]` per parameter."""
+    grads = sample_grads(problem, batch)
+    return [(g.float() if g.dtype == torch.bfloat16 else g).reshape(len(g), -1) for g in grads]
+
+
+@pytest.fixture(params=SIZES.values(), ids=SIZES)
+def batch(request: pytest.FixtureRequest, problem: Problem) -> Any:
+    return problem.batch(**request.param)
+
+
+@pytest.fixture(params=["ghost", "materialized"])
+def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"mode": request.param, "vectorize": False}
+
+
+def test_norm(problem: Problem, batch: Any, mode: dict[str, Any]) -> None:
+    g = rows(problem, batch)
+    norms = gf.ghost_norm(problem.model_fn, problem.params, batch, **mode)
+    assert_close(norms, torch.cat(g, 1).norm(dim=1), problem.tolerance)
+    each = gf.ghost_norm(problem.model_fn, problem.params, batch, per_param=True, **mode)
+    assert_close(each, [x.norm(dim=1) for x in g], problem.tolerance)
+
+
+def test_gram(problem: Problem, batch: Any, mode: dict[str, Any]) -> None:
+    g = rows(problem, batch)
+    gram = gf.ghost_gram(problem.model_fn, problem.params, batch, **mode)
+    assert_close(gram, sum(x @ x.mT for x in g), problem.tolerance)
+    assert torch.equal(gram, gram.mT)
+    eigenvalues = torch.linalg.eigvalsh(gram.double())
+    assert eigenvalues.min() >= -problem.tolerance * eigenvalues.max()
+    norms = gf.ghost_norm(problem.model_fn, problem.params, batch, **mode)
+    assert_close(gram.diagonal(), norms.square(), problem.tolerance)
+    each = gf.ghost_gram(problem.model_fn, problem.params, batch, per_param=True, **mode)
+    assert_close(each, [x @ x.mT for x in g], problem.tolerance)
+
+
+def test_gram_with_another_batch(problem: Problem, mode: dict[str, Any]) -> None:
+    batch, other = problem.batch(3, t=4), problem.batch(2, t=5, seed=1)
+    g, h = rows(problem, batch), rows(problem, other)
+    fn, params = problem.model_fn, problem.params
+    gram = gf.ghost_gram(fn, params, batch, other, **mode)
+    assert_close(gram, sum(x @ y.mT for x, y in zip(g, h, strict=True)), problem.tolerance)
+    each = gf.ghost_gram(fn, params, batch, other, per_param=True, **mode)
+    assert_close(each, [x @ y.mT for x, y in zip(g, h, strict=True)], problem.tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cosine(problem: Problem, reduction: str, mode: dict[str, Any]) -> None:
+    train, val = problem.batch(3, t=4), problem.batch(2, t=5, seed=1)
+    g, h = rows(problem, train), rows(problem, val)
+
+    def cosine(x: Tensor, y: Tensor) -> Tensor:
+        if reduction != "none":
+            return F.cosine_similarity(x, y.mean(0, keepdim=True))
+        return F.cosine_similarity(x[:, None], y[None], dim=2)
+
+    fn, params = problem.model_fn, problem.params
+    cosines = gf.ghost_cosine(fn, params, train, val, reduction=reduction, **mode)
+    assert_close(cosines, cosine(torch.cat(g, 1), torch.cat(h, 1)), problem.tolerance)
+    each = gf.ghost_cosine(fn, params, train, val, reduction=reduction, per_param=True, **mode)
+    expected = [cosine(x, y) for x, y in zip(g, h, strict=True)]
+    # A gradient that is zero but for rounding has any direction.
+    noise = 1e-8 * torch.cat(g, 1).norm()
+    for got, want, x in zip(leaves_of(each), expected, g, strict=True):
+        if x.norm(dim=1).min() > noise or not x.any():
+            assert_close(got, want, max(problem.tolerance, 1e-8))
