@@ -1,8 +1,8 @@
 """A training step with scores against a plain step over the same rows.
 
 Both are eager and run interleaved in one process; what is printed are ratios of medians, with the
-spread between quartiles. The plain step is an ordinary forward and backward of the mean loss over the
-n train and m validation rows together: what training on all of them would cost.
+spread between quartiles. The plain step is an ordinary forward and backward of the mean loss over
+the n train and m validation rows together: what training on all of them would cost.
 
     python benchmarks/step.py                 # the default shapes
     python benchmarks/step.py --shapes small wide --repeats 9
@@ -72,9 +72,7 @@ def contestants(shape: Shape) -> dict[str, Callable[[], object]]:
     model = model_of(shape)
     model_fn, params = gf.hf.causal_lm(model)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(
-        0, shape.vocabulary, (shape.n + shape.m, shape.length), generator=generator
-    )
+    ids = torch.randint(0, shape.vocabulary, (shape.n + shape.m, shape.length), generator=generator)
     train, val = {"input_ids": ids[: shape.n]}, {"input_ids": ids[shape.n :]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import _pydecimal
+import html.entities
+import locale
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from inspect import getsource
+from pydoc_data import topics
 
-import _pydecimal
-import html.entities
-import locale
 import torch
 from jaxtyping import Int
-from pydoc_data import topics
 from torch import Tensor
 
 VOCAB_SIZE = 256
@@ -84,8 +84,8 @@ def load_corpus(
     for name, domain in DOMAINS.items():
         text = "\n\n".join(unique_paragraphs(domain.read())).encode()
         n_passages = len(text) // (PASSAGE * chunk_bytes)
-        n_kept_out = -(-n_held_out // PASSAGE)
-        if n_passages * PASSAGE < n_train + n_kept_out * PASSAGE:
+        n_kept_out = n_passages // 5
+        if n_kept_out * PASSAGE < n_held_out or (n_passages - n_kept_out) * PASSAGE < n_train:
             raise ValueError(
                 f"domain {name!r} ({domain.about}) has {len(text)} bytes here, too few for "
                 f"{n_train} + {n_held_out} chunks of {chunk_bytes} bytes. Ask for fewer chunks, or "

@@ -88,9 +88,7 @@ def train(
         grads = {name: torch.zeros_like(p) for name, p in params.items()}
         if drawn.any():  # an empty batch still gets its noise
             batch = {"x": train_set.x[drawn], "y": train_set.y[drawn]}
-            grads, norms = gf.ghost_clipped_grad(
-                model_fn, params, batch, max_norm=args.max_norm
-            )
+            grads, norms = gf.ghost_clipped_grad(model_fn, params, batch, max_norm=args.max_norm)
             clipped += int((norms > args.max_norm).sum())
             seen += len(norms)
         for name, p in module.named_parameters():
@@ -110,10 +108,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 3.0, 8.0])
     parser.add_argument("--delta", type=float, default=1e-4)
-    parser.add_argument("--epochs", type=float, default=30)
+    parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--batch-size", type=int, default=256, help="expected size")
     parser.add_argument("--max-norm", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -18,9 +18,9 @@ from ghostfunc import _cost
 from ghostfunc._book import FactoredGrads, collect
 from ghostfunc._errors import OptionError
 from ghostfunc._factors import add_up, wide
+from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._memory import Linear, LiveBytes, fitted
 from ghostfunc._quantities import Gram, PairReader, Prepared, Quantity
-from ghostfunc._trace import memory, shapes_key, structure
 from ghostfunc._tree import ParamSpec, batch_size, take
 from ghostfunc._types import ModelFn, PyTree, Randomness
 from ghostfunc._vjp import run, traced

@@ -17,7 +17,7 @@ from torch import Tensor
 from ghostfunc import _bundles, _cost, _norms, _oracles, _pairs
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import Dense, Factor, add_up
-from ghostfunc._trace import check_independence, check_losses
+from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
 from ghostfunc._vjp import run
@@ -63,7 +63,7 @@ def collect(
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
     if mode == "materialized":
-        check_independence(model_fn, leaves, spec, batch, randomness)
+        prove_independent(model_fn, leaves, spec, batch, randomness)
         with torch.no_grad():
             losses = check_losses(model_fn(spec.unflatten(list(leaves)), batch), batch_size(batch))
         grads = _oracles.materialize(

@@ -194,7 +194,12 @@ def _(factor: OneHot, u: Tensor) -> Tensor:
 
 @dot.register
 def _(factor: Grouped, u: Tensor) -> Tensor:
-    return add_up([dot(group, v) for group, v in zip(factor.groups(), u, strict=True)])
+    left, right, u = wide(factor.left), wide(factor.right), wide(u)
+    if left.shape[-1] < right.shape[-1]:
+        left, right, u = right, left, u.mT
+    return torch.cat(
+        [row_dots(left[s] @ u, right[s]) for s in _blocks(len(left), right[0].numel())]
+    )
 
 
 @dot.register

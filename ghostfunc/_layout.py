@@ -33,6 +33,11 @@ class Layout:
                 f"{self.axis} ({self.fold} folding)"
             )
 
+    def ambiguous(self, x: Tensor, n: int) -> bool:
+        """Whether, going by its shape, `x` might as well have its samples elsewhere."""
+        others = [s for i, s in enumerate(x.shape) if i != self.axis]
+        return n > 1 and (self.fold != "none" or n in others)
+
     @property
     def sample_axis(self) -> int:
         """Index of the sample axis after `split`."""

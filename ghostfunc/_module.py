@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghostfunc._errors import ParamsError
+from ghostfunc._errors import CoupledSamplesError, ParamsError
 from ghostfunc._types import ModelFn, PyTree
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
@@ -44,6 +45,17 @@ class ModuleFn:
     def training_flags(self) -> tuple[bool, ...]:
         """Training or evaluation, module by module: a trace holds for one setting of them."""
         return tuple(m.training for m in self.module.modules())
+
+    def refuse_batch_norm(self) -> None:
+        """Raise for layers that would normalise over the batch, before they count it."""
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.training:
+                raise CoupledSamplesError(
+                    f"{type(layer).__name__} {name!r} is batch_norm in training mode, which "
+                    "normalises over the batch: the loss of one sample depends on the others, so "
+                    "per-sample gradients do not exist. Call module.eval() (running statistics are "
+                    "then used), or replace the layer by GroupNorm or LayerNorm."
+                )
 
     def __call__(self, params: dict[str, Tensor], batch: PyTree) -> Tensor:
         tensors = {alias: p for name, p in params.items() for alias in self._aliases[name]}

@@ -5,6 +5,7 @@ They know no op rules and no taps, so what they agree on with ghost mode is righ
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ghostfunc._errors import RandomnessError, TransformError
 from ghostfunc._factors import wide
-from ghostfunc._trace import check_losses
-from ghostfunc._tracking import in_transform
+from ghostfunc._purity import check_finite, check_losses
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -51,10 +51,11 @@ def val_gradients(
 def _vjp(
     model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, n: int
 ) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
-    losses, pullback = torch.func.vjp(lambda p: model_fn(spec.unflatten(p), batch), list(leaves))[
-        :2
-    ]
-    return check_losses(losses, n), pullback
+    def losses(p: list[Tensor]) -> Tensor:
+        return check_losses(model_fn(spec.unflatten(p), batch), n)
+
+    out, pullback = torch.func.vjp(losses, list(leaves))[:2]
+    return out, pullback
 
 
 def jvp_dots(
@@ -71,12 +72,11 @@ def jvp_dots(
     n = batch_size(train, "train")
 
     def losses(p: list[Tensor]) -> Tensor:
-        return model_fn(spec.unflatten(p), train)
+        return check_losses(model_fn(spec.unflatten(p), train), n)
 
     def along(tangents: list[Tensor]) -> Tensor:
-        with _forward_mode(), torch.enable_grad(), _ReverseModeConstants():
-            value, tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[:2]
-        check_losses(value, n)
+        with FORWARD_MODE, _forward_mode(), torch.enable_grad(), _ReverseModeConstants():
+            tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[1]
         return wide(tangent)
 
     direction = [u.to(x.dtype) for u, x in zip(direction, leaves, strict=True)]
@@ -115,6 +115,10 @@ def _constant_padding(
     return torch.where((ids == padding_idx % len(weight))[..., None], out.detach(), out)
 
 
+FORWARD_MODE = threading.RLock()
+"""The levels of torch's forward-mode AD are shared by all threads of a process."""
+
+
 @contextmanager
 def _forward_mode() -> Iterator[None]:
     """Only the plain attention kernel has forward-mode AD."""
@@ -146,35 +150,25 @@ def materialize(
         losses = model_fn(spec.unflatten(p), optree.tree_map(lambda x: x[None], sample))
         return _one_loss(losses)
 
+    grad_and_value = torch.func.grad_and_value(loss)
     if not vectorize:
-        samples = [take(batch, [i]) for i in range(n)]
-        rows = [_gradient_of_one(model_fn, leaves, spec, sample) for sample in samples]
+        rows, values = [], []
+        for i in range(n):
+            sample = optree.tree_map(lambda x: x[0], take(batch, [i]))
+            row, value = grad_and_value(list(leaves), sample)
+            rows.append(row)
+            values.append(value)
+        check_finite(torch.stack(values))
         return [torch.stack(column) for column in zip(*rows, strict=True)]
-    grad = torch.func.grad(loss)
     samples, treedef = flatten(batch)
 
-    def of_flat(flat: list[Tensor]) -> list[Tensor]:
-        return grad(list(leaves), unflatten(treedef, flat))
+    def of_flat(flat: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        return grad_and_value(list(leaves), unflatten(treedef, flat))
 
     with _vectorized():
-        return torch.vmap(of_flat, randomness=randomness)(samples)
-
-
-def _gradient_of_one(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, sample: PyTree
-) -> Sequence[Tensor]:
-    """The gradient of a batch of one sample. Outside transforms by plain autograd, which runs
-    everything: checkpoints, packed sequences, control flow that looks at values."""
-    if in_transform():
-        return torch.func.grad(lambda p: _one_loss(model_fn(spec.unflatten(p), sample)))(
-            list(leaves)
-        )
-    inputs = [x.detach().requires_grad_() for x in leaves]
-    with torch.enable_grad():
-        loss = _one_loss(model_fn(spec.unflatten(inputs), sample))
-    if not loss.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        grads, losses = torch.vmap(of_flat, randomness=randomness)(samples)
+    check_finite(losses)
+    return grads
 
 
 def _one_loss(losses: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ghostfunc import _factors
 from ghostfunc._factors import Dense, Factor, OneHot, Outer
-from ghostfunc._layout import StaleLayout
+from ghostfunc._layout import Layout, StaleLayout
 from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules import BroadcastRule
-from ghostfunc._rules._registry import ArgName, op_name
+from ghostfunc._rules._registry import ArgName, op_name, rows
 from ghostfunc._trace import CallTrace, Trace
 from ghostfunc._tracking import CallArgs, ReaderKey, Tracked, TrackingMode, in_transform
 from ghostfunc._tree import flatten, tensors_of, unflatten
@@ -130,8 +130,14 @@ class Use:
 
 def fitted(factor: Factor, target: Tracked) -> Factor:
     """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
-    matrix, which may be transposed; otherwise one with the same elements in the same order."""
+    matrix, which may be transposed; otherwise one with the same elements in the same order. All
+    positions of a sample are on one axis."""
     shape = tuple(target.const.shape)
+    match factor:
+        case Outer(left, right) if left.ndim != 3:
+            factor = Outer(rows(left), rows(right))
+        case OneHot(ids, b, n_rows) if ids.ndim != 2:
+            factor = OneHot(ids.reshape(len(ids), -1), rows(b), n_rows)
     if factor.shape == shape or (not isinstance(factor, Dense) and len(shape) != 2):
         return factor
     g = _factors.materialize(factor)
@@ -188,13 +194,14 @@ _HOLE = _Hole()
 
 @dataclass(frozen=True)
 class Site:
-    """A use as a run on one sample sees it.
+    """A use as a run on `n` samples saw it.
 
     Attributes:
         shape, axis, dtype, device: its output, and where the samples lie in it.
         targets: `(parameter, type of factor, shape of factor, positions, direct)`.
     """
 
+    n: int
     shape: tuple[int, ...]
     axis: int
     dtype: torch.dtype
@@ -203,7 +210,7 @@ class Site:
 
     def tap(self, n: int) -> Tensor:
         shape = list(self.shape)
-        shape[self.axis] *= n
+        shape[self.axis] = shape[self.axis] // self.n * n
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
 
 
@@ -217,7 +224,7 @@ def _site_of(use: Use, y: Tensor, axis: int) -> Site:
             (leaf, type(factor).__name__, factor.shape, positions, direct)
             for leaf in target.leaves()
         ]
-    return Site(tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
+    return Site(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
 
 
 class TapMode(TrackingMode):
@@ -241,6 +248,7 @@ class TapMode(TrackingMode):
         self._note_sites = note_sites
         self._trace = trace
         self._entry = 0
+        self._as_traced = True
         self._calls = iter(trace.calls)
         self._expected = next(self._calls, None)
         self._n = n
@@ -252,11 +260,18 @@ class TapMode(TrackingMode):
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        funcs = self._trace.funcs
-        if self._entry >= len(funcs) or funcs[self._entry] != func:
-            raise StaleLayout(f"{op_name(func)} is called where another op was traced")
-        self._entry += 1
+        if self._as_traced:
+            funcs = self._trace.funcs
+            self._as_traced = self._entry < len(funcs) and funcs[self._entry] == func
+            self._entry += 1
         return super().elementary(func, args, kwargs)
+
+    def _check_layout(self, layout: Layout, x: Tensor) -> None:
+        """The samples must lie where they lay in the trace. Where the shape would allow other
+        places, the way to this call must have been that of the trace, op by op."""
+        layout.check(x, self._n)
+        if not self._as_traced and layout.ambiguous(x, self._n):
+            raise StaleLayout(f"a tensor of shape {tuple(x.shape)} was come by in another way")
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         expected = self._expected
@@ -304,7 +319,7 @@ class TapMode(TrackingMode):
 
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         y = call.run(func, call.consts())
-        expected.out.check(y, self._n)
+        self._check_layout(expected.out, y)
         args = call.stacked(dict(expected.layouts), self._n)
         targets = list(zip(expected.names, call.tracked, strict=True))
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
@@ -317,6 +332,8 @@ class TapMode(TrackingMode):
             shape = list(padded.shape)
             shape[layout.sample_axis] = self._n
             copy = padded.expand(shape)
+            if in_transform():
+                copy = copy.contiguous()  # forward mode writes tangents into its like
             args[i] = self._site(
                 copy, layout.sample_axis, expected, [("", tracked)], [], call.treedef
             )

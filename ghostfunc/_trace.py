@@ -1,12 +1,12 @@
 """Tracing: where parameters meet samples, and where the sample axis lies there.
 
 Guessing the sample axis from one shape is how silent errors are made, so the model is run three
-times on a few samples, without keeping anything:
+times on a few samples, without keeping anything (`_purity` has shown before that their losses do
+not depend on each other):
 
 1. on samples 0 and 1: the shapes of every torch call;
 2. on samples 0, 1 and 0 again: an axis that grew holds samples, and a tensor computed from
-   parameters whose shape did not change is derived. The losses of the first two must not move, and
-   the third must equal the first: samples do not talk to each other;
+   parameters whose shape did not change is derived;
 3. the same, with a zero tap at every use, pulled back from the last loss alone: rows with a
    cotangent are the last sample's, which tells sample-major from position-major folding and shows
    once more that samples do not talk. A cotangent that reaches a parameter past the taps is a use
@@ -18,32 +18,29 @@ What is learnt is kept by structure, not by length.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._ops import HigherOrderOperator
 
 from ghostfunc._errors import (
     WAYS_OUT,
     ControlFlowError,
     CoupledSamplesError,
     GhostError,
-    InPlaceError,
-    LossShapeError,
-    NonFiniteLossError,
     RandomnessError,
     SampleAxisError,
     UnsupportedOpError,
     UntrackedUseError,
 )
 from ghostfunc._layout import Fold, Layout
-from ghostfunc._module import ModuleFn
-from ghostfunc._rules import REFUSED, BroadcastRule, FactorRule, Rule, lookup
+from ghostfunc._purity import Refusals, check_losses, coupled_samples, prove_independent
+from ghostfunc._rules import BroadcastRule, FactorRule, Rule, lookup
 from ghostfunc._rules._registry import REASONS, ArgName, op_name
+from ghostfunc._rules.routed import MAY_REORDER, reorders
 from ghostfunc._tracking import (
     CONSTANTS,
     CallArgs,
@@ -91,32 +88,20 @@ class Trace:
         funcs: every torch call, in order: a run that makes others is on another way.
         calls: the calls on tracked tensors, in order.
         uses: how often samples meet each parameter.
+        reorders: whether an op before one of the uses may reorder samples by their values, so that
+            whose row is whose has to be checked in every run.
     """
 
     funcs: tuple[Callable[..., Any], ...]
     calls: tuple[CallTrace, ...]
     uses: tuple[int, ...]
+    reorders: bool = False
 
 
 # --- recording --------------------------------------------------------------------------------
 
 
-class _Refusals(TorchFunctionMode):
-    """Raises for calls that have no per-sample meaning."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in REFUSED:
-            REFUSED[func](*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-class _ShapeLog(_Refusals):
+class _ShapeLog(Refusals):
     """Notes the shapes of every torch call."""
 
     def __init__(self) -> None:
@@ -168,7 +153,15 @@ class _Recorder(TrackingMode):
         self._log = log
         self._k, self._grown = k, grown
         self._entry = 0
+        self._reordered_at: int | None = None
         self.seen: list[_Seen] = []
+
+    @property
+    def reorders(self) -> bool:
+        """Whether samples meet parameters after they may have been reordered."""
+        if self._reordered_at is None:
+            return False
+        return any(s.trace.kind == "use" for s in self.seen[self._reordered_at :])
 
     def __torch_function__(
         self,
@@ -188,6 +181,11 @@ class _Recorder(TrackingMode):
                 f"{op_name(func)}): its control flow depends on its data, so it cannot be traced. "
                 + WAYS_OUT
             )
+        if func in MAY_REORDER and self._reordered_at is None:
+            before, now = self._log.calls[self._entry - 1][1][0], args[0].shape
+            axes = [i for i, (a, b) in enumerate(zip(before or (), now, strict=False)) if a != b]
+            if any(reorders(func, args, kwargs, axis) for axis in axes):
+                self._reordered_at = len(self.seen)
         return self.elementary(func, args, kwargs)
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
@@ -360,6 +358,8 @@ class _Prober(TrackingMode):
             expected.trace.hits,
         ):
             out = call.run(func, call.consts())
+            if isinstance(func, HigherOrderOperator):
+                raise unseen_use(sorted({name for t in call.tracked for name in t.leaf_names()}))
             if tensors_of(out):
                 raise ControlFlowError(
                     f"model_fn calls other ops when it is run again (at {op_name(func)}): its "
@@ -383,28 +383,22 @@ def trace_model(
     spec: ParamSpec,
     batch: PyTree,
     randomness: Randomness,
-) -> tuple[Trace, Tensor]:
-    """Trace `model_fn`; also returns the losses of its first samples, for `check_company`."""
+) -> Trace:
+    """Trace `model_fn`."""
+    prove_independent(model_fn, leaves, spec, batch, randomness)
     n = batch_size(batch)
-    chosen = [0, 1][:n]
+    chosen = [0, min(1, n - 1)]  # two even of one: code may treat a batch of one in its own way
     small, grown = take(batch, chosen), take(batch, [*chosen, 0])
     k = len(chosen)
 
     log = _ShapeLog()
     params = spec.unflatten(_fresh(leaves))
     with log:
-        first = model_fn(params, small)
-    first = check_losses(first, k)
+        check_losses(model_fn(params, small), k)
     tracked = constants(leaves, spec)
     recorder = _Recorder(tracked, log, k, k + 1)
-    versions = [x._version for x in tensors_of(grown)]
     with recorder:
-        second = model_fn(spec.unflatten([t.grad for t in tracked]), grown)
-    if [x._version for x in tensors_of(grown)] != versions:
-        raise InPlaceError("model_fn writes to its batch in place; work on a copy of it.")
-    second = check_losses(second, k + 1)
-    if randomness == "error":
-        _compare(model_fn, leaves, spec, small, first, second)
+        check_losses(model_fn(spec.unflatten([t.grad for t in tracked]), grown), k + 1)
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
     cotangents = _probe(model_fn, leaves, spec, grown, recorder.seen, uses)
@@ -419,117 +413,14 @@ def trace_model(
         tuple(func for func, _, _ in log.calls),
         tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
         tuple(counts),
+        recorder.reorders,
     )
-    return trace, first
+    return trace
 
 
 def _fresh(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Aliases of the parameters, one object each, whatever is tied outside."""
     return [x.view_as(x) for x in leaves]
-
-
-def check_losses(losses: object, n: int) -> Tensor:
-    """`losses`, if they are one finite float per sample."""
-    if not isinstance(losses, Tensor):
-        raise LossShapeError(
-            f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
-            f"shape [{n}]."
-        )
-    if losses.shape != (n,) or not losses.is_floating_point():
-        raise LossShapeError(
-            f"model_fn returned shape {tuple(losses.shape)} of {losses.dtype} for {n} samples; "
-            f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
-            'samples (use reduction="none", then average over each sample\'s own positions).'
-        )
-    check_finite(losses)
-    return losses
-
-
-def check_finite(losses: Tensor) -> None:
-    """Raise `NonFiniteLossError` if a loss is NaN or infinite."""
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        shown = ", ".join(f"losses[{i}] = {losses[i].item()}" for i in bad[:5])
-        raise NonFiniteLossError(
-            f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
-            "parameters; a sample without a single labelled position has a mean loss of 0/0."
-        )
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 64 * torch.finfo(dtype).eps ** (1.0 if dtype in (torch.bfloat16, torch.float16) else 0.8)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = min(0.1, _tolerance(a.dtype))
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.detach().abs().max()))
-
-
-def _compare(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    small: PyTree,
-    first: Tensor,
-    second: Tensor,
-) -> None:
-    """The losses of `small` must be the same in larger company."""
-    k = len(first)
-    if _close(first, second[:k]) and _close(second[k], first[0]):
-        return
-    again = model_fn(spec.unflatten(_fresh(leaves)), small)
-    if not torch.equal(again, first):
-        raise RandomnessError(
-            "model_fn returned other losses when called again with the same inputs: it draws "
-            "random numbers (dropout in training mode?). Call module.eval(), or pass "
-            'randomness="different" to give every sample its own draws.'
-        )
-    raise _coupled(
-        f"adding a copy of sample 0 to a batch of {k} changed the losses from {first.tolist()} to "
-        f"{second[:k].tolist()}, and gave the copy {second[k].item()}"
-    )
-
-
-def check_independence(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> None:
-    """What tracing proves of the losses, for the modes that do not trace; remembered."""
-    remembered = memory(model_fn)
-    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
-    if key in remembered:
-        return
-    chosen = [0, 1][: batch_size(batch)]
-    with _Refusals():
-        small, grown = take(batch, chosen), take(batch, [*chosen, 0])
-        first = model_fn(spec.unflatten(_fresh(leaves)), small)
-        second = model_fn(spec.unflatten(_fresh(leaves)), grown)
-    first, second = check_losses(first, len(chosen)), check_losses(second, len(chosen) + 1)
-    if randomness == "error":
-        _compare(model_fn, leaves, spec, small, first, second)
-    remembered[key] = True
-
-
-def _coupled(observed: str) -> CoupledSamplesError:
-    return CoupledSamplesError(
-        f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
-        "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "
-        "negatives, a loss normalised over the batch."
-    )
-
-
-def check_company(losses: Tensor, traced: Tensor) -> None:
-    """The traced samples must have the same losses in the company of the whole batch."""
-    together = losses[: len(traced)]
-    if not _close(together, traced):
-        raise _coupled(
-            f"in the whole batch samples 0 and 1 have losses {together.tolist()}, on their own "
-            f"{traced.tolist()}"
-        )
 
 
 def _probe(
@@ -556,12 +447,16 @@ def _probe(
     cotangents, unseen = pullback(last, retain_graph=False, create_graph=False)
     for name, g in zip(spec.names, unseen, strict=True):
         if bool((g != 0).any()):
-            raise UntrackedUseError(
-                f"The losses depend on parameter {name!r} on a path ghostfunc does not see: a "
-                "custom autograd.Function, a write into a buffer, or code outside torch functions. "
-                + WAYS_OUT
-            )
+            raise unseen_use([name])
     return cotangents
+
+
+def unseen_use(names: Sequence[str]) -> UntrackedUseError:
+    listed = ", ".join(map(repr, names))
+    return UntrackedUseError(
+        f"The losses depend on parameter {listed} on a path ghostfunc does not see: a custom "
+        f"autograd.Function, a write into a buffer, or code outside torch functions. {WAYS_OUT}"
+    )
 
 
 def _zero(y: Tensor | None) -> Tensor:
@@ -576,7 +471,14 @@ def _settle_layout(seen: _Seen, b: Tensor, n: int, randomness: Randomness) -> Ca
     owned = [f for f in seen.folds if _only_last(Layout(trace.out.axis, f).front(b, n))]
     what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
     if not owned:
-        raise _coupled(f"at {what}, the last sample's loss has a gradient at other samples' rows")
+        said = coupled_samples(
+            f"at {what}, the last sample's loss has a gradient at other samples' rows"
+        )
+        raise CoupledSamplesError(
+            f"{said} If those rows are its own, in an order that model_fn makes (it sorts samples "
+            "by length, say), keep the samples in their order where parameters meet them. "
+            + WAYS_OUT
+        )
     if len(owned) > 1 and randomness == "error":
         owned = [f for f in owned if _copy_equal(Layout(trace.out.axis, f).front(y, n))] or owned
     if len(owned) > 1:
@@ -598,36 +500,3 @@ def _only_last(b: Tensor) -> bool:
 
 def _copy_equal(y: Tensor) -> bool:
     return torch.allclose(y[-1], y[0], rtol=1e-3, atol=1e-5)
-
-
-# --- memory of traces -------------------------------------------------------------------------
-
-_memo: weakref.WeakKeyDictionary[ModelFn, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
-
-
-def memory(model_fn: ModelFn) -> dict[Hashable, Any]:
-    """What is remembered of a function, for as long as the function lives."""
-    try:
-        return _memo.setdefault(model_fn, {})
-    except TypeError:  # not hashable or not weakly referable: nothing is remembered
-        return {}
-
-
-def structure(
-    model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree, randomness: str
-) -> Hashable:
-    """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
-    batch_leaves, batch_def = flatten(batch)
-    return (
-        spec.treedef,
-        tuple((x.ndim, x.dtype) for x in leaves),
-        batch_def,
-        tuple((x.ndim, x.dtype) for x in batch_leaves),
-        randomness,
-        model_fn.training_flags() if isinstance(model_fn, ModuleFn) else (),
-    )
-
-
-def shapes_key(batch: PyTree) -> Hashable:
-    """The exact shapes of a batch."""
-    return tuple(tuple(x.shape) for x in tensors_of(batch))

@@ -91,6 +91,12 @@ class Tracked:
         """Whether the training gradient is to be read here."""
         return self.grad is not self.const
 
+    def leaf_names(self) -> set[str]:
+        """What those parameters are called."""
+        if self.leaf is not None:
+            return {self.name}
+        return {name for source in self.sources for name in source.leaf_names()}
+
     def leaves(self) -> set[int]:
         """The parameters this tensor derives from."""
         if self.leaf is not None:
@@ -198,7 +204,7 @@ class TrackingMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in DECOMPOSITIONS and self._touched(args, kwargs):
+        if func in DECOMPOSITIONS:  # whoever calls it: all runs see the same ops
             out = decomposed(self, func, args, kwargs)
             if out is not NotImplemented:
                 return out
@@ -342,14 +348,11 @@ def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: 
         def of_one(x: Tensor) -> Tensor:
             return fn(*consts[:position], x, *consts[position + 1 :])
 
+        # J u is the derivative of the linear map v -> J^T v along u. Forward mode would say the
+        # same, but torch's is not safe with threads, and has not all ops.
         primal = consts[position]
-        try:
-            return torch.func.jvp(of_one, (primal,), (tangent.to(primal.dtype),))[1]
-        except NotImplementedError:
-            # No forward-mode AD: J u is the derivative of the linear map v -> J^T v along u.
-            pullback = torch.func.vjp(of_one, primal)[1]
-            zero = torch.zeros_like(of_one(primal))
-            twice = torch.func.vjp(lambda v: pullback(v)[0], zero)[1]
-            return twice(tangent.to(primal.dtype))[0]
+        y, pullback = torch.func.vjp(of_one, primal)[:2]
+        twice = torch.func.vjp(lambda v: pullback(v)[0], torch.zeros_like(y))[1]
+        return twice(tangent.to(primal.dtype))[0]
 
     return Push(jvp, derivation)

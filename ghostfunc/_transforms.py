@@ -12,8 +12,8 @@ from ghostfunc import _oracles
 from ghostfunc._direction import validation_readers
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import wide
+from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._quantities import Dot, Prepared, Quantity, SampleGrad
-from ghostfunc._trace import check_independence
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._types import GhostStep, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
@@ -107,15 +107,20 @@ def ghost_value_and_grad(
     if mode == "ghost":
         losses, grads, dots = problem.ghost(grads=True)
     else:
-        losses, grads = problem.plain_gradient()
         dots = problem.dots(mode, per_param=per_param, vectorize=vectorize)
+        losses, grads = problem.plain_gradient()
     return GhostStep(
         losses, spec.unflatten(grads), spec.unflatten(dots) if per_param else _sum(dots)
     )
 
 
 def direction(
-    model_fn: ModelFn, params: PyTree, val: PyTree, *, reduction: Reduction = "mean"
+    model_fn: ModelFn,
+    params: PyTree,
+    val: PyTree,
+    *,
+    reduction: Reduction = "mean",
+    randomness: Randomness = "error",
 ) -> PyTree:
     """The validation gradient `u`, to dot with as often as wanted.
 
@@ -126,6 +131,7 @@ def direction(
         params: pytree of floating-point tensors.
         val: pytree of tensors `[m, ...]`.
         reduction: "mean" or "sum" over the m validation samples.
+        randomness: "error" or "different".
 
     Returns:
         A pytree like `params`.
@@ -136,6 +142,8 @@ def direction(
     """
     one_of("reduction", reduction, ("mean", "sum"))
     leaves, spec = flatten_params(params)
+    batch_size(val, "val")
+    prove_independent(model_fn, leaves, spec, val, randomness)
     grads = _oracles.val_gradient(model_fn, leaves, spec, val, mean=reduction == "mean")
     return spec.unflatten(grads)
 
@@ -166,10 +174,11 @@ def per_sample_grads(
     one_of("mode", mode, ("materialized", "ghost"))
     one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
+    batch_size(batch)
     if mode == "ghost":
         taken = run(model_fn, leaves, spec, batch, [SampleGrad()], randomness=randomness)
         return spec.unflatten(taken.values[0])
-    check_independence(model_fn, leaves, spec, batch, randomness)
+    prove_independent(model_fn, leaves, spec, batch, randomness)
     return spec.unflatten(
         _oracles.materialize(
             model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
@@ -208,7 +217,9 @@ class _Problem:
         """Dot products, one per parameter (one in all is enough unless `per_param`)."""
         if mode == "ghost":
             return self.ghost(grads=False)[2]
-        check_independence(self.model_fn, self.leaves, self.spec, self.train, self.randomness)
+        for batch in (self.train, self.val):
+            if batch is not None:
+                prove_independent(self.model_fn, self.leaves, self.spec, batch, self.randomness)
         if mode == "jvp":
             return self._jvp(per_param=per_param)
         return self._materialized(vectorize=vectorize)
@@ -243,7 +254,7 @@ class _Problem:
 
     def plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
         def mean_loss(p: list[Tensor]) -> tuple[Tensor, Tensor]:
-            losses = self.model_fn(self.spec.unflatten(p), self.train)
+            losses = check_losses(self.model_fn(self.spec.unflatten(p), self.train), self.n)
             return losses.mean(), losses
 
         grads, losses = torch.func.grad(mean_loss, has_aux=True)(list(self.leaves))

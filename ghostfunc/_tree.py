@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import BatchError, ParamsError
+from ghostfunc._errors import BatchError, ParamsError, TransformError
 from ghostfunc._types import PyTree
 
 
@@ -43,6 +43,11 @@ class ParamSpec:
 
 def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
     """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor."""
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "Gradients cannot be taken inside torch.inference_mode(). Leave it for this call; "
+            "torch.no_grad() is no obstacle."
+        )
     paths, leaves, treedef = optree.tree_flatten_with_path(params)
     names = tuple(".".join(str(k) for k in path) or "params" for path in paths)
     if not leaves:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,17 +14,12 @@ from ghostfunc._cost import Meeting
 from ghostfunc._errors import WAYS_OUT, ControlFlowError, OptionError, one_of
 from ghostfunc._factors import Factor
 from ghostfunc._layout import StaleLayout
-from ghostfunc._quantities import Quantity
+from ghostfunc._memo import memory, shapes_key, structure
+from ghostfunc._owners import check_owners
+from ghostfunc._purity import check_losses
+from ghostfunc._quantities import Dot, Quantity
 from ghostfunc._taps import Site, TapMode, leaf_factors
-from ghostfunc._trace import (
-    Trace,
-    check_company,
-    check_losses,
-    memory,
-    shapes_key,
-    structure,
-    trace_model,
-)
+from ghostfunc._trace import Trace, trace_model
 from ghostfunc._tracking import ReaderKey, constants, in_transform
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
 from ghostfunc._types import ModelFn, PyTree, Randomness
@@ -124,7 +120,7 @@ class Taken:
 class Traced:
     """A model function with its trace, ready to be run on one batch.
 
-    Made by `on_trace`; `sample_losses` are there only if the model has just been traced.
+    Made by `on_trace`.
     """
 
     model_fn: ModelFn
@@ -133,7 +129,6 @@ class Traced:
     batch: PyTree
     n: int
     trace: Trace
-    sample_losses: Tensor | None
 
 
 def run(
@@ -160,9 +155,15 @@ def run(
         batch,
         randomness,
     )
-    if model.sample_losses is not None:
-        check_company(taken.losses, model.sample_losses)
+    if model.trace.reorders and model.n > 1:
+        check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)
     return taken
+
+
+def _dots(model: Traced, model_fn: ModelFn, directions: Sequence[Tensor]) -> list[Tensor]:
+    """`<g_i, u>` per parameter, for another function with the trace of `model`."""
+    other = replace(model, model_fn=model_fn)
+    return _run(other, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
 
 
 def on_trace(
@@ -180,7 +181,7 @@ def on_trace(
         structure(model_fn, spec, leaves, batch, randomness), []
     )
     for trace in traces:
-        model = Traced(model_fn, leaves, spec, batch, n, trace, None)
+        model = Traced(model_fn, leaves, spec, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout:
@@ -188,9 +189,8 @@ def on_trace(
         traces.remove(trace)
         traces.insert(0, trace)
         return model, result
-    trace, losses = trace_model(model_fn, leaves, spec, batch, randomness)
-    checked = losses if randomness == "error" else None
-    model = Traced(model_fn, leaves, spec, batch, n, trace, checked)
+    trace = trace_model(model_fn, leaves, spec, batch, randomness)
+    model = Traced(model_fn, leaves, spec, batch, n, trace)
     try:
         result = use(model)
     except StaleLayout as stale:
@@ -367,11 +367,12 @@ def _sites(model: Traced) -> list[Site]:
     """All uses and what their outputs look like: those of a run on one sample, remembered by
     the exact shapes of the batch."""
     remembered = memory(model.model_fn)
-    sample = take(model.batch, [0])
+    few = min(model.n, 2)
+    sample = take(model.batch, range(few))
     key = ("sites", model.trace, shapes_key(sample))
     if key not in remembered:
         tracked = constants(model.leaves, model.spec)
-        mode = TapMode(model.trace, tracked, 1, {}, {}, note_sites=True)
+        mode = TapMode(model.trace, tracked, few, {}, {}, note_sites=True)
         with mode:
             model.model_fn(model.spec.unflatten([t.grad for t in tracked]), sample)
         mode.finish()

@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from ghostfunc._errors import OptionError, VerificationError
+from ghostfunc._pairwise import ghost_gram
 from ghostfunc._rules import DECOMPOSITIONS
 from ghostfunc._rules._registry import op_name
-from ghostfunc._transforms import ghost_dot_prod, per_sample_grads
+from ghostfunc._transforms import ghost_dot_prod, ghost_value_and_grad, per_sample_grads
 from ghostfunc._tree import flatten_params
 from ghostfunc._vjp import traced
 
@@ -55,12 +56,12 @@ def check_rule(
 ) -> None:
     """Check that an op's rule is exact, in float64.
 
-        g_i (ghost) = g_i (autograd, one sample at a time)
-        <g_i, g_j>  (ghost) = the same from autograd's gradients, summed over j and one by one
+        g_i in ghost mode = g_i by autograd, one sample at a time
 
-    where the loss of a sample is a sum of sines of its part of the output. Numbers of
-    samples follow one another on one model function, as in a training loop. Take a case in which
-    the number of positions equals that of samples, and one for every option of the op.
+    where the loss of a sample is a sum of sines of its part of the output. Their mean is compared,
+    too, and their inner products with a direction, with other samples' gradients, and with each
+    other. Numbers of samples follow one another on one model function, as in a training loop. Take
+    a case for every option of the op, and one in which there are as many positions as samples.
 
     Args:
         op: the op, as given to `gf.register_rule`.
@@ -143,43 +144,53 @@ def _compare(
 ) -> list[str]:
     """One line for every parameter and quantity that differs."""
     ours, theirs = _loop(model_fn, params, train), _loop(model_fn, params, val)
-    lines = _differing(
-        "g_i",
-        per_sample_grads(model_fn, params, train, mode="ghost"),
-        ours,
-        {k: float(g.abs().max()) for k, g in ours.items()},
-        tolerance,
-    )
-    pairs = {k: _matrix(g) @ _matrix(theirs[k]).mT for k, g in ours.items()}
-    # The products may cancel; what they are made of does not.
-    scales = {k: _norms(g).max() * _norms(theirs[k]).sum() for k, g in ours.items()}
-    for reduction, expected in {
-        "sum": {k: x.sum(1) for k, x in pairs.items()},
-        "none": pairs,
-    }.items():
-        dots = ghost_dot_prod(
-            model_fn,
-            params,
-            train,
-            val,
-            reduction=reduction,  # type: ignore[arg-type]
-            per_param=True,
-        )
-        lines += _differing(f"<g_i, g_j> ({reduction})", dots, expected, scales, tolerance)
-    return lines
+    u = {k: torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for k, x in params.items()}
+    step = ghost_value_and_grad(model_fn, params, train, direction=u, per_param=True)
+    sizes = {k: _norms(g).max() for k, g in ours.items()}
+    # Products may cancel; what they are made of does not.
+    along = {k: size * u[k].norm() for k, size in sizes.items()}
+    pairs = {k: size * _norms(theirs[k]).max() for k, size in sizes.items()}
+    squares = {k: size**2 for k, size in sizes.items()}
+    results: list[tuple[str, Tensors, Tensors, Tensors]] = [
+        ("g_i", per_sample_grads(model_fn, params, train, mode="ghost"), ours, sizes),
+        ("mean of g_i", step.grads, {k: g.mean(0) for k, g in ours.items()}, sizes),
+        (
+            "<g_i, u>",
+            step.dot_prods,
+            {k: _dots(g, u[k][None])[:, 0] for k, g in ours.items()},
+            along,
+        ),
+        (
+            "<g_i, v_j>",
+            ghost_dot_prod(model_fn, params, train, val, reduction="none", per_param=True),
+            {k: _dots(g, theirs[k]) for k, g in ours.items()},
+            pairs,
+        ),
+        (
+            "<g_i, g_j>",
+            ghost_gram(model_fn, params, train, per_param=True),
+            {k: _dots(g, g) for k, g in ours.items()},
+            squares,
+        ),
+    ]
+    return [line for result in results for line in _differing(*result, tolerance)]
 
 
 def _differing(
-    what: str, got: Tensors, want: Tensors, scales: dict[str, Any], tolerance: float
+    what: str, got: Tensors, want: Tensors, sizes: Tensors, tolerance: float
 ) -> list[str]:
     # What is zero but for rounding is held to the size of the others.
-    floor = 1e-4 * max(map(float, scales.values()))
+    floor = 1e-4 * max(map(float, sizes.values()))
     lines = []
     for k, expected in want.items():
-        error, scale = float((got[k] - expected).abs().max()), max(float(scales[k]), floor)
-        if not error <= tolerance * scale:
-            lines.append(f"{what} of {k!r}: off by {error:.1e} where sizes are {scale:.1e}")
+        error, size = float((got[k] - expected).abs().max()), max(float(sizes[k]), floor)
+        if not error <= tolerance * size:
+            lines.append(f"{what} of {k!r}: off by {error:.1e} where sizes are {size:.1e}")
     return lines
+
+
+def _dots(g: Tensor, h: Tensor) -> Tensor:
+    return _matrix(g) @ _matrix(h).mT
 
 
 def _norms(g: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The layers, lowest first (a module may import its own layer and those below it):
 
     {_types, _errors, _cost} <- {_tree, _layout, _module, _memory}
         <- {_factors, _bundles, _pairs, _norms} <- {_rules, _quantities}
-        <- {_tracking, _trace, _taps, _vjp}
+        <- {_tracking, _trace, _taps, _owners, _vjp}
         <- {_oracles, _direction, _transforms, _verify, _book, _blocks, _pairwise, _clipping,
             _explain} <- everything built on them
 
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_tree", "_layout", "_module", "_memory"),
     ("_factors", "_bundles", "_pairs", "_norms"),
     ("_rules", "_quantities"),
-    ("_tracking", "_trace", "_taps", "_vjp"),
+    ("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp"),
     (
         "_oracles",
         "_direction",

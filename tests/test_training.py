@@ -134,13 +134,21 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
     assert torch._C._len_torch_function_stack() == depth
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("call", CALLS)
-def test_the_callers_grad_mode_does_not_matter(call: str, context: Callable[[], Any]) -> None:
+def test_inference_mode_is_refused(call: str) -> None:
+    """Torch records nothing there, whatever is asked."""
+    problem = CASES["tied_lm"]()
+    train, val = problem.batch(3), problem.batch(2, seed=1)
+    with torch.inference_mode(), pytest.raises(gf.TransformError, match="inference_mode"):
+        CALLS[call](problem.model_fn, problem.params, train, val)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_callers_grad_mode_does_not_matter(call: str) -> None:
     """Evaluation code runs under `no_grad`; what is asked for here is a derivative all the same."""
 
     outcomes = []
-    for mode in (context, torch.enable_grad):
+    for mode in (torch.no_grad, torch.enable_grad):
         problem = CASES["tied_lm"]()
         train, val = problem.batch(3), problem.batch(2, seed=1)
         with mode():

@@ -27,6 +27,7 @@ from ghostfunc._rules import (
     linear,
     norm,
     recurrent,
+    routed,
 )
 from ghostfunc._rules._registry import (
     DECOMPOSITIONS,
@@ -58,4 +59,5 @@ __all__ = [
     "norm",
     "recurrent",
     "register_rule",
+    "routed",
 ]

@@ -26,7 +26,7 @@ _ROWS_BY_VALUE: set[Callable[..., Any]] = {
     torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere,
     torch.masked_select, Tensor.masked_select,
     torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive,
-    torch._pack_padded_sequence,
+    torch._pack_padded_sequence, Tensor.tolist, Tensor.numpy,
 }  # fmt: skip
 _SORTS: set[Callable[..., Any]] = {
     torch.sort, Tensor.sort, torch.argsort, Tensor.argsort, torch.msort, Tensor.msort,
@@ -34,23 +34,27 @@ _SORTS: set[Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def reorders(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> bool:
-    """Whether a call on a tensor with samples on `axis` may reorder them by their values."""
-    if func in _ROWS_BY_VALUE:
-        return True
-    if func is torch.where or func is Tensor.where:
+_OTHERS: set[Callable[..., Any]] = {torch.where, Tensor.where, Tensor.__getitem__}
+MAY_REORDER = _ROWS_BY_VALUE | _SORTS | _OTHERS
+
+
+def reorders(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
+) -> bool:
+    """Whether a call of one of `MAY_REORDER`, on a tensor with samples on `axis`, does."""
+    if func in (torch.where, Tensor.where):
         return len(args) + len(kwargs) == 1
     if func is Tensor.__getitem__:
         entries = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in entries)
     if func in _SORTS:
-        x = args[0]
-        sorted_axis = 0 if func in (torch.msort, Tensor.msort) else _dim(func, args, kwargs)
-        return sorted_axis % x.ndim == axis
-    return False
+        return _sorted_dim(func, args, kwargs) % args[0].ndim == axis
+    return True
 
 
-def _dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _sorted_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    if func in (torch.msort, Tensor.msort):
+        return 0
     position = 2 if func in (torch.topk, Tensor.topk) else 1
     dim = kwargs["dim"] if "dim" in kwargs else args[position] if len(args) > position else -1
-    return dim if isinstance(dim, int) and not isinstance(dim, bool) else -1
+    return -1 if dim is None or isinstance(dim, bool) else int(dim)

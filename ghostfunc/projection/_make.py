@@ -82,8 +82,8 @@ def kronecker_projection(
         )
     if compress is not None and (kind == "dense" or compress < 1):
         raise OptionError(
-            f"compress={compress} with kind={kind!r}: it must be at least 1, and kind='dense' takes "
-            "none (rank_total is its number of columns)."
+            f"compress={compress} with kind={kind!r}: it must be at least 1, and kind='dense' "
+            "takes none (rank_total is its number of columns)."
         )
     shapes = _chosen(params, layers)
     if kind == "dense":

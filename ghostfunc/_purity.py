@@ -1,0 +1,207 @@
+"""Proof, on a few samples, that `model_fn` is what it has to be: pure, with one loss per sample
+that depends on no other sample. Every mode asks for it once per structure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ghostfunc._errors import (
+    CoupledSamplesError,
+    InPlaceError,
+    LossShapeError,
+    NonFiniteLossError,
+    RandomnessError,
+    TransformError,
+)
+from ghostfunc._memo import memory, structure
+from ghostfunc._module import ModuleFn
+from ghostfunc._rules import REFUSED
+from ghostfunc._tree import ParamSpec, batch_size, take, tensors_of
+from ghostfunc._types import ModelFn, PyTree, Randomness
+
+
+@torch.enable_grad()
+def prove_independent(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> None:
+    """Raise unless the losses of samples 0 and 1 are the same in every company: beside each other,
+    beside copies of themselves, and in the whole batch. Remembered by structure."""
+    n = batch_size(batch)
+    _refuse_batched(leaves, batch)
+    remembered = memory(model_fn)
+    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    if key in remembered:
+        return
+    if isinstance(model_fn, ModuleFn):
+        model_fn.refuse_batch_norm()
+    last = min(1, n - 1)
+
+    def losses(data: PyTree) -> Tensor:
+        params = [x.view_as(x) for x in leaves]
+        with Refusals(), _WriteGuard(_protected(model_fn, spec, leaves, data)):
+            out = model_fn(spec.unflatten(params), data)
+        return check_losses(out, batch_size(data)).detach()
+
+    before = _rng_states(leaves)
+    pair = losses(take(batch, [0, last]))
+    if randomness == "error":
+        if not all(map(torch.equal, before, _rng_states(leaves))):
+            raise RandomnessError(
+                "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
+                'pass randomness="different" to give every sample its own draws.'
+            )
+        company = {
+            "with a copy of sample 0 added": (losses(take(batch, [0, last, 0]))[:2], pair),
+            "beside a copy of itself": (
+                torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
+                pair,
+            ),
+            "in the whole batch": (losses(batch)[: last + 1], pair[: last + 1]),
+        }
+        for where, (found, expected) in company.items():
+            if not _close(found, expected):
+                raise coupled_samples(
+                    f"beside each other, samples 0 and {last} have losses {expected.tolist()}; "
+                    f"{where}, {found.tolist()}"
+                )
+    remembered[key] = True
+
+
+def coupled_samples(observed: str) -> CoupledSamplesError:
+    return CoupledSamplesError(
+        f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
+        "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "
+        "negatives, a loss or an input normalised over the batch."
+    )
+
+
+def check_losses(losses: object, n: int) -> Tensor:
+    """`losses`, if they are one finite float per sample."""
+    if not isinstance(losses, Tensor):
+        raise LossShapeError(
+            f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
+            f"shape [{n}]."
+        )
+    if losses.shape != (n,) or not losses.is_floating_point():
+        raise LossShapeError(
+            f"model_fn returned shape {tuple(losses.shape)} of {losses.dtype} for {n} samples; "
+            f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
+            'samples (use reduction="none", then average over each sample\'s own positions).'
+        )
+    check_finite(losses)
+    return losses
+
+
+def check_finite(losses: Tensor) -> None:
+    """Raise `NonFiniteLossError` if a loss is NaN or infinite."""
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(f"losses[{i}] = {losses[i].item()}" for i in bad[:5])
+        raise NonFiniteLossError(
+            f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
+            "parameters; a sample without a single labelled position has a mean loss of 0/0."
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    eps = torch.finfo(a.dtype).eps
+    tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.detach().abs().max()))
+
+
+def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
+    if any(torch._C._functorch.is_batchedtensor(x) for x in (*leaves, *tensors_of(batch))):
+        raise TransformError(
+            "torch.vmap over params or batches is not supported: a model has to be looked at with "
+            "values. vmap over directions works; loop over an ensemble."
+        )
+
+
+def _rng_states(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The states of the generators the model could draw from."""
+    cuda = sorted({x.device.index for x in leaves if x.is_cuda})
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in cuda)]
+
+
+class Refusals(TorchFunctionMode):
+    """Raises for calls that have no per-sample meaning."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in REFUSED:
+            REFUSED[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+# --- writes -----------------------------------------------------------------------------------
+
+
+def _protected(
+    model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree
+) -> dict[int, str]:
+    """What must not be written to, by address of its memory."""
+    named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
+    if isinstance(model_fn, ModuleFn):
+        named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]
+        named += [(f"frozen parameter {k!r}", x) for k, x in model_fn.module.named_parameters()]
+    named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
+    return {_address(x): name for name, x in named if x.numel()}
+
+
+def _address(x: Tensor) -> int:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.untyped_storage().data_ptr()
+
+
+class _WriteGuard(TorchDispatchMode):
+    """Raises before an op writes to protected memory."""
+
+    def __init__(self, protected: dict[int, str]) -> None:
+        super().__init__()
+        self._protected = protected
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable:
+            given = itertools.chain(
+                zip(schema.arguments, args, strict=False),
+                ((a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs),
+            )
+            for argument, value in given:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._check(func, value)
+        return func(*args, **kwargs)
+
+    def _check(self, func: Any, value: object) -> None:
+        for x in tensors_of(value):
+            name = self._protected.get(_address(x)) if x.numel() else None
+            if name is not None:
+                raise InPlaceError(
+                    f"model_fn writes to {name} in place ({func}). A pure function leaves what it "
+                    "is given as it is: use the out-of-place op, or work on a copy."
+                )

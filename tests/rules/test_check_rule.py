@@ -1,0 +1,159 @@
+"""`check_rule` passes right rules and fails wrong ones; the documentation's rule is right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import wrap_torch_function
+
+import ghostfunc as gf
+from ghostfunc._rules import RULES
+from ghostfunc._rules._registry import register_decomposition
+from ghostfunc.testing import Case, check_rule, ids
+
+PAGE = Path(__file__).parents[2] / "docs" / "adding_a_rule.md"
+
+
+@wrap_torch_function(lambda x, w: (x, w))
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return x * w.exp()
+
+
+@pytest.fixture
+def rule(request: Any) -> Any:
+    """Registers a rule of `scaled` for one test."""
+    gf.register_rule(scaled)(request.param)
+    yield
+    del RULES[scaled]
+
+
+CASE = Case(lambda p, x: scaled(x["x"], p["w"]), {"w": (4,)}, {"x": (3, 4)}, "sequences")
+
+
+def right(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    return {"w": lambda: gf.Dense((b * x * w[:, None, None].exp()).sum((1, 2)))}
+
+
+def forgets_the_exponential(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    return {"w": lambda: gf.Dense((b * x).sum((1, 2)))}
+
+
+def right_for_one_sample(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    return {
+        "w": lambda: gf.Dense((b * x * w[:, None, None].exp()).sum((0, 1, 2)).expand(len(b), -1))
+    }
+
+
+def of_another_shape(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    return {"w": lambda: gf.Dense((b * x).sum(1))}
+
+
+def of_another_argument(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    return {"x": lambda: gf.Dense(b)}
+
+
+def with_another_signature(b: Tensor, weight: Tensor) -> Any:
+    return {}
+
+
+def that_breaks(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    return {"w": lambda: gf.Dense(b @ b)}
+
+
+@pytest.mark.parametrize("rule", [right], indirect=True)
+def test_a_right_rule(rule: None) -> None:
+    check_rule(scaled, [CASE])
+
+
+@pytest.mark.parametrize("rule", [forgets_the_exponential], indirect=True)
+def test_a_wrong_rule(rule: None) -> None:
+    with pytest.raises(
+        gf.VerificationError, match=r"n = 2, g_i of 'w': off by .* where sizes"
+    ) as e:
+        check_rule(scaled, [CASE])
+    assert "case 0 (sequences), n = 1" in str(e.value)
+
+
+@pytest.mark.parametrize("rule", [right_for_one_sample], indirect=True)
+def test_a_rule_that_mixes_samples(rule: None) -> None:
+    with pytest.raises(gf.VerificationError) as caught:
+        check_rule(scaled, [CASE])
+    assert "n = 1, g_i" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        (of_another_shape, r"factor of shape \(3, 4\)|factor of shape .* for shape \(4,\)"),
+        (of_another_argument, "no factor for 'w'"),
+        (with_another_signature, "cannot take this call"),
+        (that_breaks, "cannot take this call"),
+    ],
+    indirect=["rule"],
+)
+def test_a_rule_that_cannot_be_applied_says_so_when_tracing(rule: None, match: str) -> None:
+    with pytest.raises(gf.UnsupportedOpError, match=match) as caught:
+        check_rule(scaled, [CASE])
+    assert "'w'" in str(caught.value)
+
+
+def test_cases_that_test_nothing() -> None:
+    with pytest.raises(gf.OptionError, match="at least one case"):
+        check_rule(scaled, [])
+    beside = Case(lambda p, x: x["x"] * p["w"], {"w": (4,)}, {"x": (4,)})
+    with pytest.raises(gf.VerificationError, match=r"case 0 does not test .*scaled.* in .*mul"):
+        check_rule(scaled, [beside])
+    with pytest.raises(gf.OptionError, match="first axis"):
+        check_rule(
+            Tensor.mul, [Case(lambda p, x: (x["x"] * p["w"]).sum(), {"w": (4,)}, {"x": (4,)})]
+        )
+    with pytest.raises(gf.UnsupportedOpError, match="no ghost rule"):
+        check_rule(scaled, [CASE])
+
+
+def test_an_op_has_one_rule() -> None:
+    with pytest.raises(gf.OptionError, match="has a rule already"):
+        gf.register_rule(F.linear)(lambda b, x: {})
+    with pytest.raises(gf.OptionError, match="has a rule already"):
+        register_decomposition(F.linear)(F.linear)
+    with pytest.raises(gf.OptionError, match="has a rule already"):
+        gf.register_rule(torch.lstm)(lambda b, x: {})
+    with pytest.raises(gf.OptionError, match="takes the op itself"):
+        gf.register_rule("linear")(lambda b, x: {})  # type: ignore[arg-type]
+
+
+def test_a_check_comes_before_the_rule() -> None:
+    def check(x: Tensor, w: Tensor) -> None:
+        raise gf.UnsupportedOpError("not today")
+
+    gf.register_rule(scaled, check=check)(right)
+    try:
+        with pytest.raises(gf.UnsupportedOpError, match="not today"):
+            check_rule(scaled, [CASE])
+    finally:
+        del RULES[scaled]
+
+
+def test_ids_and_tensors_of_ones_own() -> None:
+    table = Case(
+        lambda p, x: F.embedding(x["i"], p["w"]),
+        {"w": lambda g: torch.eye(5, 3).double()},
+        {"i": ids(5, 2)},
+    )
+    check_rule(F.embedding, [table], samples=(4, 1))
+
+
+def test_the_code_of_the_documentation_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    before = set(RULES)
+    try:
+        exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
+    finally:
+        for op in set(RULES) - before:
+            del RULES[op]
