@@ -106,11 +106,6 @@ def share_dot_with_total(n: int, t: int, p: int, d: int) -> bool:
     return shared_dot(n, p, d) < outer_dot(n, t, p, d)
 
 
-def gram_is_cheaper(t: int, s: int, p: int, d: int) -> bool:
-    """Token Gram matrices (`t x s` inner products) against materialising one sample's gradient."""
-    return 2 * t * s * (p + d) < (t + s) * p * d
-
-
 def keep_direction_factored(
     ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool
 ) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc import _cost
-from ghostfunc._quantities import DotReader, PairReader
+from ghostfunc._quantities import DotReader, PairReader, TurnReader
 from ghostfunc._tree import ParamSpec, batch_size
 from ghostfunc._types import ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import meetings, run
@@ -37,11 +37,13 @@ def validation_readers(
     m = batch_size(val, "val")
     everything = range(len(leaves))
     each = reduction == "none"
+    ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+    theirs = meetings(model_fn, leaves, spec, val, randomness=randomness, exact=True)
     if each:
         factored = set(everything)
+        postponed = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
     else:
-        ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
-        theirs = meetings(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+        postponed = set()
         factored = {
             i for i in everything if _cost.keep_direction_factored(ours[i], theirs[i], grads=grads)
         }
@@ -53,10 +55,16 @@ def validation_readers(
         [],
         grads=[i for i in everything if i not in factored],
         collect=factored,
+        postpone=postponed,
         scale=1 / m if reduction == "mean" else 1.0,
         randomness=randomness,
     )
-    return [
-        PairReader(tuple(taken.factors[i]), each, m) if i in factored else DotReader(taken.grads[i])
-        for i in everything
-    ]
+
+    def reader(i: int) -> DotReader | PairReader | TurnReader:
+        if taken.turns[i]:
+            return TurnReader(tuple(taken.turns[i]), m)
+        if i in factored:
+            return PairReader(tuple(taken.factors[i]), each, m)
+        return DotReader(taken.grads[i])
+
+    return [reader(i) for i in everything]

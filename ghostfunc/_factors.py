@@ -253,50 +253,6 @@ def add_up(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @singledispatch
-def sqnorm(factor: Factor) -> Float[Tensor, " n"]:
-    """`||g_i||^2` for every sample."""
-    raise _unknown(factor)
-
-
-@sqnorm.register
-def _(factor: Outer) -> Tensor:
-    n, t, _ = factor.left.shape
-    left, right = wide(factor.left), wide(factor.right)
-    if _cost.gram_is_cheaper(t, t, *factor.shape):
-        return torch.cat(
-            [row_dots(left[s] @ left[s].mT, right[s] @ right[s].mT) for s in _blocks(n, t * t)]
-        )
-    squares = []
-    for s in _blocks(n, factor.shape[0] * factor.shape[1]):
-        g = left[s].mT @ right[s]
-        squares.append(row_dots(g, g))
-    return torch.cat(squares)
-
-
-@sqnorm.register
-def _(factor: OneHot) -> Tensor:
-    ids, b = factor.ids, wide(factor.b)
-    t = ids.shape[1]
-    return torch.cat(
-        [
-            row_dots((ids[s, :, None] == ids[s, None, :]).to(b.dtype), b[s] @ b[s].mT)
-            for s in _blocks(len(ids), t * t)
-        ]
-    )
-
-
-@sqnorm.register
-def _(factor: Grouped) -> Tensor:
-    return add_up([sqnorm(group) for group in factor.groups()])
-
-
-@sqnorm.register
-def _(factor: Dense) -> Tensor:
-    g = wide(factor.g)
-    return row_dots(g, g)
-
-
-@singledispatch
 def project(
     factor: Factor, left: Float[Tensor, "p k"] | None, right: Float[Tensor, "d l"] | None
 ) -> Float[Tensor, "n k l"]:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ghostfunc._errors import RandomnessError, TransformError
 from ghostfunc._factors import wide
 from ghostfunc._purity import check_finite, check_losses
+from ghostfunc._tracking import in_transform
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -154,8 +155,7 @@ def materialize(
     if not vectorize:
         rows, values = [], []
         for i in range(n):
-            sample = optree.tree_map(lambda x: x[0], take(batch, [i]))
-            row, value = grad_and_value(list(leaves), sample)
+            row, value = _gradient_of_one(model_fn, leaves, spec, take(batch, [i]))
             rows.append(row)
             values.append(value)
         check_finite(torch.stack(values))
@@ -169,6 +169,27 @@ def materialize(
         grads, losses = torch.vmap(of_flat, randomness=randomness)(samples)
     check_finite(losses)
     return grads
+
+
+def _gradient_of_one(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, sample: PyTree
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The gradient and the loss of a batch of one sample. Outside transforms by plain autograd,
+    which runs what no transform does: checkpoints, packed sequences, scripted functions."""
+
+    def loss(p: Sequence[Tensor]) -> Tensor:
+        return _one_loss(model_fn(spec.unflatten(p), sample))
+
+    if in_transform():
+        grads, value = torch.func.grad_and_value(loss)(list(leaves))
+        return grads, value
+    inputs = [x.detach().requires_grad_() for x in leaves]
+    with torch.enable_grad():
+        value = loss(inputs)
+    if not value.requires_grad:
+        return [torch.zeros_like(x) for x in leaves], value
+    grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return grads, value.detach()
 
 
 def _one_loss(losses: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from ghostfunc._book import collect
 from ghostfunc._direction import validation_readers
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import add_up
-from ghostfunc._quantities import Dot, DotReader, PairReader, Prepared, Quantity, SqNorm
+from ghostfunc._quantities import (
+    Dot,
+    DotReader,
+    PairReader,
+    Prepared,
+    Quantity,
+    SqNorm,
+    TurnReader,
+)
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params, take
 from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
@@ -237,14 +245,19 @@ def ghost_cosine(
     return _cosine(add_up(dots), _norms.joint(rows), _norms.joint(lengths))
 
 
-def _length(reader: DotReader | PairReader, like: Tensor) -> Tensor:
+def _length(reader: DotReader | PairReader | TurnReader, like: Tensor) -> Tensor:
     """`||u||` in float64: `[1]`, or `[m]` for every validation sample."""
-    if isinstance(reader, DotReader):
-        return reader.u.double().norm()[None]
-    if not reader.factors:  # the validation losses do not depend on the parameter
-        return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)
-    bundle = reader.factors if reader.each else [_bundles.pooled(f) for f in reader.factors]
-    return _norms.root(_pairs.sqnorms(bundle)).double()
+    match reader:
+        case DotReader(u):
+            return u.double().norm()[None]
+        case TurnReader(turns, m):
+            us = (add_up([turn.gradient(j) for turn in turns]) for j in range(m))
+            return torch.stack([u.double().norm() for u in us])
+        case PairReader(()):  # the validation losses do not depend on the parameter
+            return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)
+        case PairReader(factors, each):
+            bundle = factors if each else [_bundles.pooled(f) for f in factors]
+            return _norms.root(_pairs.sqnorms(bundle)).double()
 
 
 def _cosine(dots: Tensor, norms: Tensor, lengths: Tensor) -> Tensor:

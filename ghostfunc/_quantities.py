@@ -126,6 +126,50 @@ class PairReader(NamedTuple):
         return self._replace(factors=self.factors + other.factors)
 
 
+class Turn(NamedTuple):
+    """Per-sample gradients that are formed one at a time, when it is their turn.
+
+    Attributes:
+        factor: the factor of one use of a derived tensor.
+        maps: the way from that tensor's gradient, one sample's, to where it is needed.
+    """
+
+    factor: Factor
+    maps: tuple[DeriveFn, ...]
+
+    def gradient(self, j: int) -> Tensor:
+        """Sample j's gradient."""
+        one: list[Any] = [x[j : j + 1] if isinstance(x, Tensor) else x for x in self.factor]
+        g = _factors.materialize(type(self.factor)(*one))[0]
+        for step in self.maps:
+            g = step(g)
+        return g
+
+
+class TurnReader(NamedTuple):
+    """`<g_i, g_j>`, `[n, m]`, where derived tensors stand between the samples and the parameter:
+    no factor leads past them, so the m gradients are formed in turns."""
+
+    turns: tuple[Turn, ...]
+    m: int
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, self.m)
+
+    def read(self, factor: Factor) -> Tensor:
+        columns = []
+        for j in range(self.m):
+            u = _factors.add_up([turn.gradient(j) for turn in self.turns])
+            columns.append(_factors.dot(factor, u.reshape(factor.shape)))
+        return torch.stack(columns, dim=1)
+
+    def push(self, push: Push) -> TurnReader:
+        return self._replace(turns=tuple(Turn(t.factor, (*t.maps, push.jvp)) for t in self.turns))
+
+    def plus(self, other: TurnReader) -> TurnReader:
+        return self._replace(turns=self.turns + other.turns)
+
+
 class Dot(Quantity):
     """`<g_i, u>` for a direction `u`, a pytree like `params`: `[n]` per parameter."""
 

@@ -23,7 +23,15 @@ from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules import BroadcastRule
 from ghostfunc._rules._registry import ArgName, op_name, rows
 from ghostfunc._trace import CallTrace, Trace
-from ghostfunc._tracking import CallArgs, ReaderKey, Tracked, TrackingMode, in_transform
+from ghostfunc._tracking import (
+    CallArgs,
+    ReaderKey,
+    Tracked,
+    TrackingMode,
+    in_transform,
+    real,
+    shaped,
+)
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 
@@ -121,7 +129,7 @@ class Use:
         layout = self.call.out
         if isinstance(self.call.rule, BroadcastRule):
             g = b.movedim(layout.sample_axis, 0)
-            return Dense(g.reshape(self.n, *target.const.shape))
+            return Dense(real(g.reshape(self.n, *target.const.shape)))
         call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
         assert self.call.rule is not None  # tracing saw to it
         factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
@@ -160,7 +168,7 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
             out.append(reader.read(factor))
     if target.wants_grad:
         grad = _factors.total(factor) if grad is None else grad
-        out.append(grad.reshape(target.const.shape).to(target.const.dtype))
+        out.append(shaped(grad, target.const))
     return out
 
 

@@ -48,6 +48,8 @@ from ghostfunc._tracking import (
     TrackingMode,
     constants,
     decomposed,
+    differentiable,
+    in_transform,
     writes,
 )
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, tensors_of
@@ -206,7 +208,7 @@ class _Recorder(TrackingMode):
         if not any(s is not None for s in out_shapes):
             return out
         grew = [tuple(x.shape) != s for x, s in zip(outs, out_shapes, strict=True)]
-        if not any(x.is_floating_point() for x in outs):
+        if not any(map(differentiable, outs)):
             self.seen.append(_Seen(plain, [], None, ()))
             return out
         if not any(grew):
@@ -240,6 +242,8 @@ class _Recorder(TrackingMode):
         if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
             reason = REASONS.get(func, "no ghost rule for this op")
             raise UnsupportedOpError(f"{what}: {reason}. {WAYS_OUT}")
+        if any(x.is_complex() for x in call.consts()) and not isinstance(rule, BroadcastRule):
+            raise UnsupportedOpError(f"{what}: no ghost rule for complex parameters. {WAYS_OUT}")
         if isinstance(rule, FactorRule) and rule.check is not None:
             args, kwargs = call.rebuild(call.leaves)
             rule.check(*args, **kwargs)
@@ -340,6 +344,16 @@ class _Probe(torch.autograd.Function):
         return b, b
 
 
+class _TopLevelProbe(torch.autograd.Function):
+    """`_Probe` outside transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
+        return y.detach()  # a view may not be written to
+
+    backward = staticmethod(_Probe.backward)
+
+
 class _Prober(TrackingMode):
     """Runs the recorded calls on constants, with a probe on every use."""
 
@@ -370,7 +384,10 @@ class _Prober(TrackingMode):
         if expected.trace.kind == "derived":
             return self.derive(func, call)
         out = call.run(func, call.consts())
-        return _Probe.apply(out, next(self._taps)) if expected.trace.kind == "use" else out
+        if expected.trace.kind != "use":
+            return out
+        probe = _Probe if in_transform() else _TopLevelProbe
+        return probe.apply(out, next(self._taps))
 
 
 # --- the trace --------------------------------------------------------------------------------
@@ -441,10 +458,16 @@ def _probe(
         with _Prober(tracked, seen, taps):
             return model_fn(spec.unflatten(primals), grown)
 
-    losses, pullback = torch.func.vjp(run, taps, _fresh(leaves))[:2]
-    last = torch.zeros_like(losses)
-    last[-1] = 1
-    cotangents, unseen = pullback(last, retain_graph=False, create_graph=False)
+    if in_transform():
+        losses, pullback = torch.func.vjp(run, taps, _fresh(leaves))[:2]
+        cotangents, unseen = pullback(_last(losses), retain_graph=False, create_graph=False)
+    else:  # plain autograd also runs functions that transforms do not
+        inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
+        losses = run(inputs[: len(taps)], inputs[len(taps) :])
+        flat = torch.autograd.grad(
+            losses, inputs, _last(losses), allow_unused=True, materialize_grads=True
+        )
+        cotangents, unseen = list(flat[: len(taps)]), flat[len(taps) :]
     for name, g in zip(spec.names, unseen, strict=True):
         if bool((g != 0).any()):
             raise unseen_use([name])
@@ -457,6 +480,13 @@ def unseen_use(names: Sequence[str]) -> UntrackedUseError:
         f"The losses depend on parameter {listed} on a path ghostfunc does not see: a custom "
         f"autograd.Function, a write into a buffer, or code outside torch functions. {WAYS_OUT}"
     )
+
+
+def _last(losses: Tensor) -> Tensor:
+    """The cotangent that asks for the last loss."""
+    last = torch.zeros_like(losses)
+    last[-1] = 1
+    return last
 
 
 def _zero(y: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import optree
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ghostfunc._errors import InPlaceError
 from ghostfunc._factors import Dense, Factor, materialize, transpose
 from ghostfunc._layout import Layout, stack_all
-from ghostfunc._quantities import Push, Reader
+from ghostfunc._quantities import DeriveFn, Push, Reader, Turn
 from ghostfunc._rules import DECOMPOSITIONS, REFUSED
 from ghostfunc._rules._registry import constant, op_name
 from ghostfunc._tree import ParamSpec, flatten, unflatten
@@ -114,14 +115,30 @@ class Tracked:
             return first.at_leaves(transpose(factor))
         assert self.fn is not None
         g = materialize(factor)
-        g = g.reshape(len(g), *self.const.shape).to(self.const.dtype)
+        g = shaped(g, self.const, len(g))
         pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
         pulled = torch.vmap(pullback)(g)
         return [
             pair
             for source, g_source in zip(self.sources, pulled, strict=True)
-            for pair in source.at_leaves(Dense(g_source))
+            for pair in source.at_leaves(Dense(real(g_source)))
         ]
+
+    def turns(self, factor: Factor, maps: tuple[DeriveFn, ...] = ()) -> list[tuple[int, Turn]]:
+        """`at_leaves`, one sample at a time, when it is its turn."""
+        if self.leaf is not None:
+            return [(self.leaf, Turn(factor, maps))]
+        return [
+            pair
+            for position, source in enumerate(self.sources)
+            for pair in source.turns(factor, (*maps, partial(self._pull, position)))
+        ]
+
+    def _pull(self, position: int, g: Tensor) -> Tensor:
+        """One sample's gradient of one source, given that of this tensor."""
+        assert self.fn is not None
+        pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
+        return real(pullback(shaped(g[None], self.const, 1)[0])[position])
 
 
 def constants(leaves: Sequence[Tensor], spec: ParamSpec) -> list[Tracked]:
@@ -271,10 +288,27 @@ class TrackingMode(TorchFunctionMode):
         consts = flatten(const)[0]
         known = {id(t.grad) for t in call.tracked}
         for i, (grad, value) in enumerate(zip(outs, consts, strict=True)):
-            if id(grad) not in known and grad.is_floating_point():
+            if id(grad) not in known and differentiable(grad):
                 index = i if len(outs) > 1 else None
                 self.track(grad, _derived(func, func, call, grad, value, index))
         return unflatten(spec, outs)
+
+
+def real(x: Tensor) -> Tensor:
+    """`x` in real numbers: inner products of gradients and directions are real ones."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def shaped(x: Tensor, like: Tensor, *leading: int) -> Tensor:
+    """The inverse of `real`, in the shape and dtype of `like` after some leading axes."""
+    if like.is_complex():
+        x = torch.view_as_complex(x.reshape((*leading, *like.shape, 2)).contiguous())
+    return x.reshape((*leading, *like.shape)).to(like.dtype)
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether a gradient can flow through `x`."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
@@ -348,11 +382,15 @@ def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: 
         def of_one(x: Tensor) -> Tensor:
             return fn(*consts[:position], x, *consts[position + 1 :])
 
-        # J u is the derivative of the linear map v -> J^T v along u. Forward mode would say the
-        # same, but torch's is not safe with threads, and has not all ops.
         primal = consts[position]
-        y, pullback = torch.func.vjp(of_one, primal)[:2]
-        twice = torch.func.vjp(lambda v: pullback(v)[0], torch.zeros_like(y))[1]
-        return twice(tangent.to(primal.dtype))[0]
+        tangent = shaped(tangent, primal)
+        try:
+            return real(torch.func.jvp(of_one, (primal,), (tangent,))[1])
+        except NotImplementedError:
+            # No forward-mode AD: J u is the derivative of the linear map v -> J^T v along u.
+            pullback = torch.func.vjp(of_one, primal)[1]
+            zero = torch.zeros_like(of_one(primal))
+            twice = torch.func.vjp(lambda v: pullback(v)[0], zero)[1]
+            return real(twice(tangent)[0])
 
     return Push(jvp, derivation)

@@ -17,7 +17,7 @@ from ghostfunc._layout import StaleLayout
 from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._owners import check_owners
 from ghostfunc._purity import check_losses
-from ghostfunc._quantities import Dot, Quantity
+from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._taps import Site, TapMode, leaf_factors
 from ghostfunc._trace import Trace, trace_model
 from ghostfunc._tracking import ReaderKey, constants, in_transform
@@ -108,12 +108,14 @@ class Taken:
         values: per quantity, what was read.
         grads: the gradient of `scale * sum_i losses[i]`.
         factors: the factors of `scale * g_i`, one per use.
+        turns: the same of the parameters `postpone`, not yet pulled back to them.
     """
 
     losses: Tensor
     values: list[list[Any]]
     grads: list[Any]
     factors: list[list[Factor]]
+    turns: list[list[Turn]]
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,17 @@ def run(
     *,
     grads: Collection[int] = (),
     collect: Collection[int] = (),
+    postpone: Collection[int] = (),
     scale: float = 1.0,
     randomness: Randomness = "error",
 ) -> Taken:
     """Run `model_fn` under taps, tracing it first where needed.
 
-    `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted.
+    `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
+    `postpone`, some of `collect`, are not pulled back through derived tensors yet.
     """
     model, taken = on_trace(
-        lambda model: _run(model, quantities, grads, collect, scale),
+        lambda model: _run(model, quantities, grads, collect, scale, postpone),
         model_fn,
         leaves,
         spec,
@@ -226,6 +230,7 @@ def _run(
     grads: Collection[int],
     collect: Collection[int],
     scale: float,
+    postpone: Collection[int] = (),
 ) -> Taken:
     leaves, spec, n = model.leaves, model.spec, model.n
     readers = [q.readers(leaves, spec) for q in quantities]
@@ -277,16 +282,22 @@ def _run(
     for i, grad in zip(grads, param_grads, strict=True):
         out_grads[i] = grad
     factors: list[list[Factor]] = [[] for _ in leaves]
+    turns: list[list[Turn]] = [[] for _ in leaves]
     for site, b, tensors in zip(collected, collected_b, saved, strict=True):
         use = modes[0].uses[site]
         for name, target in use.targets:
-            for i, factor in leaf_factors(target, use.factor(name, target, b, tensors)).items():
-                if i in kept:
-                    factors[i].append(factor)
+            factor = use.factor(name, target, b, tensors)
+            if target.leaves().isdisjoint(postpone):
+                for i, at_leaf in leaf_factors(target, factor).items():
+                    if i in kept:
+                        factors[i].append(at_leaf)
+            else:
+                for i, turn in target.turns(factor):
+                    turns[i].append(turn)
     for q, i in met:
         value = readers[q][i].read_all(factors[i])
         values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
-    return Taken(losses, values, out_grads, factors)
+    return Taken(losses, values, out_grads, factors, turns)
 
 
 def _pull_back(

@@ -11,9 +11,9 @@ signature, after the cotangent `b` of the op's output:
         }
 
 It returns, for every argument that may be a parameter, a function that makes the factor; only those
-of arguments that are parameters are called. One layout holds everywhere: tensors that carry
-samples arrive as `[n, ...]`, sample axis first and unfolded, whatever the model does; other
-arguments arrive as the op got them.
+of arguments that are parameters are called. One layout holds everywhere: every tensor is stacked
+over samples, `[n, *shape]`, where `shape` is what a call with one sample would have, whatever the
+model does with its axes. See `docs/adding_a_rule.md`.
 """
 
 from ghostfunc._rules import (

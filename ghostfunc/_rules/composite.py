@@ -44,8 +44,6 @@ for _function in (
     F.smooth_l1_loss,
     F.huber_loss,
     F.gaussian_nll_loss,
-    F.poisson_nll_loss,
-    F.binary_cross_entropy_with_logits,
 ):
     register_decomposition(_function)(body_of(_function))
 
@@ -54,3 +52,30 @@ for _function in (
 def broadcast_tensors(*tensors: Tensor) -> list[Tensor]:
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
     return [x.expand(shape) for x in tensors]
+
+
+# --- what a tensor is asked for besides its values ----------------------------------------------
+
+
+@register_decomposition(Tensor.to)
+def to(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    other = kwargs.get("other", args[0] if args else None)
+    if not isinstance(other, Tensor):
+        return NotImplemented
+    rest = {k: v for k, v in kwargs.items() if k != "other"}
+    return input.to(other.device, other.dtype, *args[1:], **rest)
+
+
+@register_decomposition(Tensor.type_as)
+def type_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.to(other.device, other.dtype)
+
+
+@register_decomposition(Tensor.view_as)
+def view_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.view(other.shape)
+
+
+@register_decomposition(Tensor.reshape_as)
+def reshape_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.reshape(other.shape)

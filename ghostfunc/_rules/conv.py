@@ -2,7 +2,8 @@
 
 A convolution gathers: `g_i = sum_t b_it patch(x)_it^T` over output positions t. A transposed
 convolution scatters: `g_i = sum_t x_it patch(b)_it^T` over input positions. Groups of channels are
-groups of products.
+groups of products. A kernel's gradient that is smaller than its factors is formed at once, sample
+by sample, with torch's own kernel.
 """
 
 from __future__ import annotations
@@ -14,43 +15,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc import _cost
 from ghostfunc._factors import Dense, Factor, Grouped, Outer, wide
 from ghostfunc._rules._registry import Factors, register_rule
 
-Patches = Callable[[Tensor], Tensor]
 
-
-def kernel_factor(rows: Tensor, columns: Tensor, groups: int, patches: Patches) -> Factor:
-    """The factor of a kernel `[rows, columns / groups, *kernel]`, whichever form is smallest.
+def _kernel_factor(
+    rows: Tensor,
+    columns: Tensor,
+    groups: int,
+    patches: Callable[[Tensor], Tensor],
+    dense: Callable[[], Tensor],
+) -> Factor:
+    """The factor of a kernel `[rows, columns / groups, *kernel]`, in whichever form is smallest.
 
     Args:
         rows: `[n, batch, rows, *positions]`.
         columns: `[n, batch, columns, *spatial]`, of which `patches` makes
-            `[n, batch, columns, *positions, *kernel]`.
+            `[n, batch, columns, *kernel, *positions]`.
+        dense: makes the gradient itself, `[n, *shape]`.
     """
     dims = rows.ndim - 3
+    left = _grouped(rows, groups, 0, dims)
+    kernel = patches(columns[:1]).shape[3 : 3 + dims].numel()
+    t, p, d = left.shape[2], left.shape[3], columns.shape[2] // groups * kernel
+    if p * d <= t * (p + d):
+        return Dense(dense())
+    right = _grouped(patches(columns), groups, dims, dims)
+    return Outer(left[:, 0], right[:, 0]) if groups == 1 else Grouped(left, right)
 
-    def left(block: slice) -> Tensor:
-        """`[n, groups, t, p]`"""
-        y = rows[block].flatten(3).unflatten(2, (groups, -1))
-        return y.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    def right(block: slice) -> Tensor:
-        """`[n, groups, t, d]`"""
-        y = patches(columns[block]).unflatten(2, (groups, -1)).flatten(4, 3 + dims).flatten(5)
-        return y.permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(3)
-
-    one, everything = slice(0, 1), slice(None)
-    (_, _, t, p), d = left(one).shape, right(one).shape[-1]
-    if p * d > t * (p + d):
-        if groups == 1:
-            return Outer(left(everything)[:, 0], right(everything)[:, 0])
-        return Grouped(left(everything), right(everything))
-    # Patches are larger than what they are patches of: never all of them at once.
-    step = _cost.samples_per_block(len(rows), groups * t * d)
-    blocks = [slice(i, i + step) for i in range(0, len(rows), step)]
-    return Dense(torch.cat([wide(left(s)).mT @ wide(right(s)) for s in blocks]))
+def _grouped(x: Tensor, groups: int, inner: int, dims: int) -> Tensor:
+    """`[n, batch, channels, *inner, *positions]` as `[n, groups, t, channels * inner / groups]`."""
+    n, batch = x.shape[:2]
+    x = x.unflatten(2, (groups, -1)).transpose(1, 2)  # [n, groups, batch, channels, ...]
+    width = x.shape[3 : 4 + inner].numel()
+    if batch == 1:  # the positions stay last in memory: a view, or one copy
+        return x.reshape(n, groups, width, -1).mT
+    return x.reshape(n, groups, batch, width, -1).mT.reshape(n, groups, -1, width)
 
 
 def _patches(
@@ -59,18 +60,52 @@ def _patches(
     dilation: Sequence[int],
     padding: Sequence[tuple[int, int]],
     positions: Sequence[int],
-) -> Patches:
-    """`[..., *spatial]` to `[..., *positions, *kernel]`: a padded view."""
+) -> Callable[[Tensor], Tensor]:
+    """From `[..., *spatial]` to `[..., *kernel, *positions]`, a padded view."""
     pad = [x for pair in reversed(padding) for x in pair]
+    dims = len(kernel)
 
     def patches(x: Tensor) -> Tensor:
         x = F.pad(x, pad) if any(pad) else x
-        first = x.ndim - len(kernel)
+        first = x.ndim - dims
         for i, (k, s, d, t) in enumerate(zip(kernel, stride, dilation, positions, strict=True)):
             x = x.unfold(first + i, d * (k - 1) + 1, s)[..., ::d].narrow(first + i, 0, t)
-        return x
+        return x.movedim(tuple(range(-dims, 0)), tuple(range(first, first + dims)))
 
     return patches
+
+
+def _sample_by_sample(
+    b: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int] | None,
+    groups: int,
+) -> Tensor:
+    """The kernel's gradient, `[n, *shape]`; of a transposed convolution with `output_padding`."""
+    transposed = output_padding is not None
+    only_weight = [False, True, False]
+    return torch.stack(
+        [
+            torch.ops.aten.convolution_backward(
+                cotangent,
+                x,
+                w,
+                None,
+                stride,
+                padding,
+                dilation,
+                transposed,
+                output_padding or [0] * len(stride),
+                groups,
+                only_weight,
+            )[1]
+            for cotangent, x, w in zip(wide(b), wide(input), wide(weight), strict=True)
+        ]
+    )
 
 
 def _each(x: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -116,12 +151,18 @@ def conv(
     dims = len(kernel)
 
     def of_weight() -> Factor:
-        rows = _batched(b, dims)
-        spread = _each(dilation, dims)
-        patches = _patches(
-            kernel, _each(stride, dims), spread, _sides(padding, kernel, spread), rows.shape[3:]
-        )
-        return kernel_factor(rows, _batched(input, dims), groups, patches)
+        rows, x = _batched(b, dims), _batched(input, dims)
+        step, spread = _each(stride, dims), _each(dilation, dims)
+        sides = _sides(padding, kernel, spread)
+
+        def dense() -> Tensor:
+            even = all(before == after for before, after in sides)
+            padded = x if even else F.pad(x, [n for pair in reversed(sides) for n in pair])
+            pad = [before if even else 0 for before, _ in sides]
+            return _sample_by_sample(rows, padded, weight, step, pad, spread, None, groups)
+
+        patches = _patches(kernel, step, spread, sides, rows.shape[3:])
+        return _kernel_factor(rows, x, groups, patches, dense)
 
     return _factors(dims, b, of_weight)
 
@@ -142,11 +183,14 @@ def conv_transpose(
     dims = len(kernel)
 
     def of_weight() -> Factor:
-        rows = _batched(input, dims)
-        sides = _sides(padding, kernel, ())
-        patches = _patches(
-            kernel, _each(stride, dims), _each(dilation, dims), sides, rows.shape[3:]
-        )
-        return kernel_factor(rows, _batched(b, dims), groups, patches)
+        rows, columns = _batched(input, dims), _batched(b, dims)
+        step, spread, pad = (_each(x, dims) for x in (stride, dilation, padding))
+
+        def dense() -> Tensor:
+            extra = _each(output_padding, dims)
+            return _sample_by_sample(columns, rows, weight, step, pad, spread, extra, groups)
+
+        patches = _patches(kernel, step, spread, [(x, x) for x in pad], rows.shape[3:])
+        return _kernel_factor(rows, columns, groups, patches, dense)
 
     return _factors(dims, b, of_weight)

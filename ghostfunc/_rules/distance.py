@@ -86,3 +86,8 @@ def grid_sample(b: Tensor, input: Tensor, grid: Tensor, *options: Any, **named: 
         lambda input, grid: F.grid_sample(input, grid, *options, **named),
         {"input": input, "grid": grid},
     )
+
+
+@register_rule(torch.linalg.solve)
+def solve(b: Tensor, A: Tensor, B: Tensor, *, left: bool = True) -> Factors:
+    return pulled_back(b, lambda A, B: torch.linalg.solve(A, B, left=left), {"A": A, "B": B})

@@ -156,7 +156,7 @@ def getitem(b: Tensor, input: Tensor, index: Any) -> Factors:
     def of_input() -> OneHot:
         entries = index if isinstance(index, tuple) else (index,)
         ids = [x for x in entries if isinstance(x, Tensor)]
-        if not ids or any(x.is_floating_point() or x.dtype == torch.bool for x in ids):
+        if not ids or any(x.dtype not in (torch.int64, torch.int32) for x in ids):
             raise unsupported(
                 "Indexing a parameter by samples needs integer tensors, w[ids]",
                 "Use torch.where for masks.",

@@ -52,10 +52,8 @@ def write_part_(x: Tensor, index: Any, value: Tensor) -> None:
 def _write_where(x: Tensor, mask: Tensor, value: Tensor) -> Any:
     """`x[mask] = value`: how many places the mask has is nobody's business if they all get one."""
     rest = x.ndim - mask.ndim
-    if value.ndim > rest:
-        if value.ndim > rest + 1 or value.shape[0] != 1:
-            return NotImplemented
-        value = value.squeeze(0)
+    if value.ndim > rest:  # a value of its own for every place
+        return NotImplemented
     mask = mask.reshape(*mask.shape, *(1 for _ in range(rest)))
     x.copy_(torch.where(mask, value.to(x.dtype), x))
     return None

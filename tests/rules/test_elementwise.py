@@ -317,6 +317,48 @@ def test_parametrizations(wrap: Any, make: Any) -> None:
     check_rule(op, [Case(call, params, {"x": (4, 4)})])
 
 
+FILTERS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "of a signal": ((5,), torch.fft.rfft),
+    "of pairs of numbers": ((3, 2), torch.view_as_complex),
+    "polar": ((3,), lambda w: torch.polar(w.exp(), w).conj()),
+    "of a real signal": (
+        (5,),
+        lambda w: torch.fft.rfft(torch.fft.irfft(torch.fft.rfft(w) * 2j, 5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_complex_numbers_made_of_parameters(name: str) -> None:
+    shape, make = FILTERS[name]
+
+    def call(p: Any, x: Any) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x["x"]) * make(p["w"]), 5)
+
+    check_rule(Tensor.mul, [Case(call, {"w": shape}, {"x": (2, 5)})])
+
+
+def test_complex_samples_and_products() -> None:
+    def real_scale(p: Any, x: Any) -> Tensor:
+        return torch.view_as_real(torch.fft.rfft(x["x"]) * p["w"])
+
+    def matrix(p: Any, x: Any) -> Tensor:
+        return (torch.fft.rfft(x["x"]) @ torch.complex(p["w"], p["w"])).real
+
+    check_rule(Tensor.mul, [Case(real_scale, {"w": (3,)}, {"x": (2, 5)})])
+    with pytest.raises(gf.UnsupportedOpError, match="complex parameters"):
+        check_rule(Tensor.matmul, [Case(matrix, {"w": (3, 3)}, {"x": (2, 5)})])
+
+
+def test_asking_a_parameter_for_its_kind() -> None:
+    def call(p: Any, x: Any) -> Tensor:
+        y = x["x"].float().to(p["w"]).type_as(p["w"]) + x["x"].to(other=p["w"])
+        zeros = p["w"].new_zeros(len(y), 3) + torch.zeros_like(p["w"])
+        return y @ p["w"].to(y).diag() + zeros
+
+    check_rule(Tensor.matmul, [Case(call, {"w": (3,)}, {"x": (3,)})])
+
+
 def test_random_weights_have_no_gradient_of_their_own() -> None:
     def model_fn(p: Any, x: Tensor) -> Tensor:
         return F.linear(x, F.dropout(p["w"], 0.5)).sum(1)
