@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from inspect import getsource
 from pydoc_data import topics
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -37,7 +38,9 @@ def package_sources(package: str, prefix: str = "") -> Iterator[str]:
             yield file.read_text(encoding="utf-8")
 
 
-DOMAINS = {
+DomainName = Literal["manual", "asyncio", "decimal", "charmaps", "entities", "locales"]
+
+DOMAINS: dict[DomainName, Domain] = {
     "manual": Domain(
         "prose of the language reference (pydoc_data.topics)", lambda: topics.topics.values()
     ),
@@ -109,10 +112,3 @@ def unique_paragraphs(documents: Iterable[str]) -> Iterable[str]:
 def draw(chunks: Int[Tensor, "n t"], count: int, generator: torch.Generator) -> Tensor:
     """`count` chunks without replacement."""
     return chunks[torch.randperm(len(chunks), generator=generator)[:count]]
-
-
-def snippet(chunk: Int[Tensor, " t"], width: int) -> str:
-    """A chunk as one printable line."""
-    text = bytes(chunk.tolist()).decode(errors="replace")
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"

@@ -49,6 +49,7 @@ from ghostfunc._tracking import (
     constants,
     decomposed,
     differentiable,
+    gradients,
     in_transform,
     writes,
 )
@@ -464,10 +465,12 @@ def _probe(
     else:  # plain autograd also runs functions that transforms do not
         inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
         losses = run(inputs[: len(taps)], inputs[len(taps) :])
-        flat = torch.autograd.grad(
-            losses, inputs, _last(losses), allow_unused=True, materialize_grads=True
-        )
-        cotangents, unseen = list(flat[: len(taps)]), flat[len(taps) :]
+        flat = gradients(losses, inputs, _last(losses))
+        # A path that is there counts as a use, even if its gradient happens to vanish.
+        for name, g in zip(spec.names, flat[len(taps) :], strict=True):
+            if g is not None:
+                raise unseen_use([name])
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(taps, flat, strict=False)]
     for name, g in zip(spec.names, unseen, strict=True):
         if bool((g != 0).any()):
             raise unseen_use([name])

@@ -63,6 +63,13 @@ def in_transform() -> bool:
     return active or torch.compiler.is_compiling()
 
 
+def gradients(losses: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+    """Plain autograd's cotangents of `inputs`; None where no path leads to them."""
+    if not losses.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(losses, inputs, cotangent, allow_unused=True))
+
+
 @dataclass(eq=False)
 class Tracked:
     """A parameter, or a tensor derived from parameters alone.

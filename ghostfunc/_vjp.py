@@ -20,7 +20,7 @@ from ghostfunc._purity import check_losses
 from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._taps import Site, TapMode, leaf_factors
 from ghostfunc._trace import Trace, trace_model
-from ghostfunc._tracking import ReaderKey, constants, in_transform
+from ghostfunc._tracking import ReaderKey, constants, gradients, in_transform
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -266,7 +266,12 @@ def _run(
         mode.finish()
         check_losses(losses, n)
         modes.append(mode)
-        return losses, [[x.detach() for x in mode.uses[s].arg_tensors] for s in collected]
+        # An enclosing transform may differentiate what is made of them; without one they would keep
+        # the whole graph alive.
+        nested = in_transform()
+        return losses, [
+            [x if nested else x.detach() for x in mode.uses[s].arg_tensors] for s in collected
+        ]
 
     losses, (tap_cotangents, collected_b, param_grads), saved = _pull_back(
         tapped,
@@ -324,14 +329,9 @@ def _pull_back(
     inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
     with torch.enable_grad():
         losses, aux = f(*inputs)
-    flat = torch.autograd.grad(
-        losses,
-        [x for group in inputs for x in group],
-        torch.full_like(losses, cotangent),
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    rest = iter(flat)
+    flat = [x for group in inputs for x in group]
+    found = gradients(losses, flat, torch.full_like(losses, cotangent))
+    rest = (torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True))
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
 
 

@@ -352,7 +352,7 @@ def test_complex_samples_and_products() -> None:
 
 def test_asking_a_parameter_for_its_kind() -> None:
     def call(p: Any, x: Any) -> Tensor:
-        y = x["x"].float().to(p["w"]).type_as(p["w"]) + x["x"].to(other=p["w"])
+        y = x["x"].float().to(p["w"]).type_as(p["w"]) + x["x"].to(p["w"])
         zeros = p["w"].new_zeros(len(y), 3) + torch.zeros_like(p["w"])
         return y @ p["w"].to(y).diag() + zeros
 

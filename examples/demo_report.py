@@ -1,0 +1,300 @@
+"""What the demo shows: progress bars, tables and the figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from demo_corpus import DOMAINS
+from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import ghostfunc as gf
+
+SHOWN = 6
+"""Chunks shown from either end of the ranking."""
+
+TARGET, OTHER = "#0072B2", "#8C8C8C"
+"""Okabe and Ito's blue beside grey: told apart with any colour vision."""
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Training chunks of every domain, to be scored.
+
+    Attributes:
+        chunks: `[n, t]`.
+        domains: the domain of every chunk.
+        size: chunks in each domain.
+    """
+
+    chunks: Int[Tensor, "n t"]
+    domains: tuple[str, ...]
+    size: int
+
+    @classmethod
+    def of(cls, chunks: dict[str, Int[Tensor, "k t"]]) -> Pool:
+        """The same number of chunks of every domain, one domain after the other."""
+        size = len(next(iter(chunks.values())))
+        domains = tuple(domain for domain in chunks for _ in range(size))
+        return cls(torch.cat(list(chunks.values())), domains, size)
+
+    def members(self, domain: str) -> Bool[Tensor, " n"]:
+        """Which chunks are of the domain."""
+        return torch.tensor([d == domain for d in self.domains])
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that the demo found out.
+
+    Attributes:
+        target: domain of the validation batch.
+        pool: the chunks that were scored.
+        losses: of every training step.
+        n_params: size of the model.
+        scores: `<g_i, g_val>` for the target.
+        dots: the same for every domain in its turn.
+        norms: `||g_i||`.
+        verification: of `gf.verify`.
+        seconds: of every method, on `n_timed` training and `n_val` validation chunks.
+    """
+
+    target: str
+    pool: Pool
+    losses: list[float]
+    n_params: int
+    scores: Float[Tensor, " n"]
+    dots: dict[str, Float[Tensor, " n"]]
+    norms: Float[Tensor, " n"]
+    verification: gf.Report
+    seconds: dict[str, float]
+    n_timed: int
+    n_val: int
+
+
+@dataclass(frozen=True)
+class Grade:
+    """How well scores find a domain.
+
+    Attributes:
+        precision: share of the domain among the k best chunks, k being its size.
+        auroc: how often a chunk of the domain scores higher than a chunk of another.
+    """
+
+    precision: float
+    auroc: float
+
+    @classmethod
+    def of(cls, scores: Float[Tensor, " n"], pool: Pool, domain: str) -> Grade:
+        members = pool.members(domain)
+        best = scores.topk(pool.size).indices
+        return cls(
+            precision=float(members[best].float().mean()),
+            auroc=float(roc_auc_score(members.numpy(), scores.numpy())),
+        )
+
+
+def progress_bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def print_results(results: Results) -> None:
+    """Everything in the order of the argument: is it exact, what does it cost, what is it for."""
+    losses = results.losses
+    last = losses[-20:]
+    console.rule("Ghost against materialized dot products")
+    console.print(str(results.verification), soft_wrap=True, highlight=False)
+    console.rule("Time")
+    console.print(timing_table(results))
+    console.rule(
+        f"Training chunks of six domains, scored by {results.n_val} held-out chunks of "
+        f"{results.target!r}"
+    )
+    console.print(
+        f"GPT-2 of {results.n_params:,} parameters, {len(losses)} steps: from {losses[0]:.2f} to "
+        f"{sum(last) / len(last):.2f} nats per byte.\n"
+    )
+    console.print(ranking_table(results))
+    console.print(grades_table(results))
+    console.print(every_domain_table(results))
+
+
+def timing_table(results: Results) -> Table:
+    gradients = (results.n_timed + results.n_val) * results.n_params * 4 / 2**20
+    table = Table(
+        box=None,
+        caption=f"{results.n_timed} training + {results.n_val} validation chunks, median; plain: "
+        "forward and backward over all of them.\n"
+        f"Materialized holds {gradients:.0f} MiB of per-sample gradients; ghost holds none.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    table.add_column("seconds", justify="right")
+    table.add_column("against plain", justify="right")
+    plain = next(iter(results.seconds.values()))
+    for name, seconds in results.seconds.items():
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / plain:.2f}x")
+    return table
+
+
+def ranking_table(results: Results) -> Table:
+    """The chunks with the highest and the lowest scores."""
+    order = results.scores.argsort(descending=True).tolist()
+    cosines = results.scores / results.norms
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("cosine", justify="right")
+    table.add_column("domain")
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    for rank, i in enumerate(order, start=1):
+        if SHOWN < rank <= len(order) - SHOWN:
+            continue
+        if rank == len(order) - SHOWN + 1:
+            table.add_row("...")
+        domain = results.pool.domains[i]
+        style = "bold blue" if domain == results.target else ""
+        table.add_row(
+            str(rank),
+            f"{results.scores[i]:+.3f}",
+            f"{cosines[i]:+.3f}",
+            Text(domain, style=style),
+            Text(snippet(results.pool.chunks[i])),
+        )
+    return table
+
+
+def grades_table(results: Results) -> Table:
+    """How well the scores find the target, beside a score without direction and chance."""
+    pool, target = results.pool, results.target
+    rows = {
+        "dot product": Grade.of(results.scores, pool, target),
+        "cosine": Grade.of(results.scores / results.norms, pool, target),
+        "gradient norm alone": Grade.of(results.norms, pool, target),
+        "chance": Grade(pool.size / len(pool.domains), 0.5),
+    }
+    table = Table(title=f"Do the scores find {target!r}?", box=None, title_justify="left")
+    table.add_column("")
+    table.add_column(f"precision@{pool.size}", justify="right")
+    table.add_column("AUROC", justify="right")
+    for name, grade in rows.items():
+        table.add_row(name, f"{grade.precision:.2f}", f"{grade.auroc:.2f}")
+    return table
+
+
+def every_domain_table(results: Results) -> Table:
+    """AUROC with every domain as the target."""
+    table = Table(title="AUROC with every domain as the target", box=None, title_justify="left")
+    table.add_column("")
+    table.add_column("dot product", justify="right")
+    table.add_column("cosine", justify="right")
+    table.add_column("text")
+    for domain, dots in results.dots.items():
+        dot = Grade.of(dots, results.pool, domain).auroc
+        cosine = Grade.of(dots / results.norms, results.pool, domain).auroc
+        table.add_row(domain, f"{dot:.2f}", f"{cosine:.2f}", DOMAINS[domain].about)
+    return table
+
+
+def snippet(chunk: Int[Tensor, " t"]) -> str:
+    """A chunk as one printable line."""
+    return " ".join(bytes(chunk.tolist()).decode(errors="replace").split())
+
+
+# --- figure -------------------------------------------------------------------------------------
+
+
+def plot_scores(results: Results, path: Path) -> None:
+    """Write the figure: scores by domain, and mean cosines between all pairs of domains."""
+    grade = Grade.of(results.scores, results.pool, results.target)
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(12.5, 5.2), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        draw_distributions(left, results)
+        draw_domains(right, results)
+        figure.suptitle(
+            f"Held-out text of {results.target!r} scores training chunks of {results.target!r} "
+            f"above the rest {grade.auroc:.0%} of the time",
+            x=0.01,
+            ha="left",
+            fontsize=15,
+            fontweight="bold",
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    console.print(f"Figure: {path}")
+
+
+def draw_distributions(axes: Axes, results: Results) -> None:
+    """One row per domain: every chunk, and the quartiles."""
+    by_domain = {d: results.scores[results.pool.members(d)] for d in results.dots}
+    order = sorted(by_domain, key=lambda domain: float(by_domain[domain].median()))
+    jitter = torch.Generator().manual_seed(0)
+    for row, domain in enumerate(order):
+        scores = by_domain[domain]
+        color = TARGET if domain == results.target else OTHER
+        heights = row + (torch.rand(len(scores), generator=jitter) - 0.5) * 0.5
+        axes.scatter(scores, heights, s=22, color=color, alpha=0.55, linewidths=0)
+        low, middle, high = scores.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        axes.plot([low, high], [row, row], color="black", linewidth=1.5, zorder=3)
+        axes.plot(middle, row, "o", color="white", markeredgecolor="black", zorder=4)
+    axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(order)), order)
+    for label in axes.get_yticklabels():
+        if label.get_text() == results.target:
+            label.set(color=TARGET, fontweight="bold")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(r"score $\langle g_i,\, g_\mathrm{val}\rangle$  (positive: helps)")
+    axes.set_title("Every training chunk, with median and quartiles", loc="left")
+
+
+def draw_domains(axes: Axes, results: Results) -> None:
+    """Mean cosine of every domain's chunks with every domain's validation gradient."""
+    names = list(results.dots)
+    means = torch.stack(
+        [
+            torch.stack(
+                [(results.dots[v] / results.norms)[results.pool.members(d)].mean() for d in names]
+            )
+            for v in names
+        ]
+    )
+    limit = float(means.abs().max())
+    axes.imshow(means, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    for i, row in enumerate(means.tolist()):
+        for j, value in enumerate(row):
+            color = "white" if abs(value) > 0.65 * limit else "black"
+            weight = "bold" if i == j else "normal"
+            axes.text(
+                j, i, f"{value:+.2f}", ha="center", va="center", color=color, fontweight=weight
+            )
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("training chunks of")
+    axes.set_ylabel("validation batch of")
+    axes.set_title("Mean cosine, every domain against every other", loc="left")
