@@ -61,8 +61,6 @@ class Config:
     """Held-out chunks in a validation batch."""
     score_batch: int = 32
     """Chunks scored at once."""
-    verify_chunks: int = 4
-    """Chunks whose gradients are materialized for verification."""
     timing_rounds: int = 5
     """Times every method is timed; the median counts."""
     out: Path = Path("outputs/demo/scores.png")
@@ -84,7 +82,7 @@ def main(config: Config) -> None:
     batches = [{"input_ids": chunks} for chunks in pool.chunks.split(config.score_batch)]
     vals = {domain: {"input_ids": chunks} for domain, chunks in corpus.held_out.items()}
     val = vals[config.target]
-    few = {"input_ids": pool.chunks[: config.verify_chunks]}
+    one_of_each = {"input_ids": pool.chunks[:: pool.size]}
 
     with progress_bars() as progress:
         model = build_model(config)
@@ -92,7 +90,7 @@ def main(config: Config) -> None:
         model_fn, params = gf.hf.causal_lm(model.eval())
         scores = score(model_fn, params, batches, val, progress)
         dots, norms = score_every_domain(model_fn, params, batches, vals, progress)
-        verification = gf.verify(model_fn, params, few, val)
+        verification = gf.verify(model_fn, params, one_of_each, val)
         seconds = time_methods(model_fn, params, batches[0], val, config.timing_rounds, progress)
 
     results = Results(

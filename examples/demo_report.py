@@ -121,34 +121,37 @@ def progress_bars() -> Progress:
 
 def print_results(results: Results) -> None:
     """Everything in the order of the argument: is it exact, what does it cost, what is it for."""
-    losses = results.losses
-    last = losses[-20:]
+    last = results.losses[-20:]
     console.rule("Ghost against materialized dot products")
     console.print(str(results.verification), soft_wrap=True, highlight=False)
     console.rule("Time")
     console.print(timing_table(results))
-    console.rule(
-        f"Training chunks of six domains, scored by {results.n_val} held-out chunks of "
-        f"{results.target!r}"
-    )
     console.print(
-        f"GPT-2 of {results.n_params:,} parameters, {len(losses)} steps: from {losses[0]:.2f} to "
-        f"{sum(last) / len(last):.2f} nats per byte.\n"
+        f"{results.n_timed} training and {results.n_val} validation chunks, median. Plain: one "
+        "backward pass over all of them. Materialized holds "
+        f"{materialized_bytes(results) / 2**20:.0f} MiB of per-sample gradients; ghost holds none."
     )
+    console.rule(f"{results.n_val} held-out chunks of {results.target!r} score training chunks")
+    console.print(
+        f"The model: GPT-2 with {results.n_params:,} parameters, {len(results.losses)} steps on "
+        f"{len(DOMAINS)} domains, from {results.losses[0]:.2f} to {sum(last) / len(last):.2f} nats "
+        "per byte."
+    )
+    console.print()
     console.print(ranking_table(results))
+    console.rule(f"Do the scores find {results.target!r}?")
     console.print(grades_table(results))
+    console.rule("AUROC with every domain as the target")
     console.print(every_domain_table(results))
 
 
+def materialized_bytes(results: Results) -> int:
+    """Size of one float32 gradient for each chunk that was timed."""
+    return (results.n_timed + results.n_val) * results.n_params * 4
+
+
 def timing_table(results: Results) -> Table:
-    gradients = (results.n_timed + results.n_val) * results.n_params * 4 / 2**20
-    table = Table(
-        box=None,
-        caption=f"{results.n_timed} training + {results.n_val} validation chunks, median; plain: "
-        "forward and backward over all of them.\n"
-        f"Materialized holds {gradients:.0f} MiB of per-sample gradients; ghost holds none.",
-        caption_justify="left",
-    )
+    table = Table(box=None)
     table.add_column("")
     table.add_column("seconds", justify="right")
     table.add_column("against plain", justify="right")
@@ -161,27 +164,25 @@ def timing_table(results: Results) -> Table:
 def ranking_table(results: Results) -> Table:
     """The chunks with the highest and the lowest scores."""
     order = results.scores.argsort(descending=True).tolist()
+    ranks = [*range(SHOWN), *range(len(order) - SHOWN, len(order))]
     cosines = results.scores / results.norms
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("cosine", justify="right")
-    table.add_column("domain")
+    table = Table(box=None, expand=True)
+    for name in ("rank", "score", "cosine"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("domain", no_wrap=True)
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    for rank, i in enumerate(order, start=1):
-        if SHOWN < rank <= len(order) - SHOWN:
-            continue
-        if rank == len(order) - SHOWN + 1:
-            table.add_row("...")
+    for rank in ranks:
+        i = order[rank]
         domain = results.pool.domains[i]
-        style = "bold blue" if domain == results.target else ""
         table.add_row(
-            str(rank),
-            f"{results.scores[i]:+.3f}",
-            f"{cosines[i]:+.3f}",
-            Text(domain, style=style),
+            str(rank + 1),
+            f"{results.scores[i]:+.2f}",
+            f"{cosines[i]:+.2f}",
+            Text(domain, style="bold blue" if domain == results.target else ""),
             Text(snippet(results.pool.chunks[i])),
         )
+        if rank == SHOWN - 1:
+            table.add_row("...")
     return table
 
 
@@ -194,7 +195,7 @@ def grades_table(results: Results) -> Table:
         "gradient norm alone": Grade.of(results.norms, pool, target),
         "chance": Grade(pool.size / len(pool.domains), 0.5),
     }
-    table = Table(title=f"Do the scores find {target!r}?", box=None, title_justify="left")
+    table = Table(box=None)
     table.add_column("")
     table.add_column(f"precision@{pool.size}", justify="right")
     table.add_column("AUROC", justify="right")
@@ -205,11 +206,11 @@ def grades_table(results: Results) -> Table:
 
 def every_domain_table(results: Results) -> Table:
     """AUROC with every domain as the target."""
-    table = Table(title="AUROC with every domain as the target", box=None, title_justify="left")
+    table = Table(box=None)
     table.add_column("")
     table.add_column("dot product", justify="right")
     table.add_column("cosine", justify="right")
-    table.add_column("text")
+    table.add_column("what it is")
     for domain, dots in results.dots.items():
         dot = Grade.of(dots, results.pool, domain).auroc
         cosine = Grade.of(dots / results.norms, results.pool, domain).auroc
@@ -230,13 +231,13 @@ def plot_scores(results: Results, path: Path) -> None:
     grade = Grade.of(results.scores, results.pool, results.target)
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(12.5, 5.2), dpi=150, layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        figure = Figure(figsize=(12.5, 5.4), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
         draw_distributions(left, results)
         draw_domains(right, results)
         figure.suptitle(
-            f"Held-out text of {results.target!r} scores training chunks of {results.target!r} "
-            f"above the rest {grade.auroc:.0%} of the time",
+            f"{grade.auroc:.0%} of the time, a training chunk of {results.target!r} outscores one "
+            "of another domain",
             x=0.01,
             ha="left",
             fontsize=15,
@@ -267,8 +268,10 @@ def draw_distributions(axes: Axes, results: Results) -> None:
             label.set(color=TARGET, fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(r"score $\langle g_i,\, g_\mathrm{val}\rangle$  (positive: helps)")
-    axes.set_title("Every training chunk, with median and quartiles", loc="left")
+    axes.set_xlabel(r"score $\langle g_i,\, g_\mathrm{val}\rangle$  (above zero: helps)")
+    axes.set_title(
+        f"Training chunks, scored by held-out {results.target!r}: median, quartiles", loc="left"
+    )
 
 
 def draw_domains(axes: Axes, results: Results) -> None:
@@ -291,10 +294,10 @@ def draw_domains(axes: Axes, results: Results) -> None:
             axes.text(
                 j, i, f"{value:+.2f}", ha="center", va="center", color=color, fontweight=weight
             )
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("training chunks of")
     axes.set_ylabel("validation batch of")
-    axes.set_title("Mean cosine, every domain against every other", loc="left")
+    axes.set_title("Mean cosine for every pair of domains", loc="left")

@@ -53,24 +53,27 @@ def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(module(batch["x"]), batch["y"], reduction="none")
 
 
-def epsilon_of(noise: float, rate: float, steps: int, delta: float) -> float:
-    """The epsilon of `steps` Poisson-sampled Gaussian mechanisms, for adding or removing one."""
+def mechanism(noise: float, rate: float, steps: int) -> dp_accounting.DpEvent:
+    """Poisson-sampled Gaussian mechanisms in a row; neighbours have one sample more or less."""
     step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
-    accountant = PLDAccountant()
-    accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    return accountant.get_epsilon(delta)
+    return dp_accounting.SelfComposedDpEvent(step, steps)
+
+
+def epsilon_of(noise: float, rate: float, steps: int, delta: float) -> float:
+    """What the steps cost together."""
+    return PLDAccountant().compose(mechanism(noise, rate, steps)).get_epsilon(delta)
 
 
 def noise_for(epsilon: float, rate: float, steps: int, delta: float) -> float:
     """The least noise, in multiples of the clipping norm, that stays within epsilon."""
-    low, high = 0.3, 100.0
-    while high / low > 1.005:
-        middle = (low * high) ** 0.5
-        if epsilon_of(middle, rate, steps, delta) > epsilon:
-            low = middle
-        else:
-            high = middle
-    return high
+    return dp_accounting.calibrate_dp_mechanism(
+        PLDAccountant,
+        lambda noise: mechanism(noise, rate, steps),
+        epsilon,
+        delta,
+        dp_accounting.LowerEndpointAndGuess(0.5, 2.0),
+        tol=0.01,
+    )
 
 
 def train(
