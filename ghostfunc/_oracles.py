@@ -5,7 +5,6 @@ They know no op rules and no taps, so what they agree on with ghost mode is righ
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from ghostfunc._errors import RandomnessError, TransformError
 from ghostfunc._factors import wide
-from ghostfunc._purity import check_finite, check_losses
-from ghostfunc._tracking import in_transform
+from ghostfunc._purity import check_finite, check_losses, refuse_checkpoints
+from ghostfunc._tracking import FORWARD_MODE, in_transform
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -116,10 +115,6 @@ def _constant_padding(
     return torch.where((ids == padding_idx % len(weight))[..., None], out.detach(), out)
 
 
-FORWARD_MODE = threading.RLock()
-"""The levels of torch's forward-mode AD are shared by all threads of a process."""
-
-
 @contextmanager
 def _forward_mode() -> Iterator[None]:
     """Only the plain attention kernel has forward-mode AD."""
@@ -188,6 +183,7 @@ def _gradient_of_one(
         value = loss(inputs)
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in leaves], value
+    refuse_checkpoints(value)
     grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
     return grads, value.detach()
 

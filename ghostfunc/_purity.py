@@ -78,6 +78,24 @@ def prove_independent(
     remembered[key] = True
 
 
+def refuse_checkpoints(losses: Tensor) -> None:
+    """Raise `TransformError` for reentrant checkpoints, through which no gradient can be asked for:
+    they add theirs to `.grad` behind autograd's back."""
+    todo, known = [losses.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise TransformError(
+                "model_fn calls torch.utils.checkpoint with use_reentrant=True, whose backward "
+                "pass runs where nobody sees it. Switch checkpointing off "
+                "(model.gradient_checkpointing_disable() in transformers)."
+            )
+        todo += [parent for parent, _ in node.next_functions]
+
+
 def coupled_samples(observed: str) -> CoupledSamplesError:
     return CoupledSamplesError(
         f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "

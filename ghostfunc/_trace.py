@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.utils.checkpoint import CheckpointError
 
 from ghostfunc._errors import (
     WAYS_OUT,
@@ -33,11 +34,18 @@ from ghostfunc._errors import (
     GhostError,
     RandomnessError,
     SampleAxisError,
+    TransformError,
     UnsupportedOpError,
     UntrackedUseError,
 )
 from ghostfunc._layout import Fold, Layout
-from ghostfunc._purity import Refusals, check_losses, coupled_samples, prove_independent
+from ghostfunc._purity import (
+    Refusals,
+    check_losses,
+    coupled_samples,
+    prove_independent,
+    refuse_checkpoints,
+)
 from ghostfunc._rules import BroadcastRule, FactorRule, Rule, lookup
 from ghostfunc._rules._registry import REASONS, ArgName, op_name
 from ghostfunc._rules.routed import MAY_REORDER, reorders
@@ -465,7 +473,15 @@ def _probe(
     else:  # plain autograd also runs functions that transforms do not
         inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
         losses = run(inputs[: len(taps)], inputs[len(taps) :])
-        flat = gradients(losses, inputs, _last(losses))
+        refuse_checkpoints(losses)
+        try:
+            flat = gradients(losses, inputs, _last(losses))
+        except CheckpointError as error:
+            raise TransformError(
+                "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
+                "sees it. Switch checkpointing off (model.gradient_checkpointing_disable() in "
+                'transformers), or use mode="materialized" with vectorize=False.'
+            ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
         for name, g in zip(spec.names, flat[len(taps) :], strict=True):
             if g is not None:

@@ -7,6 +7,7 @@ bookkeeping of derived tensors, and the pull-back of factors from derived tensor
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,10 @@ _IN_PLACE_OPERATORS = {
     "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__",
     "__iand__", "__ior__", "__ixor__", "__setitem__", "__set__",
 }  # fmt: skip
+
+
+FORWARD_MODE = threading.RLock()
+"""The levels of torch's forward-mode AD are shared by all threads of a process."""
 
 
 def in_transform() -> bool:
@@ -389,15 +394,11 @@ def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: 
         def of_one(x: Tensor) -> Tensor:
             return fn(*consts[:position], x, *consts[position + 1 :])
 
+        # J u is the derivative of the linear map v -> J^T v along u. Forward mode would say the
+        # same, but torch's levels of it are shared by all threads, and it has not all ops.
         primal = consts[position]
-        tangent = shaped(tangent, primal)
-        try:
-            return real(torch.func.jvp(of_one, (primal,), (tangent,))[1])
-        except NotImplementedError:
-            # No forward-mode AD: J u is the derivative of the linear map v -> J^T v along u.
-            pullback = torch.func.vjp(of_one, primal)[1]
-            zero = torch.zeros_like(of_one(primal))
-            twice = torch.func.vjp(lambda v: pullback(v)[0], zero)[1]
-            return real(twice(tangent)[0])
+        y, pullback = torch.func.vjp(of_one, primal)[:2]
+        twice = torch.func.vjp(lambda v: pullback(v)[0], torch.zeros_like(y))[1]
+        return real(twice(shaped(tangent, primal))[0])
 
     return Push(jvp, derivation)

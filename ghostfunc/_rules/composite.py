@@ -59,11 +59,9 @@ def broadcast_tensors(*tensors: Tensor) -> list[Tensor]:
 
 @register_decomposition(Tensor.to)
 def to(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    other = kwargs.get("other", args[0] if args else None)
-    if not isinstance(other, Tensor):
+    if not args or not isinstance(args[0], Tensor):
         return NotImplemented
-    rest = {k: v for k, v in kwargs.items() if k != "other"}
-    return input.to(other.device, other.dtype, *args[1:], **rest)
+    return input.to(args[0].device, args[0].dtype, *args[1:], **kwargs)
 
 
 @register_decomposition(Tensor.type_as)
