@@ -61,7 +61,7 @@ class Config:
     """Held-out chunks in a validation batch."""
     score_batch: int = 32
     """Chunks scored at once."""
-    timing_rounds: int = 5
+    timing_rounds: int = 3
     """Times every method is timed; the median counts."""
     out: Path = Path("outputs/demo/scores.png")
     """Where the figure goes."""
