@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc import _bundles, _cost, _norms, _oracles, _pairs
+from ghostfunc._capture import symbolic
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import Dense, Factor, add_up
 from ghostfunc._purity import check_losses, prove_independent
@@ -108,6 +109,8 @@ class FactoredGrads:
     def param_norms(self) -> Float[Tensor, "params n"]:
         """`norms`, one row per parameter."""
         squares = torch.stack([_pairs.sqnorms(bundle) for bundle in self.bundles])
+        if symbolic(squares):
+            return _norms.trusted_roots(squares)
         out = _norms.root(squares)
         extreme = _norms.extremes(squares.sum(0))
         if bool(extreme.any()):
@@ -166,6 +169,6 @@ def check_weights(weights: object, n: int) -> Float[Tensor, " n"]:
     if not isinstance(weights, Tensor) or weights.shape != (n,):
         found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise OptionError(f"weights must be a tensor of shape [{n}], one per sample; got {found}.")
-    if not bool(weights.isfinite().all()):
+    if not symbolic(weights) and not bool(weights.isfinite().all()):
         raise OptionError("weights must be finite; leave a sample out with weight 0.")
     return weights

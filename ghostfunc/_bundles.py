@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from ghostfunc import _cost, _factors
+from ghostfunc._capture import symbolic
 from ghostfunc._factors import (
     Dense,
     Factor,
@@ -70,11 +71,28 @@ def weighted_total(bundle: Bundle, weights: Tensor) -> Tensor:
 
     Samples of weight zero are left out: whatever their gradients hold, they cost and spoil nothing.
     """
-    if bool((weights == 0).any()):
+    if symbolic(weights):
+        bundle = [_blanked(f, weights == 0) for f in bundle]
+    elif bool((weights == 0).any()):
         kept = weights.nonzero().flatten()
         bundle, weights = [take(f, kept) for f in bundle], weights[kept]
     shape = bundle[0].shape
     return add_up([total(_weighted(f, weights)).reshape(shape) for f in bundle])
+
+
+def _blanked(factor: Factor, blank: Tensor) -> Factor:
+    """The factor with zeros for some of the samples."""
+
+    def fill(x: Tensor) -> Tensor:
+        return x.masked_fill(blank.view(-1, *[1] * (x.ndim - 1)), 0)
+
+    match factor:
+        case OneHot(ids, b, rows):
+            return OneHot(ids, fill(b), rows)
+        case Outer(left, right) | Grouped(left, right):
+            return type(factor)(fill(left), fill(right))
+        case Dense(g):
+            return Dense(fill(g))
 
 
 def _weighted(factor: Factor, weights: Tensor) -> Factor:

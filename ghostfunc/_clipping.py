@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ghostfunc import _norms
 from ghostfunc._book import check_weights, collect
+from ghostfunc._capture import compilable
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params
 from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
@@ -29,6 +30,7 @@ class ClippedGrad(NamedTuple):
     norms: PyTree
 
 
+@compilable(ClippedGrad)
 def ghost_clipped_grad(
     model_fn: ModelFn,
     params: PyTree,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -31,11 +33,15 @@ class ModuleFn:
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         self._bound = _Bound(module, loss)
-        # Every name of every parameter: tied parameters have several.
+        # Every name of every tensor: tied parameters have several.
         first_name: dict[int, str] = {}
         self._aliases: dict[str, list[str]] = {}
-        for name, p in module.named_parameters(remove_duplicate=False):
-            own = first_name.setdefault(id(p), name)
+        self._state: dict[str, Tensor] = {}
+        for name, x in itertools.chain(
+            module.named_parameters(remove_duplicate=False),
+            module.named_buffers(remove_duplicate=False),
+        ):
+            own = first_name.setdefault(id(x), name)
             self._aliases.setdefault(own, []).append(f"module.{name}")
 
     @property
@@ -57,8 +63,28 @@ class ModuleFn:
                     "then used), or replace the layer by GroupNorm or LayerNorm."
                 )
 
+    def closed_over(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters that are not among `params`, and its buffers."""
+        named = dict(self.module.named_parameters())
+        state = {name: p for name, p in named.items() if name not in params}
+        state.update(self.module.named_buffers())
+        return state
+
+    def closing_over(self, state: dict[str, Tensor]) -> ModuleFn:
+        """The same function with other tensors in place of `closed_over`."""
+        other = copy.copy(self)
+        other._state = state
+        return other
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModuleFn) and self._bound is other._bound
+
+    def __hash__(self) -> int:
+        return hash(self._bound)
+
     def __call__(self, params: dict[str, Tensor], batch: PyTree) -> Tensor:
-        tensors = {alias: p for name, p in params.items() for alias in self._aliases[name]}
+        named = {**self._state, **params}
+        tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         return torch.func.functional_call(self._bound, tensors, (batch,), tie_weights=False)
 
 

@@ -6,6 +6,8 @@ usual way squares; what follows is for the samples where that failed.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,6 +29,12 @@ def extremes(squares: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
 def root(squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Square roots; rounding may leave a square that should be zero a little below it."""
     return squares.clamp(min=0).sqrt()
+
+
+def trusted_roots(squares: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    """Square roots, NaN where the squares cannot be trusted: for compiled programs, which cannot
+    look at them and go another way."""
+    return root(squares).masked_fill(extremes(squares.sum(0)), math.nan)
 
 
 def joint(norms: Float[Tensor, "k n"]) -> Float[Tensor, " n"]:

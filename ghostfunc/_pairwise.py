@@ -11,6 +11,7 @@ from torch import Tensor
 from ghostfunc import _bundles, _norms, _pairs
 from ghostfunc._blocks import GramBlocks
 from ghostfunc._book import collect
+from ghostfunc._capture import compilable, symbolic
 from ghostfunc._direction import validation_readers
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import add_up
@@ -30,6 +31,7 @@ from ghostfunc._vjp import run
 _MODES = ("ghost", "materialized")
 
 
+@compilable()
 def ghost_norm(
     model_fn: ModelFn,
     params: PyTree,
@@ -95,6 +97,8 @@ def _roots(
 ) -> Tensor:
     """Norms `[params, n]` from squares; extreme samples are run once more."""
     table = torch.stack(list(squares))
+    if symbolic(table):
+        return _norms.trusted_roots(table)
     rows = _norms.root(table)
     extreme = _norms.extremes(table.sum(0))
     if randomness == "error" and bool(extreme.any()):
@@ -104,6 +108,7 @@ def _roots(
     return rows
 
 
+@compilable()
 def ghost_gram(
     model_fn: ModelFn,
     params: PyTree,
@@ -165,6 +170,7 @@ def ghost_gram(
     return spec.unflatten(grams) if per_param else add_up(grams)
 
 
+@compilable()
 def ghost_cosine(
     model_fn: ModelFn,
     params: PyTree,

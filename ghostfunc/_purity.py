@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ghostfunc._capture import symbolic
 from ghostfunc._errors import (
     CoupledSamplesError,
     InPlaceError,
@@ -43,6 +44,8 @@ def prove_independent(
     key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
     if key in remembered:
         return
+    if any(map(symbolic, tensors_of(batch))):
+        raise not_captured()
     if isinstance(model_fn, ModuleFn):
         model_fn.refuse_batch_norm()
     last = min(1, n - 1)
@@ -76,6 +79,15 @@ def prove_independent(
                     f"{where}, {found.tolist()}"
                 )
     remembered[key] = True
+
+
+def not_captured() -> TransformError:
+    """A compiled program is recorded on tensors without values."""
+    return TransformError(
+        "torch.compile can record this call only with a batch like the one it was looked at with. "
+        "Compile a function that calls ghostfunc's public functions; do not trace them by other "
+        "means (make_fx, FakeTensorMode)."
+    )
 
 
 def refuse_checkpoints(losses: Tensor) -> None:
@@ -122,7 +134,10 @@ def check_losses(losses: object, n: int) -> Tensor:
 
 
 def check_finite(losses: Tensor) -> None:
-    """Raise `NonFiniteLossError` if a loss is NaN or infinite."""
+    """Raise `NonFiniteLossError` if a loss is NaN or infinite. A compiled program does not look:
+    what it returns is not finite either."""
+    if symbolic(losses):
+        return
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()

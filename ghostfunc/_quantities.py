@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc import _bundles, _cost, _factors, _pairs
+from ghostfunc._capture import node
 from ghostfunc._factors import Dense, Factor
 from ghostfunc._tree import ParamSpec, flatten_like
 from ghostfunc._types import PyTree
@@ -170,6 +171,7 @@ class TurnReader(NamedTuple):
         return self._replace(turns=self.turns + other.turns)
 
 
+@node("direction")
 class Dot(Quantity):
     """`<g_i, u>` for a direction `u`, a pytree like `params`: `[n]` per parameter."""
 
@@ -215,6 +217,7 @@ class SqNormReader(NamedTuple):
         return self
 
 
+@node()
 class SqNorm(Quantity):
     """`||g_i||^2`, the squared norm of every sample's gradient: `[n]` per parameter.
 
@@ -248,6 +251,7 @@ class GramReader(NamedTuple):
         return self
 
 
+@node("workspace")
 class Gram(Quantity):
     """`<g_i, g_j>`, the inner products of all pairs of samples of a batch: `[n, n]` per parameter.
 
@@ -285,6 +289,7 @@ class SampleGradReader(NamedTuple):
         return self
 
 
+@node()
 class SampleGrad(Quantity):
     """The per-sample gradient, materialised from its factors: `[n, *shape]` per parameter.
 

@@ -29,6 +29,7 @@ from ghostfunc._tracking import (
     Tracked,
     TrackingMode,
     in_transform,
+    reads_attribute,
     real,
     shaped,
 )
@@ -268,7 +269,7 @@ class TapMode(TrackingMode):
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._as_traced:
+        if self._as_traced and not reads_attribute(func):
             funcs = self._trace.funcs
             self._as_traced = self._entry < len(funcs) and funcs[self._entry] == func
             self._entry += 1

@@ -59,6 +59,7 @@ from ghostfunc._tracking import (
     differentiable,
     gradients,
     in_transform,
+    reads_attribute,
     writes,
 )
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, tensors_of
@@ -96,7 +97,8 @@ class Trace:
     """What is known of one way through the model.
 
     Attributes:
-        funcs: every torch call, in order: a run that makes others is on another way.
+        funcs: every torch call but reads of attributes, in order: a run that makes others is on
+            another way.
         calls: the calls on tracked tensors, in order.
         uses: how often samples meet each parameter.
         reorders: whether an op before one of the uses may reorder samples by their values, so that
@@ -436,7 +438,7 @@ def trace_model(
         for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
             counts[leaf] += 1
     trace = Trace(
-        tuple(func for func, _, _ in log.calls),
+        tuple(func for func, _, _ in log.calls if not reads_attribute(func)),
         tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
         tuple(counts),
         recorder.reorders,

@@ -45,6 +45,9 @@ _CASTS = {
     Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
     Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda,
 }  # fmt: skip
+_TENSOR_GETTERS = {
+    _getter(name) for name in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
+}  # fmt: skip
 CONSTANTS: set[Callable[..., Any]] = {
     Tensor.detach, torch.detach, _getter("data"), constant,
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor,
@@ -62,10 +65,16 @@ FORWARD_MODE = threading.RLock()
 """The levels of torch's forward-mode AD are shared by all threads of a process."""
 
 
+def reads_attribute(func: Callable[..., Any]) -> bool:
+    """Whether a call reads a shape, a device and the like. No way through a model is known by
+    these: of tensors without values some are not seen."""
+    return func.__name__ == "__get__" and func not in _TENSOR_GETTERS
+
+
 def in_transform() -> bool:
-    """Whether a `torch.func` transform or the compiler is at work around us."""
+    """Whether a `torch.func` transform is at work around us."""
     active: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return active or torch.compiler.is_compiling()
+    return active
 
 
 def gradients(losses: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:

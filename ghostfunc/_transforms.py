@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc import _oracles
+from ghostfunc._capture import compilable
 from ghostfunc._direction import validation_readers
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import wide
@@ -22,6 +23,7 @@ _MODES = ("ghost", "jvp", "materialized")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
+@compilable()
 def ghost_dot_prod(
     model_fn: ModelFn,
     params: PyTree,
@@ -76,6 +78,7 @@ def ghost_dot_prod(
     return spec.unflatten(dots) if per_param else _sum(dots)
 
 
+@compilable(GhostStep)
 def ghost_value_and_grad(
     model_fn: ModelFn,
     params: PyTree,
@@ -114,6 +117,7 @@ def ghost_value_and_grad(
     )
 
 
+@compilable()
 def direction(
     model_fn: ModelFn,
     params: PyTree,
@@ -148,6 +152,7 @@ def direction(
     return spec.unflatten(grads)
 
 
+@compilable()
 def per_sample_grads(
     model_fn: ModelFn,
     params: PyTree,

@@ -111,7 +111,7 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
                 f"{name} is a scalar tensor: it has no sample axis. Expand it to [n], or close "
                 "over it in model_fn."
             )
-        sizes[name] = leaf.shape[0]
+        sizes[name] = int(leaf.shape[0])  # a number of its own in a compiled program too
     counts = set(sizes.values())
     if len(counts) > 1:
         listing = ", ".join(f"{k}: {v}" for k, v in sizes.items())

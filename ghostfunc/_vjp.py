@@ -10,13 +10,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ghostfunc._capture import compilable, symbolic
 from ghostfunc._cost import Meeting
-from ghostfunc._errors import WAYS_OUT, ControlFlowError, OptionError, one_of
+from ghostfunc._errors import (
+    WAYS_OUT,
+    ControlFlowError,
+    OptionError,
+    TransformError,
+    one_of,
+)
 from ghostfunc._factors import Factor
 from ghostfunc._layout import StaleLayout
 from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._owners import check_owners
-from ghostfunc._purity import check_losses
+from ghostfunc._purity import check_losses, not_captured
 from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._taps import Site, TapMode, leaf_factors
 from ghostfunc._trace import Trace, trace_model
@@ -44,6 +51,7 @@ class GhostVjp(NamedTuple):
     grads: PyTree | None
 
 
+@compilable(GhostVjp)
 def ghost_vjp(
     model_fn: ModelFn,
     params: PyTree,
@@ -160,6 +168,12 @@ def run(
         randomness,
     )
     if model.trace.reorders and model.n > 1:
+        if any(map(symbolic, tensors_of(batch))):
+            raise TransformError(
+                "model_fn may reorder its samples by their values (sorting, routing to experts), "
+                "which has to be checked in every run: torch.compile cannot record that. Call it "
+                "uncompiled."
+            )
         check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)
     return taken
 
@@ -193,6 +207,8 @@ def on_trace(
         traces.remove(trace)
         traces.insert(0, trace)
         return model, result
+    if any(map(symbolic, tensors_of(batch))):
+        raise not_captured()
     trace = trace_model(model_fn, leaves, spec, batch, randomness)
     model = Traced(model_fn, leaves, spec, batch, n, trace)
     try:
@@ -361,10 +377,12 @@ def meetings(
 
     def look(model: Traced) -> tuple[list[Site], float]:
         key = ("sites", model.trace)
+        if exact:
+            return _sites(model), 1.0
         if key not in remembered:
             remembered[key] = (lengths, _sites(model))
         seen_lengths, seen = remembered[key]
-        return (_sites(model), 1.0) if exact else (seen, lengths / seen_lengths)
+        return seen, lengths / seen_lengths
 
     model, (sites, ratio) = on_trace(look, model_fn, leaves, spec, batch, randomness)
     out: list[list[Meeting]] = [[] for _ in leaves]
@@ -376,19 +394,25 @@ def meetings(
 
 def _sites(model: Traced) -> list[Site]:
     """All uses and what their outputs look like: those of a run on one sample, remembered by
-    the exact shapes of the batch."""
-    remembered = memory(model.model_fn)
+    the exact shapes of the batch, where those are known."""
     few = min(model.n, 2)
     sample = take(model.batch, range(few))
+    if any(isinstance(size, torch.SymInt) for x in tensors_of(sample) for size in x.shape):
+        return _look_at_sites(model, few, sample)
+    remembered = memory(model.model_fn)
     key = ("sites", model.trace, shapes_key(sample))
     if key not in remembered:
-        tracked = constants(model.leaves, model.spec)
-        mode = TapMode(model.trace, tracked, few, {}, {}, note_sites=True)
-        with mode:
-            model.model_fn(model.spec.unflatten([t.grad for t in tracked]), sample)
-        mode.finish()
-        remembered[key] = mode.sites
+        remembered[key] = _look_at_sites(model, few, sample)
     return remembered[key]
+
+
+def _look_at_sites(model: Traced, few: int, sample: PyTree) -> list[Site]:
+    tracked = constants(model.leaves, model.spec)
+    mode = TapMode(model.trace, tracked, few, {}, {}, note_sites=True)
+    with mode:
+        model.model_fn(model.spec.unflatten([t.grad for t in tracked]), sample)
+    mode.finish()
+    return mode.sites
 
 
 def _collecting_sites(model: Traced, collect: Collection[int]) -> dict[int, Site]:

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ghostfunc"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
-    ("_tree", "_layout", "_module", "_memory"),
+    ("_tree", "_layout", "_module", "_memory", "_capture", "_compile"),
     ("_factors", "_bundles", "_pairs", "_norms"),
     ("_rules", "_quantities"),
     ("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp"),

@@ -42,6 +42,10 @@ class Block:
         """Its columns."""
         return slice(self.start, self.start + self.k)
 
+    def sides(self) -> tuple[tuple[str, int, int], ...]:
+        """`(name, n, k)` of both sides, what `P_o` and `P_i` map from and to."""
+        return ("o", self.n_o, self.k_o), ("i", self.n_i, self.k_i)
+
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """The matrix a parameter is seen as."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,29 @@ import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import register_constant, register_pytree_node
 
 from ghostfunc import _factors
+from ghostfunc._capture import at_compile_time
 from ghostfunc._errors import OptionError, ParamsError
 from ghostfunc._factors import Dense
 from ghostfunc._types import PyTree
 from ghostfunc.projection import _random
 from ghostfunc.projection._blocks import Block, select
 from ghostfunc.projection._readers import KroneckerReader, SignsReader
+
+
+class Recipe:
+    """What a projection is made of: `cls(*args)`. A constant of compiled programs."""
+
+    def __init__(self, cls: type[Projection], *args: Any) -> None:
+        self.cls, self.args = cls, args
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and (self.cls, self.args) == (other.cls, other.args)
+
+    def __hash__(self) -> int:
+        return hash((self.cls, self.args))
 
 
 class Projection(ABC):
@@ -40,6 +55,18 @@ class Projection(ABC):
         self.seed = seed
         self.blocks = tuple(blocks)
         self.k = max(block.columns.stop for block in self.blocks)
+        self.recipe = Recipe(type(self), kind, seed, self.blocks)
+
+    def make(self) -> bool:
+        """Make all tensors now that would be made when they are first wanted."""
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        """Those tensors. They are inputs of a compiled program."""
+        return []
+
+    def take_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Use `tensors` in their place."""
 
     @abstractmethod
     def reader(self, block: Block, like: Tensor) -> Any:
@@ -146,6 +173,22 @@ class KroneckerProjection(Projection):
         super().__init__(kind, seed, blocks)
         self._made: dict[tuple[str, str], Tensor] = {}
 
+    @at_compile_time
+    def make(self) -> bool:
+        """Make all matrices now."""
+        for block in self.blocks:
+            self._transposed(block, "o")
+            self._transposed(block, "i")
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        keys = [(block.path, side) for block in self.blocks for side in "oi"]
+        return [self._made[key] for key in keys if key in self._made]
+
+    def take_tensors(self, tensors: Sequence[Tensor]) -> None:
+        keys = [(b.path, side) for b in self.blocks for side, n, k in b.sides() if n != k]
+        self._made = dict(zip(keys, tensors, strict=True))
+
     def reader(self, block: Block, like: Tensor) -> KroneckerReader:
         return KroneckerReader(
             self._on(block, "o", like), self._on(block, "i", like), block.n_o, block.n_i
@@ -174,7 +217,7 @@ class KroneckerProjection(Projection):
 
     def _transposed(self, block: Block, side: str) -> Tensor | None:
         """`P^T [n, k]`, made once; None for the identity."""
-        n, k = (block.n_o, block.k_o) if side == "o" else (block.n_i, block.k_i)
+        (n, k) = next((n, k) for name, n, k in block.sides() if name == side)
         if n == k:
             return None
         at = (block.path, side)
@@ -190,7 +233,22 @@ class CompressedProjection(KroneckerProjection):
     def __init__(self, kind: str, seed: int, blocks: Sequence[Block], compress: int) -> None:
         super().__init__(kind, seed, blocks)
         self.k = self.compress = compress
+        self.recipe = Recipe(type(self), kind, seed, self.blocks, compress)
         self._entries: tuple[Tensor, Tensor] | None = None
+
+    @at_compile_time
+    def make(self) -> bool:
+        self._nonzeros()
+        return super().make()
+
+    def tensors(self) -> list[Tensor]:
+        entries = () if self._entries is None else self._entries
+        return [*entries, *super().tensors()]
+
+    def take_tensors(self, tensors: Sequence[Tensor]) -> None:
+        columns, values, *matrices = tensors
+        self._entries = columns, values
+        super().take_tensors(matrices)
 
     def join_blocks(self, parts: Sequence[Tensor]) -> Tensor:
         x = torch.cat(list(parts), dim=1)
@@ -233,6 +291,22 @@ class DenseProjection(Projection):
     @property
     def groups(self) -> dict[str, slice]:
         return {"all": slice(0, self.k)}
+
+
+def _flatten(projection: Projection) -> tuple[list[Tensor], Recipe]:
+    projection.make()
+    return projection.tensors(), projection.recipe
+
+
+def _unflatten(tensors: Iterable[Tensor], recipe: Recipe) -> Projection:
+    projection: Projection = recipe.cls(*recipe.args)
+    projection.take_tensors(list(tensors))
+    return projection
+
+
+register_constant(Recipe)
+for _cls in (KroneckerProjection, CompressedProjection, DenseProjection):
+    register_pytree_node(_cls, _flatten, _unflatten)
 
 
 def _by_path(tree: PyTree) -> dict[str, Tensor]:

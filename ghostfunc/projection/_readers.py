@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _factors
+from ghostfunc import _bundles, _factors
+from ghostfunc._capture import symbolic
+from ghostfunc._errors import TransformError
 from ghostfunc._factors import Dense, Factor, OneHot, Outer, wide
 from ghostfunc._quantities import Push
 from ghostfunc.projection import _random
@@ -78,6 +80,11 @@ class SignsReader(NamedTuple):
         return wide(param.new_zeros(())).expand(n, self.k)
 
     def read(self, factor: Factor) -> Float[Tensor, "n k"]:
+        if symbolic(_bundles.values(factor)):
+            raise TransformError(
+                'A projection of kind "dense" is made piece by piece while it is used, which '
+                "torch.compile cannot record. Call ghost_project uncompiled, or use another kind."
+            )
         parts = []
         for start, g in _pieces(factor, max(1, CHUNK // self.k)):
             signs = torch.from_numpy(_random.rademacher(self.key, start, g.shape[1], self.k))

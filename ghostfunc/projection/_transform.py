@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ghostfunc._capture import compilable, node
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._quantities import Quantity
 from ghostfunc._transforms import per_sample_grads
@@ -17,6 +18,7 @@ from ghostfunc._vjp import ghost_vjp
 from ghostfunc.projection._projection import Projection
 
 
+@node("projection")
 class Project(Quantity):
     """The projected gradient: `[n, block.k]` per parameter, None where there is no block.
 
@@ -37,6 +39,7 @@ class Project(Quantity):
         return self.projection.readers(dict(zip(spec.names, leaves, strict=True)))
 
 
+@compilable()
 def ghost_project(
     model_fn: ModelFn,
     params: PyTree,

@@ -1,0 +1,60 @@
+"""What the compiler calls instead of a public function; see `_capture`. Loaded by it alone."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from ghostfunc._errors import TransformError
+from ghostfunc._module import ModuleFn
+
+_numbers = itertools.count()
+_functions: dict[int, tuple[Callable[..., Any], weakref.ref[Any]]] = {}
+"""Functions by number, which is what a recorded program can hold."""
+
+
+def capture(function: Callable[..., Any], model_fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Record a call of `function`. The compiler reads this function's source."""
+    leaves, spec = _pytree.tree_flatten((args, kwargs))
+    number = _prepare(function, model_fn, (spec,), *leaves)
+    state = {}
+    if isinstance(model_fn, ModuleFn):
+        # What the compiler reads here, it checks before every later call.
+        model_fn.training_flags()
+        state = model_fn.closed_over(args[0] if args else kwargs["params"])
+    # The sum is an ordinary number, whose origin is not looked into.
+    return _record(number + 0, state, args, kwargs)
+
+
+@torch._dynamo.assume_constant_result
+def _prepare(
+    function: Callable[..., Any], model_fn: Any, spec: tuple[_pytree.TreeSpec], *leaves: Any
+) -> int:
+    """Run the call on the real tensors, and give the functions a number."""
+    args, kwargs = _pytree.tree_unflatten(leaves, spec[0])
+    function(model_fn, *args, **kwargs)
+    number = next(_numbers)
+    forget = weakref.ref(model_fn, lambda _: _functions.pop(number, None))
+    _functions[number] = (function, forget)
+    return number
+
+
+@torch._dynamo.nonstrict_trace
+def _record(number: int, state: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    function, alive = _functions[number]
+    model_fn = alive()
+    if model_fn is None:
+        raise TransformError(
+            "model_fn was deleted while the function that calls it was being compiled. Keep a "
+            "reference to it."
+        )
+    if state:
+        model_fn = model_fn.closing_over(state)
+    out = function(model_fn, *args, **kwargs)
+    # Named tuples would not come through; the caller makes one of this again.
+    return tuple(out) if isinstance(out, tuple) else out
