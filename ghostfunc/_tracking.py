@@ -264,6 +264,10 @@ class TrackingMode(TorchFunctionMode):
         """Take `x`, wherever the program uses it, for `tracked`."""
         self._tracked[id(x)] = (x, tracked)
 
+    def tracks(self, x: object) -> bool:
+        """Whether `x` is a parameter or derived from parameters alone."""
+        return id(x) in self._tracked
+
     def _find(self, x: object) -> Tracked | None:
         found = self._tracked.get(id(x))
         return None if found is None else found[1]

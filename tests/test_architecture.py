@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_tree", "_layout", "_module", "_memory"),
     ("_factors", "_bundles", "_pairs", "_norms"),
     ("_rules", "_quantities"),
-    ("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp"),
+    ("_memo", "_purity", "_tracking", "_trace", "_taps", "_regions", "_remat", "_owners", "_vjp"),
     (
         "_oracles",
         "_direction",
