@@ -1,32 +1,33 @@
 """`gf.remat`: activations are computed again in the backward pass instead of being kept.
 
-Where the taps are, autograd runs by itself, and torch's own checkpoints do the work: they run the
-region again as soon as the backward pass asks for a tensor it saved. All that has to be seen to is
-that the second run is watched as the first was, from the same place in the trace.
+A region first runs without gradient, watched: which tensors it closes over, and under the taps
+which of them it uses. Then its outputs pass through a function whose inputs are all of those, and
+whose backward runs the region again and pulls back to them. Under the taps the second run is
+watched as the first was, from the same place in the trace, so that its uses are known and their
+taps read what they would have read.
 
-Inside transforms checkpoints cannot run. There the region's outputs pass through a function whose
-backward runs the region again under `torch.func.vjp`, with everything it was seen to use as an
-input: arguments, parameters, and what else it closes over.
+Outside transforms and without taps, torch's own checkpoints do the same.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
-from ghostfunc._errors import UntrackedUseError
+from ghostfunc._errors import TransformError
 from ghostfunc._purity import Refusals
 from ghostfunc._regions import Region
+from ghostfunc._rerun import attach
+from ghostfunc._stand_ins import Finder, RandomStates, StandIns, hidden_tensor, standing_in
 from ghostfunc._taps import TapMode
-from ghostfunc._tracking import TrackingMode, differentiable, in_transform
+from ghostfunc._tracking import ReaderKey, TrackingMode, differentiable, in_transform
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,14 +46,17 @@ def remat(fn: F) -> F:
             draw random numbers (the second run draws the same) and hold further `gf.remat`.
 
     Returns:
-        A function called like `fn`. In `model_fn`, in functions under `torch.func`, and in ordinary
-        training with `loss.backward()`. Under forward-mode AD, under `torch.no_grad()` and while
-        compiling it is `fn` itself: nothing is kept there, or the compiler decides.
+        A function called like `fn`: for `model_fn`, for functions under `torch.func`, and for
+        ordinary training with `loss.backward()`. It is `fn` itself, and saves nothing, under
+        forward-mode AD, under `torch.no_grad()`, while compiling, and in a ghost-mode call that is
+        itself inside a transform (the gradient of scores, `vmap` over directions).
 
     Raises:
-        TransformError: run again, `fn` uses another parameter than at first.
-        UntrackedUseError: under `torch.func`, `fn` uses a tensor that is not among its arguments in
-            a way that torch functions do not show (a custom `autograd.Function`, `torch.vmap`).
+        TransformError: run again, `fn` uses a parameter that it did not use at first; or it returns
+            a tensor made of parameters alone.
+        InPlaceError: `fn` writes to a tensor that it did not make.
+        UntrackedUseError: `fn` uses a tensor that is not among its arguments in a way that torch
+            functions do not show (a custom `autograd.Function`).
 
     Reference:
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
@@ -69,12 +73,15 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _forward_mode():
         return fn(*args, **kwargs)
     modes = _get_current_function_mode_stack()
-    watching = [m for m in modes if isinstance(m, (TrackingMode, Refusals))]
+    watching = [m for m in modes if isinstance(m, (TrackingMode, Refusals, Finder))]
     if watching:
         mode = watching[-1]
         if isinstance(mode, TapMode) and not in_transform():
-            return _under_taps(mode, fn, args, kwargs)
-        return fn(*args, **kwargs)  # tracing keeps nothing
+            # Tracked tensors are known by identity: they are not handed in anew.
+            region = Region(fn, args, kwargs, held=mode.tracks)
+            with torch._C.DisableTorchFunction():  # what is done besides is not in the trace
+                return _under_taps(mode, region)
+        return fn(*args, **kwargs)  # nothing is kept
     region = Region(fn, args, kwargs)
     if in_transform():
         return _in_transform(region)
@@ -101,194 +108,155 @@ class _Runs:
         return self._region.run(*inputs)
 
 
-# --- under taps -------------------------------------------------------------------------------
-
-
-def _under_taps(
-    mode: TapMode, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    # Tracked tensors are known by identity: they do not go through a checkpoint's hands.
-    region = Region(fn, args, kwargs, held=mode.tracks)
-    start = mode.fork()
-    with torch._C.DisableTorchFunction():  # what a checkpoint does itself is not in the trace
-        return checkpoint(
-            _Runs(region),
-            *region.inputs,
-            use_reentrant=False,
-            context_fn=lambda: (torch._C._EnableTorchFunction(), _Replay(start)),
-        )
-
-
-class _Replay:
-    """Every run again starts where the first started."""
-
-    def __init__(self, start: TapMode) -> None:
-        self._start = start
-        self._running: list[TapMode] = []
-
-    def __enter__(self) -> None:
-        self._running.append(self._start.fork())
-        self._running[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._running.pop().__exit__(*error)
-
-
 # --- inside transforms ------------------------------------------------------------------------
 
 
-class _Rerun(torch.autograd.Function):
-    """The identity on a region's outputs; its backward runs the region again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(again: _Again, n_out: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.detach() for x in tensors[:n_out])  # the tensors themselves would be views
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        again, n_out, *tensors = inputs
-        ctx.again, ctx.n_out = again, n_out
-        ctx.save_for_backward(*tensors[n_out:])
-
-    @staticmethod
-    def backward(ctx: Any, *b: Tensor) -> tuple[Tensor | None, ...]:
-        first = 2 + ctx.n_out
-        grads = ctx.again.pull_back(ctx.saved_tensors, ctx.needs_input_grad[first:], b)
-        return (*[None] * first, *grads)
+def _first_run(
+    region: Region, held: Callable[[Tensor], bool] = lambda x: False
+) -> tuple[Any, list[Tensor]]:
+    """What the region returns, keeping nothing, and the tensors it closes over."""
+    inputs = [x.detach() for x in region.inputs]
+    finder = Finder(inputs, held)
+    with torch._C._EnableTorchFunction(), finder:
+        out = region.run(*inputs)
+    finder.refuse_writes()
+    # Of constants, outputs are constants, unless something else goes in.
+    if any(x.requires_grad and not held(x) for x in tensors_of(out)):
+        raise hidden_tensor()
+    return out, finder.found
 
 
 def _in_transform(region: Region) -> Any:
-    states = _RandomStates(region.inputs)
-    finder = _Finder(region.inputs)
-    with torch.no_grad(), finder:
-        out = region.run(*region.inputs)
+    states = RandomStates(region.inputs)
+    out, found = _first_run(region)
     leaves, spec = flatten(out)
     moving = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and differentiable(x)]
-    again = _Again(region, finder.found, moving, states)
-    # Inside the second run of a region around this one, the tensors met stand for others.
-    closed_over = [x.view_as(x) for x in finder.found]
-    outs = [leaves[i] for i in moving]
-    wrapped = _Rerun.apply(again, len(outs), *outs, *region.inputs, *closed_over)
-    for i, x in zip(moving, wrapped, strict=True):
+    n = len(region.inputs)
+
+    def again(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with states.restored(), StandIns(found, given[n:]):
+            leaves = flatten(region.again(*given[:n]))[0]
+        return tuple(leaves[i] for i in moving)
+
+    # In the second run of a region around this one, other tensors stand in for those met.
+    inputs = [standing_in(x) for x in (*region.inputs, *found)]
+    attached = attach([leaves[i] for i in moving], again, inputs)
+    for i, x in zip(moving, attached, strict=True):
         leaves[i] = x
     return unflatten(spec, leaves)
 
 
-class _Again:
-    """A region as a function of all that it depends on."""
+# --- under taps -------------------------------------------------------------------------------
 
-    def __init__(
-        self, region: Region, closed_over: list[Tensor], moving: list[int], states: _RandomStates
-    ) -> None:
-        self._region = region
-        self._closed_over = closed_over
-        self._moving = moving
-        self._states = states
+
+class _UnderTaps(torch.autograd.Function):
+    """The identity on a region's outputs; its backward runs the region again, taps and all."""
+
+    @staticmethod
+    def forward(ctx: Any, again: _Again, n_out: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.again, ctx.n_out = again, n_out
+        ctx.save_for_backward(*tensors[n_out:])
+        return tuple(x.detach() for x in tensors[:n_out])
+
+    @staticmethod
+    def backward(ctx: Any, *b: Tensor) -> tuple[Tensor | None, ...]:
+        first = 2 + ctx.n_out
+        wanted = ctx.needs_input_grad[first:]
+        return (*[None] * first, *ctx.again.pull_back(ctx.saved_tensors, wanted, b))
+
+
+@dataclass
+class _Again:
+    """A region under taps as a function of what its losses' derivatives go through.
+
+    Attributes:
+        start: the mode as it was when the region began.
+        free: activations that the region closes over.
+        tracked: parameters, and tensors derived from them, that it met.
+        taps, collected: which taps it used.
+        moving: which of its outputs are differentiable.
+    """
+
+    region: Region
+    start: TapMode
+    states: RandomStates
+    free: list[Tensor]
+    tracked: list[Tensor]
+    taps: list[ReaderKey]
+    collected: list[int]
+    moving: list[int]
 
     def pull_back(
-        self, inputs: Sequence[Tensor], wanted: Sequence[bool], b: Sequence[Tensor]
+        self, saved: Sequence[Tensor], wanted: Sequence[bool], b: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """The cotangents of those inputs that are wanted, given those of the outputs."""
-        places = [i for i, x in enumerate(wanted) if x]
-        further = torch.is_grad_enabled()  # somebody wants a derivative of this one
-        if further:
-            self._check_complete(self._run([x.detach() for x in inputs]))
-        else:
-            inputs = [x.detach() for x in inputs]
-
-        def of_wanted(*primals: Tensor) -> tuple[Tensor, ...]:
-            given = list(inputs)
-            for i, x in zip(places, primals, strict=True):
-                given[i] = x
-            return self._run(given)
-
+        given = [x.detach().requires_grad_(w) for x, w in zip(saved, wanted, strict=True)]
         with torch.enable_grad():
-            outs, pullback = torch.func.vjp(of_wanted, *(inputs[i] for i in places))[:2]
-        if not further:
-            self._check_complete(outs)
-        cotangents = pullback(tuple(b), retain_graph=further, create_graph=further)
-        grads: list[Tensor | None] = [None] * len(inputs)
-        for i, g in zip(places, cotangents, strict=True):
-            grads[i] = g
-        return grads
+            outs = self._run(iter(given))
+        primals = [x for x in given if x.requires_grad]
+        pairs = [(x, y) for x, y in zip(outs, b, strict=True) if x.requires_grad]
+        if not pairs:
+            return [None] * len(given)
+        _refuse_others(outs, primals)
+        ys, cotangents = zip(*pairs, strict=True)
+        grads = iter(torch.autograd.grad(ys, primals, cotangents, allow_unused=True))
+        return [next(grads) if x.requires_grad else None for x in given]
 
-    def _run(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        n = len(self._region.inputs)
-        stand_ins = {id(x): y for x, y in zip(self._closed_over, given[n:], strict=True)}
-        with self._states.restored(), _Substitute(stand_ins):
-            leaves = flatten(self._region.again(*given[:n]))[0]
-        return tuple(leaves[i] for i in self._moving)
-
-    def _check_complete(self, outs: Sequence[Tensor]) -> None:
-        """Of constant inputs, the outputs are constants, unless something else goes in."""
-        if any(x.requires_grad for x in outs):
-            raise UntrackedUseError(
-                "gf.remat: the function depends on a tensor that is not among its arguments, in a "
-                "way torch functions do not show (a custom autograd.Function, torch.vmap). Under "
-                "torch.func its gradient would be lost: make that tensor an argument."
-            )
+    def _run(self, given: Iterator[Tensor]) -> list[Tensor]:
+        inputs = [next(given) for _ in self.region.inputs]
+        free = StandIns(self.free, [next(given) for _ in self.free])
+        mode = self.start.fork(
+            {id(x): next(given) for x in self.tracked},
+            {key: next(given) for key in self.taps},
+            {number: next(given) for number in self.collected},
+        )
+        with self.states.restored(), mode, free:
+            leaves = flatten(self.region.again(*inputs))[0]
+        return [leaves[i] for i in self.moving]
 
 
-class _RandomStates:
-    """The states of the random generators when this was made."""
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices, self._states = get_device_states(*inputs)
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._cpu)
-            set_device_states(self._devices, self._states)
-            yield
-
-
-class _Finder(TorchFunctionMode):
-    """Finds the tensors that torch calls are given and that were not made by other calls."""
-
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.found: list[Tensor] = []
-        self._known = WeakIdKeyDictionary()
-        self._know(given)
-
-    def _know(self, tensors: Sequence[Tensor]) -> None:
-        for x in tensors:
-            self._known[x] = True
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        new = [x for x in tensors_of((args, kwargs)) if x not in self._known]
-        self.found += {id(x): x for x in new}.values()
-        self._know(new)
-        out = func(*args, **kwargs)
-        self._know(tensors_of(out))
-        return out
+def _under_taps(mode: TapMode, region: Region) -> Any:
+    start, states = mode.fork(), RandomStates(region.inputs)
+    with mode.without_taps():
+        out, found = _first_run(region, mode.tracks)
+    leaves, spec = flatten(out)
+    tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    if any(mode.tracks(leaves[i]) and not start.tracks(leaves[i]) for i in tensors):
+        raise TransformError(
+            "gf.remat: the function returns a tensor computed from parameters alone. Compute it "
+            "outside: it holds no activations."
+        )
+    moving = [i for i in tensors if differentiable(leaves[i]) and not start.tracks(leaves[i])]
+    met = [(x, start.find(x)) for x in found]
+    free = [x for x, t in met if t is None and standing_in(x).requires_grad]
+    tracked = [(x, t.grad) for x, t in met if t is not None and t.wants_grad]
+    uses = range(len(start.uses), len(mode.uses))
+    targets = [target for number in uses for _, target in mode.uses[number].targets]
+    taps = list(dict.fromkeys(key for target in targets for key in target.readers))
+    collected = [number for number in uses if number in mode.collect]
+    again = _Again(region, start, states, free, [x for x, _ in tracked], taps, collected, moving)
+    inputs = [
+        *(standing_in(x) for x in (*region.inputs, *free)),
+        *(grad for _, grad in tracked),
+        *(mode.taps[key] for key in taps),
+        *(mode.collect[number] for number in collected),
+    ]
+    outs = [leaves[i] for i in moving]
+    attached = _UnderTaps.apply(again, len(outs), *outs, *inputs)
+    for i, x in zip(moving, attached, strict=True):
+        leaves[i] = x
+    return unflatten(spec, leaves)
 
 
-class _Substitute(TorchFunctionMode):
-    """Gives torch calls other tensors in place of some, known by identity."""
-
-    def __init__(self, stand_ins: dict[int, Tensor]) -> None:
-        super().__init__()
-        self._stand_ins = stand_ins
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        leaves, treedef = flatten((args, kwargs or {}))
-        args, kwargs = unflatten(treedef, [self._stand_ins.get(id(x), x) for x in leaves])
-        return func(*args, **kwargs)
+def _refuse_others(outs: Sequence[Tensor], primals: Sequence[Tensor]) -> None:
+    """Raise if `outs` depend on tensors besides `primals`."""
+    own = {id(x) for x in primals}
+    todo, known = [x.grad_fn for x in outs], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        leaf = node.name() == "torch::autograd::AccumulateGrad"
+        if leaf and id(node.variable) not in own:  # type: ignore[attr-defined]
+            raise hidden_tensor()
+        todo += [parent for parent, _ in node.next_functions]

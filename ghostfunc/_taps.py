@@ -9,8 +9,10 @@ where it is wanted, is one more thing read off the factor.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import optree
@@ -265,8 +267,9 @@ class TapMode(TrackingMode):
         self._as_traced = True
         self._n_calls = 0
         self._n = n
-        self._taps = taps
-        self._collect = collect
+        self.taps = taps
+        self.collect = collect
+        self._tapping = True
         self.uses: list[Use] = []
         self.sites: list[Site] = []
 
@@ -276,12 +279,35 @@ class TapMode(TrackingMode):
         calls = self._trace.calls
         return calls[self._n_calls] if self._n_calls < len(calls) else None
 
-    def fork(self) -> TapMode:
-        """Another mode in the state of this one, to watch the same part of the program again."""
+    def fork(
+        self,
+        grads: Mapping[int, Tensor] = MappingProxyType({}),
+        taps: Mapping[ReaderKey, Tensor] = MappingProxyType({}),
+        collect: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> TapMode:
+        """Another mode in the state of this one, to watch the same part of the program again.
+
+        Args:
+            grads: by identity of tracked tensors, what their training gradients are read at.
+            taps, collect: taps to use instead.
+        """
         other = copy.copy(self)
-        other._tracked = dict(self._tracked)
+        other._tracked = {
+            key: (x, replace(t, grad=grads[key]) if key in grads else t)
+            for key, (x, t) in self._tracked.items()
+        }
+        other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
         other.uses, other.sites = list(self.uses), list(self.sites)
         return other
+
+    @contextmanager
+    def without_taps(self) -> Iterator[None]:
+        """Only watch: what is computed stays constant."""
+        self._tapping = False
+        try:
+            yield
+        finally:
+            self._tapping = True
 
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -336,12 +362,13 @@ class TapMode(TrackingMode):
         args: list[Any],
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
-        tap = self._collect.get(len(self.uses))
+        tap = self.collect.get(len(self.uses))
         use = Use(call, self._n, targets, args, treedef, tap)
         self.uses.append(use)
         if self._note_sites:
             self.sites.append(_site_of(use, y, axis))
-        y = use.tap(y, self._taps)
+        if self._tapping:
+            y = use.tap(y, self.taps)
         if tap is None:
             use.release()
         return y
