@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from ghostfunc._errors import TransformError
 from ghostfunc._purity import Refusals
 from ghostfunc._regions import Region
 from ghostfunc._rerun import attach
@@ -52,8 +51,7 @@ def remat(fn: F) -> F:
         itself inside a transform (the gradient of scores, `vmap` over directions).
 
     Raises:
-        TransformError: run again, `fn` uses a parameter that it did not use at first; or it returns
-            a tensor made of parameters alone.
+        TransformError: run again, `fn` uses a parameter that it did not use at first.
         InPlaceError: `fn` writes to a tensor that it did not make.
         UntrackedUseError: `fn` uses a tensor that is not among its arguments in a way that torch
             functions do not show (a custom `autograd.Function`).
@@ -219,13 +217,12 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     with mode.without_taps():
         out, found = _first_run(region, mode.tracks)
     leaves, spec = flatten(out)
-    tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    if any(mode.tracks(leaves[i]) and not start.tracks(leaves[i]) for i in tensors):
-        raise TransformError(
-            "gf.remat: the function returns a tensor computed from parameters alone. Compute it "
-            "outside: it holds no activations."
-        )
-    moving = [i for i in tensors if differentiable(leaves[i]) and not start.tracks(leaves[i])]
+    # What is made of parameters alone is tracked, and connected to them, as it is.
+    moving = [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, Tensor) and differentiable(x) and not mode.tracks(x)
+    ]
     met = [(x, start.find(x)) for x in found]
     free = [x for x, t in met if t is None and standing_in(x).requires_grad]
     tracked = [(x, t.grad) for x, t in met if t is not None and t.wants_grad]
