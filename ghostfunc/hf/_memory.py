@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import types
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from ghostfunc._errors import OptionError
 from ghostfunc._remat import remat
+
+_CACHES = {"use_cache": False, "past_key_values": None, "layer_past": None}
+"""How layers are handed a cache, and what they get instead."""
 
 
 def enable_remat(model: nn.Module) -> None:
@@ -16,7 +22,8 @@ def enable_remat(model: nn.Module) -> None:
     The layers are those that transformers itself checkpoints (`GradientCheckpointingLayer`), in
     training and in evaluation mode. Takes the place of `model.gradient_checkpointing_enable()`,
     which is switched off. Only this model is changed: each of its layers gets a `forward` of its
-    own, until `disable_remat(model)`. `model_fn`s made of the model before and after see it.
+    own, which as under transformers' checkpoints uses no cache of keys and values, until
+    `disable_remat(model)`. It holds for every `model_fn` of the model, whenever made.
 
     Args:
         model: a Hugging Face model.
@@ -38,7 +45,7 @@ def enable_remat(model: nn.Module) -> None:
     for layer in layers:
         layer.gradient_checkpointing = False  # type: ignore[assignment]
         # A method, so that a deep copy of the layer has one of its own.
-        layer.forward = types.MethodType(remat(type(layer).forward), layer)
+        layer.forward = types.MethodType(_without_cache(remat(type(layer).forward)), layer)
 
 
 def disable_remat(model: nn.Module) -> None:
@@ -52,6 +59,20 @@ def disable_remat(model: nn.Module) -> None:
         raise OptionError(f"gf.hf.enable_remat has not been called on this {type(model).__name__}.")
     for layer in layers:
         del layer.forward
+
+
+def _without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A cache of keys and values would be written to twice: as under transformers' own checkpoints,
+    there is none."""
+
+    @functools.wraps(forward)
+    def uncached(*args: Any, **kwargs: Any) -> Any:
+        for name, nothing in _CACHES.items():
+            if name in kwargs:
+                kwargs[name] = nothing
+        return forward(*args, **kwargs)
+
+    return uncached
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
