@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ghostfunc._purity import Refusals
 from ghostfunc._regions import Region
 from ghostfunc._rerun import attach
-from ghostfunc._stand_ins import Finder, RandomStates, StandIns, hidden_tensor, standing_in
+from ghostfunc._stand_ins import Finder, Surroundings, StandIns, hidden_tensor, standing_in
 from ghostfunc._taps import TapMode
 from ghostfunc._tracking import ReaderKey, TrackingMode, differentiable, in_transform
 from ghostfunc._tree import flatten, tensors_of, unflatten
@@ -125,14 +125,14 @@ def _first_run(
 
 
 def _in_transform(region: Region) -> Any:
-    states = RandomStates(region.inputs)
+    surroundings = Surroundings(region.inputs)
     out, found = _first_run(region)
     leaves, spec = flatten(out)
     moving = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and differentiable(x)]
     n = len(region.inputs)
 
     def again(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with states.restored(), StandIns(found, given[n:]):
+        with surroundings.restored(), StandIns(found, given[n:]):
             leaves = flatten(region.again(*given[:n]))[0]
         return tuple(leaves[i] for i in moving)
 
@@ -177,7 +177,7 @@ class _Again:
 
     region: Region
     start: TapMode
-    states: RandomStates
+    surroundings: Surroundings
     free: list[Tensor]
     tracked: list[Tensor]
     taps: list[ReaderKey]
@@ -207,13 +207,13 @@ class _Again:
             {key: next(given) for key in self.taps},
             {number: next(given) for number in self.collected},
         )
-        with self.states.restored(), mode, free:
+        with self.surroundings.restored(), mode, free:
             leaves = flatten(self.region.again(*inputs))[0]
         return [leaves[i] for i in self.moving]
 
 
 def _under_taps(mode: TapMode, region: Region) -> Any:
-    start, states = mode.fork(), RandomStates(region.inputs)
+    start, surroundings = mode.fork(), Surroundings(region.inputs)
     with mode.without_taps():
         out, found = _first_run(region, mode.tracks)
     leaves, spec = flatten(out)
@@ -230,7 +230,9 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     targets = [target for number in uses for _, target in mode.uses[number].targets]
     taps = list(dict.fromkeys(key for target in targets for key in target.readers))
     collected = [number for number in uses if number in mode.collect]
-    again = _Again(region, start, states, free, [x for x, _ in tracked], taps, collected, moving)
+    again = _Again(
+        region, start, surroundings, free, [x for x, _ in tracked], taps, collected, moving
+    )
     inputs = [
         *(standing_in(x) for x in (*region.inputs, *free)),
         *(grad for _, grad in tracked),

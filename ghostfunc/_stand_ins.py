@@ -1,5 +1,5 @@
 """Running a part of a program again with other tensors: which ones it meets, what to give it in
-their place, and the random numbers it drew."""
+their place, and what else it depends on."""
 
 from __future__ import annotations
 
@@ -118,16 +118,30 @@ def standing_in(x: Tensor) -> Tensor:
     return x
 
 
-class RandomStates:
-    """The states of the random generators when this was made."""
+class Surroundings:
+    """What a part of a program depends on besides tensors, as it was when this was made: the states
+    of the random generators, and autocasting."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._cpu = torch.get_rng_state()
         self._devices, self._states = get_device_states(*inputs)
+        self._autocast = [
+            torch.autocast(
+                device,
+                dtype=torch.get_autocast_dtype(device),
+                enabled=torch.is_autocast_enabled(device),
+                cache_enabled=torch.is_autocast_cache_enabled(),
+            )
+            for device in sorted({"cpu", *(x.device.type for x in inputs)})
+            if torch.amp.is_autocast_available(device)
+        ]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        with torch.random.fork_rng(self._devices):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(self._devices))
             torch.set_rng_state(self._cpu)
             set_device_states(self._devices, self._states)
+            for autocast in self._autocast:
+                stack.enter_context(autocast)
             yield

@@ -121,6 +121,20 @@ def test_against_the_definition() -> None:
     assert_close(got, want, 1e-10)
 
 
+def test_every_problem_as_one_region(problem: Problem) -> None:
+    def model_fn(p: Any, batch: Any) -> Tensor:
+        return gf.remat(problem.model_fn)(p, batch)
+
+    train, u = problem.batch(3), random_direction(problem.params)
+    got, want = (
+        gf.ghost_value_and_grad(f, problem.params, train, direction=u, per_param=True)
+        for f in (model_fn, problem.model_fn)
+    )
+    assert_close(got, want, problem.tolerance)
+    grads = torch.func.grad(lambda p: model_fn(p, train).mean())(problem.params)
+    assert_close(grads, want.grads, problem.tolerance)
+
+
 def test_regions_run_again_once() -> None:
     again = problem(gf.remat)
     block = again.model_fn.module.blocks[0]
@@ -146,6 +160,22 @@ def test_dropout_draws_the_same_again() -> None:
         assert_close(scores(gf.remat, call), scores(lambda fn: fn, call), 1e-12)
     call = lambda f, p, train, val: torch.func.grad(lambda p: f(p, train).sum())(p)  # noqa: E731
     assert_close(scores(gf.remat, call), scores(lambda fn: fn, call), 1e-12)
+
+
+def test_autocast_is_as_it_was() -> None:
+    scores = []
+    for wrap in (gf.remat, lambda fn: fn):
+        made = problem(wrap)
+        params = {k: x.float() for k, x in made.params.items()}
+
+        def model_fn(p: Any, ids: Tensor, f: Any = made.model_fn) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return f(p, ids).float()
+
+        ids = made.batch(4)
+        grads = torch.func.grad(lambda p, f=model_fn, x=ids: f(p, x).sum())(params)
+        scores.append((gf.ghost_dot_prod(model_fn, params, ids, direction=params), grads))
+    assert_close(*scores, 1e-6)
 
 
 def test_ordinary_training() -> None:
