@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ghostfunc._purity import Refusals
 from ghostfunc._regions import Region
 from ghostfunc._rerun import attach
-from ghostfunc._stand_ins import Finder, Surroundings, StandIns, hidden_tensor, standing_in
+from ghostfunc._stand_ins import Finder, StandIns, Surroundings, hidden_tensor, standing_in
 from ghostfunc._taps import TapMode
 from ghostfunc._tracking import ReaderKey, TrackingMode, differentiable, in_transform
 from ghostfunc._tree import flatten, tensors_of, unflatten
@@ -113,7 +113,7 @@ def _first_run(
     region: Region, held: Callable[[Tensor], bool] = lambda x: False
 ) -> tuple[Any, list[Tensor]]:
     """What the region returns, keeping nothing, and the tensors it closes over."""
-    inputs = [x.detach() for x in region.inputs]
+    inputs = [standing_in(x).detach() for x in region.inputs]
     finder = Finder(inputs, held)
     with torch._C._EnableTorchFunction(), finder:
         out = region.run(*inputs)

@@ -49,7 +49,7 @@ class Finder(TorchFunctionMode):
             self.found.append(x)
             self._versions.append(x._version)
             if not self._held(x):
-                self._constants[id(x)] = x.detach()
+                self._constants[id(x)] = standing_in(x).detach()
         return self._constants.get(id(x), x)
 
     def __torch_function__(

@@ -135,6 +135,28 @@ def test_every_problem_as_one_region(problem: Problem) -> None:
     assert_close(grads, want.grads, problem.tolerance)
 
 
+def test_higher_derivatives_and_other_orders_of_transforms() -> None:
+    w, x = torch.randn(3).double(), torch.randn(3).double()
+
+    def f(wrap: Callable[[Any], Any], w: Tensor) -> Tensor:
+        inner = lambda y: wrap(lambda z: torch.sin(z) * w[1])(y * w) + y**3  # noqa: E731
+        return wrap(inner)(x * w).square().sum()
+
+    def all_of(f: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        func = torch.func
+        square = lambda w: func.grad(f)(w).square().sum()  # noqa: E731
+        scaled = lambda w: torch.vmap(lambda s: f(w * s))(x).sum()  # noqa: E731
+        return [
+            func.hessian(f)(w),
+            func.jacrev(func.jacrev(f))(w),
+            func.grad(lambda w: func.grad(square)(w).sum())(w),
+            torch.vmap(func.grad(f))(torch.stack([w, x])),
+            func.grad(scaled)(w),
+        ]
+
+    assert_close(all_of(partial(f, gf.remat)), all_of(partial(f, lambda fn: fn)), 1e-12)
+
+
 def test_regions_run_again_once() -> None:
     again = problem(gf.remat)
     block = again.model_fn.module.blocks[0]
