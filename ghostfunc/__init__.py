@@ -31,6 +31,7 @@ from ghostfunc._factors import Dense, OneHot, Outer
 from ghostfunc._module import from_module
 from ghostfunc._pairwise import ghost_cosine, ghost_gram, ghost_norm
 from ghostfunc._quantities import Dot, Gram, Quantity, SampleGrad, SqNorm
+from ghostfunc._remat import remat
 from ghostfunc._rules import register_rule
 from ghostfunc._transforms import (
     direction,
@@ -94,6 +95,7 @@ __all__ = [
     "per_sample_grads",
     "projection",
     "register_rule",
+    "remat",
     "select",
     "testing",
     "verify",

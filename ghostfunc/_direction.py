@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ghostfunc import _cost
+from ghostfunc import _chunks, _cost, _oracles
+from ghostfunc._purity import prove_independent
 from ghostfunc._quantities import DotReader, PairReader, TurnReader
 from ghostfunc._tree import ParamSpec, batch_size
 from ghostfunc._types import ModelFn, PyTree, Randomness, Reduction
@@ -68,3 +69,27 @@ def validation_readers(
         return DotReader(taken.grads[i])
 
     return [reader(i) for i in everything]
+
+
+def dense_direction(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    val: PyTree,
+    *,
+    mean: bool,
+    chunk_size: int | None,
+    randomness: Randomness,
+) -> list[Tensor]:
+    """The gradient of the mean or summed validation losses, a few samples at a time."""
+    m = batch_size(val, "val")
+
+    def gradient(chunk: PyTree) -> list[Tensor]:
+        prove_independent(model_fn, leaves, spec, chunk, randomness)
+        return _oracles.val_gradient(model_fn, leaves, spec, chunk, 1 / m if mean else 1.0)
+
+    sums = _chunks.Sums()
+    for grads in _chunks.each(gradient, val, chunk_size, "val"):
+        sums.add(grads)
+        del grads
+    return sums.result()

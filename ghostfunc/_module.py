@@ -65,9 +65,10 @@ class ModuleFn:
 
     def closed_over(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters that are not among `params`, and its buffers."""
-        named = dict(self.module.named_parameters())
-        state = {name: p for name, p in named.items() if name not in params}
-        state.update(self.module.named_buffers())
+        state: dict[str, Tensor] = dict(self.module.named_buffers())
+        for name, p in self.module.named_parameters():
+            if name not in params:
+                state[name] = p
         return state
 
     def closing_over(self, state: dict[str, Tensor]) -> ModuleFn:

@@ -25,14 +25,12 @@ from ghostfunc._types import ModelFn, PyTree, Randomness
 
 
 def val_gradient(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, *, mean: bool
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, scale: float
 ) -> list[Tensor]:
-    """The gradient of the mean or summed validation losses, by reverse mode alone."""
+    """The gradient of the summed validation losses, scaled, by reverse mode alone."""
     m = batch_size(val, "val")
     losses, pullback = _vjp(model_fn, leaves, spec, val, m)
-    (grads,) = pullback(
-        torch.full_like(losses, 1 / m if mean else 1.0), retain_graph=False, create_graph=False
-    )
+    (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
     return grads
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghostfunc import _bundles, _norms, _pairs
+from ghostfunc import _bundles, _chunks, _norms, _pairs
 from ghostfunc._blocks import GramBlocks
-from ghostfunc._book import collect
+from ghostfunc._book import FactoredGrads, collect
 from ghostfunc._capture import compilable, symbolic
-from ghostfunc._direction import validation_readers
+from ghostfunc._direction import dense_direction, validation_readers
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import add_up
 from ghostfunc._quantities import (
-    Dot,
     DotReader,
     PairReader,
     Prepared,
-    Quantity,
     SqNorm,
     TurnReader,
 )
@@ -40,6 +39,7 @@ def ghost_norm(
     per_param: bool = False,
     mode: Mode = "ghost",
     vectorize: bool = True,
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Norms of per-sample gradients.
@@ -58,6 +58,7 @@ def ghost_norm(
         per_param: return the norm of every parameter's gradient; their squares add up.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
         vectorize: for "materialized", False loops over samples.
+        chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
 
     Returns:
@@ -76,14 +77,17 @@ def ghost_norm(
     one_of("mode", mode, _MODES)
     one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
-    if mode == "ghost":
-        taken = run(model_fn, leaves, spec, batch, [SqNorm()], randomness=randomness)
-        rows = _roots(model_fn, leaves, spec, batch, taken.values[0], randomness)
-    else:
+
+    def of_chunk(chunk: PyTree) -> list[Tensor]:
+        if mode == "ghost":
+            taken = run(model_fn, leaves, spec, chunk, [SqNorm()], randomness=randomness)
+            return [_roots(model_fn, leaves, spec, chunk, taken.values[0], randomness)]
         book = collect(
-            model_fn, leaves, spec, batch, mode=mode, vectorize=vectorize, randomness=randomness
+            model_fn, leaves, spec, chunk, mode=mode, vectorize=vectorize, randomness=randomness
         )
-        rows = book.param_norms()
+        return [book.param_norms()]
+
+    (rows,) = _chunks.joined(_chunks.each(of_chunk, batch, chunk_size), axis=1)
     return spec.unflatten(list(rows)) if per_param else _norms.joint(rows)
 
 
@@ -182,6 +186,7 @@ def ghost_cosine(
     per_param: bool = False,
     mode: Mode = "ghost",
     vectorize: bool = True,
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Cosines between every train sample's gradient and the validation gradient.
@@ -203,6 +208,7 @@ def ghost_cosine(
             alone. They do not sum to the total.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n + m models).
         vectorize: for "materialized", False loops over samples.
+        chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.
         randomness: "error" or "different".
 
     Returns:
@@ -220,35 +226,123 @@ def ghost_cosine(
         given = "both" if val is not None else "neither"
         raise OptionError(f"Give exactly one of val and direction; {given} was given.")
     leaves, spec = flatten_params(params)
-    if mode == "ghost":
-        if direction is not None:
-            quantity: Quantity = Dot(direction)
-            readers: Sequence[Any] = quantity.readers(leaves, spec)
-        else:
+    _chunks.check_chunk_size(chunk_size)
+    ask = _Cosines(model_fn, leaves, spec, train, mode, vectorize, chunk_size, randomness)
+    if direction is not None:
+        us = flatten_like(direction, leaves, spec, "direction")
+        cosines = ask.along(us, per_param=per_param)
+    elif reduction != "none" and chunk_size is not None and batch_size(val, "val") > chunk_size:
+        us = dense_direction(
+            model_fn, leaves, spec, val, mean=True, chunk_size=chunk_size, randomness=randomness
+        )
+        cosines = ask.along(us, per_param=per_param)
+    else:
+        cosines = _chunks.joined(
+            (
+                ask.between(part, reduction, per_param=per_param)
+                for _, part in _chunks.chunks(val, chunk_size, "val")
+            ),
+            axis=1,
+        )
+    return spec.unflatten(cosines) if per_param else cosines[0]
+
+
+@dataclass(frozen=True)
+class _Cosines:
+    """Cosines with the gradients of one batch: `[n]` or `[n, m]`, per parameter or one in all."""
+
+    model_fn: ModelFn
+    leaves: Sequence[Tensor]
+    spec: ParamSpec
+    train: PyTree
+    mode: Mode
+    vectorize: bool
+    chunk_size: int | None
+    randomness: Randomness
+
+    def along(self, us: Sequence[Tensor], *, per_param: bool) -> list[Tensor]:
+        """With one direction."""
+        if self.mode == "ghost":
+            return self._ghost([DotReader(u) for u in us], per_param=per_param)
+        lengths = torch.stack([u.double().norm()[None] for u in us])
+        return self._each(
+            lambda book: (book.param_dots(us), book.param_norms(), lengths), per_param=per_param
+        )
+
+    def between(self, val: PyTree, reduction: Reduction, *, per_param: bool) -> list[Tensor]:
+        """With the gradients of validation samples, all together or each."""
+        if self.mode == "ghost":
             readers = validation_readers(
-                model_fn,
-                leaves,
-                spec,
-                train,
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                self.train,
                 val,
                 reduction=reduction,
                 grads=False,
-                randomness=randomness,
+                randomness=self.randomness,
             )
-            quantity = Prepared(readers, degree=1)
-        taken = run(model_fn, leaves, spec, train, [quantity, SqNorm()], randomness=randomness)
-        dots = taken.values[0]
-        rows = _roots(model_fn, leaves, spec, train, taken.values[1], randomness)
-        lengths = torch.stack([_length(r, rows) for r in readers])
-    else:
-        dots, rows, lengths = _materialized(
-            model_fn, leaves, spec, train, val, direction, reduction, vectorize, randomness
+            return self._ghost(readers, per_param=per_param)
+        theirs = self._collect(val)
+        if reduction == "none":
+            lengths = theirs.param_norms()
+            return self._each(
+                lambda book: (book.param_grams(theirs), book.param_norms(), lengths),
+                per_param=per_param,
+            )
+        m = batch_size(val, "val")
+        mean = theirs.weighted_sum(self.leaves[0].new_full((m,), 1 / m))
+        us = flatten_like(mean, self.leaves, self.spec, "direction")
+        del theirs
+        return self.along(us, per_param=per_param)
+
+    def _ghost(self, readers: Sequence[Any], *, per_param: bool) -> list[Tensor]:
+        quantities = [Prepared(readers, degree=1), SqNorm()]
+
+        def of_chunk(train: PyTree) -> list[Tensor]:
+            taken = run(
+                self.model_fn, self.leaves, self.spec, train, quantities, randomness=self.randomness
+            )
+            dots, squares = taken.values
+            rows = _roots(self.model_fn, self.leaves, self.spec, train, squares, self.randomness)
+            lengths = torch.stack([_length(r, rows) for r in readers])
+            return _cosines(dots, rows, lengths, per_param=per_param)
+
+        return _chunks.joined(_chunks.each(of_chunk, self.train, self.chunk_size, "train"))
+
+    def _each(
+        self,
+        read: Callable[[FactoredGrads], tuple[list[Tensor], Tensor, Tensor]],
+        *,
+        per_param: bool,
+    ) -> list[Tensor]:
+        return _chunks.joined(
+            _chunks.each(
+                lambda train: _cosines(*read(self._collect(train)), per_param=per_param),
+                self.train,
+                self.chunk_size,
+                "train",
+            )
         )
+
+    def _collect(self, batch: PyTree) -> FactoredGrads:
+        return collect(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            mode="materialized",
+            vectorize=self.vectorize,
+            randomness=self.randomness,
+        )
+
+
+def _cosines(
+    dots: Sequence[Tensor], norms: Tensor, lengths: Tensor, *, per_param: bool
+) -> list[Tensor]:
     if per_param:
-        return spec.unflatten(
-            [_cosine(d, g, u) for d, g, u in zip(dots, rows, lengths, strict=True)]
-        )
-    return _cosine(add_up(dots), _norms.joint(rows), _norms.joint(lengths))
+        return [_cosine(d, g, u) for d, g, u in zip(dots, norms, lengths, strict=True)]
+    return [_cosine(add_up(dots), _norms.joint(norms), _norms.joint(lengths))]
 
 
 def _length(reader: DotReader | PairReader | TurnReader, like: Tensor) -> Tensor:
@@ -271,38 +365,3 @@ def _cosine(dots: Tensor, norms: Tensor, lengths: Tensor) -> Tensor:
     norms = norms.view(-1, *[1] * (dots.ndim - 1))
     cosines = dots / torch.where(norms == 0, 1, norms) / torch.where(lengths == 0, 1, lengths)
     return torch.where((norms == 0) | (lengths == 0), 0, cosines.clamp(-1, 1)).to(dots.dtype)
-
-
-def _materialized(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    train: PyTree,
-    val: PyTree | None,
-    direction: PyTree | None,
-    reduction: Reduction,
-    vectorize: bool,
-    randomness: Randomness,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Dot products and both sides' norms, parameter by parameter, from gradients themselves."""
-    books = [
-        collect(
-            model_fn,
-            leaves,
-            spec,
-            batch,
-            mode="materialized",
-            vectorize=vectorize,
-            randomness=randomness,
-        )
-        for batch in ([train] if val is None else [train, val])
-    ]
-    norms = books[0].param_norms()
-    if reduction == "none" and val is not None:
-        return books[0].param_grams(books[1]), norms, books[1].param_norms()
-    if val is not None:
-        m = batch_size(val, "val")
-        direction = books[1].weighted_sum(norms.new_full((m,), 1 / m))
-    us = flatten_like(direction, leaves, spec, "direction")
-    dots = books[0].param_dots(us)
-    return dots, norms, torch.stack([u.double().norm()[None] for u in us])

@@ -102,8 +102,8 @@ def refuse_checkpoints(losses: Tensor) -> None:
         if node.name() == "CheckpointFunctionBackward":
             raise TransformError(
                 "model_fn calls torch.utils.checkpoint with use_reentrant=True, whose backward "
-                "pass runs where nobody sees it. Switch checkpointing off "
-                "(model.gradient_checkpointing_disable() in transformers)."
+                "pass runs where nobody sees it. Use gf.remat instead "
+                "(gf.hf.enable_remat(model) in transformers)."
             )
         todo += [parent for parent, _ in node.next_functions]
 

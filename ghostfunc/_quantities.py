@@ -66,9 +66,12 @@ class Quantity(ABC):
 
     Attributes:
         degree: how the quantity scales with the gradient: 1 linear, 2 quadratic.
+        pairs_samples: whether it relates the samples of a batch to each other; where not, its value
+            for a batch is that of the batch's parts, one after the other.
     """
 
     degree: int
+    pairs_samples: bool = False
 
     @abstractmethod
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
@@ -260,6 +263,7 @@ class Gram(Quantity):
     """
 
     degree = 2
+    pairs_samples = True
 
     def __init__(self, *, workspace: int = _cost.BLOCK_ELEMENTS) -> None:
         self.workspace = workspace

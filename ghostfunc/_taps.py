@@ -8,8 +8,11 @@ where it is wanted, is one more thing read off the factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import optree
@@ -97,6 +100,11 @@ class Use:
         reader_leaves, self._reader_spec = flatten(readers)
         self._reader_tensors, self._reader_rest = _split_tensors(reader_leaves)
         self.n_taps = 0
+        self.n_args = len(self.arg_tensors)
+
+    def release(self) -> None:
+        """Let go of the arguments: what the backward pass needs of them, autograd has saved."""
+        self.args, self.arg_tensors = [], []
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
         """`y` with the taps of all targets beside it."""
@@ -115,7 +123,7 @@ class Use:
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
         """The cotangents of all tap inputs, in the order of `tap`."""
-        n_args = len(self.arg_tensors)
+        n_args = self.n_args
         readers = unflatten(self._reader_spec, _merge_tensors(self._reader_rest, saved[n_args:]))
         out: list[Tensor] = []
         for (name, target), own in zip(self.targets, readers, strict=True):
@@ -258,13 +266,49 @@ class TapMode(TrackingMode):
         self._trace = trace
         self._entry = 0
         self._as_traced = True
-        self._calls = iter(trace.calls)
-        self._expected = next(self._calls, None)
+        self._n_calls = 0
         self._n = n
-        self._taps = taps
-        self._collect = collect
+        self.taps = taps
+        self.collect = collect
+        self._tapping = True
         self.uses: list[Use] = []
         self.sites: list[Site] = []
+
+    @property
+    def _expected(self) -> CallTrace | None:
+        """The next traced call."""
+        calls = self._trace.calls
+        return calls[self._n_calls] if self._n_calls < len(calls) else None
+
+    def fork(
+        self,
+        grads: Mapping[int, Tensor] = MappingProxyType({}),
+        taps: Mapping[ReaderKey, Tensor] = MappingProxyType({}),
+        collect: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> TapMode:
+        """Another mode in the state of this one, to watch the same part of the program again.
+
+        Args:
+            grads: by identity of tracked tensors, what their training gradients are read at.
+            taps, collect: taps to use instead.
+        """
+        other = copy.copy(self)
+        other._tracked = {
+            key: (x, replace(t, grad=grads[key]) if key in grads else t)
+            for key, (x, t) in self._tracked.items()
+        }
+        other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
+        other.uses, other.sites = list(self.uses), list(self.sites)
+        return other
+
+    @contextmanager
+    def without_taps(self) -> Iterator[None]:
+        """Only watch: what is computed stays constant."""
+        self._tapping = False
+        try:
+            yield
+        finally:
+            self._tapping = True
 
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -288,7 +332,7 @@ class TapMode(TrackingMode):
             return self._read_attribute(func, call)
         if tuple(call.hits) != expected.hits:
             raise StaleLayout(f"{op_name(func)} got parameters in other arguments")
-        self._expected = next(self._calls, None)
+        self._n_calls += 1
         if expected.kind == "derived":
             return self.derive(func, call)
         if expected.kind == "constant":
@@ -319,12 +363,16 @@ class TapMode(TrackingMode):
         args: list[Any],
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
-        tap = self._collect.get(len(self.uses))
+        tap = self.collect.get(len(self.uses))
         use = Use(call, self._n, targets, args, treedef, tap)
         self.uses.append(use)
         if self._note_sites:
             self.sites.append(_site_of(use, y, axis))
-        return use.tap(y, self._taps)
+        if self._tapping:
+            y = use.tap(y, self.taps)
+        if tap is None:
+            use.release()
+        return y
 
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         y = call.run(func, call.consts())

@@ -481,8 +481,8 @@ def _probe(
         except CheckpointError as error:
             raise TransformError(
                 "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
-                "sees it. Switch checkpointing off (model.gradient_checkpointing_disable() in "
-                'transformers), or use mode="materialized" with vectorize=False.'
+                "sees it. Use gf.remat instead (gf.hf.enable_remat(model) in transformers), or "
+                'mode="materialized" with vectorize=False.'
             ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
         for name, g in zip(spec.names, flat[len(taps) :], strict=True):

@@ -273,7 +273,12 @@ class TrackingMode(TorchFunctionMode):
         """Take `x`, wherever the program uses it, for `tracked`."""
         self._tracked[id(x)] = (x, tracked)
 
-    def _find(self, x: object) -> Tracked | None:
+    def tracks(self, x: object) -> bool:
+        """Whether `x` is tracked."""
+        return id(x) in self._tracked
+
+    def find(self, x: object) -> Tracked | None:
+        """What is known of `x`, if it is tracked."""
         found = self._tracked.get(id(x))
         return None if found is None else found[1]
 
@@ -288,7 +293,7 @@ class TrackingMode(TorchFunctionMode):
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArgs:
         leaves, treedef = flatten((args, kwargs))
-        hits = [i for i, x in enumerate(leaves) if self._find(x) is not None]
+        hits = [i for i, x in enumerate(leaves) if self.find(x) is not None]
         return CallArgs(leaves, treedef, hits, [self._tracked[id(leaves[i])][1] for i in hits])
 
     def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghostfunc import _oracles
+from ghostfunc import _chunks, _oracles
 from ghostfunc._capture import compilable
-from ghostfunc._direction import validation_readers
+from ghostfunc._direction import dense_direction, validation_readers
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import wide
 from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._quantities import Dot, Prepared, Quantity, SampleGrad
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._types import GhostStep, Mode, ModelFn, PyTree, Randomness, Reduction
-from ghostfunc._vjp import run
+from ghostfunc._vjp import Taken, run
 
 _MODES = ("ghost", "jvp", "materialized")
 _REDUCTIONS = ("mean", "sum", "none")
@@ -35,6 +36,7 @@ def ghost_dot_prod(
     reduction: Reduction = "mean",
     per_param: bool = False,
     vectorize: bool = True,
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Dot products of every train sample's gradient with the validation gradient.
@@ -58,6 +60,9 @@ def ghost_dot_prod(
         per_param: return the contributions of every parameter; they sum to the total.
         vectorize: for `mode="materialized"`, False loops over samples where vmap cannot run the
             model.
+        chunk_size: the most samples to run at one time, of `train` and of `val`, where all of them
+            do not fit into memory. The numbers do not depend on it. With `reduction="none"` every
+            chunk of `train` is run once for every chunk of `val`.
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
     Returns:
@@ -72,7 +77,9 @@ def ghost_dot_prod(
         Wang et al., "Data Shapley in One Training Run", ICLR 2025.
     """
     leaves, spec = flatten_params(params)
-    problem = _Problem(model_fn, leaves, spec, train, val, direction, reduction, randomness)
+    problem = _Problem(
+        model_fn, leaves, spec, train, val, direction, reduction, randomness, chunk_size
+    )
     one_of("mode", mode, _MODES)
     dots = problem.dots(mode, per_param=per_param, vectorize=vectorize)
     return spec.unflatten(dots) if per_param else _sum(dots)
@@ -90,6 +97,7 @@ def ghost_value_and_grad(
     reduction: Reduction = "mean",
     per_param: bool = False,
     vectorize: bool = True,
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> GhostStep:
     """One training step's losses, gradient and scores, from one backward pass over `train`.
@@ -105,13 +113,11 @@ def ghost_value_and_grad(
         loss.
     """
     leaves, spec = flatten_params(params)
-    problem = _Problem(model_fn, leaves, spec, train, val, direction, reduction, randomness)
+    problem = _Problem(
+        model_fn, leaves, spec, train, val, direction, reduction, randomness, chunk_size
+    )
     one_of("mode", mode, _MODES)
-    if mode == "ghost":
-        losses, grads, dots = problem.ghost(grads=True)
-    else:
-        dots = problem.dots(mode, per_param=per_param, vectorize=vectorize)
-        losses, grads = problem.plain_gradient()
+    losses, grads, dots = problem.step(mode, per_param=per_param, vectorize=vectorize)
     return GhostStep(
         losses, spec.unflatten(grads), spec.unflatten(dots) if per_param else _sum(dots)
     )
@@ -124,6 +130,7 @@ def direction(
     val: PyTree,
     *,
     reduction: Reduction = "mean",
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """The validation gradient `u`, to dot with as often as wanted.
@@ -135,6 +142,7 @@ def direction(
         params: pytree of floating-point tensors.
         val: pytree of tensors `[m, ...]`.
         reduction: "mean" or "sum" over the m validation samples.
+        chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
 
     Returns:
@@ -146,10 +154,16 @@ def direction(
     """
     one_of("reduction", reduction, ("mean", "sum"))
     leaves, spec = flatten_params(params)
-    batch_size(val, "val")
-    prove_independent(model_fn, leaves, spec, val, randomness)
-    grads = _oracles.val_gradient(model_fn, leaves, spec, val, mean=reduction == "mean")
-    return spec.unflatten(grads)
+    u = dense_direction(
+        model_fn,
+        leaves,
+        spec,
+        val,
+        mean=reduction == "mean",
+        chunk_size=chunk_size,
+        randomness=randomness,
+    )
+    return spec.unflatten(u)
 
 
 @compilable()
@@ -204,9 +218,11 @@ class _Problem:
         direction: PyTree | None,
         reduction: Reduction,
         randomness: Randomness,
+        chunk_size: int | None,
     ) -> None:
         one_of("reduction", reduction, _REDUCTIONS)
         one_of("randomness", randomness, ("error", "different"))
+        _chunks.check_chunk_size(chunk_size)
         if (val is None) == (direction is None):
             given = "both" if val is not None else "neither"
             raise OptionError(f"Give exactly one of val and direction; {given} was given.")
@@ -217,19 +233,70 @@ class _Problem:
         self.direction = (
             None if direction is None else flatten_like(direction, leaves, spec, "direction")
         )
+        self.chunk_size = chunk_size
 
     def dots(self, mode: Mode, *, per_param: bool, vectorize: bool) -> list[Tensor]:
         """Dot products, one per parameter (one in all is enough unless `per_param`)."""
-        if mode == "ghost":
-            return self.ghost(grads=False)[2]
-        for batch in (self.train, self.val):
-            if batch is not None:
-                prove_independent(self.model_fn, self.leaves, self.spec, batch, self.randomness)
-        if mode == "jvp":
-            return self._jvp(per_param=per_param)
-        return self._materialized(vectorize=vectorize)
+        parts = self._parts(mode)
+        return _chunks.joined(
+            (part._dots(mode, per_param=per_param, vectorize=vectorize) for part in parts), axis=1
+        )
 
-    def ghost(self, *, grads: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def step(
+        self, mode: Mode, *, per_param: bool, vectorize: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Losses, gradients of the mean loss, and `dots`."""
+        if mode != "ghost":
+            dots = self.dots(mode, per_param=per_param, vectorize=vectorize)
+            return *self._plain_gradient(), dots
+        first, *others = self._parts(mode)
+        losses, grads, dots = first._ghost(grads=True)
+        columns = [dots, *(part._ghost(grads=False)[2] for part in others)]
+        return losses, grads, _chunks.joined(columns, axis=1)
+
+    def _parts(self, mode: Mode) -> list[_Problem]:
+        """The same for as much of the validation batch as is run at one time; the dot products of
+        all parts lie side by side."""
+        if self.val is None or self.chunk_size is None:
+            return [self]
+        if self.reduction == "none":
+            return [self._against(val=x) for _, x in _chunks.chunks(self.val, self.chunk_size)]
+        if self.m <= self.chunk_size and mode == "ghost":
+            return [self]
+        u = dense_direction(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            self.val,
+            mean=self.reduction == "mean",
+            chunk_size=self.chunk_size,
+            randomness=self.randomness,
+        )
+        return [self._against(direction=u)]
+
+    def _against(
+        self, val: PyTree | None = None, direction: list[Tensor] | None = None
+    ) -> _Problem:
+        other = copy.copy(self)
+        other.val, other.direction = val, direction
+        other.m = 1 if val is None else batch_size(val, "val")
+        return other
+
+    def _dots(self, mode: Mode, *, per_param: bool, vectorize: bool) -> list[Tensor]:
+        if mode == "ghost":
+            return self._ghost(grads=False)[2]
+        if self.val is not None:
+            prove_independent(self.model_fn, self.leaves, self.spec, self.val, self.randomness)
+
+        def of_chunk(train: PyTree) -> list[Tensor]:
+            prove_independent(self.model_fn, self.leaves, self.spec, train, self.randomness)
+            if mode == "jvp":
+                return self._jvp(train, per_param=per_param)
+            return self._materialized(train, vectorize=vectorize)
+
+        return _chunks.joined(_chunks.each(of_chunk, self.train, self.chunk_size, "train"))
+
+    def _ghost(self, *, grads: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         quantity: Quantity
         if self.direction is not None:
             quantity = Dot(self.spec.unflatten(self.direction))
@@ -245,25 +312,43 @@ class _Problem:
                 randomness=self.randomness,
             )
             quantity = Prepared(readers, degree=1)
-        taken = run(
-            self.model_fn,
-            self.leaves,
-            self.spec,
-            self.train,
-            [quantity],
-            grads=range(len(self.leaves)) if grads else (),
-            scale=1 / self.n if grads else 1.0,
-            randomness=self.randomness,
-        )
-        return taken.losses, taken.grads, taken.values[0]
 
-    def plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        def mean_loss(p: list[Tensor]) -> tuple[Tensor, Tensor]:
-            losses = check_losses(self.model_fn(self.spec.unflatten(p), self.train), self.n)
-            return losses.mean(), losses
+        def of_chunk(train: PyTree) -> Taken:
+            return run(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                train,
+                [quantity],
+                grads=range(len(self.leaves)) if grads else (),
+                scale=1 / self.n if grads else 1.0,
+                randomness=self.randomness,
+            )
 
-        grads, losses = torch.func.grad(mean_loss, has_aux=True)(list(self.leaves))
-        return losses, grads
+        rows, sums = [], _chunks.Sums()
+        for taken in _chunks.each(of_chunk, self.train, self.chunk_size, "train"):
+            rows.append([taken.losses, *taken.values[0]])
+            sums.add(taken.grads if grads else ())
+            del taken
+        losses, *dots = _chunks.joined(rows)
+        return losses, sums.result(), dots
+
+    def _plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
+            def share(p: list[Tensor]) -> tuple[Tensor, Tensor]:
+                losses = self.model_fn(self.spec.unflatten(p), train)
+                losses = check_losses(losses, batch_size(train))
+                return losses.sum() / self.n, losses
+
+            grads, losses = torch.func.grad(share, has_aux=True)(list(self.leaves))
+            return grads, losses
+
+        rows, sums = [], _chunks.Sums()
+        for grads, losses in _chunks.each(of_chunk, self.train, self.chunk_size, "train"):
+            rows.append([losses])
+            sums.add(grads)
+            del grads
+        return _chunks.joined(rows)[0], sums.result()
 
     def _directions(self) -> Any:
         """Every direction to dot with, one at a time."""
@@ -271,27 +356,25 @@ class _Problem:
             return iter([self.direction])
         if self.reduction == "none":
             return _oracles.val_gradients(self.model_fn, self.leaves, self.spec, self.val)
-        mean = self.reduction == "mean"
-        return iter(
-            [_oracles.val_gradient(self.model_fn, self.leaves, self.spec, self.val, mean=mean)]
-        )
+        scale = 1 / self.m if self.reduction == "mean" else 1.0
+        return iter([_oracles.val_gradient(self.model_fn, self.leaves, self.spec, self.val, scale)])
 
     def _stacked(self, columns: list[list[Tensor]]) -> list[Tensor]:
         if self.reduction == "none" and self.direction is None:
             return [torch.stack(column, dim=1) for column in zip(*columns, strict=True)]
         return columns[0]
 
-    def _jvp(self, *, per_param: bool) -> list[Tensor]:
+    def _jvp(self, train: PyTree, *, per_param: bool) -> list[Tensor]:
         return self._stacked(
             [
                 _oracles.jvp_dots(
-                    self.model_fn, self.leaves, self.spec, self.train, u, per_param=per_param
+                    self.model_fn, self.leaves, self.spec, train, u, per_param=per_param
                 )
                 for u in self._directions()
             ]
         )
 
-    def _materialized(self, *, vectorize: bool) -> list[Tensor]:
+    def _materialized(self, train: PyTree, *, vectorize: bool) -> list[Tensor]:
         def grads(batch: PyTree) -> list[Tensor]:
             return _oracles.materialize(
                 self.model_fn,
@@ -302,11 +385,11 @@ class _Problem:
                 randomness=self.randomness,
             )
 
-        train = [wide(g)[:, None].flatten(1) for g in grads(self.train)]
+        rows = [wide(g)[:, None].flatten(1) for g in grads(train)]
         if self.direction is not None:
-            return [g @ wide(u).flatten() for g, u in zip(train, self.direction, strict=True)]
+            return [g @ wide(u).flatten() for g, u in zip(rows, self.direction, strict=True)]
         val = [wide(g)[:, None].flatten(1) for g in grads(self.val)]
-        gram = [g @ v.mT for g, v in zip(train, val, strict=True)]
+        gram = [g @ v.mT for g, v in zip(rows, val, strict=True)]
         if self.reduction == "none":
             return gram
         return [x.mean(1) if self.reduction == "mean" else x.sum(1) for x in gram]

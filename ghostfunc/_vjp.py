@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ghostfunc import _chunks
 from ghostfunc._capture import compilable, symbolic
 from ghostfunc._cost import Meeting
 from ghostfunc._errors import (
@@ -59,6 +60,7 @@ def ghost_vjp(
     quantities: Quantity | dict[str, Quantity],
     *,
     grads: bool = False,
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> GhostVjp:
     """Quantities of per-sample gradients `g_i = d losses[i] / d params`, in one backward pass.
@@ -70,6 +72,8 @@ def ghost_vjp(
         quantities: one quantity (`gf.Dot(u)`, `gf.SampleGrad()`, ...) or a dict of them: all are
             read in the same backward pass.
         grads: also return the gradient of `sum_i losses[i]`.
+        chunk_size: the most samples to run at one time, where all of them do not fit into memory.
+            Not for quantities that pair the samples of a batch (`Gram`).
         randomness: "error" refuses a model that draws random numbers; "different" lets every sample
             have its own draws.
 
@@ -89,22 +93,45 @@ def ghost_vjp(
                 f"quantities[{name!r}] is a {type(quantity).__name__}; expected a quantity such as "
                 "gf.Dot(direction)."
             )
+        if chunk_size is not None and quantity.pairs_samples:
+            raise OptionError(
+                f"{type(quantity).__name__} pairs the samples of a batch, so it cannot be taken in "
+                "chunks. gf.ghost_gram has memory_budget for that."
+            )
     leaves, spec = flatten_params(params)
-    taken = run(
-        model_fn,
-        leaves,
-        spec,
-        batch,
-        list(named.values()),
-        grads=range(len(leaves)) if grads else (),
-        randomness=randomness,
-    )
-    values = {k: spec.unflatten(v) for k, v in zip(named, taken.values, strict=True)}
+
+    def taken(chunk: PyTree) -> Taken:
+        return run(
+            model_fn,
+            leaves,
+            spec,
+            chunk,
+            list(named.values()),
+            grads=range(len(leaves)) if grads else (),
+            randomness=randomness,
+        )
+
+    losses, found, sums = [], [], _chunks.Sums()
+    for part in _chunks.each(taken, batch, chunk_size):
+        losses.append(part.losses)
+        found.append(part.values)
+        if grads:
+            sums.add(part.grads)
+        del part
+    values = {
+        name: spec.unflatten([_joined(x) for x in zip(*parts, strict=True)])
+        for name, parts in zip(named, zip(*found, strict=True), strict=True)
+    }
     return GhostVjp(
-        taken.losses,
+        losses[0] if len(losses) == 1 else torch.cat(losses),
         values if isinstance(quantities, dict) else values[""],
-        spec.unflatten(taken.grads) if grads else None,
+        spec.unflatten(sums.result()) if grads else None,
     )
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """One parameter's values, chunk after chunk; None where nothing is read."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(list(parts))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 The layers, lowest first (a module may import its own layer and those below it):
 
-    {_types, _errors, _cost} <- {_tree, _layout, _module, _memory}
+    {_types, _errors, _cost} <- {_tree, _layout, _module, _memory, _regions, _rerun, _stand_ins,
+        _chunks}
         <- {_factors, _bundles, _pairs, _norms} <- {_rules, _quantities}
-        <- {_tracking, _trace, _taps, _owners, _vjp}
+        <- {_tracking, _trace, _taps, _owners, _vjp, _remat}
         <- {_oracles, _direction, _transforms, _verify, _book, _blocks, _pairwise, _clipping,
             _explain} <- everything built on them
 
@@ -24,10 +25,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ghostfunc"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
-    ("_tree", "_layout", "_module", "_memory", "_capture", "_compile"),
+    (
+        *("_tree", "_layout", "_module", "_memory", "_capture", "_compile"),
+        *("_regions", "_rerun", "_stand_ins", "_chunks"),
+    ),
     ("_factors", "_bundles", "_pairs", "_norms"),
     ("_rules", "_quantities"),
-    ("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp"),
+    ("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp", "_remat"),
     (
         "_oracles",
         "_direction",

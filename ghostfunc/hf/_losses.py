@@ -13,20 +13,24 @@ from torch import Tensor, nn
 from ghostfunc._errors import BatchError
 from ghostfunc._module import from_module
 from ghostfunc._types import ModelFn
-
-IGNORED = -100
-"""The label of positions that do not count, as everywhere in Hugging Face."""
+from ghostfunc.hf._logits import IGNORED, check_head, chunked_token_means, token_losses
 
 Batch = dict[str, Tensor]
 
 
-def causal_lm(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
+def causal_lm(
+    model: nn.Module, *, logit_chunks: int | None = None
+) -> tuple[ModelFn, dict[str, Tensor]]:
     """Next-token prediction: each sample's mean over its own labelled tokens.
 
         losses[i] = sum_t [y_it != -100] CE(logits_i(t-1), y_it) / sum_t [y_it != -100],  t >= 1
 
     Args:
         model: a `...ForCausalLM` / `...LMHeadModel`.
+        logit_chunks: compute logits and losses in that many pieces along the positions, and again
+            in the backward pass, so that the `[n, T, V]` logits never exist as a whole. Numbers do
+            not change. Where gradients of the head are kept as factors (norms and Gram matrices,
+            a validation batch of few tokens), the logits' cotangents are kept with them, in pieces.
 
     Returns:
         `(model_fn, params)`. The batch is `dict(input_ids [n, T], attention_mask [n, T]?,
@@ -34,7 +38,13 @@ def causal_lm(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
         `attention_mask` is 0. A sample without a labelled token has no loss and is refused
         (`NonFiniteLossError`). Mind the scale: a token of a short sample weighs more than one of a
         long sample, unlike in a loss averaged over all tokens of a batch.
+
+    Raises:
+        OptionError: `logit_chunks` is no positive integer, or the model does more between its
+            hidden states and its logits than to apply its output embeddings (scaling, a soft cap).
     """
+    if logit_chunks is not None:
+        check_head(model, logit_chunks)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         inputs = dict(batch)
@@ -43,6 +53,8 @@ def causal_lm(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
             labels = _need(inputs, "input_ids")
             if "attention_mask" in inputs:
                 labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORED)
+        if logit_chunks is not None:
+            return chunked_token_means(module, inputs, labels, logit_chunks)
         logits = module(**inputs, use_cache=False).logits
         return token_means(logits[:, :-1], labels[:, 1:])
 
@@ -112,11 +124,7 @@ def token_means(logits: Tensor, labels: Tensor) -> Tensor:
         logits: `[n, T, V]`.
         labels: `[n, T]`, -100 where nothing is to be predicted.
     """
-    # Flat logits: on [n, V, T] the same function takes a tenth of a whole step.
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-    ).view(labels.shape)
-    return losses.sum(1) / (labels != IGNORED).sum(1)
+    return token_losses(logits, labels).sum(1) / (labels != IGNORED).sum(1)
 
 
 def _pop_labels(inputs: Batch) -> Tensor:

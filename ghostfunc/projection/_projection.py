@@ -67,6 +67,7 @@ class Projection(ABC):
 
     def take_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Use `tensors` in their place."""
+        del tensors  # there are none
 
     @abstractmethod
     def reader(self, block: Block, like: Tensor) -> Any:

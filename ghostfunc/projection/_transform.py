@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ghostfunc import _chunks
 from ghostfunc._capture import compilable, node
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._quantities import Quantity
@@ -48,6 +49,7 @@ def ghost_project(
     *,
     mode: str = "ghost",
     vectorize: bool = True,
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> Float[Tensor, "n k"]:
     """Every sample's gradient, projected to k numbers; no per-sample gradient is formed.
@@ -62,6 +64,7 @@ def ghost_project(
         mode: "ghost" (from factors, in one backward pass without weight gradients) or
             "materialized" (`projection.apply(per_sample_grads(...))`, the definition).
         vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
     Returns:
@@ -79,7 +82,15 @@ def ghost_project(
     quantity = Project(projection)
     if mode == "ghost":
         return projection.join(
-            ghost_vjp(model_fn, params, batch, quantity, randomness=randomness).values
+            ghost_vjp(
+                model_fn, params, batch, quantity, chunk_size=chunk_size, randomness=randomness
+            ).values
         )
-    grads = per_sample_grads(model_fn, params, batch, vectorize=vectorize, randomness=randomness)
-    return projection.apply(grads)
+
+    def of_chunk(chunk: PyTree) -> list[Tensor]:
+        grads = per_sample_grads(
+            model_fn, params, chunk, vectorize=vectorize, randomness=randomness
+        )
+        return [projection.apply(grads)]
+
+    return _chunks.joined(_chunks.each(of_chunk, batch, chunk_size))[0]
