@@ -411,8 +411,23 @@ def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: 
         # J u is the derivative of the linear map v -> J^T v along u. Forward mode would say the
         # same, but torch's levels of it are shared by all threads, and it has not all ops.
         primal = consts[position]
+        along = shaped(tangent, primal)
+        if not in_transform():
+            return real(_twice(of_one, primal.detach().requires_grad_(), along))
         y, pullback = torch.func.vjp(of_one, primal)[:2]
         twice = torch.func.vjp(lambda v: pullback(v)[0], torch.zeros_like(y))[1]
-        return real(twice(shaped(tangent, primal))[0])
+        return real(twice(along)[0])
 
     return Push(jvp, derivation)
+
+
+@torch.enable_grad()
+def _twice(f: Callable[[Tensor], Tensor], x: Tensor, along: Tensor) -> Tensor:
+    """The derivative of `f` at `x` along a tangent, by plain autograd."""
+    y = f(x)
+    v = torch.zeros_like(y, requires_grad=True)
+    (pulled,) = torch.autograd.grad(y, x, v, create_graph=True, materialize_grads=True)
+    if not pulled.requires_grad:
+        return torch.zeros_like(y)
+    (pushed,) = torch.autograd.grad(pulled, v, along, allow_unused=True, materialize_grads=True)
+    return pushed

@@ -399,6 +399,7 @@ def meetings(
 
     Not `exact`, the positions may be those of a batch of another length, scaled to this one.
     """
+    exact = exact or _open(batch)
     remembered = memory(model_fn)
     lengths = sum(x[0].numel() for x in tensors_of(batch))
 
@@ -415,7 +416,8 @@ def meetings(
     out: list[list[Meeting]] = [[] for _ in leaves]
     for site in sites:
         for i, kind, shape, positions, direct in site.targets:
-            out[i].append(Meeting(kind, shape, model.n, max(1, round(positions * ratio)), direct))
+            scaled = positions if ratio == 1 else max(1, round(positions * ratio))
+            out[i].append(Meeting(kind, shape, model.n, scaled, direct))
     return out
 
 
@@ -424,13 +426,18 @@ def _sites(model: Traced) -> list[Site]:
     the exact shapes of the batch, where those are known."""
     few = min(model.n, 2)
     sample = take(model.batch, range(few))
-    if any(isinstance(size, torch.SymInt) for x in tensors_of(sample) for size in x.shape):
+    if _open(sample):
         return _look_at_sites(model, few, sample)
     remembered = memory(model.model_fn)
     key = ("sites", model.trace, shapes_key(sample))
     if key not in remembered:
         remembered[key] = _look_at_sites(model, few, sample)
     return remembered[key]
+
+
+def _open(batch: PyTree) -> bool:
+    """Whether some sizes are symbols: a compiled program for all lengths is being recorded."""
+    return any(isinstance(size, torch.SymInt) for x in tensors_of(batch) for size in x.shape)
 
 
 def _look_at_sites(model: Traced, few: int, sample: PyTree) -> list[Site]:
