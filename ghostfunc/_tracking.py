@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -45,6 +46,12 @@ _CASTS = {
     Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
     Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda,
 }  # fmt: skip
+_LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
+    F.embedding, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute,
+    Tensor.expand, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze,
+    Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
+}  # fmt: skip
+"""Ops that are linear in their first tensor, so that they are their own derivative."""
 _TENSOR_GETTERS = {
     _getter(name) for name in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
 }  # fmt: skip
@@ -382,7 +389,7 @@ def _derived(
     )
     for position, source in enumerate(call.tracked):
         for key, (reader, pulled) in source.readers.items():
-            pushed = None if pulled else reader.push(_push(fn, call, position, derivation))
+            pushed = None if pulled else reader.push(_push(func, fn, call, position, derivation))
             added = (reader, True) if pushed is None else (pushed, False)
             if key in tracked.readers and not added[1]:
                 # Two sources of one parameter: directions add up, J u = J_1 u_1 + J_2 u_2.
@@ -401,8 +408,16 @@ def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Deriva
     return "general"
 
 
-def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: Derivation) -> Push:
+def _push(
+    func: Callable[..., Any],
+    fn: Callable[..., Tensor],
+    call: CallArgs,
+    position: int,
+    derivation: Derivation,
+) -> Push:
     consts = call.consts()
+    if func in _LINEAR and len(consts) == 1 and _padding_of(func, call) is None:
+        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation)
 
     def jvp(tangent: Tensor) -> Tensor:
         def of_one(x: Tensor) -> Tensor:
@@ -419,6 +434,15 @@ def _push(fn: Callable[..., Tensor], call: CallArgs, position: int, derivation: 
         return real(twice(along)[0])
 
     return Push(jvp, derivation)
+
+
+def _padding_of(func: Callable[..., Any], call: CallArgs) -> int | None:
+    """The row of an embedding that autograd holds constant."""
+    if func is not F.embedding:
+        return None
+    args, kwargs = call.rebuild(call.leaves)
+    padding: int | None = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+    return padding
 
 
 @torch.enable_grad()
