@@ -38,6 +38,8 @@ class _Bound(nn.Module):
 _numbers = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, tuple[int, AbstractContextManager[bool]]]
 _locks = weakref.WeakKeyDictionary()
+_locks_within: weakref.WeakKeyDictionary[nn.Module, list[AbstractContextManager[bool]]]
+_locks_within = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
@@ -52,11 +54,14 @@ def alone_with(module: nn.Module) -> Iterator[None]:
         yield
         return
     with _locks_lock:
-        locks = {
-            _locks.setdefault(m, (next(_numbers), threading.RLock())) for m in module.modules()
-        }
+        if module not in _locks_within:
+            numbered = {
+                _locks.setdefault(m, (next(_numbers), threading.RLock())) for m in module.modules()
+            }
+            _locks_within[module] = [lock for _, lock in sorted(numbered, key=lambda x: x[0])]
+        locks = _locks_within[module]
     with ExitStack() as stack:
-        for _, lock in sorted(locks, key=lambda numbered: numbered[0]):
+        for lock in locks:
             stack.enter_context(lock)
         yield
 

@@ -26,7 +26,7 @@ from ghostfunc._layout import Layout, StaleLayout
 from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules import BroadcastRule
 from ghostfunc._rules._registry import ArgName, op_name, rows
-from ghostfunc._trace import SWITCH, CallTrace, Trace, pattern, shapes
+from ghostfunc._trace import SWITCH, CallTrace, Trace, pattern
 from ghostfunc._tracking import (
     CallArgs,
     ReaderKey,
@@ -324,10 +324,11 @@ class TapMode(TrackingMode):
         self._entry += 1
         self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == func
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
-        inputs = shapes(args[:1]) if expected is not None else []
         out = super().elementary(func, args, kwargs)
         if expected is not None:
-            self._as_traced = pattern(func, inputs, shapes(out)) == expected
+            given = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+            inputs = [x.shape for x in given if isinstance(x, Tensor)]
+            self._as_traced = pattern(func, inputs, [out.shape]) == expected
         if not self._as_traced:
             self._elsewhere.append((entry, func))
         return out
