@@ -156,7 +156,8 @@ def row_norms(t: Positions, p: int, d: int) -> int:
 
 def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
     """Whether norms come from inner products of positions rather than from rows."""
-    return not t.dense and token_norms(t, p, d) < row_norms(t, p, d)
+    some = t.outer + t.one_hot > 0
+    return some and not t.dense and token_norms(t, p, d) < row_norms(t, p, d)
 
 
 def token_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int) -> int:
@@ -176,6 +177,6 @@ def gram_by_tokens(
     n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
 ) -> bool:
     """Whether a Gram matrix comes from inner products of positions rather than from rows."""
-    if t.dense or s.dense:
+    if t.dense or s.dense or not (t.outer + t.one_hot) * (s.outer + s.one_hot):
         return False
     return token_gram(n, m, t, s, p, d) < row_gram(n, m, t, s, p, d, same=same)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +20,9 @@ from ghostfunc._types import ModelFn, PyTree
 Loss = Callable[[nn.Module, PyTree], Tensor]
 
 
+T = TypeVar("T")
+
+
 class _Bound(nn.Module):
     """Module and loss as one module, so that `functional_call` covers whatever the loss calls."""
 
@@ -24,8 +31,39 @@ class _Bound(nn.Module):
         self.module = module
         self.loss = loss
 
-    def forward(self, batch: PyTree) -> Tensor:
-        return self.loss(self.module, batch)
+    def forward(self, run: Callable[[Callable[[PyTree], Tensor]], T]) -> T:
+        return run(lambda batch: self.loss(self.module, batch))
+
+
+_numbers = itertools.count()
+_locks: weakref.WeakKeyDictionary[nn.Module, tuple[int, AbstractContextManager[bool]]]
+_locks = weakref.WeakKeyDictionary()
+_locks_within: weakref.WeakKeyDictionary[nn.Module, list[AbstractContextManager[bool]]]
+_locks_within = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def alone_with(module: nn.Module) -> Iterator[None]:
+    """Keep other threads from a module, and from all modules in it, while it has lent parameters.
+
+    A thread may come back to a module that it has. Locks are taken in one order everywhere, so that
+    threads with overlapping modules do not wait for each other for ever.
+    """
+    if torch.compiler.is_compiling():  # by one thread at a time
+        yield
+        return
+    with _locks_lock:
+        if module not in _locks_within:
+            numbered = {
+                _locks.setdefault(m, (next(_numbers), threading.RLock())) for m in module.modules()
+            }
+            _locks_within[module] = [lock for _, lock in sorted(numbered, key=lambda x: x[0])]
+        locks = _locks_within[module]
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        yield
 
 
 class ModuleFn:
@@ -84,9 +122,18 @@ class ModuleFn:
         return hash(self._bound)
 
     def __call__(self, params: dict[str, Tensor], batch: PyTree) -> Tensor:
+        return self.lending(params, lambda losses: losses(batch))
+
+    def lending(
+        self, params: dict[str, Tensor], run: Callable[[Callable[[PyTree], Tensor]], T]
+    ) -> T:
+        """`run` a function of `losses(batch)` while the module has `params`: what calls the module
+        later, as a checkpoint does in the backward pass, finds the module's own."""
         named = {**self._state, **params}
         tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
-        return torch.func.functional_call(self._bound, tensors, (batch,), tie_weights=False)
+        with alone_with(self.module):
+            out: T = torch.func.functional_call(self._bound, tensors, (run,), tie_weights=False)
+        return out
 
 
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:

@@ -18,8 +18,17 @@ from torch.overrides import TorchFunctionMode
 
 from ghostfunc._errors import RandomnessError, TransformError
 from ghostfunc._factors import wide
-from ghostfunc._purity import check_finite, check_losses, refuse_checkpoints
-from ghostfunc._tracking import FORWARD_MODE, in_transform
+from ghostfunc._functorch import in_transform
+from ghostfunc._memo import memory, structure
+from ghostfunc._module import ModuleFn
+from ghostfunc._purity import (
+    check_finite,
+    check_losses,
+    close,
+    coupled_samples,
+    refuse_checkpoints,
+)
+from ghostfunc._tracking import FORWARD_MODE
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -82,6 +91,30 @@ def jvp_dots(
         return [along(direction)]
     zeros = [torch.zeros_like(x) for x in leaves]
     return [along([*zeros[:i], u, *zeros[i + 1 :]]) for i, u in enumerate(direction)]
+
+
+def prove_independent_tangents(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
+) -> None:
+    """Raise `CoupledSamplesError` if a sample's derivative depends on the others, as its loss may
+    not: think of `h.mean(0) - h.mean(0).detach()`. Remembered by structure."""
+    remembered = memory(model_fn)
+    key = ("independent tangents", structure(model_fn, spec, leaves, batch, "error"))
+    if key in remembered:
+        return
+    generator = torch.Generator().manual_seed(0)
+    u = [torch.randn(x.shape, generator=generator).to(x) for x in leaves]
+    chosen = [0, min(1, batch_size(batch) - 1)]
+    two, three = (
+        jvp_dots(model_fn, leaves, spec, take(batch, index), u, per_param=False)[0][:2].nan_to_num()
+        for index in (chosen, [*chosen, 0])
+    )
+    if not close(three.to(leaves[0].dtype), two.to(leaves[0].dtype)):
+        raise coupled_samples(
+            f"beside each other, samples {chosen} have directional derivatives {two.tolist()}; "
+            f"with a copy of sample 0 added, {three.tolist()}"
+        )
+    remembered[key] = True
 
 
 class _ReverseModeConstants(TorchFunctionMode):
@@ -177,13 +210,20 @@ def _gradient_of_one(
         grads, value = torch.func.grad_and_value(loss)(list(leaves))
         return grads, value
     inputs = [x.detach().requires_grad_() for x in leaves]
-    with torch.enable_grad():
-        value = loss(inputs)
-    if not value.requires_grad:
-        return [torch.zeros_like(x) for x in leaves], value
-    refuse_checkpoints(value)
-    grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-    return grads, value.detach()
+
+    def gradient(losses: Callable[[PyTree], Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+        with torch.enable_grad():
+            value = _one_loss(losses(sample))
+        if not value.requires_grad:
+            return [torch.zeros_like(x) for x in leaves], value
+        refuse_checkpoints(value)
+        grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+        return grads, value.detach()
+
+    params = spec.unflatten(inputs)
+    if isinstance(model_fn, ModuleFn):
+        return model_fn.lending(params, gradient)
+    return gradient(lambda batch: model_fn(params, batch))
 
 
 def _one_loss(losses: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ def sqnorms(bundle: Bundle, *, workspace: int = _cost.BLOCK_ELEMENTS) -> Tensor:
     if _cost.norms_by_tokens(positions(bundle), p, d):
         return _sqnorms_by_tokens(bundle, n, min(workspace, _cost.CACHE_ELEMENTS))
     blocks = []
-    for block in _slices(n, workspace // (p * d)):
+    for block in _slices(n, workspace // max(1, p * d)):
         parts = []
-        for rows in _slices(p, workspace // d):
+        for rows in _slices(p, workspace // max(1, d)):
             g = _rows(bundle, block, rows)
             parts.append(row_dots(g, g))
         blocks.append(add_up(parts))
@@ -107,7 +107,7 @@ def _gram_by_rows(
     everyone = samples(mine) + (0 if same else samples(theirs))
 
     def products() -> Iterator[Tensor]:
-        for rows in _slices(p, workspace // (everyone * d)):
+        for rows in _slices(p, workspace // max(1, everyone * d)):
             g = _rows(mine, slice(None), rows).flatten(1)
             h = g if same else _rows(theirs, slice(None), rows).flatten(1)
             yield g @ h.mT

@@ -4,7 +4,7 @@ that depends on no other sample. Every mode asks for it once per structure."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from ghostfunc._errors import (
     NonFiniteLossError,
     RandomnessError,
     TransformError,
+    UnsupportedOpError,
+    UntrackedUseError,
 )
+from ghostfunc._functorch import address, in_transform
 from ghostfunc._memo import memory, structure
 from ghostfunc._module import ModuleFn
 from ghostfunc._rules import REFUSED
@@ -35,14 +38,20 @@ def prove_independent(
     spec: ParamSpec,
     batch: PyTree,
     randomness: Randomness,
+    *,
+    route: Hashable = None,
 ) -> None:
-    """Raise unless the losses of samples 0 and 1 are the same in every company: beside each other,
-    beside copies of themselves, and in the whole batch. Remembered by structure."""
+    """Raise unless losses are the same in any company: those of samples 0 and 1 beside each other,
+    beside copies of themselves and in the whole batch, and all of them in half of the batch.
+
+    Remembered by structure, and by the `route` through the program where control flow depends on
+    data; `ANEW` is not remembered.
+    """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
     remembered = memory(model_fn)
-    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
-    if key in remembered:
+    key = ("independent", route, structure(model_fn, spec, leaves, batch, randomness))
+    if route is not ANEW and key in remembered:
         return
     if any(map(symbolic, tensors_of(batch))):
         raise not_captured()
@@ -51,32 +60,53 @@ def prove_independent(
     last = min(1, n - 1)
 
     def losses(data: PyTree) -> Tensor:
-        params = [x.view_as(x) for x in leaves]
-        with Refusals(), _WriteGuard(_protected(model_fn, spec, leaves, data)):
-            out = model_fn(spec.unflatten(params), data)
-        return check_losses(out, batch_size(data)).detach()
+        params = lend(leaves)
+        try:
+            with Refusals(), _WriteGuard(_protected(model_fn, spec, leaves, data)):
+                out = model_fn(spec.unflatten(params), data)
+        except NotImplementedError as error:
+            if "HigherOrderOperator" not in str(error):
+                raise
+            raise UnsupportedOpError(
+                "model_fn calls torch.cond, while_loop or another operator that takes functions, "
+                "which no mode sees into. Write it with if and while, or with torch.where."
+            ) from error
+        _refuse_kept(check_losses(out, batch_size(data)), leaves, params, spec)
+        return out.detach()
 
     before = _rng_states(leaves)
-    pair = losses(take(batch, [0, last]))
+    pair = losses(take(batch, [0, last])).detach()
     if randomness == "error":
         if not all(map(torch.equal, before, _rng_states(leaves))):
             raise RandomnessError(
                 "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
                 'pass randomness="different" to give every sample its own draws.'
             )
+        whole = losses(batch)
         company = {
             "with a copy of sample 0 added": (losses(take(batch, [0, last, 0]))[:2], pair),
             "beside a copy of itself": (
                 torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
                 pair,
             ),
-            "in the whole batch": (losses(batch)[: last + 1], pair[: last + 1]),
+            "in the whole batch": (whole[: last + 1], pair[: last + 1]),
         }
+        if n > 2:  # of two samples at least: code may treat a batch of one in its own way
+            half = n // 2
+            start = min(half, n - 2)
+            lower, upper = (
+                losses(take(batch, range(max(half, 2)))),
+                losses(take(batch, range(start, n))),
+            )
+            company["in a half of the batch"] = (
+                torch.cat([lower[:half], upper[half - start :]]),
+                whole,
+            )
         for where, (found, expected) in company.items():
-            if not _close(found, expected):
+            if not close(found, expected):
                 raise coupled_samples(
-                    f"beside each other, samples 0 and {last} have losses {expected.tolist()}; "
-                    f"{where}, {found.tolist()}"
+                    f"some samples have losses {expected[:8].tolist()}; {where}, they have "
+                    f"{found[:8].tolist()}"
                 )
     remembered[key] = True
 
@@ -90,29 +120,84 @@ def not_captured() -> TransformError:
     )
 
 
-def refuse_checkpoints(losses: Tensor) -> None:
-    """Raise `TransformError` for reentrant checkpoints, through which no gradient can be asked for:
-    they add theirs to `.grad` behind autograd's back."""
+class _Anew:
+    """The route whose proof is not remembered."""
+
+
+ANEW = _Anew()
+
+
+class _Lent(torch.autograd.Function):
+    """The identity; what it returns may be written to, as far as autograd is concerned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> Tensor:
+        return b
+
+
+def lend(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Aliases of the parameters, one object each, whatever is tied outside. Outside transforms they
+    require gradients, as they do in training."""
+    if in_transform():
+        return [x.view_as(x) for x in leaves]
+    return [_Lent.apply(x.detach().requires_grad_()) for x in leaves]
+
+
+def _nodes(losses: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph."""
     todo, known = [losses.grad_fn], set()
     while todo:
         node = todo.pop()
         if node is None or node in known:
             continue
         known.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise TransformError(
-                "model_fn calls torch.utils.checkpoint with use_reentrant=True, whose backward "
-                "pass runs where nobody sees it. Use gf.remat instead "
-                "(gf.hf.enable_remat(model) in transformers)."
-            )
+        yield node
         todo += [parent for parent, _ in node.next_functions]
+
+
+def _refuse_kept(
+    losses: Tensor, leaves: Sequence[Tensor], params: Sequence[Tensor], spec: ParamSpec
+) -> None:
+    """Raise `UntrackedUseError` if the losses depend on a parameter's memory by another way than
+    these `params`."""
+    if in_transform():
+        return
+    names = {address(x): name for name, x in zip(spec.names, leaves, strict=True) if x.numel()}
+    own = {x.grad_fn.next_functions[0][0] for x in params if x.grad_fn is not None}
+    for node in _nodes(losses):
+        if node.name() != "torch::autograd::AccumulateGrad" or node in own:
+            continue
+        name = names.get(address(node.variable)) if node.variable.numel() else None
+        if name is not None:
+            raise UntrackedUseError(
+                f"The losses depend on parameter {name!r} by another way than the params that "
+                "model_fn is given: a closure, or a tensor made from it before and kept (a cache, "
+                "an attribute, torch.nn.utils.parametrize.cached() around the call). Use the "
+                "argument and make such tensors anew in every call; detach what is to be a "
+                "constant."
+            )
+
+
+def refuse_checkpoints(losses: Tensor) -> None:
+    """Raise `TransformError` for reentrant checkpoints, through which no gradient can be asked for:
+    they add theirs to `.grad` behind autograd's back."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(losses)):
+        raise TransformError(
+            "model_fn calls torch.utils.checkpoint with use_reentrant=True, whose backward "
+            "pass runs where nobody sees it. Use gf.remat instead "
+            "(gf.hf.enable_remat(model) in transformers)."
+        )
 
 
 def coupled_samples(observed: str) -> CoupledSamplesError:
     return CoupledSamplesError(
         f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
         "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "
-        "negatives, a loss or an input normalised over the batch."
+        "negatives, a loss or an input normalised over the batch, state kept between calls."
     )
 
 
@@ -148,7 +233,7 @@ def check_finite(losses: Tensor) -> None:
         )
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     eps = torch.finfo(a.dtype).eps
     tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.detach().abs().max()))
@@ -195,13 +280,7 @@ def _protected(
         named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]
         named += [(f"frozen parameter {k!r}", x) for k, x in model_fn.module.named_parameters()]
     named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
-    return {_address(x): name for name, x in named if x.numel()}
-
-
-def _address(x: Tensor) -> int:
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x.untyped_storage().data_ptr()
+    return {address(x): name for name, x in named if x.numel()}
 
 
 class _WriteGuard(TorchDispatchMode):
@@ -232,7 +311,7 @@ class _WriteGuard(TorchDispatchMode):
 
     def _check(self, func: Any, value: object) -> None:
         for x in tensors_of(value):
-            name = self._protected.get(_address(x)) if x.numel() else None
+            name = self._protected.get(address(x)) if x.numel() else None
             if name is not None:
                 raise InPlaceError(
                     f"model_fn writes to {name} in place ({func}). A pure function leaves what it "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ghostfunc._errors import TransformError
+from ghostfunc._module import alone_with
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 
@@ -57,10 +58,11 @@ class Region:
         with _Parameters(self._check):
             if all(x is now[name] for name, x in self._borrowed.items()):
                 return self._call(inputs)
-            return torch.func.functional_call(
-                self._borrower, dict(self._borrowed), (lambda: self._call(inputs),),
-                tie_weights=False,
-            )  # fmt: skip
+            with alone_with(self._borrower):
+                return torch.func.functional_call(
+                    self._borrower, dict(self._borrowed), (lambda: self._call(inputs),),
+                    tie_weights=False,
+                )  # fmt: skip
 
     def _call(self, inputs: Sequence[Tensor]) -> Any:
         leaves = list(self._rest)

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
+from ghostfunc._functorch import in_transform
 from ghostfunc._purity import Refusals
 from ghostfunc._regions import Region
 from ghostfunc._rerun import attach
 from ghostfunc._stand_ins import Finder, StandIns, Surroundings, hidden_tensor, standing_in
 from ghostfunc._taps import TapMode
-from ghostfunc._tracking import ReaderKey, TrackingMode, differentiable, in_transform
+from ghostfunc._tracking import ReaderKey, TrackingMode, differentiable
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -9,7 +9,7 @@ where it is wanted, is one more thing read off the factor.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -21,20 +21,21 @@ from torch import Tensor
 
 from ghostfunc import _factors
 from ghostfunc._factors import Dense, Factor, OneHot, Outer
+from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Layout, StaleLayout
 from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules import BroadcastRule
 from ghostfunc._rules._registry import ArgName, op_name, rows
-from ghostfunc._trace import CallTrace, Trace
+from ghostfunc._trace import SWITCH, CallTrace, Trace, pattern
 from ghostfunc._tracking import (
     CallArgs,
     ReaderKey,
     Tracked,
     TrackingMode,
-    in_transform,
     reads_attribute,
     real,
     shaped,
+    writes,
 )
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
@@ -267,6 +268,7 @@ class TapMode(TrackingMode):
         self._entry = 0
         self._as_traced = True
         self._n_calls = 0
+        self._elsewhere: list[Any] = []
         self._n = n
         self.taps = taps
         self.collect = collect
@@ -299,6 +301,7 @@ class TapMode(TrackingMode):
         }
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
         other.uses, other.sites = list(self.uses), list(self.sites)
+        other._stale, other._elsewhere = dict(self._stale), list(self._elsewhere)
         return other
 
     @contextmanager
@@ -313,11 +316,29 @@ class TapMode(TrackingMode):
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._as_traced and not reads_attribute(func):
-            funcs = self._trace.funcs
-            self._as_traced = self._entry < len(funcs) and funcs[self._entry] == func
-            self._entry += 1
-        return super().elementary(func, args, kwargs)
+        if func is SWITCH:
+            return func(*args)
+        if reads_attribute(func):
+            return super().elementary(func, args, kwargs)
+        entry, funcs = self._entry, self._trace.funcs
+        self._entry += 1
+        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == func
+        expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
+        out = super().elementary(func, args, kwargs)
+        if expected is not None:
+            given = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+            inputs = [x.shape for x in given if isinstance(x, Tensor)]
+            self._as_traced = pattern(func, inputs, [out.shape]) == expected
+        if not self._as_traced:
+            self._elsewhere.append((entry, func))
+        return out
+
+    @property
+    def route(self) -> Hashable:
+        """None if all calls were those of the trace, else what tells these from others."""
+        if self._as_traced and self._entry == len(self._trace.funcs):
+            return None
+        return self._entry, hash(tuple(self._elsewhere))
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
         """The samples must lie where they lay in the trace. Where the shape would allow other
@@ -330,8 +351,10 @@ class TapMode(TrackingMode):
         expected = self._expected
         if expected is None or func != expected.func:
             return self._read_attribute(func, call)
-        if tuple(call.hits) != expected.hits:
-            raise StaleLayout(f"{op_name(func)} got parameters in other arguments")
+        if (tuple(call.hits), call.numbers()) != (expected.hits, expected.numbers):
+            raise StaleLayout(f"{op_name(func)} got other parameters")
+        if torch.is_grad_enabled() != expected.grad_enabled:
+            raise StaleLayout(f"{op_name(func)} was called with gradients switched on or off")
         self._n_calls += 1
         if expected.kind == "derived":
             return self.derive(func, call)
@@ -349,7 +372,7 @@ class TapMode(TrackingMode):
     def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
         """Calls that return no tensor, such as reads of shapes, are not traced."""
         out = call.run(func, call.consts())
-        if tensors_of(out):
+        if tensors_of(out) or writes(func, call.kwargs()):
             wanted = self._expected and op_name(self._expected.func)
             raise StaleLayout(f"{op_name(func)} was called where {wanted} was expected")
         return out
@@ -377,6 +400,8 @@ class TapMode(TrackingMode):
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         y = call.run(func, call.consts())
         self._check_layout(expected.out, y)
+        for i, layout in expected.layouts:
+            self._check_layout(layout, call.leaves[i])
         args = call.stacked(dict(expected.layouts), self._n)
         targets = list(zip(expected.names, call.tracked, strict=True))
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
@@ -395,7 +420,9 @@ class TapMode(TrackingMode):
                 copy, layout.sample_axis, expected, [("", tracked)], [], call.treedef
             )
         call_args, kwargs = call.rebuild(args)
-        return layout.merge(func(*call_args, **kwargs))
+        out = layout.merge(func(*call_args, **kwargs))
+        # A scalar does not take part in the promotion of dtypes, and its copies do.
+        return out if out.dtype == expected.dtype else out.to(expected.dtype)
 
 
 def _unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:

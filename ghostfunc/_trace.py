@@ -7,8 +7,8 @@ not depend on each other):
 1. on samples 0 and 1: the shapes of every torch call;
 2. on samples 0, 1 and 0 again: an axis that grew holds samples, and a tensor computed from
    parameters whose shape did not change is derived;
-3. the same, with a zero tap at every use, pulled back from the last loss alone: rows with a
-   cotangent are the last sample's, which tells sample-major from position-major folding and shows
+3. the same, with a zero tap at every use, pulled back from one loss at a time: rows with a
+   cotangent are that sample's, which tells sample-major from position-major folding and shows
    once more that samples do not talk. A cotangent that reaches a parameter past the taps is a use
    that was not seen.
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,23 +32,27 @@ from ghostfunc._errors import (
     ControlFlowError,
     CoupledSamplesError,
     GhostError,
+    InPlaceError,
     RandomnessError,
     SampleAxisError,
     TransformError,
     UnsupportedOpError,
     UntrackedUseError,
 )
+from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Fold, Layout
 from ghostfunc._purity import (
     Refusals,
     check_losses,
+    close,
     coupled_samples,
+    lend,
     prove_independent,
     refuse_checkpoints,
 )
 from ghostfunc._rules import BroadcastRule, FactorRule, Rule, lookup
 from ghostfunc._rules._registry import REASONS, ArgName, op_name
-from ghostfunc._rules.routed import MAY_REORDER, reorders
+from ghostfunc._rules.routed import MAY_REORDER, SCANS, reorders, sorted_dim
 from ghostfunc._tracking import (
     CONSTANTS,
     CallArgs,
@@ -58,7 +62,6 @@ from ghostfunc._tracking import (
     decomposed,
     differentiable,
     gradients,
-    in_transform,
     reads_attribute,
     writes,
 )
@@ -75,21 +78,25 @@ class CallTrace:
 
     Attributes:
         func: the op; `hits`: which of its flattened arguments are tracked.
+        numbers: which tracked tensors they are; `grad_enabled`: whether gradients were taken.
         kind: "use" where samples are met, "derived" where not yet, "constant" where autograd
             sees no dependence.
         rule, names: for uses, the op's rule and its names for the tracked arguments.
         layouts: where samples lie in the flattened arguments that carry them.
-        out, ndim: where samples lie in the output, and its number of axes.
+        out, ndim, dtype: where samples lie in the output, its number of axes, and its dtype.
     """
 
     func: Callable[..., Any]
     hits: tuple[int, ...]
+    numbers: tuple[int, ...]
+    grad_enabled: bool
     kind: Kind
     rule: Rule | None = None
     names: tuple[ArgName, ...] = ()
     layouts: tuple[tuple[int, Layout], ...] = ()
     out: Layout = field(default=Layout(0))
     ndim: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +108,50 @@ class Trace:
             another way.
         calls: the calls on tracked tensors, in order.
         uses: how often samples meet each parameter.
+        patterns: for ops that may fold samples and positions, which axes have more than one row:
+            where all axes before the samples' have one, they look as if they were not there.
         reorders: whether an op before one of the uses may reorder samples by their values, so that
             whose row is whose has to be checked in every run.
+        statistics: whether a number is made of several samples, so that their independence has to
+            be.
     """
 
     funcs: tuple[Callable[..., Any], ...]
     calls: tuple[CallTrace, ...]
     uses: tuple[int, ...]
-    reorders: bool = False
+    patterns: tuple[Pattern | None, ...]
+    reorders: bool
+    statistics: bool
+
+
+SWITCH: Any = torch._C._set_grad_enabled
+"""Comes up wherever an error passes by; what it does is looked at where parameters are used."""
+
+Pattern: TypeAlias = tuple[Any, ...]
+
+_FOLDS: set[Callable[..., Any]] = {
+    torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten, torch.unflatten,
+    Tensor.unflatten, Tensor.repeat, torch.tile, Tensor.tile, torch.cat, torch.concat,
+    torch.concatenate, torch.stack, torch.vstack, torch.hstack,
+}  # fmt: skip
+
+
+_NUMBERS: set[Callable[..., Any]] = {
+    Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
+}  # fmt: skip
+
+
+def pattern(
+    func: Callable[..., Any], inputs: Sequence[Shape | None], outs: Sequence[Shape | None]
+) -> Pattern | None:
+    """What tells two folds apart, however long their axes are; of the first argument."""
+    if func not in _FOLDS:
+        return None
+    shapes = [x for x in inputs if x is not None][:2]
+    return (
+        *(tuple(2 if size > 1 else int(size) for size in x) for x in shapes),
+        shapes[0] == outs[0],
+    )
 
 
 # --- recording --------------------------------------------------------------------------------
@@ -131,11 +174,13 @@ class _ShapeLog(Refusals):
         whole = decomposed(self, func, args, kwargs or {})
         if whole is not NotImplemented:
             return whole
+        if func is SWITCH:
+            return func(*args)
         entry = len(self.calls)
-        inputs = _shapes((args, kwargs or {}))
+        inputs = shapes((args, kwargs or {}))
         self.calls.append((func, inputs, []))
         out = super().__torch_function__(func, types, args, kwargs)
-        self.calls[entry] = (func, inputs, _shapes(out))
+        self.calls[entry] = (func, inputs, shapes(out))
         return out
 
 
@@ -144,7 +189,7 @@ def _rng_state(x: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
-def _shapes(tree: object) -> list[Shape | None]:
+def shapes(tree: object) -> list[Shape | None]:
     return [tuple(x.shape) if isinstance(x, Tensor) else None for x in flatten(tree)[0]]
 
 
@@ -167,6 +212,8 @@ class _Recorder(TrackingMode):
         self._k, self._grown = k, grown
         self._entry = 0
         self._reordered_at: int | None = None
+        self.statistics = False
+        self._verdicts: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.seen: list[_Seen] = []
 
     @property
@@ -187,6 +234,8 @@ class _Recorder(TrackingMode):
         out = decomposed(self, func, args, kwargs)
         if out is not NotImplemented:
             return out
+        if func is SWITCH:
+            return func(*args)
         self._entry += 1
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
@@ -194,16 +243,42 @@ class _Recorder(TrackingMode):
                 f"{op_name(func)}): its control flow depends on its data, so it cannot be traced. "
                 + WAYS_OUT
             )
-        if func in MAY_REORDER and self._reordered_at is None:
+        if func is torch.randperm and self._reordered_at is None:
+            self._reordered_at = len(self.seen)
+        if func in MAY_REORDER or func in SCANS:
             before, now = self._log.calls[self._entry - 1][1][0], args[0].shape
             axes = [i for i, (a, b) in enumerate(zip(before or (), now, strict=False)) if a != b]
-            if any(reorders(func, args, kwargs, axis) for axis in axes):
+            if func in SCANS:
+                self.statistics |= sorted_dim(func, args, kwargs) % args[0].ndim in axes
+            elif self._reordered_at is None and any(
+                reorders(func, args, kwargs, axis) for axis in axes
+            ):
                 self._reordered_at = len(self.seen)
-        return self.elementary(func, args, kwargs)
+        inputs, judged = shapes((args, kwargs)), self._verdicts_among(args, kwargs)
+        out = self.elementary(func, args, kwargs)
+        _, inputs_before, outs_before = self._log.calls[self._entry - 1]
+        outs = shapes(out)
+        if judged or (inputs != inputs_before and outs == outs_before):
+            for x in tensors_of(out):
+                if differentiable(x):
+                    self.statistics = True
+                else:
+                    self._verdicts[id(x)] = x
+            self.statistics |= judged and func in _NUMBERS
+        self.statistics |= any(
+            sum(a != b for a, b in zip(now or (), then or (), strict=False)) > 1
+            for now, then in zip(outs, outs_before, strict=False)
+        )
+        return out
+
+    def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return bool(self._verdicts) and any(
+            id(x) in self._verdicts for x in tensors_of((args, kwargs))
+        )
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         _, arg_shapes, out_shapes = self._log.calls[self._entry - 1]
-        plain = CallTrace(func, tuple(call.hits), "constant")
+        plain = self._called(func, call, "constant")
         if func in CONSTANTS or not torch.is_grad_enabled():
             out = call.run(func, call.consts())
             if any(s is not None for s in out_shapes):
@@ -227,6 +302,9 @@ class _Recorder(TrackingMode):
             return self.derive(func, call)
         self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
         return out
+
+    def _called(self, func: Callable[..., Any], call: CallArgs, kind: Kind) -> CallTrace:
+        return CallTrace(func, tuple(call.hits), call.numbers(), torch.is_grad_enabled(), kind)
 
     def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:
         x = call.tracked[0].const
@@ -276,8 +354,14 @@ class _Recorder(TrackingMode):
         names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
         if not isinstance(rule, BroadcastRule):
             names = self._try(rule, call, out, layout, dict(layouts), what)
-        trace = CallTrace(
-            func, tuple(call.hits), "use", rule, names, tuple(layouts), Layout(axis), out.ndim
+        trace = replace(
+            self._called(func, call, "use"),
+            rule=rule,
+            names=names,
+            layouts=tuple(layouts),
+            out=Layout(axis),
+            ndim=out.ndim,
+            dtype=out.dtype,
         )
         return _Seen(trace, call.tracked, out, folds)
 
@@ -420,18 +504,26 @@ def trace_model(
     k = len(chosen)
 
     log = _ShapeLog()
-    params = spec.unflatten(_fresh(leaves))
+    params = spec.unflatten(lend(leaves))
     with log:
-        check_losses(model_fn(params, small), k)
+        plain = check_losses(model_fn(params, small), k).detach()
     tracked = constants(leaves, spec)
     recorder = _Recorder(tracked, log, k, k + 1)
     with recorder:
-        check_losses(model_fn(spec.unflatten([t.grad for t in tracked]), grown), k + 1)
+        losses = model_fn(spec.unflatten([t.shown for t in tracked]), grown)
+    losses = check_losses(losses, k + 1)
+    if randomness == "error" and not close(losses[:k], plain):
+        raise InPlaceError(
+            f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
+            "one: model_fn writes in place to tensors that are views of others, or depends on "
+            f"something besides its arguments. {WAYS_OUT}"
+        )
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
     cotangents = _probe(model_fn, leaves, spec, grown, recorder.seen, uses)
     calls = iter(
-        _settle_layout(s, b, k + 1, randomness) for s, b in zip(uses, cotangents, strict=True)
+        _settle_layout(s, b, k + 1, randomness)
+        for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
     )
     counts = [0] * len(leaves)
     for use in uses:
@@ -441,14 +533,11 @@ def trace_model(
         tuple(func for func, _, _ in log.calls if not reads_attribute(func)),
         tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
         tuple(counts),
+        tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),
         recorder.reorders,
+        recorder.statistics,
     )
     return trace
-
-
-def _fresh(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Aliases of the parameters, one object each, whatever is tied outside."""
-    return [x.view_as(x) for x in leaves]
 
 
 def _probe(
@@ -458,26 +547,26 @@ def _probe(
     grown: PyTree,
     seen: Sequence[_Seen],
     uses: Sequence[_Seen],
-) -> list[Tensor]:
-    """Cotangents of every use's output for the last sample's loss."""
+) -> list[list[Tensor]]:
+    """Cotangents of every use's output, for every sample's loss in turn."""
     taps = [_zero(s.y) for s in uses]
 
     def run(taps: list[Tensor], primals: list[Tensor]) -> Tensor:
         tracked = constants(leaves, spec)
         for leaf, primal in zip(tracked, primals, strict=True):
-            leaf.grad = primal
+            leaf.grad = leaf.shown = primal
         with _Prober(tracked, seen, taps):
             return model_fn(spec.unflatten(primals), grown)
 
     if in_transform():
-        losses, pullback = torch.func.vjp(run, taps, _fresh(leaves))[:2]
-        cotangents, unseen = pullback(_last(losses), retain_graph=False, create_graph=False)
+        losses, pullback = torch.func.vjp(run, taps, lend(leaves))[:2]
+        pulled = [pullback(c, create_graph=False) for c in _each(losses)]
     else:  # plain autograd also runs functions that transforms do not
         inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
         losses = run(inputs[: len(taps)], inputs[len(taps) :])
         refuse_checkpoints(losses)
         try:
-            flat = gradients(losses, inputs, _last(losses))
+            flats = [gradients(losses, inputs, c, again=True) for c in _each(losses)]
         except CheckpointError as error:
             raise TransformError(
                 "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
@@ -485,14 +574,18 @@ def _probe(
                 'mode="materialized" with vectorize=False.'
             ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
-        for name, g in zip(spec.names, flat[len(taps) :], strict=True):
+        for name, g in zip(spec.names, flats[0][len(taps) :], strict=True):
             if g is not None:
                 raise unseen_use([name])
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(taps, flat, strict=False)]
-    for name, g in zip(spec.names, unseen, strict=True):
-        if bool((g != 0).any()):
-            raise unseen_use([name])
-    return cotangents
+        return [
+            [torch.zeros_like(x) if g is None else g for x, g in zip(taps, flat, strict=False)]
+            for flat in flats
+        ]
+    for _, unseen in pulled:
+        for name, g in zip(spec.names, unseen, strict=True):
+            if bool((g != 0).any()):
+                raise unseen_use([name])
+    return [cotangents for cotangents, _ in pulled]
 
 
 def unseen_use(names: Sequence[str]) -> UntrackedUseError:
@@ -503,11 +596,9 @@ def unseen_use(names: Sequence[str]) -> UntrackedUseError:
     )
 
 
-def _last(losses: Tensor) -> Tensor:
-    """The cotangent that asks for the last loss."""
-    last = torch.zeros_like(losses)
-    last[-1] = 1
-    return last
+def _each(losses: Tensor) -> Tensor:
+    """The cotangents that ask for one loss each."""
+    return torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
 
 
 def _zero(y: Tensor | None) -> Tensor:
@@ -515,16 +606,20 @@ def _zero(y: Tensor | None) -> Tensor:
     return y.new_zeros(()).expand(y.shape)
 
 
-def _settle_layout(seen: _Seen, b: Tensor, n: int, randomness: Randomness) -> CallTrace:
+def _settle_layout(
+    seen: _Seen, cotangents: Sequence[Tensor], n: int, randomness: Randomness
+) -> CallTrace:
     """Choose the folding that both the cotangents and the values of the output allow."""
     trace, y = seen.trace, seen.y
     assert y is not None
-    owned = [f for f in seen.folds if _only_last(Layout(trace.out.axis, f).front(b, n))]
+    owned = [
+        f
+        for f in seen.folds
+        if all(_only(i, Layout(trace.out.axis, f).front(b, n)) for i, b in enumerate(cotangents))
+    ]
     what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
     if not owned:
-        said = coupled_samples(
-            f"at {what}, the last sample's loss has a gradient at other samples' rows"
-        )
+        said = coupled_samples(f"at {what}, a sample's loss has a gradient at other samples' rows")
         raise CoupledSamplesError(
             f"{said} If those rows are its own, in an order that model_fn makes (it sorts samples "
             "by length, say), keep the samples in their order where parameters meet them. "
@@ -545,8 +640,10 @@ def _settle_layout(seen: _Seen, b: Tensor, n: int, randomness: Randomness) -> Ca
     return replace(trace, out=Layout(trace.out.axis, fold), layouts=layouts)
 
 
-def _only_last(b: Tensor) -> bool:
-    return not bool((b[:-1] != 0).any())
+def _only(i: int, b: Tensor) -> bool:
+    """Whether only sample i has a cotangent; NaN is what zero times infinity is."""
+    others = torch.cat([b[:i], b[i + 1 :]])
+    return not bool(((others != 0) & ~others.isnan()).any())
 
 
 def _copy_equal(y: Tensor) -> bool:

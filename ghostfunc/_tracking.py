@@ -19,13 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ghostfunc._errors import InPlaceError
+from ghostfunc._errors import (
+    WAYS_OUT,
+    InPlaceError,
+    TransformError,
+    UnsupportedOpError,
+    UntrackedUseError,
+)
 from ghostfunc._factors import Dense, Factor, materialize, transpose
+from ghostfunc._functorch import address, depth, in_transform
 from ghostfunc._layout import Layout, stack_all
 from ghostfunc._quantities import DeriveFn, Push, Reader, Turn
 from ghostfunc._rules import DECOMPOSITIONS, REFUSED
 from ghostfunc._rules._registry import constant, op_name
-from ghostfunc._tree import ParamSpec, flatten, unflatten
+from ghostfunc._rules.inplace import write_part_
+from ghostfunc._tree import ParamSpec, flatten, tensors_of, unflatten
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
 ReaderKey: TypeAlias = tuple[int, int]
@@ -68,6 +76,12 @@ _IN_PLACE_OPERATORS = {
 }  # fmt: skip
 
 
+_REQUIRES_GRAD = _getter("requires_grad")
+
+_NESTED: set[Callable[..., Any]] = {
+    torch.autograd.grad, torch.autograd.backward, Tensor.backward,
+}  # fmt: skip
+
 FORWARD_MODE = threading.RLock()
 """The levels of torch's forward-mode AD are shared by all threads of a process."""
 
@@ -78,17 +92,16 @@ def reads_attribute(func: Callable[..., Any]) -> bool:
     return func.__name__ == "__get__" and func not in _TENSOR_GETTERS
 
 
-def in_transform() -> bool:
-    """Whether a `torch.func` transform is at work around us."""
-    active: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return active
-
-
-def gradients(losses: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
-    """Plain autograd's cotangents of `inputs`; None where no path leads to them."""
+def gradients(
+    losses: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, again: bool = False
+) -> list[Tensor | None]:
+    """Plain autograd's cotangents of `inputs`; None where no path leads to them. The graph is kept
+    if it is needed `again`."""
     if not losses.requires_grad:
         return [None] * len(inputs)
-    return list(torch.autograd.grad(losses, inputs, cotangent, allow_unused=True))
+    return list(
+        torch.autograd.grad(losses, inputs, cotangent, allow_unused=True, retain_graph=again)
+    )
 
 
 @dataclass(eq=False)
@@ -100,6 +113,9 @@ class Tracked:
         const: its value, constant at the level of the transform that is running.
         grad: the same value, connected to the transform's primals: its cotangent is the
             training gradient. The same object as `const` where none is wanted.
+        shown: the same value, as the program gets it. Outside transforms it is a leaf of autograd's
+            graph of its own, which no gradient may reach: all that are seen go another way.
+        number: the order in which tracked tensors come up, the parameters first.
         readers: per tap, the reader of this tensor's factors, and whether factors have to be
             pulled back to the parameter first.
         leaf: index of the parameter, for parameters.
@@ -109,6 +125,8 @@ class Tracked:
     name: str
     const: Tensor
     grad: Tensor
+    shown: Tensor
+    number: int = 0
     readers: dict[ReaderKey, tuple[Reader, bool]] = field(default_factory=dict)
     leaf: int | None = None
     sources: tuple[Tracked, ...] = ()
@@ -173,7 +191,7 @@ def constants(leaves: Sequence[Tensor], spec: ParamSpec) -> list[Tracked]:
     """Every parameter as a constant; a new object each, whatever is tied outside."""
     values = [x.view_as(x) for x in leaves]
     return [
-        Tracked(name, const=x, grad=x, leaf=i)
+        Tracked(name, const=x, grad=x, shown=x, leaf=i)
         for i, (name, x) in enumerate(zip(spec.names, values, strict=True))
     ]
 
@@ -216,8 +234,8 @@ class CallArgs:
         """The keyword arguments."""
         return self.rebuild(self.leaves)[1]
 
-    def grads(self) -> list[Tensor]:
-        return [t.grad for t in self.tracked]
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(t.number for t in self.tracked)
 
 
 def decomposed(
@@ -238,8 +256,11 @@ class TrackingMode(TorchFunctionMode):
         super().__init__()
         # By identity, which lasts as long as the object is held here.
         self._tracked: dict[int, tuple[Any, Tracked]] = {}
+        self._n_tracked = 0
+        self._stale: dict[int, Tensor] = {}
+        self._depth = depth()
         for leaf in leaves:
-            self.track(leaf.grad, leaf)
+            self.track(leaf.shown, leaf)
 
     def __torch_function__(
         self,
@@ -261,9 +282,16 @@ class TrackingMode(TorchFunctionMode):
         """One call, seen as it is."""
         if func in REFUSED:
             REFUSED[func](*args, **kwargs)
+        if func in _NESTED:
+            refuse_nested(func, args, kwargs)
         if not self._touched(args, kwargs):
             return func(*args, **kwargs)
+        if func is _REQUIRES_GRAD:
+            return True
         call = self._flatten(args, kwargs)
+        self._check_place(func, call, kwargs)
+        if self._stale:
+            self._check_fresh(func, call)
         if writes(func, kwargs) and call.hits[:1] == [0]:
             target = call.tracked[0]
             if target.leaf is not None or not torch.is_grad_enabled():
@@ -278,7 +306,53 @@ class TrackingMode(TorchFunctionMode):
 
     def track(self, x: Tensor, tracked: Tracked) -> None:
         """Take `x`, wherever the program uses it, for `tracked`."""
+        tracked.number, self._n_tracked = self._n_tracked, self._n_tracked + 1
         self._tracked[id(x)] = (x, tracked)
+
+    def _check_place(
+        self, func: Callable[..., Any], call: CallArgs, kwargs: dict[str, Any]
+    ) -> None:
+        """Raise for calls that taps cannot stand beside."""
+        if kwargs.get("out") is not None:
+            raise UnsupportedOpError(
+                f"{op_name(func)} on parameter {call.tracked[0].name!r} with out=: autograd has no "
+                "gradient for it. Drop out= and use what the op returns."
+            )
+        if depth() != self._depth and tensors_of(call.run(func, call.consts())):
+            raise UntrackedUseError(
+                f"model_fn uses parameter {call.tracked[0].name!r} inside a transform of its own "
+                f"({op_name(func)} inside torch.func.grad, jvp, vmap or the like): what becomes of "
+                f"it there is not seen. {WAYS_OUT}"
+            )
+
+    # --- writes to derived tensors ---
+
+    def _outdate(self, x: Tensor, tracked: Tracked) -> None:
+        """Other tensors with the memory of `x`, which is written to, are not what they were."""
+        memory = address(tracked.shown)
+        for other, its in self._tracked.values():
+            if other is not x and its is not tracked and address(its.shown) == memory:
+                self._stale[id(other)] = x
+
+    def _check_fresh(self, func: Callable[..., Any], call: CallArgs) -> None:
+        """Raise for what reads a tensor after another with the same memory was written to.
+
+        `v[i] += 1` is no such thing: `v[i]` is written to, and then to its place in `v`.
+        """
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            written = self._stale.get(id(call.leaves[i]))
+            if written is None or func is constant:
+                continue
+            if func is write_part_ and i == 0:
+                x, index, value = call.rebuild(call.leaves)[0]
+                if value is written and _same_place(tracked.shown[index], self.find(value)):
+                    del self._stale[id(x)]
+                    continue
+            raise InPlaceError(
+                f"model_fn writes to a tensor made from parameters, and then reads a view of it "
+                f"({tracked.name}, in {op_name(func)}), or the other way round. Write to the whole "
+                "tensor (v[i] = ...), or use out-of-place ops."
+            )
 
     def tracks(self, x: object) -> bool:
         """Whether `x` is tracked."""
@@ -311,20 +385,48 @@ class TrackingMode(TorchFunctionMode):
         """
         in_place = writes(func, call.kwargs())
         pure = _on_a_copy(func) if in_place else func
-        out = call.run(pure, call.grads())
-        connected = any(t.wants_grad for t in call.tracked)
-        const = call.run(pure, call.consts()) if connected else out
+        target = call.leaves[0]
+        if in_place and call.hits[0] != 0 and not in_transform():
+            # What else has the target's memory is connected to the parameters from now on, unseen.
+            call.leaves[0] = target.clone()
+            args, kwargs = call.replaced([t.shown for t in call.tracked])
+            func(target, *args[1:], **kwargs)
+        outs, spec = flatten(call.run(pure, [t.shown for t in call.tracked]))
+        if all(t.shown is t.grad for t in call.tracked):
+            grads = outs
+            connected = any(t.wants_grad for t in call.tracked)
+            consts = flatten(call.run(pure, call.consts()))[0] if connected else outs
+        else:
+            consts = [x.detach() if isinstance(x, Tensor) else x for x in outs]
+            connected = any(t.wants_grad for t in call.tracked)
+            grads = (
+                flatten(call.run(pure, [t.grad for t in call.tracked]))[0] if connected else consts
+            )
         if in_place:
-            self.track(call.leaves[0], _derived(func, pure, call, out, const, None))
-            return call.leaves[0]
-        outs, spec = flatten(out)
-        consts = flatten(const)[0]
-        known = {id(t.grad) for t in call.tracked}
-        for i, (grad, value) in enumerate(zip(outs, consts, strict=True)):
-            if id(grad) not in known and differentiable(grad):
+            if call.hits[0] == 0:
+                self._outdate(target, call.tracked[0])
+            derived = _derived(func, pure, call, (outs[0], grads[0], consts[0]), None)
+            self.track(outs[0], derived)
+            self.track(target, derived)
+            return target
+        known = {id(t.shown) for t in call.tracked}
+        for i, values in enumerate(zip(outs, grads, consts, strict=True)):
+            if id(values[0]) not in known and differentiable(values[0]):
                 index = i if len(outs) > 1 else None
-                self.track(grad, _derived(func, func, call, grad, value, index))
+                self.track(values[0], _derived(func, func, call, values, index))
         return unflatten(spec, outs)
+
+
+def refuse_nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for gradients taken inside the model, unless they are constants."""
+    create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
+    if func is not torch.autograd.grad or create_graph:
+        raise TransformError(
+            f"model_fn takes gradients itself ({op_name(func)}), and its losses may depend on "
+            "parameters through them: ghost mode does not see that. Use "
+            'mode="materialized", with vectorize=False for torch.autograd.grad, or mode="jvp" with '
+            "torch.func.grad; gradients that are constants need no create_graph."
+        )
 
 
 def real(x: Tensor) -> Tensor:
@@ -354,6 +456,13 @@ def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
+def _same_place(a: Tensor, b: Tracked | None) -> bool:
+    """Whether `a` is where the tensor that `b` was made by writing to is."""
+    assert b is not None
+    shape = (b.shown.shape, b.sources[0].shown.storage_offset(), b.sources[0].shown.stride())
+    return (a.shape, a.storage_offset(), a.stride()) == shape
+
+
 def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Any]:
     """An in-place op as a pure function."""
 
@@ -369,10 +478,11 @@ def _derived(
     func: Callable[..., Any],
     pure: Callable[..., Any],
     call: CallArgs,
-    grad: Tensor,
-    const: Tensor,
+    values: tuple[Tensor, Tensor, Tensor],
     index: int | None,
 ) -> Tracked:
+    shown, grad, const = values
+
     def fn(*sources: Tensor) -> Tensor:
         out = call.run(pure, sources)
         return out if index is None else flatten(out)[0][index]
@@ -383,6 +493,7 @@ def _derived(
         name=f"{op_name(func).rsplit('.', 1)[-1]}({names})",
         const=const,
         grad=grad,
+        shown=shown,
         sources=tuple(call.tracked),
         derivation=derivation,
         fn=fn,

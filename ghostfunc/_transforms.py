@@ -291,6 +291,10 @@ class _Problem:
         def of_chunk(train: PyTree) -> list[Tensor]:
             prove_independent(self.model_fn, self.leaves, self.spec, train, self.randomness)
             if mode == "jvp":
+                if self.randomness == "error":
+                    _oracles.prove_independent_tangents(
+                        self.model_fn, self.leaves, self.spec, train
+                    )
                 return self._jvp(train, per_param=per_param)
             return self._materialized(train, vectorize=vectorize)
 

@@ -41,6 +41,21 @@ class ParamSpec:
         return optree.tree_unflatten(self.treedef, leaves)
 
 
+def _fault(x: Tensor) -> str | None:
+    """Why no gradient can be taken with such a tensor, and what to do; None if one can."""
+    if x.is_nested:
+        return "a nested tensor: pad it (torch.nested.to_padded_tensor) and pass a mask"
+    if x.is_quantized:
+        return "quantized: pass x.dequantize()"
+    if x.layout != torch.strided:
+        return f"sparse ({x.layout}): pass x.to_dense()"
+    if x.is_meta:
+        return 'on the device "meta", where tensors have no values: materialize it first'
+    if x.is_inference():
+        return "an inference tensor, which autograd refuses: pass x.clone(), made outside of it"
+    return None
+
+
 def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
     """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor."""
     if torch.is_inference_mode_enabled():
@@ -67,6 +82,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
                 f"params leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
                 "dtype. Close over integer tensors in model_fn instead."
             )
+        if (fault := _fault(leaf)) is not None:
+            raise ParamsError(f"params leaf {name!r} is {fault}.")
     return leaves, ParamSpec(treedef, names)
 
 
@@ -106,6 +123,8 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
                 f"{name} is a {type(leaf).__name__}; every leaf of a batch must be a tensor with "
                 "a leading sample axis. Close over other things in model_fn, or drop them."
             )
+        if (fault := _fault(leaf)) is not None:
+            raise BatchError(f"{name} is {fault}.")
         if leaf.ndim == 0:
             raise BatchError(
                 f"{name} is a scalar tensor: it has no sample axis. Expand it to [n], or close "

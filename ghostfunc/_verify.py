@@ -113,7 +113,7 @@ def verify(
     exact = _per_param(model_fn, params, train, val, "materialized", vectorize, randomness)
     ghost_total, exact_total = torch.stack(ghost).sum(0), torch.stack(exact).sum(0)
     eps = max(torch.finfo(x.dtype).eps for x in leaves)
-    floor = eps * float(exact_total.abs().max())
+    floor = eps * float(exact_total.nan_to_num(0, 0, 0).abs().max())
     rows = tuple(
         _row(name, tuple(leaf.shape), g, e, floor)
         for name, leaf, g, e in zip(spec.names, leaves, ghost, exact, strict=True)
@@ -155,7 +155,8 @@ def _per_param(
 
 
 def _row(name: str, shape: tuple[int, ...], ghost: Tensor, exact: Tensor, floor: float) -> Row:
-    scale = max(float(exact.abs().max()), floor)
-    difference = float((ghost - exact).abs().max())
+    both_nan = ghost.isnan() & exact.isnan()
+    scale = max(float(exact.masked_fill(both_nan, 0).abs().max()), floor)
+    difference = float((ghost - exact).masked_fill(both_nan, 0).abs().max())
     error = 0.0 if difference == 0 else difference / scale if scale else float("inf")
     return Row(name, shape, float(ghost.norm()), float(exact.norm()), error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,14 +21,15 @@ from ghostfunc._errors import (
     one_of,
 )
 from ghostfunc._factors import Factor
+from ghostfunc._functorch import in_transform
 from ghostfunc._layout import StaleLayout
 from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._owners import check_owners
-from ghostfunc._purity import check_losses, not_captured
+from ghostfunc._purity import ANEW, check_losses, not_captured, prove_independent
 from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._taps import Site, TapMode, leaf_factors
-from ghostfunc._trace import Trace, trace_model
-from ghostfunc._tracking import ReaderKey, constants, gradients, in_transform
+from ghostfunc._trace import Trace, trace_model, unseen_use
+from ghostfunc._tracking import ReaderKey, constants, gradients
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
@@ -144,6 +145,7 @@ class Taken:
         grads: the gradient of `scale * sum_i losses[i]`.
         factors: the factors of `scale * g_i`, one per use.
         turns: the same of the parameters `postpone`, not yet pulled back to them.
+        route: None if model_fn made the calls of the trace and no others.
     """
 
     losses: Tensor
@@ -151,6 +153,7 @@ class Taken:
     grads: list[Any]
     factors: list[list[Factor]]
     turns: list[list[Turn]]
+    route: Hashable
 
 
 @dataclass(frozen=True)
@@ -194,13 +197,23 @@ def run(
         batch,
         randomness,
     )
+    compiling = any(map(symbolic, tensors_of(batch)))
+    if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
+        raise TransformError(
+            "model_fn makes numbers of several samples, or may reorder samples by their values "
+            "(sorting, routing to experts), which has to be checked in every run: torch.compile "
+            "cannot record that. Call it uncompiled."
+        )
+    if taken.route is not None or model.trace.statistics:
+        prove_independent(
+            model_fn,
+            model.leaves,
+            spec,
+            batch,
+            randomness,
+            route=ANEW if model.trace.statistics else taken.route,
+        )
     if model.trace.reorders and model.n > 1:
-        if any(map(symbolic, tensors_of(batch))):
-            raise TransformError(
-                "model_fn may reorder its samples by their values (sorting, routing to experts), "
-                "which has to be checked in every run: torch.compile cannot record that. Call it "
-                "uncompiled."
-            )
         check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)
     return taken
 
@@ -225,14 +238,13 @@ def on_trace(
     traces: list[Trace] = memory(model_fn).setdefault(
         structure(model_fn, spec, leaves, batch, randomness), []
     )
-    for trace in traces:
+    for trace in list(traces):
         model = Traced(model_fn, leaves, spec, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout:
             continue  # control flow went another way: perhaps one that was traced before
-        traces.remove(trace)
-        traces.insert(0, trace)
+        _remember(traces, trace)
         return model, result
     if any(map(symbolic, tensors_of(batch))):
         raise not_captured()
@@ -245,9 +257,13 @@ def on_trace(
             "model_fn does not call the same ops each time it runs on this batch "
             f"({stale}): its control flow depends on its data. {WAYS_OUT}"
         ) from None
-    traces.insert(0, trace)
-    del traces[MAX_TRACES:]
+    _remember(traces, trace)
     return model, result
+
+
+def _remember(traces: list[Trace], trace: Trace) -> None:
+    """Put the trace of the last run first. Other threads may do so at the same time."""
+    traces[:] = [trace, *(x for x in list(traces) if x is not trace)][:MAX_TRACES]
 
 
 def traced(
@@ -290,11 +306,16 @@ def _run(
     modes: list[TapMode] = []
 
     def tapped(
-        taps: list[Tensor], collect_taps: list[Tensor], primals: list[Tensor]
+        taps: list[Tensor],
+        collect_taps: list[Tensor],
+        primals: list[Tensor],
+        guards: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[list[Tensor]]]:
         tracked = constants(leaves, spec)
         for i, primal in zip(grads, primals, strict=True):
-            tracked[i].grad = primal
+            tracked[i].grad = tracked[i].shown = primal
+        for leaf, guard in zip(tracked, guards, strict=False):
+            leaf.shown = guard
         for q, i in keys:
             tracked[i].readers[q, i] = (readers[q][i], False)
         mode = TapMode(
@@ -305,7 +326,7 @@ def _run(
             dict(zip(collected, collect_taps, strict=True)),
         )
         with mode:
-            losses = model.model_fn(spec.unflatten([t.grad for t in tracked]), model.batch)
+            losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
         mode.finish()
         check_losses(losses, n)
         modes.append(mode)
@@ -320,6 +341,7 @@ def _run(
         tapped,
         (taps, [site.tap(n) for site in collected.values()], [leaves[i] for i in grads]),
         scale,
+        guarded=model,
         differentiable=_derivative_wanted(leaves, model.batch, readers),
     )
 
@@ -345,7 +367,7 @@ def _run(
     for q, i in met:
         value = readers[q][i].read_all(factors[i])
         values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
-    return Taken(losses, values, out_grads, factors, turns)
+    return Taken(losses, values, out_grads, factors, turns, modes[0].route)
 
 
 def _pull_back(
@@ -353,6 +375,7 @@ def _pull_back(
     primals: tuple[list[Tensor], ...],
     cotangent: float,
     *,
+    guarded: Traced,
     differentiable: bool,
 ) -> tuple[Tensor, Any, Any]:
     """`f`'s output, the cotangents of its primals for a constant cotangent, and its aux output.
@@ -370,11 +393,19 @@ def _pull_back(
         )
         return losses, cotangents, aux
     inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
+    guards = [x.detach().requires_grad_() for x in guarded.leaves]
     with torch.enable_grad():
-        losses, aux = f(*inputs)
+        losses, aux = f(*inputs, guards)
     flat = [x for group in inputs for x in group]
-    found = gradients(losses, flat, torch.full_like(losses, cotangent))
-    rest = (torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True))
+    found = gradients(losses, [*flat, *guards], torch.full_like(losses, cotangent))
+    unseen = [
+        name
+        for name, g in zip(guarded.spec.names, found[len(flat) :], strict=True)
+        if g is not None
+    ]
+    if unseen:
+        raise unseen_use(unseen)
+    rest = (torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=False))
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
 
 
@@ -443,8 +474,8 @@ def _open(batch: PyTree) -> bool:
 def _look_at_sites(model: Traced, few: int, sample: PyTree) -> list[Site]:
     tracked = constants(model.leaves, model.spec)
     mode = TapMode(model.trace, tracked, few, {}, {}, note_sites=True)
-    with mode:
-        model.model_fn(model.spec.unflatten([t.grad for t in tracked]), sample)
+    with mode, torch.enable_grad():
+        model.model_fn(model.spec.unflatten([t.shown for t in tracked]), sample)
     mode.finish()
     return mode.sites
 

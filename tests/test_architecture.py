@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ghostfunc"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
     (
-        *("_tree", "_layout", "_module", "_memory", "_capture", "_compile"),
+        *("_tree", "_functorch", "_layout", "_module", "_memory", "_capture", "_compile"),
         *("_regions", "_rerun", "_stand_ins", "_chunks"),
     ),
     ("_factors", "_bundles", "_pairs", "_norms"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ghostfunc._rules._registry import register_decomposition
+from ghostfunc._rules._registry import constant, register_decomposition
 
 
 def _adds(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -35,10 +35,10 @@ def setitem(x: Tensor, index: Any, value: Any) -> Any:
         return NotImplemented
     if isinstance(index, Tensor) and index.dtype == torch.bool:
         return _write_where(x, index, value)
-    part = x[index]
+    part = constant(x)[index]
     if value.ndim > part.ndim:
         return NotImplemented
-    return write_part_(x, index, value.expand(part.shape))
+    return write_part_(x, index, value if value.shape == part.shape else value.expand(part.shape))
 
 
 def write_part_(x: Tensor, index: Any, value: Tensor) -> None:

@@ -38,6 +38,14 @@ _OTHERS: set[Callable[..., Any]] = {torch.where, Tensor.where, Tensor.__getitem_
 MAY_REORDER = _ROWS_BY_VALUE | _SORTS | _OTHERS
 
 
+SCANS: set[Callable[..., Any]] = {
+    torch.cumsum, Tensor.cumsum, torch.cumprod, Tensor.cumprod, torch.cummax, Tensor.cummax,
+    torch.cummin, Tensor.cummin, torch.logcumsumexp, Tensor.logcumsumexp,
+    torch.softmax, Tensor.softmax, F.softmax, torch.log_softmax, Tensor.log_softmax, F.log_softmax,
+}  # fmt: skip
+"""Ops that make each number along an axis of others along it."""
+
+
 def reorders(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
 ) -> bool:
@@ -48,11 +56,12 @@ def reorders(
         entries = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in entries)
     if func in _SORTS:
-        return _sorted_dim(func, args, kwargs) % args[0].ndim == axis
+        return sorted_dim(func, args, kwargs) % args[0].ndim == axis
     return True
 
 
-def _sorted_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def sorted_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The axis along which one of `_SORTS` or `SCANS` works."""
     if func in (torch.msort, Tensor.msort):
         return 0
     position = 2 if func in (torch.topk, Tensor.topk) else 1
