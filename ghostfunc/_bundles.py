@@ -142,5 +142,5 @@ def positions(bundle: Bundle) -> _cost.Positions:
     """How many positions of each kind the bundle has."""
     count = {Outer: 0, OneHot: 0, Dense: 0}
     for f in bundle:
-        count[type(f)] += 1 if isinstance(f, Dense) else f[0].shape[1]
+        count[type(f)] += 1 if isinstance(f, Dense) else _cost.known(f[0].shape[1])
     return _cost.Positions(count[Outer], count[OneHot], count[Dense])

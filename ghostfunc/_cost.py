@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import SymInt
+
 PASS = 32
 """Operations that cost as much as one pass (read or write) over one element."""
 
@@ -22,9 +24,19 @@ BLOCK_ELEMENTS = 1 << 22
 """Elements of the largest temporary block of one sample's gradient (16 MiB of float32)."""
 
 
+def known(size: int) -> int:
+    """A size; where it is a symbol, in a compiled program for all lengths, what it is in the call at
+    hand. Costs are weighed with it, which does not tie the program to it."""
+    if not isinstance(size, SymInt):
+        return size
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # loads sympy
+
+    return optimization_hint(size)
+
+
 def samples_per_block(n: int, elements_per_sample: int) -> int:
     """How many samples to contract at once so that their temporaries stay in cache."""
-    return max(1, min(n, CACHE_ELEMENTS // max(1, elements_per_sample)))
+    return max(1, min(n, CACHE_ELEMENTS // max(1, known(elements_per_sample))))
 
 
 def row_blocks(p: int, d: int) -> Iterator[slice]:
@@ -103,7 +115,7 @@ def share_dot_with_total(n: int, t: int, p: int, d: int) -> bool:
 
     That costs a few passes over `n` gradients instead of a second product of `t` terms.
     """
-    return shared_dot(n, p, d) < outer_dot(n, t, p, d)
+    return shared_dot(n, p, d) < outer_dot(n, known(t), p, d)
 
 
 def keep_direction_factored(

@@ -20,7 +20,7 @@ from math import isqrt, prod
 from operator import add
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ghostfunc import _cost
 from ghostfunc._bundles import Bundle, aligned, matrix_shape, pooled, positions, samples, take
@@ -150,7 +150,7 @@ def _(factor: Dense, rows: slice) -> Tensor:
 
 def _sqnorms_by_tokens(bundle: Bundle, n: int, workspace: int) -> Tensor:
     chunks = [c for f in bundle for c in _chunks(f, min(_cost.TOKENS, isqrt(workspace)))]
-    t = max(c[0].shape[1] for c in chunks)
+    t = max(_cost.known(c[0].shape[1]) for c in chunks)
     out = []
     for block in _slices(n, workspace // t**2):
         parts = []
@@ -166,9 +166,9 @@ def _gram_by_tokens(mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int
     """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
 
     def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
-        s = min(g[0].shape[1], isqrt(workspace))
+        s = min(_cost.known(g[0].shape[1]), isqrt(workspace))
         columns = min(m, max(1, isqrt(workspace) // s))
-        t = min(f[0].shape[1], max(1, workspace // (s * columns)))
+        t = min(_cost.known(f[0].shape[1]), max(1, workspace // (s * columns)))
         rows = min(n, max(1, workspace // (s * columns * t)))
         for a, b in product(_chunks(f, t), _chunks(g, s)):
             yield _token_gram(a, b, n, m, rows, columns)
@@ -210,6 +210,10 @@ def _token_dots(f: Factor, g: Factor) -> Tensor:
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step`; one of all where the size is a symbol of a compiled program."""
+    if isinstance(size, SymInt):
+        yield slice(None)
+        return
     step = max(1, step)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

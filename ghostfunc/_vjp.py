@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ghostfunc import _chunks
 from ghostfunc._capture import compilable, symbolic
-from ghostfunc._cost import Meeting
+from ghostfunc._cost import Meeting, known
 from ghostfunc._errors import (
     WAYS_OUT,
     ControlFlowError,
@@ -447,7 +447,7 @@ def meetings(
     out: list[list[Meeting]] = [[] for _ in leaves]
     for site in sites:
         for i, kind, shape, positions, direct in site.targets:
-            scaled = positions if ratio == 1 else max(1, round(positions * ratio))
+            scaled = known(positions) if ratio == 1 else max(1, round(positions * ratio))
             out[i].append(Meeting(kind, shape, model.n, scaled, direct))
     return out
 

@@ -28,7 +28,13 @@ def _fresh_compiler() -> Iterator[None]:
 def gpt2() -> Model:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=32, bos_token_id=0, eos_token_id=0
+        n_layer=1,
+        n_embd=16,
+        n_head=2,
+        vocab_size=40,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return *gf.hf.causal_lm(GPT2LMHeadModel(config).double().eval()), tokens
 
