@@ -61,8 +61,9 @@ def check_rule(
 
     where the loss of a sample is a sum of sines of its part of the output. Their mean is compared,
     too, their inner products with a direction, with other samples' gradients, and with each other,
-    and their projections. Numbers of samples follow one another on one model function, as in a training loop. Take
-    a case for every option of the op, and one in which there are as many positions as samples.
+    and their projections. Numbers of samples follow one another on one model function, as in a
+    training loop. Take a case for every option of the op, and one in which there are as many
+    positions as samples.
 
     Args:
         op: the op, as given to `gf.register_rule`.
