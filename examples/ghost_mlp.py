@@ -1,7 +1,7 @@
 """Which training images help on test images: scores of an MLP's training step on digits.
 
 A fifth of the training labels are wrong. Every step scores its samples by `<g_i, u>`, u the mean
-gradient of the clean test images; added up over the steps, the wrong labels should have the lowest scores.
+gradient of the clean test images; added up over the steps, wrong labels should have the lowest.
 
     python examples/ghost_mlp.py
 """
