@@ -96,7 +96,7 @@ def main() -> None:
     plain = [measure(rank, None) for rank in config.plot_ranks]
     hashed = [measure(COMPRESSED_RANK, point.k) for point in plain]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for points, label in (
         (plain, f"rank=K ({config.proj_kind})"),
         (hashed, f"rank={COMPRESSED_RANK}, compress=k"),
@@ -108,7 +108,10 @@ def main() -> None:
     left.loglog([p.k for p in plain], theory, "k--", label="1/sqrt(k)")
     left.axhline(layers_error, color="tab:red", label="full_layers against full")
     left.set(xlabel="k, numbers per sample", ylabel="RMS error / (|g| |g'|)")
-    left.legend()
+    for axes in (left, right):
+        axes.set_xticks([p.k for p in plain], labels=[str(p.k) for p in plain], rotation=45)
+        axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=4)
     right.set(xlabel="k, numbers per sample", ylabel="overlap with the exact top 10", ylim=(0, 1))
     path = config.proj_dir.parent / "error_with_dim.png"
     left.set(title=f"full: k={full.k}, full_layers: k={chosen.k}")
