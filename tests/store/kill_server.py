@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 
 import torch
 from helpers import fill, make_store
@@ -42,11 +43,14 @@ def main() -> None:
         if worker == 0:
             try:
                 work(path, n)
-            finally:
-                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
         # Wherever the machine's pace puts it: a few chunks on, and a random while after that.
         before, ahead = written(path), chance.randrange(4)
         while written(path) < before + ahead:
+            if os.waitpid(worker, os.WNOHANG)[0]:
+                sys.exit("a worker ended by itself")
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 2 * chunk))
         os.kill(worker, signal.SIGKILL)
