@@ -117,7 +117,7 @@ def files(root: Path) -> dict[Path, bytes]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_killed_at_20_random_moments_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    n = 1600
+    n = 1200
     whole, store = make_store(tmp_path / "whole", n), make_store(tmp_path / "s", n)
     assert fill(whole, n) == n
     ends = run(HERE / "kill_server.py", tmp_path / "s", str(n), "20", "0").split()
