@@ -16,6 +16,7 @@ from ghostfunc._rules._registry import op_name
 from ghostfunc._transforms import ghost_dot_prod, ghost_value_and_grad, per_sample_grads
 from ghostfunc._tree import flatten_params
 from ghostfunc._vjp import traced
+from ghostfunc.projection import ghost_project, kronecker_projection
 
 Tensors: TypeAlias = dict[str, Tensor]
 Draw: TypeAlias = Callable[..., Tensor]
@@ -59,9 +60,10 @@ def check_rule(
         g_i in ghost mode = g_i by autograd, one sample at a time
 
     where the loss of a sample is a sum of sines of its part of the output. Their mean is compared,
-    too, and their inner products with a direction, with other samples' gradients, and with each
-    other. Numbers of samples follow one another on one model function, as in a training loop. Take
-    a case for every option of the op, and one in which there are as many positions as samples.
+    too, their inner products with a direction, with other samples' gradients, and with each other,
+    and their projections. Numbers of samples follow one another on one model function, as in a
+    training loop. Take a case for every option of the op, and one in which there are as many
+    positions as samples.
 
     Args:
         op: the op, as given to `gf.register_rule`.
@@ -172,8 +174,31 @@ def _compare(
             {k: _dots(g, g) for k, g in ours.items()},
             squares,
         ),
+        *_projections(model_fn, params, train, ours, sizes),
     ]
     return [line for result in results for line in _differing(*result, tolerance)]
+
+
+def _projections(
+    model_fn: Callable[[Tensors, Tensors], Tensor],
+    params: Tensors,
+    batch: Tensors,
+    grads: Tensors,
+    sizes: Tensors,
+) -> list[tuple[str, Tensors, Tensors, Tensors]]:
+    """Projections of both sorts, a product of two matrices and one map of everything."""
+    layers = [k for k, x in params.items() if x.numel()]
+    if not layers:
+        return []
+    results = []
+    for kind in ("gaussian", "dense"):
+        projection = kronecker_projection(
+            params, rank_total=4, rank_min=1, kind=kind, seed=0, layers=layers
+        )
+        got = {"all": ghost_project(model_fn, params, batch, projection)}
+        size = {"all": torch.stack([sizes[k] for k in layers]).norm()}
+        results.append((f"{kind} projection", got, {"all": projection.apply(grads)}, size))
+    return results
 
 
 def _differing(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 EMBEDDINGS = ["transformer.wte.weight", "transformer.wpe.weight"]
 
@@ -27,6 +27,9 @@ class Config:
         chunk_bytes: length of a sample.
         batch_size: samples per backward pass.
         data_seed: of the corpus.
+        train_steps: of the model.
+        plot_ranks: values of `proj_rank_total` to measure.
+        plot_seeds: how many projections to average over at each.
     """
 
     model_dir: Path
@@ -44,6 +47,9 @@ class Config:
     chunk_bytes: int
     batch_size: int
     data_seed: int
+    train_steps: int
+    plot_ranks: list[int]
+    plot_seeds: int
 
     def layers(self) -> list[str]:
         """The patterns of all parameters that are projected."""
@@ -51,16 +57,20 @@ class Config:
 
 
 def parse(description: str | None) -> Config:
-    """The configuration of the command line."""
-    parser = argparse.ArgumentParser(description=description)
+    """The configuration of the command line; what is missing is named in the error."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     types = get_type_hints(Config)
     for field in fields(Config):
         kind = types[field.name]
         flag = f"--{field.name}"
         if kind is bool:
             parser.add_argument(flag, required=True, choices=("true", "false"))
-        elif kind == list[str]:
-            parser.add_argument(flag, required=True, nargs="+")
+        elif kind in (list[str], list[int]):
+            parser.add_argument(flag, required=True, nargs="+", type=get_args(kind)[0])
         else:
             parser.add_argument(flag, required=True, type=kind)
     given = vars(parser.parse_args())

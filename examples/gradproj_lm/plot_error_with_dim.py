@@ -23,8 +23,6 @@ from ghostfunc.store import Store
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RANKS = [16, 32, 64, 128, 256, 512, 1024]
-SEEDS = 3
 COMPRESSED_RANK = 4096
 
 
@@ -35,7 +33,8 @@ def as_grads(rows: Tensor, full: gf.Projection) -> dict[str, Tensor]:
 
 def overlap(a: Tensor, b: Tensor) -> float:
     """Share of the ten best columns of `a` that are among the ten best of `b`, row by row."""
-    ours, theirs = a.topk(10).indices, b.topk(10).indices
+    k = min(10, a.shape[1])
+    ours, theirs = a.topk(k).indices, b.topk(k).indices
     return float((ours[:, :, None] == theirs[:, None, :]).any(2).float().mean())
 
 
@@ -84,20 +83,20 @@ def main() -> None:
 
     def measure(rank: int, compress: int | None) -> Point:
         squares, shares, k = [], [], 0
-        for seed in range(config.proj_seed, config.proj_seed + SEEDS):
+        for seed in range(config.proj_seed, config.proj_seed + config.plot_seeds):
             projection = project(config, gx, rank, seed, compress)
             px, pq = projection.apply(gx), projection.apply(gq)
             squares.append(((pq @ px.mT - some) / scale).square().mean())
             shares.append(overlap(cosine(pq, px), best))
             k = projection.k
-        point = Point(k, float(torch.stack(squares).mean().sqrt()), sum(shares) / SEEDS)
+        point = Point(k, float(torch.stack(squares).mean().sqrt()), sum(shares) / config.plot_seeds)
         print(f"rank={rank}, compress={compress}: {point}")
         return point
 
-    plain = [measure(rank, None) for rank in RANKS]
+    plain = [measure(rank, None) for rank in config.plot_ranks]
     hashed = [measure(COMPRESSED_RANK, point.k) for point in plain]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for points, label in (
         (plain, f"rank=K ({config.proj_kind})"),
         (hashed, f"rank={COMPRESSED_RANK}, compress=k"),
@@ -109,9 +108,13 @@ def main() -> None:
     left.loglog([p.k for p in plain], theory, "k--", label="1/sqrt(k)")
     left.axhline(layers_error, color="tab:red", label="full_layers against full")
     left.set(xlabel="k, numbers per sample", ylabel="RMS error / (|g| |g'|)")
-    left.legend()
+    for axes in (left, right):
+        axes.set_xticks([p.k for p in plain], labels=[str(p.k) for p in plain], rotation=45)
+        axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=4)
     right.set(xlabel="k, numbers per sample", ylabel="overlap with the exact top 10", ylim=(0, 1))
     path = config.proj_dir.parent / "error_with_dim.png"
+    left.set(title=f"full: k={full.k}, full_layers: k={chosen.k}")
     figure.savefig(path, dpi=150)
     print(f"drawn to {path}")
 

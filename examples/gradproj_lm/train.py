@@ -10,7 +10,7 @@ from examples.demo_corpus import VOCAB_SIZE
 from examples.gradproj_lm.config import parse
 from examples.gradproj_lm.data import collate, samples
 
-STEPS, BATCH = 300, 16
+BATCH = 16
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def main() -> None:
     model_fn, params = gf.hf.causal_lm(model)
     train, _ = samples(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(STEPS):
+    for step in range(config.train_steps):
         batch = collate([train[i] for i in torch.randint(len(train), (BATCH,))])
         loss = model_fn(dict(model.named_parameters()), batch).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0 or step == STEPS - 1:
+        if step % 50 == 0 or step == config.train_steps - 1:
             print(f"step {step}: loss {loss.item():.3f}")
     model.save_pretrained(config.model_dir)
     print(f"{sum(x.numel() for x in params.values())} parameters in {config.model_dir}")

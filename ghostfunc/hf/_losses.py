@@ -56,7 +56,8 @@ def causal_lm(
         if logit_chunks is not None:
             return chunked_token_means(module, inputs, labels, logit_chunks)
         logits = module(**inputs, use_cache=False).logits
-        return token_means(logits[:, :-1], labels[:, 1:])
+        # The labels are shifted, not the logits: a slice of those is copied, forward and backward.
+        return token_means(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
     return from_module(model, loss)
 

@@ -15,6 +15,7 @@ from ghostfunc.store._errors import (
     IncompleteStoreError,
     StoreError,
 )
+from ghostfunc.store._faiss import SearchIndex
 from ghostfunc.store._fingerprint import fingerprint
 from ghostfunc.store._query import Preconditioner, TopK
 from ghostfunc.store._store import Damage, Store
@@ -25,6 +26,7 @@ __all__ = [
     "IncompatibleStoreError",
     "IncompleteStoreError",
     "Preconditioner",
+    "SearchIndex",
     "Store",
     "StoreError",
     "TopK",

@@ -14,6 +14,7 @@ from ghostfunc.store._errors import StoreError
 
 try:
     import zarr
+    from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.core.sync import sync
     from zarr.storage import FsspecStore, LocalStore
@@ -27,6 +28,9 @@ _META, _SUM = "ghostfunc", "ghostfunc_sha256"
 
 def place(url: str | Path, storage_options: dict[str, Any] | None, *, read_only: bool) -> Place:
     """A local directory, or whatever fsspec makes of a URL."""
+    if str(url).startswith(("file://", "local://")):
+        # Not by fsspec, which would write in place: a killed process would leave torn chunks.
+        return LocalStore(Path(LocalFileSystem._strip_protocol(str(url))), read_only=read_only)
     if "://" in str(url):
         return FsspecStore.from_url(str(url), storage_options, read_only=read_only)
     return LocalStore(Path(url), read_only=read_only)
@@ -141,10 +145,21 @@ class ChunkedArray:
 
     def write(self, rows: range, values: NDArray[Any]) -> None:
         """Write rows of one chunk; on a local disk the old chunk or the new one is seen."""
+        self._sweep(rows)
         self._array[rows.start : rows.stop] = values
 
     def delete(self, rows: range) -> None:
         """Remove the chunk that holds `rows`."""
+        sync((self._array.store_path / self._key(rows)).delete())
+
+    def _key(self, rows: range) -> str:
         number = rows.start // self._chunk_rows
-        key = "/".join(["c", str(number), *("0" for _ in self._array.shape[1:])])
-        sync((self._array.store_path / key).delete())
+        return "/".join(["c", str(number), *("0" for _ in self._array.shape[1:])])
+
+    def _sweep(self, rows: range) -> None:
+        """Remove what a killed process left of this chunk; nobody else is writing to it."""
+        place = self._array.store_path.store
+        if isinstance(place, LocalStore):
+            chunk = place.root / self._array.store_path.path / self._key(rows)
+            for torn in chunk.parent.glob(f"{chunk.name}.*.partial"):
+                torn.unlink()

@@ -94,7 +94,7 @@ def _root(c: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve_triangular(lower, torch.eye(len(c), dtype=c.dtype), upper=False).mT
 
 
-class _View:
+class RowView:
     """Rows as a query wants them: some columns, in a metric, in one piece or by block."""
 
     def __init__(
@@ -162,11 +162,11 @@ def iter_scores(
     views, prepared = {}, {}
     for name, q in queries.items():
         q = q.detach().cpu().float()
-        view = _View(store.projection, layers, metrics.get(name), per_block=per_block)
+        view = RowView(store.projection, layers, metrics.get(name), per_block=per_block)
         # Without norms the metric is applied once, to the query.
         prepared[name] = view.applied(q) if normalize == "none" else view.whitened(q)
         if normalize == "cosine":
-            prepared[name] = [part / _norms(part) for part in prepared[name]]
+            prepared[name] = [unit(part) for part in prepared[name]]
         views[name] = view
     streams = [store.chunks(name) for name in queries]
     for chunks in zip(*streams, strict=True):
@@ -190,6 +190,11 @@ def _norms(x: Tensor) -> Tensor:
     """`[rows, 1]`; a zero row has similarity 0 with everything, not 0/0."""
     norms = x.norm(dim=1, keepdim=True)
     return norms.masked_fill(norms == 0, 1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1; zero rows stay zero."""
+    return x / _norms(x)
 
 
 def _by_checkpoint(store: Store, query: Query) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ghostfunc._errors import OptionError
 from ghostfunc._types import PyTree
 from ghostfunc.projection import Projection, projection_from_spec
-from ghostfunc.store import _arrays, _dtypes, _query
+from ghostfunc.store import _arrays, _dtypes, _faiss, _query
 from ghostfunc.store._arrays import ChunkedArray, Damaged, Place
 from ghostfunc.store._errors import (
     DamagedRowsError,
@@ -37,6 +37,7 @@ from ghostfunc.store._errors import (
     StoreError,
     ranges,
 )
+from ghostfunc.store._faiss import SearchIndex
 from ghostfunc.store._fingerprint import fingerprint
 from ghostfunc.store._query import Preconditioner, Query, TopK, Weights
 
@@ -104,7 +105,8 @@ class Store:
         """Make an empty store, to be done by one process; the others `open` it.
 
         Args:
-            url: a local path, or a URL of any file system that fsspec knows (`s3://...`).
+            url: a local path, or a URL of any file system that fsspec knows (`s3://...`). Chunks
+                are replaced as a whole on local disks and in object stores.
             projection: the operator that makes the rows.
             n_samples: how many samples the corpus has now; see `append`.
             dtype: "float32", "float16" or "bfloat16".
@@ -504,6 +506,44 @@ class Store:
             damping: relative to the mean eigenvalue of each block (LoGra: 0.1).
         """
         return _query.preconditioner(self, checkpoint, damping=damping)
+
+    def index(
+        self,
+        checkpoint: str,
+        *,
+        factory: str,
+        normalize: str = "cosine",
+        layers: Sequence[str] | None = None,
+        precondition: Preconditioner | None = None,
+        train_rows: int = 100_000,
+    ) -> SearchIndex:
+        """An index for approximate search over one checkpoint (needs `ghostfunc[faiss]`).
+
+        It holds the rows in memory in whatever form `factory` says. Ask `topk` as well for a few
+        queries to see what the index misses.
+
+        Args:
+            checkpoint: its name.
+            factory: as in `faiss.index_factory`: "Flat" (exact), "HNSW32,Flat", "IVF256,SQ8", ...
+            normalize: "cosine" or "none", as in `scores`.
+            layers, precondition: as in `scores`.
+            train_rows: how many rows the index may train on.
+
+        Returns:
+            A `SearchIndex` with `.topk(query, k)`, and `.index`, the `faiss.Index`.
+
+        Raises:
+            ImportError: FAISS is not installed. OptionError: an unknown factory or option.
+        """
+        return _faiss.build(
+            self,
+            checkpoint,
+            factory=factory,
+            normalize=normalize,
+            layers=layers,
+            precondition=precondition,
+            train_rows=train_rows,
+        )
 
     # --- damage ---------------------------------------------------------------------------
 

@@ -83,11 +83,11 @@ def dense_matrix(projection: gf.Projection, block: gf.projection.Block) -> np.nd
     )
 
 
-def test_one_pass_reads_projections_and_dot_products() -> None:
+def test_one_pass_reads_projections_dot_products_and_norms() -> None:
     problem = CASES["tied_lm"]()
     batch = problem.batch(3)
     projection = small(problem.params, "rademacher")
-    quantities = {"p": gf.Project(projection), "u": gf.Dot(problem.params)}
+    quantities = {"p": gf.Project(projection), "u": gf.Dot(problem.params), "n": gf.SqNorm()}
     out = gf.ghost_vjp(problem.model_fn, problem.params, batch, quantities, grads=True)
     alone = gf.ghost_project(problem.model_fn, problem.params, batch, projection)
     assert_close(projection.join(out.values["p"]), alone, 1e-12)
@@ -97,6 +97,8 @@ def test_one_pass_reads_projections_and_dot_products() -> None:
         for g, u in zip(grads, leaves_of(problem.params), strict=True)
     ]
     assert_close(leaves_of(out.values["u"]), dots, 1e-10)
+    squares = [g.reshape(3, -1).square().sum(1) for g in grads]
+    assert_close(leaves_of(out.values["n"]), squares, 1e-10)
     assert_close(leaves_of(out.grads), [g.sum(0) for g in grads], 1e-10)
 
 

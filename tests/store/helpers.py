@@ -62,10 +62,13 @@ def fill(store: Store, n: int, **options: Any) -> int:
         make_projection(),
         store,
         checkpoint="final",
-        collate=collate,
-        length=len,
-        progress=False,
-        **{"batch_size": 3, **options},
+        **{
+            "collate": collate,
+            "length": len,
+            "progress": False,
+            "batch_size": 3,
+            **options,
+        },
     )
 
 

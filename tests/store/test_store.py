@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ghostfunc.store import (
     IncompleteStoreError,
     Store,
     StoreError,
+    fingerprint,
 )
 
 K = make_projection().k
@@ -47,6 +49,27 @@ def test_a_fsspec_url() -> None:
     store = make_store(url, 20)
     store.write(range(20), rows_of(20), "final")
     assert torch.equal(Store.open(url).read(range(20), "final"), rows_of(20))
+
+
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+    url = (tmp_path / "s").as_uri()
+    assert url.startswith("file:///")
+    make_store(url, 20).write(range(20), rows_of(20), "final")
+    assert torch.equal(Store.open(tmp_path / "s").read(range(20), "final"), rows_of(20))
+    assert torch.equal(Store.open(url).read(range(20), "final"), rows_of(20))
+
+
+def test_what_a_store_says_of_itself(tmp_path: Path) -> None:
+    notes = {"corpus": "poems", "sizes": [1, 2]}
+    make_store(tmp_path / "s", 20, tokenizer="bytes", notes=notes, dtype="bfloat16")
+    store = Store.open(tmp_path / "s")
+    assert (store.tokenizer, store.notes, store.dtype) == ("bytes", notes, "bfloat16")
+    assert store.projection == make_projection()
+    meta = json.loads((tmp_path / "s/zarr.json").read_text())["attributes"]["ghostfunc"]
+    assert meta["ghostfunc"] == version("ghostfunc")
+    assert meta["projection"] == make_projection().spec()
+    model = json.loads((tmp_path / "s/checkpoints/final/zarr.json").read_text())
+    assert model["attributes"]["ghostfunc"] == {"lr": 0.5, "model": fingerprint(make_params())}
 
 
 def test_missing_and_whole_chunks(tmp_path: Path) -> None:
