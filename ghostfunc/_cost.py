@@ -25,8 +25,8 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def known(size: int) -> int:
-    """A size; where it is a symbol, in a compiled program for all lengths, what it is in the call at
-    hand. Costs are weighed with it, which does not tie the program to it."""
+    """A size; where it is a symbol of a compiled program for all lengths, its value in the call at
+    hand. Costs are weighed with that, which does not tie the program to it."""
     if not isinstance(size, SymInt):
         return size
     from torch.fx.experimental.symbolic_shapes import optimization_hint  # loads sympy
