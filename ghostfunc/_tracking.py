@@ -7,6 +7,7 @@ bookkeeping of derived tensors, and the pull-back of factors from derived tensor
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from ghostfunc._errors import (
     UnsupportedOpError,
     UntrackedUseError,
 )
-from ghostfunc._factors import Dense, Factor, materialize, transpose
+from ghostfunc._factors import Dense, Factor, OneHot, materialize, transpose
 from ghostfunc._functorch import address, depth, in_transform
 from ghostfunc._layout import Layout, stack_all
 from ghostfunc._quantities import DeriveFn, Push, Reader, Turn
@@ -63,6 +64,7 @@ _LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
 _TENSOR_GETTERS = {
     _getter(name) for name in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
 }  # fmt: skip
+_EMBEDDING = inspect.signature(F.embedding)
 CONSTANTS: set[Callable[..., Any]] = {
     Tensor.detach, torch.detach, _getter("data"), constant,
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor,
@@ -120,6 +122,8 @@ class Tracked:
             pulled back to the parameter first.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
+        looked_up: for rows of a table, their numbers and which of them autograd does not hold
+            constant, `[rows]` each.
     """
 
     name: str
@@ -132,6 +136,7 @@ class Tracked:
     sources: tuple[Tracked, ...] = ()
     derivation: Derivation = "general"
     fn: Callable[..., Tensor] | None = None
+    looked_up: tuple[Tensor, Tensor] | None = None
 
     @property
     def wants_grad(self) -> bool:
@@ -162,6 +167,10 @@ class Tracked:
         assert self.fn is not None
         g = materialize(factor)
         g = shaped(g, self.const, len(g))
+        if self.looked_up is not None:
+            ids, counted = self.looked_up
+            b = torch.where(counted[:, None], real(g).reshape(len(g), len(ids), -1), 0)
+            return first.at_leaves(OneHot(ids.expand(len(g), -1), b, len(first.const)))
         pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
         pulled = torch.vmap(pullback)(g)
         return [
@@ -497,6 +506,7 @@ def _derived(
         sources=tuple(call.tracked),
         derivation=derivation,
         fn=fn,
+        looked_up=_looked_up(func, call),
     )
     for position, source in enumerate(call.tracked):
         for key, (reader, pulled) in source.readers.items():
@@ -527,7 +537,7 @@ def _push(
     derivation: Derivation,
 ) -> Push:
     consts = call.consts()
-    if func in _LINEAR and len(consts) == 1 and _padding_of(func, call) is None:
+    if func in _LINEAR and len(consts) == 1 and (func is not F.embedding or not _padded(call)):
         return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation)
 
     def jvp(tangent: Tensor) -> Tensor:
@@ -547,13 +557,31 @@ def _push(
     return Push(jvp, derivation)
 
 
-def _padding_of(func: Callable[..., Any], call: CallArgs) -> int | None:
-    """The row of an embedding that autograd holds constant."""
-    if func is not F.embedding:
+def _padded(call: CallArgs) -> bool:
+    """Whether autograd holds a row of an embedding constant."""
+    return _bound(call)["padding_idx"] is not None
+
+
+def _looked_up(func: Callable[..., Any], call: CallArgs) -> tuple[Tensor, Tensor] | None:
+    """The rows of a real matrix that an embedding takes."""
+    if func is not F.embedding or len(call.tracked) != 1:
         return None
+    weight, arguments = call.tracked[0].const, _bound(call)
+    if weight.is_complex() or arguments["weight"] is not call.leaves[call.hits[0]]:
+        return None
+    ids = arguments["input"].flatten().long()
+    padding = arguments["padding_idx"]
+    if padding is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    return ids, ids != padding % len(weight)
+
+
+def _bound(call: CallArgs) -> dict[str, Any]:
+    """The arguments of an embedding by name."""
     args, kwargs = call.rebuild(call.leaves)
-    padding: int | None = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-    return padding
+    bound = _EMBEDDING.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 @torch.enable_grad()
