@@ -169,7 +169,7 @@ class Tracked:
         g = shaped(g, self.const, len(g))
         if self.looked_up is not None:
             ids, counted = self.looked_up
-            b = torch.where(counted[:, None], real(g).reshape(len(g), len(ids), -1), 0)
+            b = torch.where(counted[:, None], real(g).reshape(len(g), ids.shape[0], -1), 0)
             return first.at_leaves(OneHot(ids.expand(len(g), -1), b, len(first.const)))
         pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
         pulled = torch.vmap(pullback)(g)
