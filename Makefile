@@ -10,11 +10,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# A venv of its own for `make bench`.
+BENCH := .venv-bench
+BENCH_STAMP := $(BENCH)/.installed
+BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-check clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (makes $(VENV)), JOBS=$(JOBS) (test processes),"
 	@echo "ARGS (passed on by demo, test and bench, e.g. make test ARGS='-k norm')."
@@ -45,9 +50,20 @@ format: $(STAMP) ## Let ruff fix and format what it can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Time a step against plain PyTorch (benchmarks/step.py).
-	$(BIN)/python benchmarks/step.py $(ARGS)
+# The peers' own environment: what they need must not decide what the tests run with.
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(BENCH)
+	$(BENCH_PIP) torch
+	$(BENCH_PIP) hatchling editables
+	$(BENCH_PIP) --no-build-isolation -e . -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH_STAMP) ## Time everything beside plain PyTorch and peers; writes docs/benchmarks (25 min).
+	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
+
+bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above benchmarks/recorded.json.
+	$(BENCH)/bin/python benchmarks/run.py --check $(ARGS)
 
 clean: ## Remove .venv, caches, builds and outputs.
-	rm -rf $(VENV) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

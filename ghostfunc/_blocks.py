@@ -20,7 +20,7 @@ from ghostfunc._errors import OptionError
 from ghostfunc._factors import add_up, wide
 from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._memory import Linear, LiveBytes, fitted
-from ghostfunc._quantities import Gram, PairReader, Prepared, Quantity
+from ghostfunc._quantities import Gram, PairReader, Prepared, Quantity, SqNorm
 from ghostfunc._tree import ParamSpec, batch_size, take
 from ghostfunc._types import ModelFn, PyTree, Randomness
 from ghostfunc._vjp import run, traced
@@ -73,6 +73,12 @@ class GramBlocks:
             columns.append([self._against(book, _cut(batch, i), workspace) for i in mine])
             del book
         return _joined([list(row) for row in zip(*columns, strict=True)])
+
+    def squares(self, batch: PyTree, beside: PyTree) -> list[Tensor]:
+        """`||g_i||^2` of a batch, in the blocks that it has in a Gram matrix beside another."""
+        size, _ = self._plan(batch, beside)
+        blocks = [self._run(_cut(batch, b), SqNorm()) for b in _blocks(batch_size(batch), size)]
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
     def _collect(self, batch: PyTree) -> FactoredGrads:
         return collect(self.model_fn, self.leaves, self.spec, batch, randomness=self.randomness)

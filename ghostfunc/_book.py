@@ -120,10 +120,20 @@ class FactoredGrads:
                 row[index] = exact.to(row.dtype)
         return out
 
-    def dot_prods(self, direction: PyTree, *, per_param: bool = False) -> PyTree:
-        """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request."""
-        dots = self.param_dots(flatten_like(direction, self._leaves, self._spec, "direction"))
-        return self._spec.unflatten(dots) if per_param else add_up(dots)
+    def dot_prods(
+        self, direction: PyTree, *, per_param: bool = False, normalize: bool = False
+    ) -> PyTree:
+        """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
+        `normalize`: 0 where `g_i` or `u` is zero."""
+        us = flatten_like(direction, self._leaves, self._spec, "direction")
+        dots = self.param_dots(us)
+        dots = dots if per_param else [add_up(dots)]
+        if normalize:
+            lengths = torch.stack([u.double().norm()[None] for u in us])
+            sides = [self.param_norms(), lengths]
+            sides = sides if per_param else [_norms.joint(x)[None] for x in sides]
+            dots = list(map(_norms.cosine, dots, *sides))
+        return self._spec.unflatten(dots) if per_param else dots[0]
 
     def param_dots(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """`dot_prods`, parameter by parameter."""
@@ -132,10 +142,22 @@ class FactoredGrads:
             for bundle, u in zip(self.bundles, direction, strict=True)
         ]
 
-    def gram(self, other: FactoredGrads | None = None, *, per_param: bool = False) -> PyTree:
-        """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request."""
+    def gram(
+        self,
+        other: FactoredGrads | None = None,
+        *,
+        per_param: bool = False,
+        normalize: bool = False,
+    ) -> PyTree:
+        """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request.
+        Cosines for `normalize`: 0 where a gradient is zero."""
         grams = self.param_grams(other)
-        return self._spec.unflatten(grams) if per_param else add_up(grams)
+        grams = grams if per_param else [add_up(grams)]
+        if normalize:
+            books = [self, self if other is None else other]
+            sides = [b.param_norms() if per_param else b.norms()[None] for b in books]
+            grams = list(map(_norms.cosine, grams, *sides))
+        return self._spec.unflatten(grams) if per_param else grams[0]
 
     def param_grams(
         self, other: FactoredGrads | None = None, *, workspace: int = _cost.BLOCK_ELEMENTS

@@ -118,6 +118,15 @@ def share_dot_with_total(n: int, t: int, p: int, d: int) -> bool:
     return shared_dot(n, p, d) < outer_dot(n, known(t), p, d)
 
 
+def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool) -> bool:
+    """Whether `<g_i, u>` for k directions should be read off blocks of `g_i`, formed once."""
+    alone = outer_dot(n, t, p, d)
+    if with_total:
+        rest = shared_dot(n, p, d) if share_dot_with_total(n, t, p, d) else alone
+        return (2 * k + 3) * PASS * n * p * d < rest + (k - 1) * alone
+    return outer_total(n, t, p, d) + 2 * k * PASS * n * p * d < k * alone
+
+
 def keep_direction_factored(
     ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool
 ) -> bool:

@@ -39,6 +39,10 @@ class SampleAxisError(GhostError, RuntimeError):
     """It cannot be told which rows of a tensor belong to which sample."""
 
 
+class PositionAxisError(GhostError, RuntimeError):
+    """Shares of positions were asked for where parameters meet samples without positions."""
+
+
 class CoupledSamplesError(GhostError, RuntimeError):
     """The loss of one sample depends on other samples: per-sample gradients do not exist."""
 

@@ -44,6 +44,15 @@ def joint(norms: Float[Tensor, "k n"]) -> Float[Tensor, " n"]:
     return torch.where(safe == largest, largest * (norms / safe).square().sum(0).sqrt(), largest)
 
 
+def cosine(
+    dots: Float[Tensor, "n ..."], norms: Float[Tensor, " n"], lengths: Float[Tensor, " k"]
+) -> Float[Tensor, "n ..."]:
+    """`dots / (norms * lengths)`, zero where a length is zero."""
+    norms = norms.view(-1, *[1] * (dots.ndim - 1))
+    cosines = dots / torch.where(norms == 0, 1, norms) / torch.where(lengths == 0, 1, lengths)
+    return torch.where((norms == 0) | (lengths == 0), 0, cosines.clamp(-1, 1)).to(dots.dtype)
+
+
 def norms(bundle: Bundle) -> Float[Tensor, " n"]:
     """`||g_i||` in float64, at a scale where the largest entry of every factor is 1."""
     sizes = torch.stack([_size(f) for f in bundle])

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ghostfunc import _bundles, _chunks, _norms, _pairs
+from ghostfunc import _chunks, _norms
 from ghostfunc._blocks import GramBlocks
-from ghostfunc._book import FactoredGrads, collect
-from ghostfunc._capture import compilable, symbolic
-from ghostfunc._direction import dense_direction, validation_readers
+from ghostfunc._book import collect
+from ghostfunc._capture import compilable
+from ghostfunc._cosines import sample_norms
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import add_up
-from ghostfunc._quantities import (
-    DotReader,
-    PairReader,
-    Prepared,
-    SqNorm,
-    TurnReader,
-)
-from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params, take
+from ghostfunc._quantities import SqNorm
+from ghostfunc._scores import ask
+from ghostfunc._tree import flatten_params
 from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
 
@@ -81,7 +71,7 @@ def ghost_norm(
     def of_chunk(chunk: PyTree) -> list[Tensor]:
         if mode == "ghost":
             taken = run(model_fn, leaves, spec, chunk, [SqNorm()], randomness=randomness)
-            return [_roots(model_fn, leaves, spec, chunk, taken.values[0], randomness)]
+            return [sample_norms(model_fn, leaves, spec, chunk, taken.values[0], randomness)]
         book = collect(
             model_fn, leaves, spec, chunk, mode=mode, vectorize=vectorize, randomness=randomness
         )
@@ -89,27 +79,6 @@ def ghost_norm(
 
     (rows,) = _chunks.joined(_chunks.each(of_chunk, batch, chunk_size), axis=1)
     return spec.unflatten(list(rows)) if per_param else _norms.joint(rows)
-
-
-def _roots(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    squares: Sequence[Tensor],
-    randomness: Randomness,
-) -> Tensor:
-    """Norms `[params, n]` from squares; extreme samples are run once more."""
-    table = torch.stack(list(squares))
-    if symbolic(table):
-        return _norms.trusted_roots(table)
-    rows = _norms.root(table)
-    extreme = _norms.extremes(table.sum(0))
-    if randomness == "error" and bool(extreme.any()):
-        index = extreme.nonzero().flatten()
-        again = collect(model_fn, leaves, spec, take(batch, index.tolist()))
-        rows[:, index] = again.param_norms().to(rows.dtype)
-    return rows
 
 
 @compilable()
@@ -120,6 +89,7 @@ def ghost_gram(
     other: PyTree | None = None,
     *,
     per_param: bool = False,
+    normalize: bool = False,
     mode: Mode = "ghost",
     memory_budget: int | None = None,
     vectorize: bool = True,
@@ -135,6 +105,8 @@ def ghost_gram(
         batch: pytree of tensors `[n, ...]`.
         other: pytree of tensors `[m, ...]`; lengths may differ from those of `batch`.
         per_param: return the contributions of every parameter; they sum to the total.
+        normalize: cosines instead, `G_ij / (||g_i|| ||g_j||)`; 0 where a gradient is zero. With
+            `other`, both batches are run once more for their norms.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
         memory_budget: bytes that may be allocated at one time, apart from the result. Samples are
             then run in blocks, one against the other, as large as the budget allows: k blocks take
@@ -159,10 +131,20 @@ def ghost_gram(
             'memory_budget needs mode="ghost" and randomness="error": it runs samples in blocks, '
             "some more than once."
         )
+    if normalize and other is not None and randomness != "error":
+        raise OptionError(
+            'normalize=True with other needs randomness="error": norms come from a run of their '
+            'own. ghost_cosine(..., reduction="none") takes them from the same one.'
+        )
     leaves, spec = flatten_params(params)
     if mode == "ghost":
         blocks = GramBlocks(model_fn, leaves, spec, per_param, memory_budget, randomness)
         grams = blocks.within(batch) if other is None else blocks.between(batch, other)
+        if normalize:
+            squares = [[g.diagonal() for g in grams]]
+            if other is not None:
+                squares = [blocks.squares(batch, other), blocks.squares(other, batch)]
+            lengths = [list(map(_norms.root, side)) for side in squares]
     else:
         books = [
             collect(
@@ -171,7 +153,12 @@ def ghost_gram(
             for b in ([batch] if other is None else [batch, other])
         ]
         grams = books[0].param_grams(*books[1:])
-    return spec.unflatten(grams) if per_param else add_up(grams)
+        grams = grams if per_param else [add_up(grams)]
+        if normalize:
+            lengths = [list(b.param_norms()) if per_param else [b.norms()] for b in books]
+    if normalize:
+        grams = list(map(_norms.cosine, grams, lengths[0], lengths[-1]))
+    return spec.unflatten(grams) if per_param else grams[0]
 
 
 @compilable()
@@ -193,15 +180,16 @@ def ghost_cosine(
 
         c_i = <g_i, u> / (||g_i|| ||u||),   u = mean_j d losses_val[j] / d params
 
-    `ghost_dot_prod` without the lengths: a sample does not score by having a large loss. One
-    backward pass over `train` gives dot products and norms.
+    `ghost_dot_prod(..., normalize=True)` under a name of its own: scores without the lengths, so
+    that a sample does not score by having a large loss. One backward pass over `train` gives dot
+    products and norms.
 
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses`, one loss per sample.
         params: pytree of floating-point tensors.
         train: pytree of tensors `[n, ...]`.
-        val: pytree of tensors `[m, ...]`.
-        direction: instead of `val`, a pytree like `params`.
+        val: pytree of tensors `[m, ...]`, or a dict of them, as for `ghost_dot_prod`.
+        direction: instead of `val`, a pytree like `params`, or a dict of them.
         reduction: "mean" (or "sum", which has the same cosine), or "none" for the cosine with every
             validation sample's gradient, `[n, m]`.
         per_param: cosines parameter by parameter, each between the gradients of that parameter
@@ -213,155 +201,24 @@ def ghost_cosine(
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`) in [-1, 1]; for `per_param` a pytree like `params`
-        of those. Where one of the two gradients is zero the cosine is 0: no direction, no
+        of those; for several validation batches a dict. Where one of the two gradients is zero the
+        cosine is 0: no direction, no
         similarity. NaN where a gradient is not finite.
 
     Raises:
         GhostError: one of its children, as for `ghost_dot_prod`.
     """
-    one_of("mode", mode, _MODES)
-    one_of("randomness", randomness, ("error", "different"))
-    one_of("reduction", reduction, ("mean", "sum", "none"))
-    if (val is None) == (direction is None):
-        given = "both" if val is not None else "neither"
-        raise OptionError(f"Give exactly one of val and direction; {given} was given.")
-    leaves, spec = flatten_params(params)
-    _chunks.check_chunk_size(chunk_size)
-    ask = _Cosines(model_fn, leaves, spec, train, mode, vectorize, chunk_size, randomness)
-    if direction is not None:
-        us = flatten_like(direction, leaves, spec, "direction")
-        cosines = ask.along(us, per_param=per_param)
-    elif reduction != "none" and chunk_size is not None and batch_size(val, "val") > chunk_size:
-        us = dense_direction(
-            model_fn, leaves, spec, val, mean=True, chunk_size=chunk_size, randomness=randomness
-        )
-        cosines = ask.along(us, per_param=per_param)
-    else:
-        cosines = _chunks.joined(
-            (
-                ask.between(part, reduction, per_param=per_param)
-                for _, part in _chunks.chunks(val, chunk_size, "val")
-            ),
-            axis=1,
-        )
-    return spec.unflatten(cosines) if per_param else cosines[0]
-
-
-@dataclass(frozen=True)
-class _Cosines:
-    """Cosines with the gradients of one batch: `[n]` or `[n, m]`, per parameter or one in all."""
-
-    model_fn: ModelFn
-    leaves: Sequence[Tensor]
-    spec: ParamSpec
-    train: PyTree
-    mode: Mode
-    vectorize: bool
-    chunk_size: int | None
-    randomness: Randomness
-
-    def along(self, us: Sequence[Tensor], *, per_param: bool) -> list[Tensor]:
-        """With one direction."""
-        if self.mode == "ghost":
-            return self._ghost([DotReader(u) for u in us], per_param=per_param)
-        lengths = torch.stack([u.double().norm()[None] for u in us])
-        return self._each(
-            lambda book: (book.param_dots(us), book.param_norms(), lengths), per_param=per_param
-        )
-
-    def between(self, val: PyTree, reduction: Reduction, *, per_param: bool) -> list[Tensor]:
-        """With the gradients of validation samples, all together or each."""
-        if self.mode == "ghost":
-            readers = validation_readers(
-                self.model_fn,
-                self.leaves,
-                self.spec,
-                self.train,
-                val,
-                reduction=reduction,
-                grads=False,
-                randomness=self.randomness,
-            )
-            return self._ghost(readers, per_param=per_param)
-        theirs = self._collect(val)
-        if reduction == "none":
-            lengths = theirs.param_norms()
-            return self._each(
-                lambda book: (book.param_grams(theirs), book.param_norms(), lengths),
-                per_param=per_param,
-            )
-        m = batch_size(val, "val")
-        mean = theirs.weighted_sum(self.leaves[0].new_full((m,), 1 / m))
-        us = flatten_like(mean, self.leaves, self.spec, "direction")
-        del theirs
-        return self.along(us, per_param=per_param)
-
-    def _ghost(self, readers: Sequence[Any], *, per_param: bool) -> list[Tensor]:
-        quantities = [Prepared(readers, degree=1), SqNorm()]
-
-        def of_chunk(train: PyTree) -> list[Tensor]:
-            taken = run(
-                self.model_fn, self.leaves, self.spec, train, quantities, randomness=self.randomness
-            )
-            dots, squares = taken.values
-            rows = _roots(self.model_fn, self.leaves, self.spec, train, squares, self.randomness)
-            lengths = torch.stack([_length(r, rows) for r in readers])
-            return _cosines(dots, rows, lengths, per_param=per_param)
-
-        return _chunks.joined(_chunks.each(of_chunk, self.train, self.chunk_size, "train"))
-
-    def _each(
-        self,
-        read: Callable[[FactoredGrads], tuple[list[Tensor], Tensor, Tensor]],
-        *,
-        per_param: bool,
-    ) -> list[Tensor]:
-        return _chunks.joined(
-            _chunks.each(
-                lambda train: _cosines(*read(self._collect(train)), per_param=per_param),
-                self.train,
-                self.chunk_size,
-                "train",
-            )
-        )
-
-    def _collect(self, batch: PyTree) -> FactoredGrads:
-        return collect(
-            self.model_fn,
-            self.leaves,
-            self.spec,
-            batch,
-            mode="materialized",
-            vectorize=self.vectorize,
-            randomness=self.randomness,
-        )
-
-
-def _cosines(
-    dots: Sequence[Tensor], norms: Tensor, lengths: Tensor, *, per_param: bool
-) -> list[Tensor]:
-    if per_param:
-        return [_cosine(d, g, u) for d, g, u in zip(dots, norms, lengths, strict=True)]
-    return [_cosine(add_up(dots), _norms.joint(norms), _norms.joint(lengths))]
-
-
-def _length(reader: DotReader | PairReader | TurnReader, like: Tensor) -> Tensor:
-    """`||u||` in float64: `[1]`, or `[m]` for every validation sample."""
-    match reader:
-        case DotReader(u):
-            return u.double().norm()[None]
-        case TurnReader(turns, m):
-            us = (add_up([turn.gradient(j) for turn in turns]) for j in range(m))
-            return torch.stack([u.double().norm() for u in us])
-        case PairReader(()):  # the validation losses do not depend on the parameter
-            return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)
-        case PairReader(factors, each):
-            bundle = factors if each else [_bundles.pooled(f) for f in factors]
-            return _norms.root(_pairs.sqnorms(bundle)).double()
-
-
-def _cosine(dots: Tensor, norms: Tensor, lengths: Tensor) -> Tensor:
-    """`dots / (norms * lengths)`, zero where a length is zero."""
-    norms = norms.view(-1, *[1] * (dots.ndim - 1))
-    cosines = dots / torch.where(norms == 0, 1, norms) / torch.where(lengths == 0, 1, lengths)
-    return torch.where((norms == 0) | (lengths == 0), 0, cosines.clamp(-1, 1)).to(dots.dtype)
+    return ask(
+        model_fn,
+        params,
+        train,
+        val,
+        direction,
+        mode=mode,
+        reduction=reduction,
+        per_param=per_param,
+        normalize=True,
+        vectorize=vectorize,
+        chunk_size=chunk_size,
+        randomness=randomness,
+    ).scores()

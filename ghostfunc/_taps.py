@@ -26,6 +26,7 @@ from ghostfunc._layout import Layout, StaleLayout
 from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules import BroadcastRule
 from ghostfunc._rules._registry import ArgName, op_name, rows
+from ghostfunc._several import dots_and_total
 from ghostfunc._trace import SWITCH, CallTrace, Trace, pattern
 from ghostfunc._tracking import (
     CallArgs,
@@ -167,8 +168,15 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
     grad: Tensor | None = None
     pulled: dict[int, Factor] | None = None
     out = []
+    directions = [r.u.reshape(factor.shape) for r in readers if isinstance(r, DotReader)]
+    several: Iterator[Tensor] | None = None
+    if len(directions) > 1:
+        together, grad = dots_and_total(factor, directions, with_total=target.wants_grad)
+        several = iter(together)
     for (key, (_, must_pull)), reader in zip(target.readers.items(), readers, strict=True):
-        if must_pull:
+        if several is not None and isinstance(reader, DotReader):
+            out.append(next(several))
+        elif must_pull:
             pulled = pulled or leaf_factors(target, factor)
             out.append(reader.read(pulled[key[1]]))
         elif target.wants_grad and grad is None and isinstance(reader, DotReader):
@@ -408,7 +416,7 @@ class TapMode(TrackingMode):
 
     def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         layout = expected.out
-        args = _unfold_all(call, expected, self._n)
+        args = unfold_all(call, expected, self._n)
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             padded = layout.pad(tracked.const, expected.ndim)
             shape = list(padded.shape)
@@ -425,7 +433,7 @@ class TapMode(TrackingMode):
         return out if out.dtype == expected.dtype else out.to(expected.dtype)
 
 
-def _unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
+def unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
     """The arguments, the folded sample axis as two axes in all of them."""
     args = list(call.leaves)
     layouts = dict(expected.layouts)

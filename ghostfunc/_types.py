@@ -31,7 +31,7 @@ class GhostStep(NamedTuple):
         losses: per-sample losses, `[n]`.
         grads: gradient of the mean loss, a pytree like `params`.
         dot_prods: `<g_i, u>`, `[n]` (`[n, m]` for `reduction="none"`), or a pytree of those like
-            `params` for `per_param=True`.
+            `params` for `per_param=True`; for several validation batches a dict of that.
     """
 
     losses: Float[Tensor, " n"]

@@ -337,7 +337,7 @@ def _run(
             [x if nested else x.detach() for x in mode.uses[s].arg_tensors] for s in collected
         ]
 
-    losses, (tap_cotangents, collected_b, param_grads), saved = _pull_back(
+    losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
         tapped,
         (taps, [site.tap(n) for site in collected.values()], [leaves[i] for i in grads]),
         scale,
@@ -370,7 +370,7 @@ def _run(
     return Taken(losses, values, out_grads, factors, turns, modes[0].route)
 
 
-def _pull_back(
+def pull_back(
     f: Callable[..., tuple[Tensor, Any]],
     primals: tuple[list[Tensor], ...],
     cotangent: float,

@@ -3,11 +3,11 @@
 The layers, lowest first (a module may import its own layer and those below it):
 
     {_types, _errors, _cost} <- {_tree, _layout, _module, _memory, _regions, _rerun, _stand_ins,
-        _chunks}
-        <- {_factors, _bundles, _pairs, _norms} <- {_rules, _quantities}
-        <- {_tracking, _trace, _taps, _owners, _vjp, _remat}
-        <- {_oracles, _direction, _transforms, _verify, _book, _blocks, _pairwise, _clipping,
-            _explain} <- everything built on them
+        _chunks, _against}
+        <- {_factors, _bundles, _several, _pairs, _norms} <- {_rules, _quantities}
+        <- {_tracking, _trace, _taps, _owners, _vjp, _remat, _positions}
+        <- {_oracles, _direction, _cosines, _scores, _transforms, _verify, _book, _blocks,
+            _pairwise, _clipping, _explain} <- everything built on them
 
 Every import counts, those inside functions and under `TYPE_CHECKING` included.
 """
@@ -27,14 +27,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
     (
         *("_tree", "_functorch", "_layout", "_module", "_memory", "_capture", "_compile"),
-        *("_regions", "_rerun", "_stand_ins", "_chunks"),
+        *("_regions", "_rerun", "_stand_ins", "_chunks", "_against"),
     ),
-    ("_factors", "_bundles", "_pairs", "_norms"),
+    ("_factors", "_bundles", "_several", "_pairs", "_norms"),
     ("_rules", "_quantities"),
-    ("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp", "_remat"),
+    (
+        *("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp", "_remat"),
+        "_positions",
+    ),
     (
         "_oracles",
         "_direction",
+        "_cosines",
+        "_scores",
         "_transforms",
         "_verify",
         "_book",

@@ -81,6 +81,12 @@ def root_losses(p: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     return (batch["x"] @ p["w"].t()).square().sum(1).sqrt() + 0 * p["v"].sum()
 
 
+def steep_losses(p: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    """Finite losses whose gradient at v is infinite where scale is zero."""
+    shifted = p["v"] - p["v"].detach() + batch["scale"][:, None]
+    return (batch["x"] @ p["w"].t()).square().sum(1) + shifted.sqrt().sum(1)
+
+
 def setting(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     g = torch.Generator().manual_seed(0)
     params = {
@@ -141,16 +147,33 @@ def test_norms_of_extreme_gradients(scale: float) -> None:
     assert ghost[2] > 0
 
 
+@pytest.mark.parametrize("normalize", [False, True], ids=["clip", "normalize"])
 @pytest.mark.parametrize("mode", ["ghost", "materialized"])
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per_layer"])
-def test_gradients_that_are_not_finite_contribute_nothing(per_layer: bool, mode: str) -> None:
+@pytest.mark.parametrize("where", ["x", "v"], ids=["nan", "inf"])
+def test_gradients_that_are_not_finite_contribute_nothing(
+    where: str, per_layer: bool, mode: str, normalize: bool
+) -> None:
+    """Not even through parameters whose own gradient is finite."""
     params, batch = setting(torch.float64)
-    batch["x"][2] = 0
-    options: Any = {"max_norm": 0.5, "per_layer": per_layer, "mode": mode}
-    result = gf.ghost_clipped_grad(root_losses, params, batch, **options)
-    rest = gf.ghost_clipped_grad(root_losses, params, without(batch, 2), **options)
-    norms = result.norms["w"] if per_layer else result.norms
+    model_fn = root_losses
+    if where == "x":
+        batch["x"][2] = 0
+    else:
+        model_fn = steep_losses
+        batch["scale"][2] = 0
+    weights = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    options: Any = {
+        "max_norm": 0.5, "per_layer": per_layer, "mode": mode, "normalize": normalize
+    }  # fmt: skip
+    result = gf.ghost_clipped_grad(model_fn, params, batch, weights=weights, **options)
+    rest = gf.ghost_clipped_grad(
+        model_fn, params, without(batch, 2), weights=weights[[0, 1, 3, 4]], **options
+    )
+    norms = result.norms[{"x": "w", "v": "v"}[where]] if per_layer else result.norms
     assert not norms[2].isfinite()
+    g = gf.per_sample_grads(model_fn, params, batch)
+    assert g["w"][2].isnan().any() if where == "x" else g["v"][2].isposinf().all()
     assert norms[[0, 1, 3, 4]].isfinite().all()
     assert distance(result.grads, rest.grads) <= 1e-12
     assert all(x.isfinite().all() for x in result.grads.values())

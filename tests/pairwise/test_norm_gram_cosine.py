@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, leaves_of, sample_grads
-from problems import Problem
+from problems import CASES, Problem
 from torch import Tensor
 
 import ghostfunc as gf
@@ -55,6 +55,9 @@ def test_gram(problem: Problem, batch: Any, mode: dict[str, Any]) -> None:
     assert_close(gram.diagonal(), norms.square(), problem.tolerance)
     each = gf.ghost_gram(problem.model_fn, problem.params, batch, per_param=True, **mode)
     assert_close(each, [x @ x.mT for x in g], problem.tolerance)
+    cosines = gf.ghost_gram(problem.model_fn, problem.params, batch, normalize=True, **mode)
+    unit = F.normalize(torch.cat(g, 1))
+    assert_close(cosines, unit @ unit.mT, problem.tolerance)
 
 
 def test_gram_with_another_batch(problem: Problem, mode: dict[str, Any]) -> None:
@@ -65,6 +68,32 @@ def test_gram_with_another_batch(problem: Problem, mode: dict[str, Any]) -> None
     assert_close(gram, sum(x @ y.mT for x, y in zip(g, h, strict=True)), problem.tolerance)
     each = gf.ghost_gram(fn, params, batch, other, per_param=True, **mode)
     assert_close(each, [x @ y.mT for x, y in zip(g, h, strict=True)], problem.tolerance)
+    cosines = gf.ghost_gram(fn, params, batch, other, normalize=True, **mode)
+    units = [F.normalize(torch.cat(x, 1)) for x in (g, h)]
+    assert_close(cosines, units[0] @ units[1].mT, problem.tolerance)
+
+
+def test_cosines_of_parameters() -> None:
+    problem = CASES["tied_lm"]()
+    batch, other = problem.batch(3), problem.batch(2, t=5, seed=1)
+    g, h = rows(problem, batch), rows(problem, other)
+    fn, params = problem.model_fn, problem.params
+    book, others = (gf.factored_grads(fn, params, b) for b in (batch, other))
+    u = gf.direction(fn, params, other)
+    for theirs, options in (([*h], (other,)), ([*g], ())):
+        expected = [F.normalize(x) @ F.normalize(y).mT for x, y in zip(g, theirs, strict=True)]
+        each = gf.ghost_gram(fn, params, batch, *options, per_param=True, normalize=True)
+        assert_close(each, expected, 1e-10)
+        second = (others,) if options else ()
+        assert_close(book.gram(*second, per_param=True, normalize=True), expected, 1e-10)
+        whole = gf.ghost_gram(fn, params, batch, *options, normalize=True)
+        assert_close(book.gram(*second, normalize=True), whole, 1e-10)
+    cosines = gf.ghost_cosine(fn, params, batch, direction=u)
+    assert_close(book.dot_prods(u, normalize=True), cosines, 1e-10)
+    each = gf.ghost_cosine(fn, params, batch, direction=u, per_param=True)
+    assert_close(book.dot_prods(u, per_param=True, normalize=True), each, 1e-10)
+    with pytest.raises(gf.OptionError, match="norms come from a run of their own"):
+        gf.ghost_gram(fn, params, batch, other, normalize=True, randomness="different")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

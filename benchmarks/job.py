@@ -1,0 +1,35 @@
+"""One process of the bench: `python benchmarks/job.py step/256 --out step.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from measure import measure
+from rows import JOBS
+from scaling import grow
+from shapes import SHAPES, TINY
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("process")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    job, shape = args.process.split("/")
+    if job == "scaling":
+        found = grow(shape, args.seconds, quick=args.quick)
+    else:
+        contestants = JOBS[job](TINY if args.quick else SHAPES[shape])
+        found = measure(contestants, args.seconds)
+    args.out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Run the bench: one process after the other, then the table and the plots.
+
+make bench                                     # every row, 25 minutes at most
+make bench ARGS="--quick --out outputs/bench"  # tiny shapes: does it run?
+make bench ARGS="--rows 'step/256/*' '*opacus*' --out outputs/bench"
+make bench ARGS="--record"                     # and note the ratios in recorded.json
+make bench-check                               # fails if a ratio is 10 % above the recorded one
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import report
+from rows import ROWS, Row
+from verdict import Found, judge, regressions
+
+HERE = Path(__file__).resolve().parent
+RECORDED = HERE / "recorded.json"
+TIMEOUT = 420
+"""Seconds until a process is given up."""
+
+
+def run_process(process: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What one process found; `{"fails": ...}` if it found nothing."""
+    out = folder / f"{process.replace('/', '-')}.json"
+    command = [sys.executable, str(HERE / "job.py"), process, "--out", str(out)]
+    command += ["--seconds", str(args.seconds), "--threads", str(args.threads)]
+    command += ["--quick"] * args.quick
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"fails": f"not done after {TIMEOUT} seconds"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines() or ["without a word"]
+        return {"fails": last[-1][:200]}
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", help="patterns of row names, such as 'step/512*'")
+    parser.add_argument("--list", action="store_true", help="the names of all rows")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, whose ratios say nothing"
+    )
+    parser.add_argument("--seconds", type=float, default=25.0, help="timed, per process")
+    parser.add_argument("--minutes", type=float, default=25.0, help="no process starts later")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks")
+    parser.add_argument("--record", action="store_true", help="write recorded.json")
+    parser.add_argument("--check", action="store_true", help="compare with recorded.json")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(row.key for row in ROWS))
+        return
+    chosen = [row for row in ROWS if _is_chosen(row, args.rows)]
+    if not chosen:
+        parser.error(f"no row is called {args.rows}; --list prints all names")
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    if args.check and not recorded:
+        parser.error(f"{RECORDED.name} has nothing in it; run with --record first")
+    found: Found = {}
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for process in dict.fromkeys(row.process for row in chosen):
+            started = time.perf_counter()
+            if started - begun > 60 * args.minutes:
+                found[process] = {"fails": f"not started within {args.minutes:g} minutes"}
+                continue
+            found[process] = run_process(process, args, Path(folder))
+            print(f"{process}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    lines = [judge(row, found if row in chosen else {}) for row in ROWS]
+    for line in lines:
+        if line.row in chosen:
+            print(report.text(line))
+    if args.check:
+        worse = regressions(lines, recorded)
+        print("\n".join(worse) or "Nothing is 10 % above what is recorded.")
+        sys.exit(bool(worse))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "README.md").write_text(report.markdown(lines, args.threads))
+    report.plot_ratios(lines, args.out / "ratios.png")
+    report.plot_scaling(found, args.out / "scaling.png")
+    if args.record:
+        values = {x.row.key: round(x.value, 3) for x in lines if x.value is not None}
+        RECORDED.write_text(json.dumps({**recorded, **values}, indent=1, sort_keys=True) + "\n")
+
+
+def _is_chosen(row: Row, patterns: list[str] | None) -> bool:
+    if patterns is None:
+        return row.always
+    return any(fnmatch(row.key, pattern) for pattern in patterns)
+
+
+if __name__ == "__main__":
+    main()

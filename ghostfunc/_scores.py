@@ -1,0 +1,366 @@
+"""Scores of train samples in every mode: dot products with one or several validation gradients,
+or their cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc import _chunks, _cosines, _norms, _oracles
+from ghostfunc._against import Against, against
+from ghostfunc._direction import dense_direction, validation_readers
+from ghostfunc._errors import OptionError, one_of
+from ghostfunc._factors import Dense, add_up, wide
+from ghostfunc._positions import position_dots
+from ghostfunc._purity import check_losses, prove_independent
+from ghostfunc._quantities import DotReader, PairReader, Prepared, Quantity, SqNorm, TurnReader
+from ghostfunc._tree import ParamSpec, batch_size, flatten_params
+from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._vjp import run
+
+_MODES = ("ghost", "jvp", "materialized")
+_Readers: TypeAlias = Sequence[DotReader | PairReader | TurnReader]
+
+
+class _Step(NamedTuple):
+    """Losses and gradient of the mean loss, and the scores: for every target a list of tensors,
+    one per parameter or one in all."""
+
+    losses: Tensor
+    grads: list[Tensor]
+    table: list[list[Tensor]]
+
+
+class _Piece(NamedTuple):
+    """As much of one target as is dotted with at one time: a batch, or a direction."""
+
+    target: int
+    val: PyTree | None
+    u: list[Tensor] | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A validated question: which scores of which data. Made by `ask`."""
+
+    model_fn: ModelFn
+    leaves: Sequence[Tensor]
+    spec: ParamSpec
+    train: PyTree
+    targets: Against
+    mode: Mode
+    reduction: Reduction
+    per_param: bool
+    normalize: bool
+    vectorize: bool
+    chunk_size: int | None
+    randomness: Randomness
+
+    def scores(self) -> PyTree:
+        """`[n]` (`[n, m]`), in a dict of several targets, in a pytree for `per_param`."""
+        if self.mode == "ghost":
+            return self._joined([(p, self._ghost(p, grads=False).table) for p in self._rounds()])
+        return self._joined([(p, self._other(p)) for p in self._rounds()])
+
+    def step(self) -> tuple[Tensor, list[Tensor], PyTree]:
+        """Losses, the gradient of the mean loss, and the scores."""
+        if self.mode != "ghost":
+            scores = self.scores()
+            return *self._plain_gradient(), scores
+        first, *others = self._rounds()
+        losses, grads, table = self._ghost(first, grads=True)
+        tables = [(p, self._ghost(p, grads=False).table) for p in others]
+        return losses, grads, self._joined([(first, table), *tables])
+
+    def positions(self) -> PyTree:
+        """`[n, T]`: the scores, split up by positions."""
+        for option, given, needed in (
+            ("mode", self.mode, "ghost"),
+            ("normalize", self.normalize, False),
+        ):
+            if given != needed:
+                raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
+        if self.targets.vals and self.reduction == "none":
+            raise OptionError(
+                'per_position=True needs reduction="mean" or "sum": ask for several validation '
+                "batches, a dict of them, to tell validation samples apart."
+            )
+        us = [*map(self._direction, self.targets.vals), *self.targets.directions]
+
+        def of_chunk(train: PyTree) -> list[Tensor]:
+            parts = position_dots(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                train,
+                us,
+                per_param=self.per_param,
+                randomness=self.randomness,
+            )
+            return _flat(parts)
+
+        flat = _chunks.joined(_chunks.each(of_chunk, self.train, self.chunk_size, "train"))
+        pieces = [_Piece(k, None, u) for k, u in enumerate(us)]
+        return self._joined([(pieces, self._unflat(flat, len(us)))])
+
+    # --- what is run at one time -----------------------------------------------------------------
+
+    def _rounds(self) -> list[list[_Piece]]:
+        """Pieces of all targets, to be taken in one run of `train`; what the pieces of one target
+        give lies side by side."""
+        columns = [
+            [_Piece(k, *piece) for piece in self._pieces(val)]
+            for k, val in enumerate(self.targets.vals)
+        ]
+        columns += [[_Piece(k, None, u)] for k, u in enumerate(self.targets.directions)]
+        return [[p for p in row if p is not None] for row in zip_longest(*columns)]
+
+    def _pieces(self, val: PyTree) -> list[tuple[PyTree | None, list[Tensor] | None]]:
+        if self.chunk_size is None:
+            return [(val, None)]
+        if self.reduction == "none":
+            return [(chunk, None) for _, chunk in _chunks.chunks(val, self.chunk_size, "val")]
+        if batch_size(val) <= self.chunk_size and self.mode == "ghost":
+            return [(val, None)]
+        return [(None, self._direction(val))]
+
+    def _direction(self, val: PyTree) -> list[Tensor]:
+        return dense_direction(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            val,
+            mean=self.reduction == "mean",
+            chunk_size=self.chunk_size,
+            randomness=self.randomness,
+        )
+
+    # --- ghost -----------------------------------------------------------------------------------
+
+    def _ghost(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step:
+        readers = [self._readers(piece, grads=grads) for piece in pieces]
+        quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
+        if self.normalize:
+            quantities.append(SqNorm())
+
+        def of_chunk(train: PyTree) -> _Step:
+            taken = run(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                train,
+                quantities,
+                grads=range(len(self.leaves)) if grads else (),
+                scale=1 / batch_size(self.train) if grads else 1.0,
+                randomness=self.randomness,
+            )
+            dots = taken.values[: len(readers)]
+            if not self.normalize:
+                return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
+            rows = _cosines.sample_norms(
+                self.model_fn, self.leaves, self.spec, train, taken.values[-1], self.randomness
+            )
+            table = [
+                self._cosines(x, rows, _lengths(r, rows))
+                for x, r in zip(dots, readers, strict=True)
+            ]
+            return _Step(taken.losses, taken.grads, table)
+
+        parts, sums = [], _chunks.Sums()
+        for part in _chunks.each(of_chunk, self.train, self.chunk_size, "train"):
+            parts.append([part.losses, *_flat(part.table)])
+            sums.add(part.grads if grads else ())
+            del part
+        losses, *flat = _chunks.joined(parts)
+        return _Step(losses, sums.result(), self._unflat(flat, len(pieces)))
+
+    def _readers(self, piece: _Piece, *, grads: bool) -> _Readers:
+        if piece.u is not None:
+            return [DotReader(u) for u in piece.u]
+        return validation_readers(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            self.train,
+            piece.val,
+            reduction=self.reduction,
+            grads=grads,
+            randomness=self.randomness,
+        )
+
+    # --- the other modes -------------------------------------------------------------------------
+
+    def _other(self, pieces: Sequence[_Piece]) -> list[list[Tensor]]:
+        for piece in pieces:
+            if piece.val is not None:
+                self._prove(piece.val)
+
+        def of_chunk(train: PyTree) -> list[Tensor]:
+            self._prove(train)
+            if self.mode == "jvp":
+                if self.randomness == "error":
+                    _oracles.prove_independent_tangents(
+                        self.model_fn, self.leaves, self.spec, train
+                    )
+                return _flat([self._jvp(train, piece) for piece in pieces])
+            formed = self._formed(train)
+            return _flat([self._materialized(formed, piece) for piece in pieces])
+
+        flat = _chunks.joined(_chunks.each(of_chunk, self.train, self.chunk_size, "train"))
+        return self._unflat(flat, len(pieces))
+
+    def _prove(self, batch: PyTree) -> None:
+        prove_independent(self.model_fn, self.leaves, self.spec, batch, self.randomness)
+
+    def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
+        columns = [
+            _oracles.jvp_dots(
+                self.model_fn, self.leaves, self.spec, train, u, per_param=self.per_param
+            )
+            for u in self._directions(piece)
+        ]
+        if piece.val is not None and self.reduction == "none":
+            return [torch.stack(column, dim=1) for column in zip(*columns, strict=True)]
+        return columns[0]
+
+    def _directions(self, piece: _Piece) -> Iterator[list[Tensor]]:
+        """The directions of one piece, one at a time."""
+        args = self.model_fn, self.leaves, self.spec, piece.val
+        if piece.u is not None:
+            return iter([piece.u])
+        if self.reduction == "none":
+            return _oracles.val_gradients(*args)
+        scale = 1 / batch_size(piece.val) if self.reduction == "mean" else 1.0
+        return iter([_oracles.val_gradient(*args, scale)])
+
+    def _materialized(self, train: list[Tensor], piece: _Piece) -> list[Tensor]:
+        if piece.u is not None:
+            theirs = [wide(x).reshape(1, -1) for x in piece.u]
+        else:
+            theirs = self._formed(piece.val)
+            if self.reduction != "none":
+                theirs = [v.sum(0, keepdim=True) for v in theirs]
+            if self.reduction == "mean":
+                theirs = [v / batch_size(piece.val) for v in theirs]
+        dots = [g @ v.mT for g, v in zip(train, theirs, strict=True)]
+        if piece.u is not None or self.reduction != "none":
+            dots = [x[:, 0] for x in dots]
+        if not self.normalize:
+            return self._summed(dots)
+        return self._cosines(dots, _rows_of(train), _rows_of(theirs))
+
+    def _formed(self, batch: PyTree) -> list[Float[Tensor, "n elements"]]:
+        grads = _oracles.materialize(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            vectorize=self.vectorize,
+            randomness=self.randomness,
+        )
+        return [wide(g)[:, None].flatten(1) for g in grads]
+
+    def _plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        n = batch_size(self.train)
+
+        def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
+            def share(p: list[Tensor]) -> tuple[Tensor, Tensor]:
+                losses = self.model_fn(self.spec.unflatten(p), train)
+                losses = check_losses(losses, batch_size(train))
+                return losses.sum() / n, losses
+
+            grads, losses = torch.func.grad(share, has_aux=True)(list(self.leaves))
+            return grads, losses
+
+        rows, sums = [], _chunks.Sums()
+        for grads, losses in _chunks.each(of_chunk, self.train, self.chunk_size, "train"):
+            rows.append([losses])
+            sums.add(grads)
+            del grads
+        return _chunks.joined(rows)[0], sums.result()
+
+    # --- tables ----------------------------------------------------------------------------------
+
+    def _summed(self, dots: Sequence[Tensor]) -> list[Tensor]:
+        return list(dots) if self.per_param else [add_up(dots)]
+
+    def _cosines(self, dots: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> list[Tensor]:
+        if self.per_param:
+            return list(map(_norms.cosine, dots, rows, lengths))
+        return [_norms.cosine(add_up(dots), _norms.joint(rows), _norms.joint(lengths))]
+
+    def _unflat(self, flat: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        width = len(flat) // count
+        return [list(flat[i : i + width]) for i in range(0, len(flat), width)]
+
+    def _joined(self, rounds: Sequence[tuple[Sequence[_Piece], list[list[Tensor]]]]) -> PyTree:
+        """What the caller gets, from the pieces and the tables of all rounds."""
+        rows: list[list[list[Tensor]]] = [[] for _ in range(len(self.targets))]
+        for pieces, table in rounds:
+            for piece, row in zip(pieces, table, strict=True):
+                rows[piece.target].append(row)
+        found = [_chunks.joined(parts, axis=1) for parts in rows]
+        return self.targets.named(
+            [self.spec.unflatten(x) if self.per_param else x[0] for x in found]
+        )
+
+
+def ask(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    val: PyTree | None,
+    direction: PyTree | None,
+    *,
+    mode: Mode,
+    reduction: Reduction,
+    per_param: bool,
+    normalize: bool,
+    vectorize: bool,
+    chunk_size: int | None,
+    randomness: Randomness,
+) -> Scores:
+    """Validate a call of one of the public functions."""
+    one_of("mode", mode, _MODES)
+    one_of("reduction", reduction, ("mean", "sum", "none"))
+    one_of("randomness", randomness, ("error", "different"))
+    _chunks.check_chunk_size(chunk_size)
+    if normalize and mode == "jvp":
+        raise OptionError(
+            'Cosines need norms of gradients, which mode="jvp" does not have. Use mode="ghost" or '
+            'mode="materialized".'
+        )
+    leaves, spec = flatten_params(params)
+    batch_size(train, "train")
+    return Scores(
+        model_fn,
+        leaves,
+        spec,
+        train,
+        against(val, direction, train, leaves, spec),
+        mode,
+        reduction,
+        per_param,
+        normalize,
+        vectorize,
+        chunk_size,
+        randomness,
+    )
+
+
+def _rows_of(grads: Sequence[Float[Tensor, "n elements"]]) -> Float[Tensor, "params n"]:
+    return torch.stack([_norms.norms((Dense(g),)) for g in grads])
+
+
+def _lengths(readers: _Readers, rows: Tensor) -> Tensor:
+    return torch.stack([_cosines.length(r, rows) for r in readers])
+
+
+def _flat(table: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [x for row in table for x in row]
