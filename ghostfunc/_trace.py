@@ -409,7 +409,8 @@ class _Recorder(TrackingMode):
         if len(axes) != 1:
             raise SampleAxisError(
                 f"{what}: with one more sample, shape {small} became {grown}. Samples must lie on "
-                "exactly one axis; a table of sample pairs couples samples."
+                "exactly one axis: in a table of sample pairs, compute each sample's own entries "
+                f"alone. {WAYS_OUT}"
             )
         (axis,) = axes
         k, positions = self._k, small[axis] // self._k
