@@ -300,6 +300,21 @@ def transpose(factor: Factor) -> Factor:
             raise _unknown(factor)
 
 
+def times(factor: Factor, c: float) -> Factor:
+    """The factor of `c * g_i`, in float32 or wider."""
+    match factor:
+        case Outer(left, right):
+            return Outer(wide(left) * c, right)
+        case OneHot(ids, b, rows):
+            return OneHot(ids, wide(b) * c, rows)
+        case Grouped(left, right):
+            return Grouped(wide(left) * c, right)
+        case Dense(g):
+            return Dense(wide(g) * c)
+        case _:
+            raise _unknown(factor)
+
+
 # --- two factors of one parameter -------------------------------------------------------------
 
 
