@@ -417,7 +417,9 @@ class _Recorder(TrackingMode):
         if small[axis] % k or grown[axis] != self._grown * positions:
             raise SampleAxisError(
                 f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
-                f"{self._grown}: not the same number for every sample. {WAYS_OUT}"
+                f"{self._grown}: not the same number for every sample. For transformers' experts, "
+                'model.set_experts_implementation("batched_mm") keeps a sample\'s rows together. '
+                + WAYS_OUT
             )
         return axis, ("none",) if positions == 1 else ("sample-major", "position-major")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import BuiltinFunctionType
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -181,9 +181,10 @@ def lookup(op: Callable[..., Any]) -> Rule | None:
 
 def op_name(op: Callable[..., Any]) -> str:
     """What an op is called in errors: `torch.nn.functional.linear`, `torch.Tensor.mul`."""
-    if isinstance(op, FunctionType):
-        return resolve_name(op) or f"{op.__module__}.{op.__qualname__}"
-    return resolve_name(op) or repr(op)
+    named = resolve_name(op)
+    if named is None and isinstance(op, BuiltinFunctionType):
+        return f"torch.{op.__name__}"
+    return named or repr(op)
 
 
 def coupled(what: str, remedy: str) -> CoupledSamplesError:
