@@ -39,6 +39,7 @@ from ghostfunc._errors import (
     UnsupportedOpError,
     UntrackedUseError,
 )
+from ghostfunc._factors import misfit
 from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Fold, Layout
 from ghostfunc._purity import (
@@ -384,7 +385,10 @@ class _Recorder(TrackingMode):
             for name, tracked in zip(names, call.tracked, strict=True):
                 if name not in factors:
                     raise UnsupportedOpError(f"{what}: its rule has no factor for {name!r}")
-                shape, wanted = factors[name]().shape, tuple(tracked.const.shape)
+                factor = factors[name]()
+                if wrong := misfit(factor, self._grown):
+                    raise UnsupportedOpError(f"{what}: {wrong}")
+                shape, wanted = factor.shape, tuple(tracked.const.shape)
                 if math.prod(shape) != math.prod(wanted):
                     raise UnsupportedOpError(
                         f"{what}: its rule makes a factor of shape {shape} for shape {wanted}"
