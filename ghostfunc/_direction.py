@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc import _chunks, _cost, _oracles
+from ghostfunc._factors import Factor, times, wide
 from ghostfunc._purity import prove_independent
-from ghostfunc._quantities import DotReader, PairReader, TurnReader
+from ghostfunc._quantities import DotReader, PairReader, Prepared, TotalReader, TurnReader
 from ghostfunc._tree import ParamSpec, batch_size
 from ghostfunc._types import ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import meetings, run
@@ -48,25 +49,38 @@ def validation_readers(
         factored = {
             i for i in everything if _cost.keep_direction_factored(ours[i], theirs[i], grads=grads)
         }
+    mean = 1 / m if reduction == "mean" else 1.0
+    # In half precision 1 / m would be rounded, once in all cotangents or once in each, and a
+    # gradient has its parameter's dtype: there the direction is added up and divided wider.
+    halves = {i for i, x in enumerate(leaves) if wide(x).dtype != x.dtype}
+    half = bool(halves)
+    wider = {i for i in halves - factored if all(x.direct for x in theirs[i])}
+    totals = [TotalReader(tuple(x.shape)) if i in wider else None for i, x in enumerate(leaves)]
     taken = run(
         model_fn,
         leaves,
         spec,
         val,
-        [],
-        grads=[i for i in everything if i not in factored],
+        [Prepared(totals, degree=1)] if wider else [],
+        grads=[i for i in everything if i not in factored and i not in wider],
         collect=factored,
         postpone=postponed,
-        scale=1 / m if reduction == "mean" else 1.0,
+        scale=1.0 if half else mean,
         randomness=randomness,
     )
+    after = mean if half else 1.0
+
+    def scaled(factor: Factor) -> Factor:
+        return factor if after == 1.0 else times(factor, after)
 
     def reader(i: int) -> DotReader | PairReader | TurnReader:
-        if taken.turns[i]:
+        if taken.turns[i]:  # only of reduction "none", which scales nothing
             return TurnReader(tuple(taken.turns[i]), m)
         if i in factored:
-            return PairReader(tuple(taken.factors[i]), each, m)
-        return DotReader(taken.grads[i])
+            return PairReader(tuple(map(scaled, taken.factors[i])), each, m)
+        if i in wider:
+            return DotReader(taken.values[0][i] * mean)
+        return DotReader(wide(taken.grads[i]) * after if half else taken.grads[i])
 
     return [reader(i) for i in everything]
 

@@ -300,6 +300,42 @@ def transpose(factor: Factor) -> Factor:
             raise _unknown(factor)
 
 
+def misfit(factor: Factor, n: int) -> str:
+    """What is wrong with the sizes of a factor for n samples; "" if nothing."""
+    match factor:
+        case Outer(left, right) | Grouped(left, right):
+            sizes = {"left": left.shape[:-1], "right": right.shape[:-1]}
+        case OneHot(ids, b, _):
+            sizes = {"ids": ids.shape, "b": b.shape[:-1]}
+        case Dense(g):
+            sizes = {"g": g.shape[:1]}
+        case _:
+            raise _unknown(factor)
+    (first, *rest) = sizes.values()
+    if first[:1] == (n,) and all(size == first for size in rest):
+        return ""
+    shapes = ", ".join(f"{k} {tuple(x.shape)}" for k, x in factor._asdict().items() if k in sizes)
+    return (
+        f"its rule makes a factor {type(factor).__name__}({shapes}); all of it must have the {n} "
+        "samples first, and then the same positions"
+    )
+
+
+def times(factor: Factor, c: float) -> Factor:
+    """The factor of `c * g_i`, in float32 or wider."""
+    match factor:
+        case Outer(left, right):
+            return Outer(wide(left) * c, right)
+        case OneHot(ids, b, rows):
+            return OneHot(ids, wide(b) * c, rows)
+        case Grouped(left, right):
+            return Grouped(wide(left) * c, right)
+        case Dense(g):
+            return Dense(wide(g) * c)
+        case _:
+            raise _unknown(factor)
+
+
 # --- two factors of one parameter -------------------------------------------------------------
 
 

@@ -306,6 +306,24 @@ class SampleGrad(Quantity):
         return [SampleGradReader(tuple(x.shape)) for x in leaves]
 
 
+class TotalReader(NamedTuple):
+    """`sum_i g_i` in float32 or wider, `[*shape]`."""
+
+    shape: tuple[int, ...]
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, *self.shape)
+
+    def read(self, factor: Factor) -> Tensor:
+        return _factors.total(factor).reshape(self.shape)
+
+    def push(self, push: Push) -> None:
+        return None
+
+    def plus(self, other: TotalReader) -> TotalReader:
+        return self
+
+
 def _zeros(param: Tensor, *shape: int) -> Tensor:
     """A zero tap: float32 or wider, one stored element whatever its shape."""
     return _factors.wide(param.new_zeros(())).expand(shape)

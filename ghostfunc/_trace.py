@@ -39,6 +39,7 @@ from ghostfunc._errors import (
     UnsupportedOpError,
     UntrackedUseError,
 )
+from ghostfunc._factors import misfit
 from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Fold, Layout
 from ghostfunc._purity import (
@@ -384,7 +385,10 @@ class _Recorder(TrackingMode):
             for name, tracked in zip(names, call.tracked, strict=True):
                 if name not in factors:
                     raise UnsupportedOpError(f"{what}: its rule has no factor for {name!r}")
-                shape, wanted = factors[name]().shape, tuple(tracked.const.shape)
+                factor = factors[name]()
+                if wrong := misfit(factor, self._grown):
+                    raise UnsupportedOpError(f"{what}: {wrong}")
+                shape, wanted = factor.shape, tuple(tracked.const.shape)
                 if math.prod(shape) != math.prod(wanted):
                     raise UnsupportedOpError(
                         f"{what}: its rule makes a factor of shape {shape} for shape {wanted}"
@@ -409,14 +413,17 @@ class _Recorder(TrackingMode):
         if len(axes) != 1:
             raise SampleAxisError(
                 f"{what}: with one more sample, shape {small} became {grown}. Samples must lie on "
-                "exactly one axis; a table of sample pairs couples samples."
+                "exactly one axis: in a table of sample pairs, compute each sample's own entries "
+                f"alone. {WAYS_OUT}"
             )
         (axis,) = axes
         k, positions = self._k, small[axis] // self._k
         if small[axis] % k or grown[axis] != self._grown * positions:
             raise SampleAxisError(
                 f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
-                f"{self._grown}: not the same number for every sample. {WAYS_OUT}"
+                f"{self._grown}: not the same number for every sample. For transformers' experts, "
+                'model.set_experts_implementation("batched_mm") keeps a sample\'s rows together. '
+                + WAYS_OUT
             )
         return axis, ("none",) if positions == 1 else ("sample-major", "position-major")
 

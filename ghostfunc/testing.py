@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ghostfunc._errors import OptionError, VerificationError
 from ghostfunc._pairwise import ghost_gram
 from ghostfunc._rules import DECOMPOSITIONS
-from ghostfunc._rules._registry import op_name
+from ghostfunc._rules._registry import canonical, op_name
 from ghostfunc._transforms import ghost_dot_prod, ghost_value_and_grad, per_sample_grads
 from ghostfunc._tree import flatten_params
 from ghostfunc._vjp import traced
@@ -129,8 +129,8 @@ def _check_called(
 ) -> None:
     leaves, spec = flatten_params(params)
     calls = traced(model_fn, leaves, spec, batch, randomness="error").calls
-    met = [call.func for call in calls if call.kind == "use"]
-    if op not in met and op not in DECOMPOSITIONS:
+    met = [canonical(call.func) for call in calls if call.kind == "use"]
+    if canonical(op) not in met and op not in DECOMPOSITIONS:
         names = ", ".join(sorted({op_name(x) for x in met})) or "nothing"
         raise VerificationError(
             f"{name} does not test {op_name(op)}: its parameters meet samples in {names}."

@@ -735,7 +735,7 @@ def test_a_table_of_all_pairs() -> None:
         h = x @ p["w"]
         return energy((h @ h.t() * p["scale"]).diagonal()[:, None])
 
-    with pytest.raises(gf.SampleAxisError, match="pairs couples samples"):
+    with pytest.raises(gf.SampleAxisError, match=r'table of sample pairs.*mode="jvp"'):
         dot_prod(model_fn, weights(**W, scale=()))
 
 

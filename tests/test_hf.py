@@ -60,11 +60,8 @@ def t5_encoder_decoder() -> nn.Module:
 def vit() -> nn.Module:
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    model = seeded(
-        hf.ViTForImageClassification, hf.ViTConfig(**sizes, **layers, num_labels=CLASSES)
-    )
-    model.vit.embeddings.patch_embeddings.requires_grad_(False)  # a convolution has no rule yet
-    return model
+    config = hf.ViTConfig(**sizes, **layers, num_labels=CLASSES)
+    return seeded(hf.ViTForImageClassification, config)
 
 
 def text(n: int, t: int, seed: int, padding: str = "none") -> Batch:

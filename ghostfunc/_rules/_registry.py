@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload
 from torch.overrides import handle_torch_function, has_torch_function, resolve_name
 
 from ghostfunc._errors import WAYS_OUT, CoupledSamplesError, OptionError, UnsupportedOpError
@@ -72,12 +74,22 @@ REASONS: dict[Callable[..., Any], str] = {}
 
 def _add(op: Callable[..., Any], rule: Rule) -> None:
     _check_new(op)
-    RULES[op] = rule
+    RULES[canonical(op)] = rule
+
+
+def canonical(op: Callable[..., Any]) -> Callable[..., Any]:
+    """One object for all that a custom op of `torch.library` is called by."""
+    if isinstance(op, CustomOpDef):
+        op = op._opoverload
+    if isinstance(op, OpOverload) and op._overloadname == "default":
+        return op.overloadpacket
+    return op
 
 
 def _check_new(op: Callable[..., Any]) -> None:
     if not callable(op):
         raise OptionError(f"Registering a rule takes the op itself (such as F.linear), not {op!r}.")
+    op = canonical(op)
     if op in RULES or op in DECOMPOSITIONS:
         raise OptionError(f"{op_name(op)} has a rule already; an op has exactly one.")
 
@@ -176,14 +188,17 @@ def constant(x: Tensor) -> Tensor:
 
 def lookup(op: Callable[..., Any]) -> Rule | None:
     """The rule of an op, or None."""
-    return RULES.get(op)
+    return RULES.get(canonical(op))
 
 
 def op_name(op: Callable[..., Any]) -> str:
     """What an op is called in errors: `torch.nn.functional.linear`, `torch.Tensor.mul`."""
-    if isinstance(op, FunctionType):
-        return resolve_name(op) or f"{op.__module__}.{op.__qualname__}"
-    return resolve_name(op) or repr(op)
+    named = resolve_name(op)
+    if named is None and isinstance(op, FunctionType):
+        return f"{op.__module__}.{op.__qualname__}"
+    if named is None and isinstance(op, BuiltinFunctionType):
+        return f"{op.__module__ or 'torch'}.{op.__name__}"
+    return named or repr(op)
 
 
 def coupled(what: str, remedy: str) -> CoupledSamplesError:

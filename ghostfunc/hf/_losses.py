@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghostfunc._errors import BatchError
+from ghostfunc._factors import wide
 from ghostfunc._module import from_module
 from ghostfunc._types import ModelFn
 from ghostfunc.hf._logits import IGNORED, check_head, chunked_token_means, token_losses
@@ -113,7 +114,7 @@ def _classification(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
         logits = module(**inputs).logits
         if labels.is_floating_point():
             return (logits - labels.reshape(logits.shape)).square().mean(1)
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return F.cross_entropy(wide(logits), labels, reduction="none")
 
     return from_module(model, loss)
 

@@ -149,6 +149,60 @@ def test_ids_and_tensors_of_ones_own() -> None:
     check_rule(F.embedding, [table], samples=(4, 1))
 
 
+@torch.library.custom_op("ghostfunc_tests::gate", mutates_args=())
+def gate(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+gate.register_autograd(
+    lambda ctx, b: (b * ctx.saved_tensors[1], (b * ctx.saved_tensors[0]).flatten(0, -2).sum(0)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.mark.parametrize("name", ["decorated", "packet", "overload"])
+def test_a_custom_op_by_every_name(name: str) -> None:
+    packet = torch.ops.ghostfunc_tests.gate
+    op = {"decorated": gate, "packet": packet, "overload": packet.default}[name]
+    gf.register_rule(op)(lambda b, x, w: {"w": lambda: gf.Dense((b * x).flatten(1, -2).sum(1))})
+    try:
+        for call in (gate, packet, packet.default):
+            case = Case(lambda p, x, call=call: call(x["x"], p["w"]), {"w": (4,)}, {"x": (3, 4)})
+            check_rule(op, [case])
+            with pytest.raises(gf.OptionError, match="has a rule already"):
+                gf.register_rule(call)(right)
+    finally:
+        del RULES[packet]
+    with pytest.raises(gf.UnsupportedOpError, match=r"ghostfunc_tests.gate.* 'w': no ghost rule"):
+        check_rule(op, [case])
+
+
+@wrap_torch_function(lambda x, w: (x, w))
+def squared(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w.T) ** 2
+
+
+def test_a_rule_for_one_number_of_axes_only() -> None:
+    """Samples of the parameter broadcast against positions: as many numbers, in wrong places."""
+
+    def rule(b: Tensor, x: Tensor, w: Tensor) -> Any:
+        return {"w": lambda: gf.Outer(2 * b * (x @ w[:, None].mT), x)}
+
+    def folded(p: Any, x: Any) -> Tensor:
+        return squared(x["x"].flatten(0, 1), p["w"]).unflatten(0, (-1, 3))
+
+    gf.register_rule(squared)(rule)
+    try:
+        check_rule(
+            squared, [Case(lambda p, x: squared(x["x"], p["w"]), {"w": (2, 4)}, {"x": (3, 4)})]
+        )
+        with pytest.raises(gf.UnsupportedOpError, match=r"test_check_rule\.squared") as caught:
+            check_rule(squared, [Case(folded, {"w": (2, 4)}, {"x": (3, 4)})])
+        assert "Outer(left (3, 3, 3, 2), right (3, 3, 4))" in str(caught.value)
+    finally:
+        del RULES[squared]
+
+
 def test_the_code_of_the_documentation_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     before = set(RULES)

@@ -101,16 +101,19 @@ def test_transposed_convolutions(drawn: tuple[Any, Case]) -> None:
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate", "zeros"])
 @pytest.mark.parametrize("padding", [1, "same"])
-def test_padding_modes(mode: str, padding: Any) -> None:
-    for kernel in (3, 2) if padding == "same" else (3,):
-        conv = nn.Conv2d(2, 4, (kernel, 3), padding=padding, padding_mode=mode, groups=2).double()
+@pytest.mark.parametrize("dims", CONV)
+def test_padding_modes(dims: int, mode: str, padding: Any) -> None:
+    layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    for first in (3, 2) if padding == "same" else (3,):
+        kernel = (first, 3, 1)[:dims]
+        padded = padding if padding == "same" else (1, 1, 0)[:dims]
+        conv = layer(2, 4, kernel, padding=padded, padding_mode=mode, groups=2).double()
 
         def call(p: Any, x: Any, conv: nn.Module = conv) -> Any:
             return torch.func.functional_call(conv, p, (x["x"],))
 
-        check_rule(
-            F.conv2d, [Case(call, {"weight": (4, 1, kernel, 3), "bias": (4,)}, {"x": (2, 4, 5)})]
-        )
+        params = {"weight": (4, 1, *kernel), "bias": (4,)}
+        check_rule(CONV[dims], [Case(call, params, {"x": (2, *(4, 5, 2)[:dims])})], samples=(1, 3))
 
 
 def test_a_batch_of_frames_folded_with_the_samples() -> None:
