@@ -37,13 +37,13 @@ def one_item_each(loss: Callable[[nn.Module, Batch], Tensor]) -> SampleLoss:
     return SampleLoss(loss, items)
 
 
-def sample_loss_of(model: nn.Module) -> SampleLoss:
+def sample_loss_of(model: nn.Module | None) -> SampleLoss:
     """The loss of a model of transformers."""
     function = model.loss_function if isinstance(model, PreTrainedModel) else None
     if function not in SAMPLE_LOSSES:
         raise OptionError(
             f"GhostTrainer does not know the loss of {type(model).__name__}; it knows the models "
-            f"whose loss is {', '.join(f.__name__ for f in SAMPLE_LOSSES)}. Pass sample_loss=f with "
+            f"whose loss is {', '.join(f.__name__ for f in SAMPLE_LOSSES)}. Pass sample_loss=f, "
             "f(module, batch) -> [n], one loss per sample, whose mean over the batch is the loss "
             "that the model returns."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,21 +132,30 @@ class GhostTrainer(Trainer):
         }
         write_table(self.scores, list(self.score_sets), facts, Path(path))
 
+    @property
+    def _output_dir(self) -> str:
+        return cast(str, self.args.output_dir)
+
     # --- Trainer's own methods ---
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """As `Trainer.train`; scores go on from the checkpoint too, and are written at the end."""
         if resume_from_checkpoint is True:
             # Without a checkpoint Trainer raises, and says so.
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = get_last_checkpoint(self._output_dir) or True
         if isinstance(resume_from_checkpoint, str):
             path = Path(resume_from_checkpoint) / STATE_FILE
             self._score_state = load_state(path, len(self.score_sets))
         else:
             self._score_state = init(len(self.score_sets))
         self._ghost, self._directions, self._books = None, None, []
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.save_scores(Path(self.args.output_dir) / TABLE_FILE)
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.save_scores(Path(self._output_dir) / TABLE_FILE)
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -161,9 +170,9 @@ class GhostTrainer(Trainer):
         dataset, collate = self.train_dataset, self.data_collator
         key = self.id_column or SAMPLE_ID
         self._set_signature_columns_if_needed()
-        columns = self._signature_columns
+        columns: Any = self._signature_columns
         # For the time of this call: validation batches carry no numbers.
-        self._signature_columns = [*columns, key]
+        self._signature_columns = cast(Any, [*columns, key])
         self.data_collator = NumberedCollator(collate, key)
         if self.id_column is None and dataset is not None:
             if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -251,7 +260,7 @@ class GhostTrainer(Trainer):
             )
 
     def _pure_optimizer(self, model: nn.Module) -> Optimizer:
-        held = self.optimizer.optimizer  # accelerate's wrapper
+        held = cast(Any, self.optimizer).optimizer  # accelerate wraps it
         if self.score_form == "sgd":
             rates = {float(group["lr"]) for group in held.param_groups}
             if len(rates) > 1:
@@ -274,7 +283,7 @@ class GhostTrainer(Trainer):
             torch.manual_seed(self.args.seed + self.state.global_step)
             batch = collate([dataset[(start + j) % len(dataset)] for j in range(size)])
         inputs = dict(self._prepare_inputs(batch))
-        inputs.pop(self.id_column, None)
+        inputs.pop(self.id_column or SAMPLE_ID, None)
         # `directions` takes the mean over samples; the loss is the mean over items.
         return self._weigh(inputs, self._items(inputs, None, whole=True) / size)
 
@@ -299,7 +308,8 @@ class GhostTrainer(Trainer):
         batch = self._weigh(inputs, self._items(inputs, counted))
         with _evaluating(model), torch.no_grad():
             ours = float(self._weighted(model, batch).sum())
-            theirs = float(self.compute_loss(model, dict(inputs), num_items_in_batch=counted))
+            loss = self.compute_loss(model, dict(inputs), num_items_in_batch=counted)
+            theirs = float(cast(Tensor, loss))
         if not self.model_accepts_loss_kwargs or counted is None:
             theirs /= self.current_gradient_accumulation_steps
         if not abs(ours - theirs) <= TOLERANCE * abs(theirs):
@@ -331,8 +341,8 @@ def _refuse(trainer: Trainer, *, second_order: bool) -> None:
         or args.n_gpu > 1,
         "fp16 (use bf16)": args.fp16,
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled,
-        "gradient checkpointing": args.gradient_checkpointing,
+        "FSDP": bool(trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled),
+        "gradient checkpointing": bool(args.gradient_checkpointing),
         "torch_compile": args.torch_compile,
         "label smoothing": trainer.label_smoother is not None,
         "compute_loss_func (pass sample_loss)": trainer.compute_loss_func is not None,
