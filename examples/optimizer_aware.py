@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from typing import Any
 
 import torch
@@ -77,9 +78,17 @@ def scored(
     }
 
 
+def correlations(values: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Pearson's and Spearman's; NaN for values that are all the same (Adam's first step, where no
+    state tells them apart)."""
+    if not bool(values.std() > 0):
+        return math.nan, math.nan
+    return float(pearsonr(values, truth)[0]), float(spearmanr(values, truth)[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 10, 100, 300])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 10, 100, 500, 2000])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -100,9 +109,8 @@ def main() -> None:
                 truth = real_changes(net, optimizer, batch, val)
                 found = scored(net, optimizer, batch, val, args.lr)
                 for name, values in found.items():
-                    pair = pearsonr(values, truth)[0], spearmanr(values, truth)[0]
-                    rows[step].setdefault(name, []).append(pair)
-                forms[step].append(pearsonr(found["previous state"], found["exact"])[0])
+                    rows[step].setdefault(name, []).append(correlations(values, truth))
+                forms[step].append(correlations(found["previous state"], found["exact"])[0])
             optimizer.zero_grad()
             loss(net, batch).mean().backward()
             optimizer.step()

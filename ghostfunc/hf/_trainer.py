@@ -78,7 +78,7 @@ class GhostTrainer(Trainer):
 
     Raises:
         OptionError: what this trainer does not do: several processes or devices, fp16,
-            DeepSpeed, FSDP, gradient checkpointing, a compiled model, label smoothing,
+            DeepSpeed, FSDP, activation checkpointing, a compiled model, label smoothing,
             `compute_loss_func`, NEFTune, `auto_find_batch_size`.
         VerificationError: the sample losses do not add up to the loss Trainer would train.
     """
@@ -342,7 +342,7 @@ def _refuse(trainer: Trainer, *, second_order: bool) -> None:
         "fp16 (use bf16)": args.fp16,
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": bool(trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled),
-        "gradient checkpointing": bool(args.gradient_checkpointing),
+        "activation checkpointing": bool(args.activation_checkpointing),
         "torch_compile": args.torch_compile,
         "label smoothing": trainer.label_smoother is not None,
         "compute_loss_func (pass sample_loss)": trainer.compute_loss_func is not None,
