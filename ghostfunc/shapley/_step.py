@@ -84,10 +84,12 @@ def step(
             state alone, in one pass. For optimizers linear in the gradient they are the same.
         weight: of every sample's loss in the loss that is trained, `1 / n` by default. For a
             micro-batch, 1 / the number of samples of the whole batch.
-        loss_scale: the backward pass is run on losses times this, so that 16-bit gradients do not
-            underflow; `grads` and `values` are divided by it (exact for powers of two).
+        loss_scale: the backward pass over `train` is run on losses times this, so that 16-bit
+            gradients do not underflow; `grads` and `values` are divided by it (exact for powers of
+            two). The passes over validation sets are not scaled.
         keep_factors: where G comes first, keep the factors of the gradients (memory as for the
-            activations) instead of running the model on `train` a second time.
+            activations) instead of running the model on `train` a second time (with draws of its
+            own, if it draws).
         hvp: for order 2, "forward" (`jvp` over `grad`) or "reverse" (`grad` over `grad`, for ops
             without forward-mode AD).
         randomness: "error" or "different".
