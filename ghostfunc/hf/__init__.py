@@ -12,16 +12,14 @@ from ghostfunc.hf._losses import (
 )
 from ghostfunc.hf._memory import disable_remat, enable_remat
 
-__all__ = [
-    "causal_lm",
-    "disable_remat",
-    "enable_remat",
 if TYPE_CHECKING:
     from ghostfunc.hf._trainer import GhostTrainer
 
 __all__ = [
     "GhostTrainer",
     "causal_lm",
+    "disable_remat",
+    "enable_remat",
     "image_classification",
     "masked_lm",
     "sequence_classification",
