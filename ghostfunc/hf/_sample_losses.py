@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
 from ghostfunc._errors import OptionError
-from ghostfunc.hf._losses import IGNORED, Batch
+from ghostfunc.hf._logits import IGNORED
+from ghostfunc.hf._losses import Batch
 
 
 class SampleLoss(NamedTuple):

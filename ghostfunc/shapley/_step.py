@@ -217,7 +217,7 @@ def directions(
             u, product = grad_and_hvp(model_fn, leaves, spec, val, move, hvp)
             u = [wide(x) + wide(y) for x, y in zip(u, product, strict=True)]
         else:
-            u = _oracles.val_gradient(model_fn, leaves, spec, val, mean=True)
+            u = _oracles.val_gradient(model_fn, leaves, spec, val, 1 / batch_size(val, name))
         out[name] = optimizer.pull_back(at, params, spec.unflatten(u))
     return out
 
