@@ -117,7 +117,6 @@ def prove_independent_tangents(
     remembered[key] = True
 
 
-class _ReverseModeConstants(TorchFunctionMode):
 class ReverseModeConstants(TorchFunctionMode):
     """Holds constant in forward mode what reverse mode does: what is computed under
     `torch.no_grad`, and the padding row of a look-up."""
