@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ghostfunc._book import FactoredGrads, factored_grads
 from ghostfunc._errors import OptionError, VerificationError, one_of
+from ghostfunc._memo import structure
 from ghostfunc._module import accumulate_grads, from_module
 from ghostfunc._quantities import Dot, Quantity
 from ghostfunc._tree import flatten_params
@@ -114,6 +115,7 @@ class GhostTrainer(Trainer):
         self._score_state = init(len(sets))
         self._directions: dict[str, Any] | None = None
         self._books: list[tuple[Tensor, FactoredGrads]] = []
+        self._looked_at: set[Hashable] = set()
 
     # --- what a run yields ---
 
@@ -154,6 +156,7 @@ class GhostTrainer(Trainer):
         else:
             self._score_state = init(len(self.score_sets))
         self._ghost, self._directions, self._books = None, None, []
+        self._looked_at = set()
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.save_scores(Path(self._output_dir) / TABLE_FILE)
         return output
@@ -200,10 +203,7 @@ class GhostTrainer(Trainer):
             self._compare_losses(model, inputs, num_items_in_batch)
         _, model_fn, params = self._ghost
         batch = self._weigh(inputs, self._items(inputs, num_items_in_batch))
-        with torch.random.fork_rng():
-            # Where the model has to be looked at first, that draws numbers of its own.
-            leaves, spec = flatten_params(params)
-            meetings(model_fn, leaves, spec, batch, randomness="different", exact=True)
+        self._look_first(model_fn, params, batch)
         if self.score_form == "exact" or self.score_order == 2:
             return self._two_halves(model, model_fn, params, ids, batch)
         if self._directions is None:
@@ -218,6 +218,19 @@ class GhostTrainer(Trainer):
         return out.losses.sum().detach()
 
     # --- how values are made ---
+
+    def _look_first(
+        self, model_fn: ModelFn, params: dict[str, Tensor], batch: dict[str, Any]
+    ) -> None:
+        """Have the model traced and proved now, so that its own draws are all that is drawn in
+        training: the same as without scores."""
+        leaves, spec = flatten_params(params)
+        key = structure(model_fn, spec, leaves, batch, "different")
+        with torch.random.fork_rng():
+            if key not in self._looked_at:
+                ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")
+                self._looked_at.add(key)
+            meetings(model_fn, leaves, spec, batch, randomness="different", exact=True)
 
     def _two_halves(
         self,
