@@ -6,7 +6,7 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import hf, projection, select, testing
+from ghostfunc import hf, projection, select, shapley, testing
 from ghostfunc._book import FactoredGrads, factored_grads
 from ghostfunc._clipping import ClippedGrad, ghost_clipped_grad
 from ghostfunc._errors import (
@@ -29,7 +29,7 @@ from ghostfunc._errors import (
 )
 from ghostfunc._explain import Plan, explain
 from ghostfunc._factors import Dense, OneHot, Outer
-from ghostfunc._module import from_module
+from ghostfunc._module import accumulate_grads, from_module
 from ghostfunc._pairwise import ghost_cosine, ghost_gram, ghost_norm
 from ghostfunc._quantities import Dot, Gram, Quantity, SampleGrad, SqNorm
 from ghostfunc._remat import remat
@@ -80,6 +80,7 @@ __all__ = [
     "UnsupportedOpError",
     "UntrackedUseError",
     "VerificationError",
+    "accumulate_grads",
     "direction",
     "explain",
     "factored_grads",
@@ -99,6 +100,7 @@ __all__ = [
     "register_rule",
     "remat",
     "select",
+    "shapley",
     "testing",
     "verify",
 ]

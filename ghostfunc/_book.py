@@ -21,7 +21,7 @@ from ghostfunc._factors import Dense, Factor, add_up
 from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
-from ghostfunc._vjp import run
+from ghostfunc._vjp import Taken, run
 
 
 def factored_grads(
@@ -74,12 +74,7 @@ def collect(
     taken = run(
         model_fn, leaves, spec, batch, [], collect=range(len(leaves)), randomness=randomness
     )
-    n = len(taken.losses)
-    bundles = tuple(
-        tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
-        for bundle, x in zip(taken.factors, leaves, strict=True)
-    )
-    return FactoredGrads(taken.losses, bundles, tuple(leaves), spec)
+    return FactoredGrads.of(taken, leaves, spec)
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,16 @@ class FactoredGrads:
     bundles: tuple[tuple[Factor, ...], ...]
     _leaves: tuple[Tensor, ...]
     _spec: ParamSpec
+
+    @staticmethod
+    def of(taken: Taken, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
+        """From a run that collected the factors of all parameters."""
+        n = len(taken.losses)
+        bundles = tuple(
+            tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
+            for bundle, x in zip(taken.factors, leaves, strict=True)
+        )
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.

@@ -160,3 +160,47 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             "to take gradients of. Unfreeze the parameters you want scores for."
         )
     return ModuleFn(module, loss), params
+
+
+def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: float = 1.0) -> None:
+    """Add gradients to the `.grad` of a module's parameters, as `loss.backward()` would.
+
+        p.grad = (p.grad or 0) + weight * grads[name of p]
+
+    The one function here that writes: with it any `torch.optim` optimizer, gradient clipping, loss
+    scaler and scheduler work as after `backward()`. Call `optimizer.zero_grad()` as ever.
+
+    Args:
+        module: the module that `gf.from_module` was given.
+        grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
+            parameter once, under its first name; frozen parameters not at all.
+        weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
+            loss scaler, its scale.
+
+    Raises:
+        ParamsError: names or shapes are not those of the trainable parameters. Nothing is written
+            then.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if grads.keys() != trainable.keys():
+        missing = sorted(trainable.keys() - grads.keys())
+        extra = sorted(grads.keys() - trainable.keys())
+        raise ParamsError(
+            f"grads must have the names of the trainable parameters of {type(module).__name__}. "
+            f"Missing: {missing or 'nothing'}; not among them: {extra or 'nothing'}. Make params "
+            "and grads anew (gf.from_module) when parameters are frozen or unfrozen."
+        )
+    for name, p in trainable.items():
+        if grads[name].shape != p.shape:
+            raise ParamsError(
+                f"The gradient of {name!r} has shape {tuple(grads[name].shape)}; the parameter's "
+                f"is {tuple(p.shape)}."
+            )
+    with torch.no_grad():
+        for name, p in trainable.items():
+            # A new tensor: what the optimizer or a clipping does to .grad stays out of `grads`.
+            grad = (grads[name] * weight).to(p.device, p.dtype)
+            if p.grad is None:
+                p.grad = grad
+            else:
+                p.grad += grad

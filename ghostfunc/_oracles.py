@@ -82,7 +82,7 @@ def jvp_dots(
         return check_losses(model_fn(spec.unflatten(p), train), n)
 
     def along(tangents: list[Tensor]) -> Tensor:
-        with FORWARD_MODE, _forward_mode(), torch.enable_grad(), _ReverseModeConstants():
+        with FORWARD_MODE, _forward_mode(), torch.enable_grad(), ReverseModeConstants():
             tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[1]
         return wide(tangent)
 
@@ -117,7 +117,7 @@ def prove_independent_tangents(
     remembered[key] = True
 
 
-class _ReverseModeConstants(TorchFunctionMode):
+class ReverseModeConstants(TorchFunctionMode):
     """Holds constant in forward mode what reverse mode does: what is computed under
     `torch.no_grad`, and the padding row of a look-up."""
 

@@ -149,13 +149,13 @@ def public_modules() -> Iterator[ModuleType]:
 
 def exported(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """The public names of a module; those defined in it if it has no `__all__`."""
-    for name, value in vars(module).items():
-        if "__all__" in vars(module):
-            public = name in module.__all__
-        else:
-            local = inspect.isfunction(value) or inspect.isclass(value)
-            public = local and not name.startswith("_") and value.__module__ == module.__name__
-        if public and not inspect.ismodule(value):
+    listed = "__all__" in vars(module)
+    # Some names of `__all__` are imported when they are asked for.
+    for name in module.__all__ if listed else tuple(vars(module)):
+        value = getattr(module, name)
+        local = inspect.isfunction(value) or inspect.isclass(value)
+        own = local and not name.startswith("_") and value.__module__ == module.__name__
+        if (listed or own) and not inspect.ismodule(value):
             yield name, value
 
 

@@ -1,4 +1,8 @@
-"""Hugging Face models as pure functions with per-sample losses."""
+"""Hugging Face models as pure functions with per-sample losses, and a Trainer with scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ghostfunc.hf._losses import (
     causal_lm,
@@ -8,7 +12,11 @@ from ghostfunc.hf._losses import (
 )
 from ghostfunc.hf._memory import disable_remat, enable_remat
 
+if TYPE_CHECKING:
+    from ghostfunc.hf._trainer import GhostTrainer
+
 __all__ = [
+    "GhostTrainer",
     "causal_lm",
     "disable_remat",
     "enable_remat",
@@ -16,3 +24,12 @@ __all__ = [
     "masked_lm",
     "sequence_classification",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only the Trainer needs transformers, accelerate and pyarrow.
+    if name == "GhostTrainer":
+        from ghostfunc.hf._trainer import GhostTrainer
+
+        return GhostTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

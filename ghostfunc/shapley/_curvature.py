@@ -1,0 +1,68 @@
+"""Gradient and Hessian-vector product of a mean validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ghostfunc._errors import TransformError, one_of
+from ghostfunc._oracles import ReverseModeConstants
+from ghostfunc._purity import check_losses
+from ghostfunc._tracking import FORWARD_MODE
+from ghostfunc._tree import ParamSpec, batch_size
+from ghostfunc._types import ModelFn, PyTree
+
+Hvp: TypeAlias = Literal["forward", "reverse"]
+
+
+def grad_and_hvp(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    val: PyTree,
+    along: Sequence[Tensor],
+    how: Hvp,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`(u, H p)` of the mean loss over `val`, with p = `along`.
+
+    "forward": `jvp` over `grad`, which has both from one pass. "reverse": `grad` of `<grad, p>`,
+    for models with an op that has no forward-mode AD. Both need the plain attention kernel: the
+    fused ones have no second derivative.
+    """
+    one_of("hvp", how, ("forward", "reverse"))
+    m = batch_size(val, "val_sets")
+
+    def mean_loss(p: list[Tensor]) -> Tensor:
+        return check_losses(model_fn(spec.unflatten(p), val), m).mean()
+
+    primals, tangents = [x.detach() for x in leaves], list(along)
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        if how == "reverse":
+            return _reverse(mean_loss, primals, tangents)
+        try:
+            with FORWARD_MODE, ReverseModeConstants():
+                out: Any = torch.func.jvp(torch.func.grad(mean_loss), (primals,), (tangents,))
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward AD" not in str(error) and "forward mode AD" not in str(error):
+                raise
+            raise TransformError(
+                'hvp="forward" needs forward-mode AD for every op; use hvp="reverse". torch said: '
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    return out[0], out[1]
+
+
+def _reverse(
+    mean_loss: Callable[[list[Tensor]], Tensor], primals: list[Tensor], along: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    def slope(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        grads = torch.func.grad(mean_loss)(p)
+        dots = [(g * x).sum() for g, x in zip(grads, along, strict=True)]
+        return torch.stack(dots).sum(), grads
+
+    products, grads = torch.func.grad(slope, has_aux=True)(primals)
+    return grads, products

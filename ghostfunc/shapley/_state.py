@@ -1,0 +1,130 @@
+"""Scores of a whole run: pure functions on a state that can be saved with `torch.save`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ghostfunc._errors import OptionError
+
+State: TypeAlias = dict[str, Tensor]
+"""`ids [s]` in ascending order, `values [s, sets]` and `counts [s]`: plain tensors."""
+
+
+class Scores(NamedTuple):
+    """What a run made of its samples.
+
+    Attributes:
+        ids: ids of the samples met, ascending, `[s]`.
+        values: what each changed every validation loss by, `[s, sets]`, float64. Negative: it
+            lowered the loss, the sample helped.
+        counts: how often each was trained on, `[s]`.
+    """
+
+    ids: Int[Tensor, " s"]
+    values: Float[Tensor, "s sets"]
+    counts: Int[Tensor, " s"]
+
+
+def init(num_sets: int = 1) -> State:
+    """The state before the first step.
+
+    Args:
+        num_sets: number of validation sets.
+
+    Returns:
+        A dict of tensors; `torch.save` it, and `torch.load(..., weights_only=True)` gives it back.
+    """
+    if num_sets < 1:
+        raise OptionError(f"num_sets={num_sets}: scores need at least one validation set.")
+    empty = torch.zeros(0, dtype=torch.int64)
+    return {
+        "ids": empty,
+        "values": torch.zeros(0, num_sets, dtype=torch.float64),
+        "counts": empty.clone(),
+    }
+
+
+def update(state: State, ids: Tensor | Sequence[int], values: Float[Tensor, "n sets"]) -> State:
+    """Add the values of one step (or of one micro-batch) to the state.
+
+    Args:
+        state: from `init` or `update`; it stays as it is.
+        ids: an integer per sample, `[n]`, whatever names it. Epochs and repeats add up.
+        values: `[n, sets]`, or `[n]` for one set: `gf.shapley.step(...).values`.
+
+    Returns:
+        A new state.
+
+    Raises:
+        OptionError: shapes or dtypes that do not fit, or values that are not finite: where a loss
+            scaler skips a step, leave its values out, for they changed nothing.
+    """
+    ids = torch.as_tensor(ids).cpu()
+    values = values.detach().cpu().double()
+    values = values[:, None] if values.ndim == 1 else values
+    num_sets = state["values"].shape[1]
+    if ids.is_floating_point() or ids.ndim != 1:
+        raise OptionError(f"ids must be integers [n]; got {tuple(ids.shape)} of {ids.dtype}.")
+    if values.shape != (len(ids), num_sets):
+        raise OptionError(
+            f"values must be [{len(ids)}, {num_sets}], a row per id and a column per validation "
+            f"set; got {tuple(values.shape)}."
+        )
+    finite = values.isfinite().all(1)
+    if not bool(finite.all()):
+        raise OptionError(
+            f"The values of samples {ids[~finite].tolist()[:5]} are not finite. If a loss scaler "
+            "skipped this step, leave its values out; else look at these samples."
+        )
+    met, inverse = torch.unique(ids.long(), return_inverse=True)
+    state = _with_rows(state, met)
+    rows = torch.searchsorted(state["ids"], met)[inverse]
+    return {
+        "ids": state["ids"],
+        "values": state["values"].index_add(0, rows, values),
+        "counts": state["counts"].index_add(0, rows, torch.ones_like(rows)),
+    }
+
+
+def merge(state: State, other: State) -> State:
+    """The sum of two states, of two processes that trained on different samples, say."""
+    if state["values"].shape[1] != other["values"].shape[1]:
+        raise OptionError(
+            f"States of {state['values'].shape[1]} and {other['values'].shape[1]} validation sets "
+            "cannot be merged."
+        )
+    state = _with_rows(state, other["ids"])
+    rows = torch.searchsorted(state["ids"], other["ids"])
+    return {
+        "ids": state["ids"],
+        "values": state["values"].index_add(0, rows, other["values"]),
+        "counts": state["counts"].index_add(0, rows, other["counts"]),
+    }
+
+
+def finalize(state: State) -> Scores:
+    """The scores: what every sample changed the validation losses by, over all its steps."""
+    return Scores(state["ids"], state["values"], state["counts"])
+
+
+def _with_rows(state: State, ids: Tensor) -> State:
+    """The state with rows, of zeros where new, for all of `ids` (ascending, without repeats)."""
+    new = ids[~torch.isin(ids, state["ids"], assume_unique=True)]
+    if not len(new):
+        return state
+    own = torch.ones(len(state["ids"]) + len(new), dtype=torch.bool)
+    own[torch.searchsorted(state["ids"], new) + torch.arange(len(new))] = False
+
+    def widened(x: Tensor) -> Tensor:
+        out = x.new_zeros(len(own), *x.shape[1:])
+        out[own] = x
+        return out
+
+    grown = {name: widened(x) for name, x in state.items()}
+    grown["ids"][~own] = new
+    return grown

@@ -1,0 +1,191 @@
+"""Optimizers as pure functions: the same steps as `torch.optim`, and their derivatives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_close
+from shapley_problems import network
+from torch import Tensor
+
+import ghostfunc as gf
+
+SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+Make = Callable[[Any], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: SGD(p, lr=0.1),
+    "decay": lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+    "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    "nesterov": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "maximize": lambda p: SGD(p, lr=0.1, momentum=0.9, maximize=True),
+    "adam": lambda p: Adam(p, lr=0.01),
+    "adam_decay": lambda p: Adam(
+        p, lr=torch.tensor(0.01).double(), weight_decay=0.1, betas=(0.8, 0.9)
+    ),
+    "adamw": lambda p: AdamW(p, lr=0.01, weight_decay=0.1, eps=1e-4, maximize=True),
+}
+
+
+def groups(module: Any) -> list[dict[str, Any]]:
+    """Two groups with settings of their own."""
+    first, *rest = module.parameters()
+    return [{"params": [first], "lr": 0.3, "weight_decay": 0.2}, {"params": rest}]
+
+
+def train(module: Any, optimizer: torch.optim.Optimizer, loss: Any, draw: Any, steps: int) -> None:
+    for seed in range(steps):
+        optimizer.zero_grad()
+        loss(module, draw(6, seed)).mean().backward()
+        optimizer.step()
+
+
+def gradient(module: Any, loss: Any, batch: Any) -> dict[str, Tensor]:
+    model_fn, params = gf.from_module(module, loss)
+    return gf.direction(model_fn, params, batch)
+
+
+def real_change(
+    module: Any, optimizer: torch.optim.Optimizer, grads: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a step of the real optimizer with these gradients adds."""
+    module, optimizer = copy.deepcopy((module, optimizer))
+    before = {k: p.detach().clone() for k, p in module.named_parameters()}
+    for k, p in module.named_parameters():
+        p.grad = grads[k].clone()
+    optimizer.step()
+    return {k: p.detach() - before[k] for k, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_and_derivatives_are_those_of_torch(name: str, steps: int) -> None:
+    """The derivative against differences of real steps."""
+    module, loss, draw = network()
+    optimizer = OPTIMIZERS[name](groups(module))
+    train(module, optimizer, loss, draw, steps)
+    pure = gf.shapley.from_optimizer(optimizer, module)
+    params = gf.from_module(module, loss)[1]
+    grads = gradient(module, loss, draw(6, 9))
+    assert_close(pure.update(grads, params), real_change(module, optimizer, grads), 1e-12)
+
+    u, h = gradient(module, loss, draw(4, 10)), 1e-7
+    along = gradient(module, loss, draw(2, 11))
+    ends = [
+        real_change(module, optimizer, {k: g + s * h * along[k] for k, g in grads.items()})
+        for s in (1, -1)
+    ]
+    expected = sum(((ends[0][k] - ends[1][k]) * u[k]).sum() for k in u) / (2 * h)
+    pulled = pure.pull_back(grads, params, u)
+    got = sum((pulled[k] * along[k]).sum() for k in u)
+    size = sum((pulled[k].abs() * along[k].abs()).sum() for k in u)
+    # At Adam's first step the derivative is next to nothing: differences cancel.
+    assert abs(float(got - expected)) < 1e-5 * float(size) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_written_out_and_read_from_torch_agree(name: str) -> None:
+    module, loss, draw = network()
+    make, settings = {
+        "sgd": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        "adam": (Adam, {"lr": 0.01, "weight_decay": 0.1}),
+        "adamw": (AdamW, {"lr": 0.01, "betas": (0.8, 0.9)}),
+    }[name]
+    optimizer = make(module.parameters(), **settings)
+    train(module, optimizer, loss, draw, 2)
+    held = {k: optimizer.state[p] for k, p in module.named_parameters()}
+    keys = ("momentum_buffer",) if name == "sgd" else ("exp_avg", "exp_avg_sq")
+    state: dict[str, Any] = {key: {k: x[key] for k, x in held.items()} for key in keys}
+    if name != "sgd":
+        state["step"] = 2
+    written = {"sgd": gf.shapley.sgd, "adam": gf.shapley.adam, "adamw": gf.shapley.adamw}[name]
+    params, grads = gf.from_module(module, loss)[1], gradient(module, loss, draw(6, 9))
+    pure, read = written(**settings, **state), gf.shapley.from_optimizer(optimizer, module)
+    assert_close(pure.update(grads, params), read.update(grads, params), 1e-14)
+    assert (pure.linear, pure.gain) == (read.linear, read.gain)
+
+
+def test_an_entry_without_any_gradient_does_not_move() -> None:
+    """Adam's formula has no derivative there."""
+    module, loss, draw = network()
+    params, grads = gf.from_module(module, loss)[1], gradient(module, loss, draw(6, 0))
+    grads["0.weight"][0] = 0.0
+    zeros = {k: torch.zeros_like(x) for k, x in params.items()}
+    optimizer = gf.shapley.adam(lr=0.1, exp_avg=zeros, exp_avg_sq=zeros, step=0)
+    pulled = optimizer.pull_back(grads, params, params)
+    assert all(bool(x.isfinite().all()) for x in pulled.values())
+    assert not pulled["0.weight"][0].any()
+    assert pulled["0.weight"][1:].any()
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 100.0])
+def test_clipping_is_that_of_torch(max_norm: float) -> None:
+    module, loss, draw = network()
+    optimizer = SGD(module.parameters(), lr=0.1)
+    params, grads = gf.from_module(module, loss)[1], gradient(module, loss, draw(6, 0))
+    pure = gf.shapley.clipped(gf.shapley.from_optimizer(optimizer, module), max_norm=max_norm)
+    gf.accumulate_grads(module, grads)
+    torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    short = {k: p.grad for k, p in module.named_parameters()}
+    assert_close(pure.update(grads, params), {k: -0.1 * g for k, g in short.items()}, 1e-12)
+
+    u, h = gradient(module, loss, draw(4, 10)), 1e-6
+    pulled = pure.pull_back(grads, params, u)
+    ends = [
+        pure.update({k: g + s * h * params[k] for k, g in grads.items()}, params) for s in (1, -1)
+    ]
+    expected = sum(((ends[0][k] - ends[1][k]) * u[k]).sum() for k in u) / (2 * h)
+    torch.testing.assert_close(
+        sum((pulled[k] * params[k]).sum() for k in u), expected, rtol=1e-6, atol=0
+    )
+    at_zero = pure.pull_back({k: torch.zeros_like(g) for k, g in grads.items()}, params, u)
+    assert_close(at_zero, {k: -0.1 * x for k, x in u.items()}, 1e-12)
+
+
+def test_an_update_of_ones_own() -> None:
+    """Sign descent with a softened sign, against differences of its own steps."""
+    module, loss, draw = network()
+    model_fn, params = gf.from_module(module, loss)
+
+    def update(grads: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: -0.1 * torch.tanh(20 * g) for k, g in grads.items()}
+
+    train_batch, val = draw(6, 0), draw(4, 1)
+    optimizer = gf.shapley.Optimizer(update)
+    out = gf.shapley.step(model_fn, params, train_batch, {"val": val}, optimizer=optimizer)
+    rows, u = (
+        gf.per_sample_grads(model_fn, params, train_batch),
+        gf.direction(model_fn, params, val),
+    )
+    for i in range(6):
+        slope = {
+            k: (
+                update({k: out.grads[k] + 1e-6 * rows[k][i]}, params)[k]
+                - update({k: out.grads[k] - 1e-6 * rows[k][i]}, params)[k]
+            )
+            / 2e-6
+            for k in params
+        }
+        expected = sum((slope[k] * u[k]).sum() for k in u) / 6
+        torch.testing.assert_close(out.values[i, 0], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_what_from_optimizer_refuses() -> None:
+    module = network()[0]
+    refused = {
+        "knows torch.optim.SGD, Adam and AdamW, not RMSprop": torch.optim.RMSprop,
+        "amsgrad": lambda p: Adam(p, amsgrad=True),
+    }
+    for said, make in refused.items():
+        with pytest.raises(gf.OptionError, match=said):
+            gf.shapley.from_optimizer(make(module.parameters()), module)
+    with pytest.raises(gf.ParamsError, match=r"'2\.weight' .* not in the optimizer"):
+        gf.shapley.from_optimizer(SGD(module[0].parameters(), lr=0.1), module)
+    with pytest.raises(gf.OptionError, match="step=-1"):
+        gf.shapley.adam(lr=0.1, exp_avg={}, exp_avg_sq={}, step=-1)
+    with pytest.raises(gf.OptionError, match="must be positive"):
+        gf.shapley.clipped(gf.shapley.sgd(lr=0.1), max_norm=0)
