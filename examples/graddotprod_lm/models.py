@@ -34,6 +34,7 @@ def build_model(architecture: str, seed: int) -> GPT2LMHeadModel:
     a = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     config = GPT2Config(
+        loss_type="ForCausalLM",
         vocab_size=a.vocab_size,
         n_positions=a.positions,
         n_embd=a.width,

@@ -103,8 +103,14 @@ class Training:
         )
         self.model: GPT2LMHeadModel = build_model(config.architecture, config.seed)
         self.model.to(world.device)  # type: ignore[arg-type]
+        # With Adam's usual epsilon, a parameter whose true gradient is zero (a bias of keys) walks
+        # along the signs of rounding errors, which no two ways of computing share.
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            eps=1e-6,
+            weight_decay=0.1,
         )
         self.compute = make_step(self.model, config.method, config.dtype, world)
         self.checkpoint = config.run_dir / "checkpoint.pt"
