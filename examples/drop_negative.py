@@ -4,8 +4,9 @@ A small GPT-2 trains on the bytes of six kinds of text while a few held-out chun
 target, score every sample at every step. A sample's score is the sum of `lr * <g_i, g_val>` over
 the steps that saw it: to first order, by how much it lowered the target's validation loss. Then
 fresh models train on what is left when the samples with a negative sum are dropped, when as many
-are dropped at random, and when none are. Their loss is read on other held-out chunks of the target,
-which nothing was chosen by.
+are dropped at random, and when none are. A fourth drops at random as many of each domain as the
+scores dropped: what the scores know beyond the domain is the difference to that one. The loss is
+read on other held-out chunks of the target, which nothing was chosen by.
 
     python examples/drop_negative.py
     python examples/drop_negative.py --target asyncio --seeds 1
@@ -23,9 +24,11 @@ from statistics import mean
 from time import perf_counter
 from typing import NoReturn
 
+import matplotlib as mpl
 import torch
 import tyro
 from demo_corpus import DOMAINS, VOCAB_SIZE, DomainName, load_corpus
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,7 +47,7 @@ class Config:
     """Domain whose validation loss is to fall."""
     seeds: int = 4
     """Repetitions, each with its own split, models and order of samples."""
-    steps: int = 600
+    steps: int = 500
     """Steps of every training."""
     batch_size: int = 32
     """Samples in a step."""
@@ -181,7 +184,11 @@ class Repetition:
     curves: dict[str, Curve]
 
 
-NOTHING, RANDOM, NEGATIVE = "nothing dropped", "random ones dropped", "negative ones dropped"
+NEGATIVE = "negative ones dropped"
+RANDOM = "random ones dropped"
+MATCHED = "random, as many of each domain"
+NOTHING = "nothing dropped"
+COLOURS = {NEGATIVE: "#0072B2", RANDOM: "#D55E00", MATCHED: "#E69F00", NOTHING: "#8C8C8C"}
 
 
 def repeat(config: Config, seed: int, progress: tqdm[NoReturn]) -> Repetition:
@@ -191,10 +198,16 @@ def repeat(config: Config, seed: int, progress: tqdm[NoReturn]) -> Repetition:
     everything = torch.arange(n)
     scores = train(config, data, everything, seed, progress, scored=True).scores
     negative = scores < 0
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    matched = [
+        mine[int(negative[mine].sum()) :]
+        for mine in (shuffled[data.domains[shuffled] == i] for i in range(len(DOMAINS)))
+    ]
     kept = {
-        NOTHING: everything,
-        RANDOM: torch.randperm(n, generator=torch.Generator().manual_seed(seed))[negative.sum() :],
         NEGATIVE: everything[~negative],
+        RANDOM: shuffled[int(negative.sum()) :],
+        MATCHED: torch.cat(matched),
+        NOTHING: everything,
     }
     return Repetition(
         dropped={
@@ -217,45 +230,64 @@ def steps_to(curve: Curve, loss: float) -> float:
 
 
 def compare(repetitions: list[Repetition]) -> Table:
-    """Every seed: the final losses, and when each training is where random dropping ended."""
+    """Every seed: the last loss, and the steps to the lowest loss of random dropping."""
     table = Table(box=None)
-    for name in ("seed", "dropped", *(f"{x}: final" for x in (NOTHING, RANDOM, NEGATIVE))):
-        table.add_column(name, justify="right")
-    table.add_column("steps to random dropping's best loss", justify="right")
+    for name in ("seed", "dropped", "", "last loss", "steps to random dropping's best"):
+        table.add_column(name, justify="left" if not name else "right")
     for seed, r in enumerate(repetitions):
         best = min(loss for _, loss in r.curves[RANDOM])
-        reached = {name: steps_to(curve, best) for name, curve in r.curves.items()}
-        table.add_row(
-            str(seed),
-            f"{mean(r.dropped.values()):.0%}",
-            *(f"{r.curves[name][-1][1]:.3f}" for name in (NOTHING, RANDOM, NEGATIVE)),
-            " / ".join(f"{reached[name]:.0f}" for name in (NOTHING, RANDOM, NEGATIVE)),
-        )
+        for name, curve in r.curves.items():
+            steps = steps_to(curve, best)
+            table.add_row(
+                str(seed) if name == NEGATIVE else "",
+                f"{mean(r.dropped.values()):.0%}" if name == NEGATIVE else "",
+                name,
+                f"{curve[-1][1]:.3f}",
+                f"{steps:.0f}" if steps < inf else "never",
+            )
     return table
+
+
+def plot(repetitions: list[Repetition], config: Config) -> Path:
+    """The curves of every seed and their means, and who was dropped."""
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5}):
+        figure = Figure(figsize=(11.5, 4.8), dpi=130, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+        for name, colour in COLOURS.items():
+            curves = [r.curves[name] for r in repetitions]
+            steps = [step for step, _ in curves[0]]
+            losses = torch.tensor([[loss for _, loss in curve] for curve in curves])
+            left.plot(steps, losses.T, color=colour, linewidth=0.7, alpha=0.4)
+            left.plot(steps, losses.mean(0), color=colour, linewidth=2.2, label=name)
+        low, high = losses.min(), losses[:, len(steps) // 5].max()
+        left.set(xlabel="step", ylim=(float(low) - 0.2, float(high) + 0.1), xlim=(steps[0], None))
+        left.set_title(f"Loss on held-out {config.target!r}, nats per byte", loc="left")
+        left.legend(frameon=False, title=f"mean of {len(repetitions)} seeds (thin: each)")
+        shares = {d: [r.dropped[d] for r in repetitions] for d in DOMAINS}
+        order = sorted(shares, key=lambda d: -mean(shares[d]))
+        for row, domain in enumerate(order):
+            colour = COLOURS[NEGATIVE] if domain == config.target else COLOURS[NOTHING]
+            right.barh(row, 100 * mean(shares[domain]), color=colour, height=0.6)
+            right.plot([100 * x for x in shares[domain]], [row] * len(repetitions), "k.", ms=5)
+        right.set_yticks(range(len(order)), order)
+        right.set(xlabel="% of the domain's samples with a negative score")
+        right.set_title("What was dropped (dots: seeds)", loc="left")
+    path = config.out / "drop_negative.png"
+    figure.savefig(path)
+    return path
 
 
 def main(config: Config) -> None:
     start = perf_counter()
-    with tqdm(total=4 * config.seeds * config.steps, desc="train", unit="step") as progress:
+    trainings = config.seeds * (1 + len(COLOURS))
+    with tqdm(total=trainings * config.steps, desc="train", unit="step") as progress:
         repetitions = [repeat(config, seed, progress) for seed in range(config.seeds)]
-    console = Console()
-    console.print(compare(repetitions))
-    shares = {d: [r.dropped[d] for r in repetitions] for d in DOMAINS}
-    for domain, share in shares.items():
-        console.print(f"{domain:<10} dropped: {', '.join(f'{x:.0%}' for x in share)}")
-    console.print(f"{perf_counter() - start:.0f} s")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    numbers = {"config": settings, "repetitions": [asdict(r) for r in repetitions]}
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "results.json").write_text(
-        dumps(
-            {
-                "config": {
-                    k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()
-                },
-                "repetitions": [asdict(r) for r in repetitions],
-            },
-            indent=1,
-        )
-    )
+    (config.out / "results.json").write_text(dumps(numbers, indent=1))
+    Console().print(compare(repetitions))
+    print(f"figure: {plot(repetitions, config)}; {perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
