@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from examples.graddotprod_lm.scores import Table
 
@@ -35,7 +36,9 @@ def draw(table: Table, domains: list[str], metrics: list[dict[str, Any]]) -> Fig
     colours = domain_colours(table, domains)
     style = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(12.5, 7.2), dpi=130, layout="constrained")
+        figure = Figure(
+            figsize=(12.5, 7.2), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+        )
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
         draw_time(figure.add_subplot(grid[:, 0]), table, colours)
         draw_spread(figure.add_subplot(grid[0, 1]), table, colours)

@@ -96,7 +96,7 @@ def bytes_to_text(ids: list[int]) -> str:
             documents.append([])
         else:
             documents[-1].append(token)
-    return "␄".join(bytes(d).decode(errors="replace") for d in documents)
+    return "■".join(bytes(d).decode(errors="replace") for d in documents)
 
 
 def ranked_samples(

@@ -385,7 +385,7 @@ def test_a_page_without_a_run(tmp_path: Path) -> None:
 
 
 def test_text_of_bytes() -> None:
-    assert report.bytes_to_text([*b"a\xc3\xa9", 256, *b"b\xff"]) == "aé␄b�"
+    assert report.bytes_to_text([*b"a\xc3\xa9", 256, *b"b\xff"]) == "aé■b�"
     with pytest.raises(FileNotFoundError, match="neither `bytes`, `ids` nor a file"):
         report.decoder("gpt2")
     assert report.decoder("ids")([1, 2]) == "1 2"
