@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+
+from examples import strict_cli
 
 EMBEDDINGS = ["transformer.wte.weight", "transformer.wpe.weight"]
 
@@ -57,22 +57,5 @@ class Config:
 
 
 def parse(description: str | None) -> Config:
-    """The configuration of the command line; what is missing is named in the error."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    types = get_type_hints(Config)
-    for field in fields(Config):
-        kind = types[field.name]
-        flag = f"--{field.name}"
-        if kind is bool:
-            parser.add_argument(flag, required=True, choices=("true", "false"))
-        elif kind in (list[str], list[int]):
-            parser.add_argument(flag, required=True, nargs="+", type=get_args(kind)[0])
-        else:
-            parser.add_argument(flag, required=True, type=kind)
-    given = vars(parser.parse_args())
-    given["include_embeddings"] = given["include_embeddings"] == "true"
-    return Config(**given)
+    """The configuration of the command line."""
+    return strict_cli.parse(Config, description)

@@ -55,7 +55,7 @@ def test_ghost_proj_lm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 OPTIONS = {
     "proj_layers": "*.attn.*.weight",
-    "include_embeddings": "true",
+    "include_embeddings": "True",
     "proj_kind": "orthonormal",
     "proj_rank_total": "64",
     "proj_rank_min": "2",
