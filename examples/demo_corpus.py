@@ -86,20 +86,43 @@ def load_corpus(
     train, held_out = {}, {}
     for name, domain in DOMAINS.items():
         text = "\n\n".join(unique_paragraphs(domain.read())).encode()
-        n_passages = len(text) // (PASSAGE * chunk_bytes)
-        n_kept_out = n_passages // 5
-        if n_kept_out * PASSAGE < n_held_out or (n_passages - n_kept_out) * PASSAGE < n_train:
-            raise ValueError(
-                f"domain {name!r} ({domain.about}) has {len(text)} bytes here, too few for "
-                f"{n_train} + {n_held_out} chunks of {chunk_bytes} bytes. Ask for fewer chunks, or "
-                "use a Python that was installed with the sources of its standard library."
-            )
         used = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-        passages = used[: n_passages * PASSAGE * chunk_bytes].view(n_passages, PASSAGE, chunk_bytes)
-        passages = passages[torch.randperm(n_passages, generator=generator)]
-        held_out[name] = draw(passages[:n_kept_out].flatten(0, 1), n_held_out, generator)
-        train[name] = draw(passages[n_kept_out:].flatten(0, 1), n_train, generator)
+        try:
+            train[name], held_out[name] = cut(used, chunk_bytes, n_train, n_held_out, generator)
+        except TooShortError as error:
+            raise ValueError(
+                f"domain {name!r} ({domain.about}) has {error}, in bytes. Ask for fewer chunks, or "
+                "use a Python that was installed with the sources of its standard library."
+            ) from None
     return Corpus(train, held_out)
+
+
+class TooShortError(ValueError):
+    """A text has too few tokens for the chunks that are asked for."""
+
+
+def cut(
+    tokens: Int[Tensor, " t"],
+    length: int,
+    n_train: int,
+    n_held_out: int,
+    generator: torch.Generator,
+) -> tuple[Int[Tensor, "n t"], Int[Tensor, "m t"]]:
+    """Chunks to train on, and held-out ones of other passages, from one text.
+
+    Raises:
+        TooShortError: there are too few passages for both.
+    """
+    n_passages = len(tokens) // (PASSAGE * length)
+    n_kept_out = n_passages // 5
+    if n_kept_out * PASSAGE < n_held_out or (n_passages - n_kept_out) * PASSAGE < n_train:
+        raise TooShortError(
+            f"{len(tokens)} tokens here, too few for {n_train} + {n_held_out} chunks of {length}"
+        )
+    passages = tokens[: n_passages * PASSAGE * length].view(n_passages, PASSAGE, length)
+    passages = passages[torch.randperm(n_passages, generator=generator)]
+    held_out = draw(passages[:n_kept_out].flatten(0, 1), n_held_out, generator)
+    return draw(passages[n_kept_out:].flatten(0, 1), n_train, generator), held_out
 
 
 def unique_paragraphs(documents: Iterable[str]) -> Iterable[str]:
