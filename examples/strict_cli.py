@@ -15,7 +15,8 @@ def parse(config: type[C], description: str | None, args: Sequence[str] | None =
     """The configuration that a command line gives.
 
     Args:
-        config: a dataclass whose fields have no defaults.
+        config: a dataclass whose fields have no defaults, but for those that say
+            `metadata={"optional": True}`.
         description: for `--help`.
         args: instead of those of the process.
 
@@ -27,7 +28,8 @@ def parse(config: type[C], description: str | None, args: Sequence[str] | None =
     optional = [
         field.name
         for field in fields(config)  # type: ignore[arg-type]
-        if field.default is not MISSING or field.default_factory is not MISSING
+        if (field.default is not MISSING or field.default_factory is not MISSING)
+        and not field.metadata.get("optional")
     ]
     if optional:
         raise TypeError(f"{config.__name__} is to have no defaults; {optional} have one.")

@@ -1,8 +1,8 @@
-"""The configuration of a run: every field is required."""
+"""The configuration of a run: every field is required, but for `compile`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Config:
     """Steps between two readings of the validation loss."""
     seed: int
     """Of the model and of the order of the data."""
+    compile: bool = field(default=False, metadata={"optional": True})
+    """Run the steps as one compiled program (GradDotProd)."""
 
     def check(self) -> None:
         """Refuse what cannot be meant.
@@ -70,6 +72,8 @@ class Config:
                 raise ValueError(f"--{name} {asdict(self)[name]} has to be at least 1.")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning_rate {self.learning_rate} has to be above 0.")
+        if self.compile and self.method == "Regular":
+            raise ValueError("--compile True is for --method GradDotProd.")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} has to be 0 or more.")
 
@@ -79,6 +83,7 @@ class Config:
         return self.results_dir / (
             f"{self.method}-{self.architecture}-domains{self.num_domains}-bs{self.batch_size}"
             f"-val{self.val_batch_size}-lr{self.learning_rate:g}-{self.dtype}-seed{self.seed}"
+            + ("-compiled" if self.compile else "")
         )
 
     def as_json(self) -> dict[str, Any]:

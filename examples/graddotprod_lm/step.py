@@ -33,7 +33,9 @@ class Step:
 StepFn = Callable[[Batch, Batch], Step]
 
 
-def make_step(model: nn.Module, method: str, dtype: str, world: World) -> StepFn:
+def make_step(
+    model: nn.Module, method: str, dtype: str, world: World, *, compiled: bool = False
+) -> StepFn:
     """The function of a training and a validation batch that `train.py` calls at every step.
 
     The model's parameters are read at every call, so an optimizer that writes to them is seen.
@@ -43,6 +45,7 @@ def make_step(model: nn.Module, method: str, dtype: str, world: World) -> StepFn
         method: "GradDotProd" or "Regular".
         dtype: "bfloat16" runs the model under autocast.
         world: whose gradients are averaged.
+        compiled: run every call of ghostfunc as one compiled program.
     """
     losses_of, params = gf.hf.causal_lm(model)
 
@@ -50,12 +53,23 @@ def make_step(model: nn.Module, method: str, dtype: str, world: World) -> StepFn
         with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             return losses_of(p, batch)
 
+    def alone(train: Batch, val: Batch) -> gf.GhostStep:
+        return gf.ghost_value_and_grad(model_fn, params, train, val)
+
+    def direction(val: Batch) -> dict[str, Tensor]:
+        return gf.direction(model_fn, params, val)
+
+    def along(train: Batch, u: dict[str, Tensor]) -> gf.GhostStep:
+        return gf.ghost_value_and_grad(model_fn, params, train, direction=u)
+
+    if compiled:
+        alone, direction, along = (
+            torch.compile(f, fullgraph=True) for f in (alone, direction, along)
+        )
+
     def scored(train: Batch, val: Batch) -> Step:
-        if world.size == 1:
-            result = gf.ghost_value_and_grad(model_fn, params, train, val)
-        else:
-            u = world.mean(gf.direction(model_fn, params, val))
-            result = gf.ghost_value_and_grad(model_fn, params, train, direction=u)
+        shared = world.size > 1
+        result = along(train, world.mean(direction(val))) if shared else alone(train, val)
         return Step(result.losses, world.mean(result.grads), result.dot_prods)
 
     def regular(train: Batch, val: Batch) -> Step:

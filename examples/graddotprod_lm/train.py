@@ -112,7 +112,9 @@ class Training:
             eps=1e-6,
             weight_decay=0.1,
         )
-        self.compute = make_step(self.model, config.method, config.dtype, world)
+        self.compute = make_step(
+            self.model, config.method, config.dtype, world, compiled=config.compile
+        )
         self.checkpoint = config.run_dir / "checkpoint.pt"
         self.done = 0
         if self.checkpoint.exists():

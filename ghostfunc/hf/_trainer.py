@@ -19,7 +19,7 @@ from ghostfunc._module import accumulate_grads, from_module
 from ghostfunc._quantities import Dot, Quantity
 from ghostfunc._tree import flatten_params
 from ghostfunc._types import ModelFn
-from ghostfunc._vjp import ghost_vjp, meetings
+from ghostfunc._vjp import GhostVjp, ghost_vjp, meetings
 from ghostfunc.hf._files import load_state, save_state, write_table
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
 from ghostfunc.hf._sample_losses import SampleLoss, one_item_each, sample_loss_of
@@ -72,6 +72,8 @@ class GhostTrainer(Trainer):
             over a batch must be the loss that is trained.
         id_column: the column with an integer id of every sample; by default the index in
             `train_dataset`.
+        compile: run the pass of the one-pass forms as one compiled program (`torch.compile`);
+            random numbers of a model with dropout are then others than without.
 
     The table has the columns `sample_id`, `steps` (how often it was trained on) and `value_<name>`
     per score dataset (`value_score` for a single one). Checkpoints hold the scores so far;
@@ -92,6 +94,7 @@ class GhostTrainer(Trainer):
         score_order: Literal[1, 2] = 1,
         sample_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
         id_column: str | None = None,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         one_of("score_form", score_form, ("sgd", "previous_state", "exact"))
@@ -99,6 +102,11 @@ class GhostTrainer(Trainer):
             raise OptionError(
                 f"score_order={score_order!r} with score_form={score_form!r} is not an option. Use "
                 'order 1, or order 2 with "sgd" or "exact".'
+            )
+        if compile and (score_form == "exact" or score_order == 2):
+            raise OptionError(
+                "compile=True is for the forms of one pass: score_form="
+                '"sgd" or "previous_state", score_order=1.'
             )
         super().__init__(*args, **kwargs)
         _refuse(self, second_order=score_order == 2)
@@ -111,6 +119,7 @@ class GhostTrainer(Trainer):
         self._sample_loss: SampleLoss = (
             sample_loss_of(self.model) if sample_loss is None else one_item_each(sample_loss)
         )
+        self._pass = torch.compile(_one_pass, fullgraph=True) if compile else _one_pass
         self._ghost: tuple[nn.Module, ModelFn, dict[str, Tensor]] | None = None
         self._score_state = init(len(sets))
         self._directions: dict[str, Any] | None = None
@@ -209,7 +218,7 @@ class GhostTrainer(Trainer):
         if self._directions is None:
             self._directions = self._score_directions(model, model_fn, params, None)
         read: dict[str, Quantity] = {name: Dot(u) for name, u in self._directions.items()}
-        out = ghost_vjp(model_fn, params, batch, read, grads=True, randomness="different")
+        out = self._pass(model_fn, params, batch, read)
         accumulate_grads(model, out.grads or {})
         columns = [torch.stack(list(dots.values())).sum(0) for dots in out.values.values()]
         self._score_state = update(self._score_state, ids, torch.stack(columns, dim=1))
@@ -333,6 +342,16 @@ class GhostTrainer(Trainer):
             )
 
 
+def _one_pass(
+    model_fn: ModelFn,
+    params: dict[str, Tensor],
+    batch: dict[str, Any],
+    read: dict[str, Quantity],
+) -> GhostVjp:
+    """Losses, gradient and values of a micro-batch."""
+    return ghost_vjp(model_fn, params, batch, read, grads=True, randomness="different")
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the same random numbers afterwards."""
@@ -356,7 +375,7 @@ def _refuse(trainer: Trainer, *, second_order: bool) -> None:
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": bool(trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled),
         "activation checkpointing": bool(args.activation_checkpointing),
-        "torch_compile": args.torch_compile,
+        "torch_compile (GhostTrainer has compile=True)": args.torch_compile,
         "label smoothing": trainer.label_smoother is not None,
         "compute_loss_func (pass sample_loss)": trainer.compute_loss_func is not None,
         "NEFTune noise": trainer.neftune_noise_alpha is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from examples.graddotprod_lm import data, llava, prepare_data, report, scores, t
 from examples.graddotprod_lm import models as gpt2
 from examples.graddotprod_lm.config import Config, check_dtype
 from examples.graddotprod_lm.evaluate import estimate_loss
+from examples.graddotprod_lm.step import make_step
 from examples.graddotprod_lm.world import World
 
 CPU = torch.device("cpu")
@@ -37,7 +39,10 @@ def test_a_full_command_line_is_the_configuration(tmp_path: Path) -> None:
     assert strict_cli.parse(Config, None, options(config)) == config
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+REQUIRED = [f.name for f in fields(Config) if not f.metadata.get("optional")]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
 def test_every_option_is_required(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,7 +58,8 @@ def test_all_missing_options_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         strict_cli.parse(Config, None, ["--seed", "0"])
     said = capsys.readouterr().err
-    assert all(f"--{f.name} " in said for f in fields(Config) if f.name != "seed")
+    assert all(f"--{name} " in said for name in REQUIRED if name != "seed")
+    assert set(REQUIRED) == {f.name for f in fields(Config)} - {"compile"}
 
 
 def test_options_are_not_shortened(tmp_path: Path) -> None:
@@ -347,6 +353,19 @@ def test_scores_are_dot_products(tmp_path: Path) -> None:
         model_fn, params, batches["train"], batches["val"], mode="materialized", vectorize=False
     )
     np.testing.assert_allclose(table.dot_prod, truth.numpy(), rtol=1e-4)
+
+
+def test_a_compiled_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = gpt2.build_model("GPT2-Tiny", seed=0)
+    ids = torch.randint(257, (6, 64))
+    train, val = {"input_ids": ids[:4]}, {"input_ids": ids[4:]}
+    plain, compiled = (
+        make_step(model, "GradDotProd", "float32", ALONE, compiled=c)(train, val)
+        for c in (False, True)
+    )
+    torch.testing.assert_close(compiled.dot_prods, plain.dot_prods, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled.grads, plain.grads, rtol=1e-5, atol=1e-6)
 
 
 def test_a_folder_of_another_run_is_refused(ended: Config) -> None:

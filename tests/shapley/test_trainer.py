@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,19 @@ def test_draws_of_a_collator_do_not_depend_on_the_scores(tmp_path: Path) -> None
     Trainer(model=plain, args=args, train_dataset=texts(20, 0), data_collator=Masking()).train()
     ghost(scored, args, data_collator=Masking()).train()
     assert_close(scored.state_dict(), plain.state_dict(), 1e-6, floor=1.0)
+
+
+def test_a_compiled_pass_trains_and_scores_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    runs = {}
+    for compile in (False, True):
+        trainer = ghost(gpt2(), arguments(tmp_path / str(compile)), compile=compile)
+        trainer.train()
+        weights = [p.detach() for p in trainer.model.parameters()]
+        runs[compile] = [*weights, trainer.scores.values]
+    assert_close(runs[True], runs[False], 1e-5)
+    with pytest.raises(gf.OptionError, match="compile=True is for the forms of one pass"):
+        ghost(gpt2(), arguments(tmp_path), compile=True, score_form="exact")
