@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform or the compiler is at work around us."""
+    """Whether a `torch.func` transform is at work around us."""
     active: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return active or torch.compiler.is_compiling()
+    return active
 
 
 def depth() -> int:

@@ -212,6 +212,7 @@ def run(
             batch,
             randomness,
             route=ANEW if model.trace.statistics else taken.route,
+            known=taken.losses,
         )
     if model.trace.reorders and model.n > 1:
         check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)

@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
             )
         assert data.most <= 12  # this batch, the next, and one whose length is being read
         peaks.append(log.peak)
-    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 1.5 * peaks[0]  # of a corpus five times as large, read ahead by a thread
 
 
 def test_samples_of_like_length_share_a_batch(tmp_path: Path) -> None:
