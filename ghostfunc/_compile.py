@@ -21,21 +21,28 @@ _functions: dict[int, tuple[Callable[..., Any], weakref.ref[Any]]] = {}
 def capture(function: Callable[..., Any], model_fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Record a call of `function`. The compiler reads this function's source."""
     leaves, spec = _pytree.tree_flatten((args, kwargs))
-    number = _prepare(function, model_fn, (spec,), *leaves)
-    state = {}
+    flags: tuple[bool, ...] = ()
+    state: dict[str, Any] = {}
     if isinstance(model_fn, ModuleFn):
-        # What the compiler reads here, it checks before every later call.
-        model_fn.training_flags()
+        # What the compiler reads here, and passes on, it checks before every later call.
+        flags = model_fn.training_flags()
         state = model_fn.closed_over(args[0] if args else kwargs["params"])
+    number = _prepare(function, model_fn, flags, (spec,), *leaves)
     # The sum is an ordinary number, whose origin is not looked into.
     return _record(number + 0, state, args, kwargs)
 
 
 @torch._dynamo.assume_constant_result
 def _prepare(
-    function: Callable[..., Any], model_fn: Any, spec: tuple[_pytree.TreeSpec], *leaves: Any
+    function: Callable[..., Any],
+    model_fn: Any,
+    flags: tuple[bool, ...],
+    spec: tuple[_pytree.TreeSpec],
+    *leaves: Any,
 ) -> int:
-    """Run the call on the real tensors, and give the functions a number."""
+    """Run the call on the real tensors, and give the functions a number: that of a program for
+    these training `flags`."""
+    del flags
     args, kwargs = _pytree.tree_unflatten(leaves, spec[0])
     function(model_fn, *args, **kwargs)
     number = next(_numbers)

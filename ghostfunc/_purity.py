@@ -98,6 +98,7 @@ def prove_independent(
     if known is not None and (*key[:1], None, *key[2:]) in remembered:
         if randomness == "error" and n > 2:
             compare({"in a half of the batch": (in_halves(), known)})
+        remembered[key] = True
         return
     before = _rng_states(leaves)
     pair = losses(take(batch, [0, last])).detach()

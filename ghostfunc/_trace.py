@@ -513,7 +513,8 @@ def trace_model(
     log = _ShapeLog()
     params = spec.unflatten(lend(leaves))
     with log:
-        plain = check_losses(model_fn(params, small), k).detach()
+        plain = model_fn(params, small)
+    plain = check_losses(plain, k).detach()
     tracked = constants(leaves, spec)
     recorder = _Recorder(tracked, log, k, k + 1)
     with recorder:
