@@ -53,6 +53,10 @@ def step(shape: Shape) -> dict[str, Contestant]:
             partial(with_gradient, contract_dtype=torch.bfloat16), scores, dots
         ),
         "scores": Contestant(lambda: gf.ghost_dot_prod(model_fn, params, train, val), scores),
+        "scores, bf16": Contestant(
+            lambda: gf.ghost_dot_prod(model_fn, params, train, val, contract_dtype=torch.bfloat16),
+            scores,
+        ),
         "scores, direction given": Contestant(
             lambda: gf.ghost_dot_prod(model_fn, params, train, direction=u), scores
         ),

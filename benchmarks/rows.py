@@ -69,6 +69,7 @@ def _rows() -> list[Row]:
             Row("the same, peak memory", "step", shape, "step", "plain", 1.0, "peak"),
             Row("the same, bfloat16 contractions", "step", shape, "step, bf16", "plain", 1.10),
             Row("scores only", "step", shape, "scores", "plain", 0.92),
+            Row("the same, bfloat16 contractions", "step", shape, "scores, bf16", "plain", None),
             Row(
                 "scores of a pool, direction given",
                 "step",

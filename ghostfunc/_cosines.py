@@ -48,6 +48,7 @@ def length(reader: DotReader | PairReader | TurnReader, like: Tensor) -> Tensor:
             return torch.stack([u.double().norm() for u in us])
         case PairReader(()):  # the validation losses do not depend on the parameter
             return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)
-        case PairReader(factors, each):
+        case PairReader(factors, each, contract_dtype=contract_dtype):
             bundle = factors if each else [_bundles.pooled(f) for f in factors]
-            return _norms.root(_pairs.sqnorms(bundle)).double()
+            squares = _pairs.sqnorms(bundle, contract_dtype=contract_dtype)
+            return _norms.root(squares).double()

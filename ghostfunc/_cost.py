@@ -17,6 +17,9 @@ from torch import SymInt
 PASS = 32
 """Operations that cost as much as one pass (read or write) over one element."""
 
+BFLOAT16_SPEED = 3
+"""How many times faster a matrix product is in bfloat16, where the processor multiplies it."""
+
 CACHE_ELEMENTS = 1 << 19
 """Elements of a temporary that is still at home in a core's cache (2 MiB of float32)."""
 
@@ -73,35 +76,36 @@ class Meeting:
         return self.n * self.positions
 
 
-def outer_dot(n: int, t: int, p: int, d: int) -> int:
-    """`<g_i, u>` of an outer-product factor with a dense direction."""
-    return 2 * n * t * p * d + 2 * PASS * n * t * min(p, d)
+def outer_dot(n: int, t: int, p: int, d: int, speed: int = 1) -> int:
+    """`<g_i, u>` of an outer-product factor with a dense direction, from products `speed` times
+    as fast as those of a total."""
+    return 2 * n * t * p * d // speed + 2 * PASS * n * t * min(p, d)
 
 
-def total_cost(use: Meeting) -> int:
+def total_cost(use: Meeting, speed: int = 1) -> int:
     """`sum_i g_i`, dense."""
     p, d = use.shape
     if use.kind == "Outer":
-        return outer_total(use.n, use.positions, p, d)
+        return outer_total(use.n, use.positions, p, d) // speed
     return PASS * (p * d + 2 * use.tokens * d)
 
 
-def dot_cost(use: Meeting, *, with_total: bool) -> int:
+def dot_cost(use: Meeting, *, with_total: bool, speed: int = 1) -> int:
     """`<g_i, u>` with a dense direction, beyond the cost of the total where that is formed too."""
     p, d = use.shape
     if use.kind == "OneHot":
         return 3 * PASS * use.tokens * d
-    if with_total and share_dot_with_total(use.n, use.positions, p, d):
+    if with_total and share_dot_with_total(use.n, use.positions, p, d, speed):
         return shared_dot(use.n, p, d)
-    return outer_dot(use.n, use.positions, p, d)
+    return outer_dot(use.n, use.positions, p, d, speed)
 
 
-def pair_cost(use: Meeting, other: Meeting) -> int:
+def pair_cost(use: Meeting, other: Meeting, speed: int = 1) -> int:
     """`<g_i, g_j>` from the factors of two uses: inner products of all tokens, multiplied."""
     p, d = use.shape
     pairs = use.tokens * other.tokens
     inner = p + d if use.kind == other.kind == "Outer" else d
-    return 2 * pairs * inner + 3 * PASS * pairs
+    return 2 * pairs * inner // speed + 3 * PASS * pairs
 
 
 def shared_dot(n: int, p: int, d: int) -> int:
@@ -110,25 +114,25 @@ def shared_dot(n: int, p: int, d: int) -> int:
     return 5 * PASS * n * p * d
 
 
-def share_dot_with_total(n: int, t: int, p: int, d: int) -> bool:
+def share_dot_with_total(n: int, t: int, p: int, d: int, speed: int = 1) -> bool:
     """Whether dot products should be read off the blocks that make the total gradient.
 
     That costs a few passes over `n` gradients instead of a second product of `t` terms.
     """
-    return shared_dot(n, p, d) < outer_dot(n, known(t), p, d)
+    return shared_dot(n, p, d) < outer_dot(n, known(t), p, d, speed)
 
 
-def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool) -> bool:
+def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, speed: int = 1) -> bool:
     """Whether `<g_i, u>` for k directions should be read off blocks of `g_i`, formed once."""
-    alone = outer_dot(n, t, p, d)
+    alone = outer_dot(n, t, p, d, speed)
     if with_total:
-        rest = shared_dot(n, p, d) if share_dot_with_total(n, t, p, d) else alone
+        rest = shared_dot(n, p, d) if share_dot_with_total(n, t, p, d, speed) else alone
         return (2 * k + 3) * PASS * n * p * d < rest + (k - 1) * alone
-    return outer_total(n, t, p, d) + 2 * k * PASS * n * p * d < k * alone
+    return outer_total(n, t, p, d) // speed + 2 * k * PASS * n * p * d < k * alone
 
 
 def keep_direction_factored(
-    ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool
+    ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool, speed: int = 1
 ) -> bool:
     """Whether one parameter's validation gradient should stay factored.
 
@@ -140,8 +144,9 @@ def keep_direction_factored(
         return False
     if not all(x.direct and x.kind in ("Outer", "OneHot") for x in uses):
         return False
-    dense = sum(map(total_cost, theirs)) + sum(dot_cost(x, with_total=grads) for x in ours)
-    return sum(pair_cost(x, y) for x in ours for y in theirs) < dense
+    dense = sum(total_cost(x, speed) for x in theirs)
+    dense += sum(dot_cost(x, with_total=grads, speed=speed) for x in ours)
+    return sum(pair_cost(x, y, speed) for x in ours for y in theirs) < dense
 
 
 # --- quantities quadratic in the gradient ------------------------------------------------------

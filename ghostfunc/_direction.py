@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc import _chunks, _cost, _oracles
-from ghostfunc._factors import Factor, times, wide
+from ghostfunc._factors import Factor, speed, times, wide
 from ghostfunc._purity import prove_independent
 from ghostfunc._quantities import DotReader, PairReader, Prepared, TotalReader, TurnReader
 from ghostfunc._tree import ParamSpec, batch_size
-from ghostfunc._types import ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import meetings, run
 
 
@@ -30,6 +30,7 @@ def validation_readers(
     *,
     reduction: Reduction,
     grads: bool,
+    contract_dtype: ContractDtype = None,
     randomness: Randomness,
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
@@ -46,16 +47,23 @@ def validation_readers(
         postponed = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
     else:
         postponed = set()
+        faster = speed(contract_dtype)
         factored = {
-            i for i in everything if _cost.keep_direction_factored(ours[i], theirs[i], grads=grads)
+            i
+            for i in everything
+            if _cost.keep_direction_factored(ours[i], theirs[i], grads=grads, speed=faster)
         }
     mean = 1 / m if reduction == "mean" else 1.0
     # In half precision 1 / m would be rounded, once in all cotangents or once in each, and a
     # gradient has its parameter's dtype: there the direction is added up and divided wider.
+    # So it is where its products may be rounded, which those of a gradient may not.
     halves = {i for i, x in enumerate(leaves) if wide(x).dtype != x.dtype}
-    half = bool(halves)
-    wider = {i for i in halves - factored if all(x.direct for x in theirs[i])}
-    totals = [TotalReader(tuple(x.shape)) if i in wider else None for i, x in enumerate(leaves)]
+    apart = set(everything) if contract_dtype is not None else halves
+    wider = {i for i in apart - factored if all(x.direct for x in theirs[i])}
+    totals = [
+        TotalReader(tuple(x.shape), contract_dtype) if i in wider else None
+        for i, x in enumerate(leaves)
+    ]
     taken = run(
         model_fn,
         leaves,
@@ -65,22 +73,22 @@ def validation_readers(
         grads=[i for i in everything if i not in factored and i not in wider],
         collect=factored,
         postpone=postponed,
-        scale=1.0 if half else mean,
+        scale=1.0 if apart else mean,
         randomness=randomness,
     )
-    after = mean if half else 1.0
+    after = mean if apart else 1.0
 
     def scaled(factor: Factor) -> Factor:
         return factor if after == 1.0 else times(factor, after)
 
     def reader(i: int) -> DotReader | PairReader | TurnReader:
         if taken.turns[i]:  # only of reduction "none", which scales nothing
-            return TurnReader(tuple(taken.turns[i]), m)
+            return TurnReader(tuple(taken.turns[i]), m, contract_dtype)
         if i in factored:
-            return PairReader(tuple(map(scaled, taken.factors[i])), each, m)
-        if i in wider:
-            return DotReader(taken.values[0][i] * mean)
-        return DotReader(wide(taken.grads[i]) * after if half else taken.grads[i])
+            factors = tuple(map(scaled, taken.factors[i]))
+            return PairReader(factors, each, m, contract_dtype=contract_dtype)
+        u = wide(taken.values[0][i] if i in wider else taken.grads[i])
+        return DotReader(u if after == 1.0 else u * after, contract_dtype)
 
     return [reader(i) for i in everything]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class GhostError(Exception):
     """Base class of all errors of this package."""
@@ -72,6 +74,22 @@ WAYS_OUT = (
     'mode="materialized", with vectorize=False if vmap cannot run the model; '
     "or teach ghostfunc the op with gf.register_rule(op)."
 )
+
+
+def check_contract_dtype(contract_dtype: object, mode: str = "ghost") -> None:
+    """Raise `OptionError` unless contractions of this mode can run in `contract_dtype`."""
+    if contract_dtype is None:
+        return
+    if contract_dtype not in (torch.bfloat16, torch.float16):
+        raise OptionError(
+            f"contract_dtype={contract_dtype!r} is not an option. Use one of: None (float32 or "
+            "wider), torch.bfloat16, torch.float16."
+        )
+    if mode != "ghost":
+        raise OptionError(
+            f"contract_dtype={contract_dtype} is about the contraction of factors, and "
+            f'mode={mode!r} contracts none. Drop it, or use mode="ghost".'
+        )
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -8,7 +8,8 @@ is always first and positions, where there are any, second:
     Grouped(left [n, g, t, p], right)        an outer-product factor per group       shape [g, p, d]
     Dense(g [n, *shape])                     g_i itself, where it is as small as its factors
 
-Everything else in this file is a function over these four. Contractions run in float32 or wider.
+Everything else in this file is a function over these four. Contractions run in float32 or wider;
+a `contract_dtype` rounds the operands of their matrix products, see `matmul`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc import _cost
+from ghostfunc._types import ContractDtype
 
 
 class Outer(NamedTuple):
@@ -79,6 +81,40 @@ Factor: TypeAlias = Outer | OneHot | Grouped | Dense
 def wide(x: Tensor) -> Tensor:
     """`x` in the dtype contractions run in: float32, or wider if `x` is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def matmul(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    """`x @ y`, float32 or wider.
+
+    With a `contract_dtype` the operands are rounded to it; products are added up in float32, and
+    the sums are rounded to it once more (torch has no other such product for processors). float16
+    has few exponents: rows of x and columns of y are scaled to length 1 for it, so that no sum
+    exceeds 1; those shorter than 1e-19 read as zero.
+    """
+    if contract_dtype is None:
+        return wide(x) @ wide(y)
+    if contract_dtype is torch.float16:
+        x, y = wide(x), wide(y)
+        row, column = _lengths(x, -1), _lengths(y, -2)
+        product = (x / row).to(contract_dtype) @ (y / column).to(contract_dtype)
+        return product.to(x.dtype) * row * column
+    product = x.to(contract_dtype) @ y.to(contract_dtype)
+    return product.to(torch.promote_types(wide(x).dtype, wide(y).dtype))
+
+
+def _lengths(x: Tensor, axis: int) -> Tensor:
+    lengths = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
+    return torch.where(lengths == 0, 1, lengths)
+
+
+def speed(contract_dtype: ContractDtype) -> int:
+    """How many times faster `matmul` is with a `contract_dtype`, for `_cost`."""
+    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else 1
+
+
+def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:
+    """`x` as it goes into several calls of `matmul`: what can be done once is."""
+    return x.to(contract_dtype) if contract_dtype is torch.bfloat16 else wide(x)
 
 
 def row_dots(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
@@ -141,83 +177,95 @@ def _(factor: Dense) -> Tensor:
 
 
 @singledispatch
-def total(factor: Factor) -> Float[Tensor, "..."]:
+def total(factor: Factor, contract_dtype: ContractDtype = None) -> Float[Tensor, "..."]:
     """`sum_i g_i`, shape `[*shape]`: the ordinary gradient of the summed losses."""
     raise _unknown(factor)
 
 
 @total.register
-def _(factor: Outer) -> Tensor:
-    return wide(factor.left).flatten(0, 1).mT @ wide(factor.right).flatten(0, 1)
+def _(factor: Outer, contract_dtype: ContractDtype = None) -> Tensor:
+    left, right = factor.left.flatten(0, 1), factor.right.flatten(0, 1)
+    return matmul(left.mT, right, contract_dtype)
 
 
 @total.register
-def _(factor: OneHot) -> Tensor:
+def _(factor: OneHot, contract_dtype: ContractDtype = None) -> Tensor:
     b = wide(factor.b)
     return b.new_zeros(factor.shape).index_add(0, factor.ids.flatten(), b.flatten(0, 1))
 
 
 @total.register
-def _(factor: Grouped) -> Tensor:
-    left, right = wide(factor.left).transpose(0, 1), wide(factor.right).transpose(0, 1)
-    return left.flatten(1, 2).mT @ right.flatten(1, 2)
+def _(factor: Grouped, contract_dtype: ContractDtype = None) -> Tensor:
+    left, right = (x.transpose(0, 1).flatten(1, 2) for x in factor)
+    return matmul(left.mT, right, contract_dtype)
 
 
 @total.register
-def _(factor: Dense) -> Tensor:
+def _(factor: Dense, contract_dtype: ContractDtype = None) -> Tensor:
     return wide(factor.g).sum(0)
 
 
 @singledispatch
-def dot(factor: Factor, u: Float[Tensor, "..."]) -> Float[Tensor, " n"]:
+def dot(
+    factor: Factor, u: Float[Tensor, "..."], contract_dtype: ContractDtype = None
+) -> Float[Tensor, " n"]:
     """`<g_i, u>` for every sample; `u` has the factor's shape."""
     raise _unknown(factor)
 
 
 @dot.register
-def _(factor: Outer, u: Tensor) -> Tensor:
-    left, right, u = wide(factor.left), wide(factor.right), wide(u)
-    p, d = factor.shape
-    # The product with u is formed on the side where it is smaller.
-    if p < d:
-        left, right, u = right, left, u.mT
-    t = left.shape[1]
-    return torch.cat(
-        [row_dots(left[s] @ u, right[s]) for s in _blocks(len(left), t * right.shape[-1])]
-    )
+def _(factor: Outer, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    t = factor.left.shape[1]
+    return _dot_outer(factor, u, t * min(factor.shape), contract_dtype)
 
 
 @dot.register
-def _(factor: OneHot, u: Tensor) -> Tensor:
+def _(factor: OneHot, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
     return row_dots(F.embedding(factor.ids, wide(u)), wide(factor.b))
 
 
 @dot.register
-def _(factor: Grouped, u: Tensor) -> Tensor:
-    left, right, u = wide(factor.left), wide(factor.right), wide(u)
+def _(factor: Grouped, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    groups, t = factor.left.shape[1:3]
+    return _dot_outer(factor, u, groups * t * min(factor.shape[1:]), contract_dtype)
+
+
+def _dot_outer(
+    factor: Outer | Grouped, u: Tensor, elements: int, contract_dtype: ContractDtype
+) -> Tensor:
+    left, right, u = wide(factor.left), wide(factor.right), operand(u, contract_dtype)
+    # The product with u is formed on the side where it is smaller.
     if left.shape[-1] < right.shape[-1]:
         left, right, u = right, left, u.mT
     return torch.cat(
-        [row_dots(left[s] @ u, right[s]) for s in _blocks(len(left), right[0].numel())]
+        [
+            row_dots(matmul(left[s], u, contract_dtype), right[s])
+            for s in _blocks(len(left), elements)
+        ]
     )
 
 
 @dot.register
-def _(factor: Dense, u: Tensor) -> Tensor:
+def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
     return _flat(factor.g) @ wide(u).flatten()
 
 
 @singledispatch
-def dot_and_total(factor: Factor, u: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
-    """`(dot(factor, u), total(factor))`, sharing work where that is cheaper."""
-    return dot(factor, u), total(factor)
+def dot_and_total(
+    factor: Factor, u: Float[Tensor, "..."], contract_dtype: ContractDtype = None
+) -> tuple[Tensor, Tensor]:
+    """`(dot(factor, u), total(factor))`, sharing work where that is cheaper.
+
+    The total is exact whatever the `contract_dtype`, and so are dot products that are read off it.
+    """
+    return dot(factor, u, contract_dtype), total(factor)
 
 
 @dot_and_total.register
-def _(factor: Outer, u: Tensor) -> tuple[Tensor, Tensor]:
-    n, t, _ = factor.left.shape
-    if not _cost.share_dot_with_total(n, t, *factor.shape):
-        return dot(factor, u), total(factor)
+def _(factor: Outer, u: Tensor, contract_dtype: ContractDtype = None) -> tuple[Tensor, Tensor]:
+    (n, t, p), d = factor.left.shape, factor.right.shape[-1]
+    if not _cost.share_dot_with_total(n, t, p, d, speed(contract_dtype)):
+        return dot(factor, u, contract_dtype), total(factor)
     # One sample at a time, the gradient of a block of rows is formed, dotted with u and added up:
     # the product that makes the training gradient makes the scores too.
     left, right, u = wide(factor.left), wide(factor.right), wide(u)
@@ -254,37 +302,65 @@ def add_up(tensors: Sequence[Tensor]) -> Tensor:
 
 @singledispatch
 def project(
-    factor: Factor, left: Float[Tensor, "p k"] | None, right: Float[Tensor, "d l"] | None
+    factor: Factor,
+    left: Float[Tensor, "p k"] | None,
+    right: Float[Tensor, "d l"] | None,
+    contract_dtype: ContractDtype = None,
 ) -> Float[Tensor, "n k l"]:
     """`left^T g_i right` for every sample; None is the identity."""
     raise _unknown(factor)
 
 
 @project.register
-def _(factor: Outer, left: Tensor | None, right: Tensor | None) -> Tensor:
-    return _times(wide(factor.left), left).mT @ _times(wide(factor.right), right)
+def _(
+    factor: Outer,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    return matmul(
+        _times(wide(factor.left), left, contract_dtype).mT,
+        _times(wide(factor.right), right, contract_dtype),
+        contract_dtype,
+    )
 
 
 @project.register
-def _(factor: OneHot, left: Tensor | None, right: Tensor | None) -> Tensor:
-    b = _times(wide(factor.b), right)
+def _(
+    factor: OneHot,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    b = _times(wide(factor.b), right, contract_dtype)
     if left is None:
         return materialize(OneHot(factor.ids, b, factor.rows))
-    return F.embedding(factor.ids, left).to(b.dtype).mT @ b
+    return matmul(F.embedding(factor.ids, left).to(b.dtype).mT, b, contract_dtype)
 
 
 @project.register
-def _(factor: Grouped, left: Tensor | None, right: Tensor | None) -> Tensor:
-    return project(Dense(materialize(factor)), left, right)
+def _(
+    factor: Grouped,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    return project(Dense(materialize(factor)), left, right, contract_dtype)
 
 
 @project.register
-def _(factor: Dense, left: Tensor | None, right: Tensor | None) -> Tensor:
-    return _times(_times(wide(factor.g), right).mT, left).mT
+def _(
+    factor: Dense,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    half = _times(wide(factor.g), right, contract_dtype)
+    return _times(half.mT, left, contract_dtype).mT
 
 
-def _times(x: Tensor, matrix: Tensor | None) -> Tensor:
-    return x if matrix is None else x @ matrix.to(x.dtype)
+def _times(x: Tensor, matrix: Tensor | None, contract_dtype: ContractDtype) -> Tensor:
+    return x if matrix is None else matmul(x, matrix.to(x.dtype), contract_dtype)
 
 
 def transpose(factor: Factor) -> Factor:
@@ -339,7 +415,7 @@ def times(factor: Factor, c: float) -> Factor:
 # --- two factors of one parameter -------------------------------------------------------------
 
 
-def pair_dots(f: Factor, g: Factor, *, each: bool) -> Tensor:
+def pair_dots(f: Factor, g: Factor, *, each: bool, contract_dtype: ContractDtype = None) -> Tensor:
     """`<f_i, g_j>`: `[n, m]` if `each`, else summed over j, `[n]`. Nothing is materialised
     unless one of the two is `Dense`."""
     if f.shape != g.shape:
@@ -350,20 +426,22 @@ def pair_dots(f: Factor, g: Factor, *, each: bool) -> Tensor:
             return gram if each else gram.sum(1)
         case (_, Dense()):
             if each:
-                return torch.stack([dot(f, u) for u in g.g], dim=1)
-            return dot(f, g.g.sum(0))
+                return torch.stack([dot(f, u, contract_dtype) for u in g.g], dim=1)
+            return dot(f, g.g.sum(0), contract_dtype)
         case (Dense(), _):
             if each:
-                return pair_dots(g, f, each=True).mT
+                return pair_dots(g, f, each=True, contract_dtype=contract_dtype).mT
             return dot(f, total(g))
         case (Grouped(), Grouped()):
             pairs = zip(f.groups(), g.groups(), strict=True)
-            return add_up([pair_dots(x, y, each=each) for x, y in pairs])
+            return add_up(
+                [pair_dots(x, y, each=each, contract_dtype=contract_dtype) for x, y in pairs]
+            )
     m, s = g[0].shape[:2]
     samples = f[0]
     out = []
     for block in _blocks(samples.shape[0], samples.shape[1] * m * s):
-        grams = _token_grams(_take(f, block), g)
+        grams = _token_grams(_take(f, block), g, contract_dtype)
         product = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
         out.append(product.sum((1, 3)) if each else product.sum((1, 2, 3)))
     return torch.cat(out)
@@ -388,20 +466,21 @@ def _take(f: Factor, block: slice) -> Factor:
             raise _unknown(f)
 
 
-def _token_grams(f: Factor, g: Factor) -> tuple[Tensor, Tensor]:
+def _token_grams(f: Factor, g: Factor, contract_dtype: ContractDtype) -> tuple[Tensor, Tensor]:
     """Inner products of the two factors' left and right vectors, each `[n*t, m*s]`."""
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return matmul(x.flatten(0, 1), y.flatten(0, 1).mT, contract_dtype)
+
     match f, g:
         case (Outer(), Outer()):
-            return (
-                _rows(f.left) @ _rows(g.left).mT,
-                _rows(f.right) @ _rows(g.right).mT,
-            )
+            return inner(f.left, g.left), inner(f.right, g.right)
         case (Outer(), OneHot()):
-            return _rows(f.left)[:, g.ids.flatten()], _rows(f.right) @ _rows(g.b).mT
+            return _rows(f.left)[:, g.ids.flatten()], inner(f.right, g.b)
         case (OneHot(), Outer()):
-            return _rows(g.left)[:, f.ids.flatten()].mT, _rows(f.b) @ _rows(g.right).mT
+            return _rows(g.left)[:, f.ids.flatten()].mT, inner(f.b, g.right)
         case (OneHot(), OneHot()):
-            b = _rows(f.b) @ _rows(g.b).mT
+            b = inner(f.b, g.b)
             same = f.ids.flatten()[:, None] == g.ids.flatten()[None, :]
             return same.to(b.dtype), b
         case _:

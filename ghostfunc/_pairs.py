@@ -32,12 +32,19 @@ from ghostfunc._factors import (
     Outer,
     add_up,
     materialize,
+    matmul,
     row_dots,
     wide,
 )
+from ghostfunc._types import ContractDtype
 
 
-def sqnorms(bundle: Bundle, *, workspace: int = _cost.BLOCK_ELEMENTS) -> Tensor:
+def sqnorms(
+    bundle: Bundle,
+    *,
+    workspace: int = _cost.BLOCK_ELEMENTS,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
     """`||g_i||^2` for every sample, `[n]`."""
     n = samples(bundle)
     folded = [
@@ -45,38 +52,46 @@ def sqnorms(bundle: Bundle, *, workspace: int = _cost.BLOCK_ELEMENTS) -> Tensor:
     ]
     if len(folded) == len(bundle):
         # Groups are orthogonal: their norms are those of as many samples more.
-        return sqnorms(folded, workspace=workspace).view(n, -1).sum(1)
+        squares = sqnorms(folded, workspace=workspace, contract_dtype=contract_dtype)
+        return squares.view(n, -1).sum(1)
     p, d = matrix_shape(bundle)
     bundle = aligned(bundle, p, d)
     if _cost.norms_by_tokens(positions(bundle), p, d):
-        return _sqnorms_by_tokens(bundle, n, min(workspace, _cost.CACHE_ELEMENTS))
+        workspace = min(workspace, _cost.CACHE_ELEMENTS)
+        return _sqnorms_by_tokens(bundle, n, workspace, contract_dtype)
     blocks = []
     for block in _slices(n, workspace // max(1, p * d)):
         parts = []
         for rows in _slices(p, workspace // max(1, d)):
-            g = _rows(bundle, block, rows)
+            g = _rows(bundle, block, rows, contract_dtype)
             parts.append(row_dots(g, g))
         blocks.append(add_up(parts))
     return torch.cat(blocks)
 
 
 def gram(
-    bundle: Bundle, other: Bundle | None = None, *, workspace: int = _cost.BLOCK_ELEMENTS
+    bundle: Bundle,
+    other: Bundle | None = None,
+    *,
+    workspace: int = _cost.BLOCK_ELEMENTS,
+    contract_dtype: ContractDtype = None,
 ) -> Tensor:
     """`<g_i, g_j>` for every pair of samples: `[n, n]`, or `[n, m]` with another bundle of the
     same parameter."""
     groups = _groups(bundle, other, workspace)
     if groups:
-        return add_up([gram(f, g, workspace=workspace) for f, g in groups])
+        return add_up(
+            [gram(f, g, workspace=workspace, contract_dtype=contract_dtype) for f, g in groups]
+        )
     p, d = matrix_shape((*bundle, *(other or ())))
     mine = aligned(bundle, p, d)
     theirs = mine if other is None else aligned(other, p, d)
     ours, others = positions(mine), positions(theirs)
     n, m, same = samples(mine), samples(theirs), other is None
     if _cost.gram_by_tokens(n, m, ours, others, p, d, same=same):
-        out = _gram_by_tokens(mine, theirs, n, m, workspace)
+        out = _gram_by_tokens(mine, theirs, n, m, workspace, contract_dtype)
     else:
-        out = _gram_by_rows(mine, theirs, p, d, workspace, same=same)
+        out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
@@ -102,36 +117,43 @@ def _groups(
 
 
 def _gram_by_rows(
-    mine: Bundle, theirs: Bundle, p: int, d: int, workspace: int, *, same: bool
+    mine: Bundle,
+    theirs: Bundle,
+    p: int,
+    d: int,
+    workspace: int,
+    contract_dtype: ContractDtype,
+    *,
+    same: bool,
 ) -> Tensor:
     everyone = samples(mine) + (0 if same else samples(theirs))
 
     def products() -> Iterator[Tensor]:
         for rows in _slices(p, workspace // max(1, everyone * d)):
-            g = _rows(mine, slice(None), rows).flatten(1)
-            h = g if same else _rows(theirs, slice(None), rows).flatten(1)
-            yield g @ h.mT
+            g = _rows(mine, slice(None), rows, contract_dtype).flatten(1)
+            h = g if same else _rows(theirs, slice(None), rows, contract_dtype).flatten(1)
+            yield matmul(g, h.mT, contract_dtype)
 
     return reduce(add, products())
 
 
-def _rows(bundle: Bundle, block: slice, rows: slice) -> Tensor:
+def _rows(bundle: Bundle, block: slice, rows: slice, contract_dtype: ContractDtype) -> Tensor:
     """The chosen rows of the gradients of the chosen samples, `[n, r, d]`."""
-    return add_up([_form_rows(take(f, block), rows) for f in bundle])
+    return add_up([_form_rows(take(f, block), rows, contract_dtype) for f in bundle])
 
 
 @singledispatch
-def _form_rows(factor: Factor, rows: slice) -> Tensor:
+def _form_rows(factor: Factor, rows: slice, contract_dtype: ContractDtype) -> Tensor:
     raise TypeError(f"{type(factor).__name__} is not formed row by row.")
 
 
 @_form_rows.register
-def _(factor: Outer, rows: slice) -> Tensor:
-    return wide(factor.left[:, :, rows]).mT @ wide(factor.right)
+def _(factor: Outer, rows: slice, contract_dtype: ContractDtype) -> Tensor:
+    return matmul(factor.left[:, :, rows].mT, factor.right, contract_dtype)
 
 
 @_form_rows.register
-def _(factor: OneHot, rows: slice) -> Tensor:
+def _(factor: OneHot, rows: slice, contract_dtype: ContractDtype) -> Tensor:
     start, stop, _ = rows.indices(factor.rows)
     local = factor.ids - start
     here = (local >= 0) & (local < stop - start)
@@ -141,28 +163,35 @@ def _(factor: OneHot, rows: slice) -> Tensor:
 
 
 @_form_rows.register
-def _(factor: Dense, rows: slice) -> Tensor:
+def _(factor: Dense, rows: slice, contract_dtype: ContractDtype) -> Tensor:
     return wide(factor.g[:, rows])
 
 
 # --- by tokens --------------------------------------------------------------------------------
 
 
-def _sqnorms_by_tokens(bundle: Bundle, n: int, workspace: int) -> Tensor:
+def _sqnorms_by_tokens(
+    bundle: Bundle, n: int, workspace: int, contract_dtype: ContractDtype
+) -> Tensor:
+    def dots(f: Factor, g: Factor, block: slice) -> Tensor:
+        return _token_dots(take(f, block), take(g, block), contract_dtype).sum((1, 2))
+
     chunks = [c for f in bundle for c in _chunks(f, min(_cost.TOKENS, isqrt(workspace)))]
     t = max(_cost.known(c[0].shape[1]) for c in chunks)
     out = []
     for block in _slices(n, workspace // t**2):
         parts = []
         for i, f in enumerate(chunks):
-            parts.append(_token_dots(take(f, block), take(f, block)).sum((1, 2)))
+            parts.append(dots(f, f, block))
             for g in chunks[:i]:
-                parts.append(2 * _token_dots(take(f, block), take(g, block)).sum((1, 2)))
+                parts.append(2 * dots(f, g, block))
         out.append(add_up(parts))
     return torch.cat(out)
 
 
-def _gram_by_tokens(mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int) -> Tensor:
+def _gram_by_tokens(
+    mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int, contract_dtype: ContractDtype
+) -> Tensor:
     """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
 
     def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
@@ -171,37 +200,44 @@ def _gram_by_tokens(mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int
         t = min(_cost.known(f[0].shape[1]), max(1, workspace // (s * columns)))
         rows = min(n, max(1, workspace // (s * columns * t)))
         for a, b in product(_chunks(f, t), _chunks(g, s)):
-            yield _token_gram(a, b, n, m, rows, columns)
+            yield _token_gram(a, b, n, m, rows, columns, contract_dtype)
 
     return reduce(add, chain.from_iterable(grams(f, g) for f in mine for g in theirs))
 
 
-def _token_gram(f: Factor, g: Factor, n: int, m: int, rows: int, columns: int) -> Tensor:
+def _token_gram(
+    f: Factor, g: Factor, n: int, m: int, rows: int, columns: int, contract_dtype: ContractDtype
+) -> Tensor:
     strips = []
     for i in _slices(n, rows):
         strip = []
         for j in _slices(m, columns):
             a, b = take(f, i), take(g, j)
             sizes = (samples([a]), -1, samples([b]), g[0].shape[1])
-            strip.append(_token_dots(pooled(a), pooled(b)).view(sizes).sum((1, 3)))
+            dots = _token_dots(pooled(a), pooled(b), contract_dtype)
+            strip.append(dots.view(sizes).sum((1, 3)))
         strips.append(torch.cat(strip, 1))
     return torch.cat(strips)
 
 
-def _token_dots(f: Factor, g: Factor) -> Tensor:
+def _token_dots(f: Factor, g: Factor, contract_dtype: ContractDtype) -> Tensor:
     """Inner products of the rank-one terms of the same sample's gradients, `[n, t, s]`."""
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return matmul(x, y.mT, contract_dtype)
+
     match f, g:
         case (Outer(), Outer()):
-            return (wide(f.left) @ wide(g.left).mT) * (wide(f.right) @ wide(g.right).mT)
+            return inner(f.left, g.left) * inner(f.right, g.right)
         case (Outer(), OneHot()):
             t = f.left.shape[1]
             left = f.left.gather(2, g.ids.long()[:, None, :].expand(-1, t, -1))
-            return wide(left) * (wide(f.right) @ wide(g.b).mT)
+            return wide(left) * inner(f.right, g.b)
         case (OneHot(), Outer()):
-            return _token_dots(g, f).mT
+            return _token_dots(g, f, contract_dtype).mT
         case (OneHot(), OneHot()):
             same = f.ids[:, :, None] == g.ids[:, None, :]
-            return torch.where(same, wide(f.b) @ wide(g.b).mT, 0)
+            return torch.where(same, inner(f.b, g.b), 0)
         case _:
             raise TypeError(f"{type(f).__name__} and {type(g).__name__} do not meet by tokens.")
 

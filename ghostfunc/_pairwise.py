@@ -9,12 +9,12 @@ from ghostfunc._blocks import GramBlocks
 from ghostfunc._book import collect
 from ghostfunc._capture import compilable
 from ghostfunc._cosines import sample_norms
-from ghostfunc._errors import OptionError, one_of
+from ghostfunc._errors import OptionError, check_contract_dtype, one_of
 from ghostfunc._factors import add_up
 from ghostfunc._quantities import SqNorm
 from ghostfunc._scores import ask
 from ghostfunc._tree import flatten_params
-from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
 
 _MODES = ("ghost", "materialized")
@@ -29,6 +29,7 @@ def ghost_norm(
     per_param: bool = False,
     mode: Mode = "ghost",
     vectorize: bool = True,
+    contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
@@ -48,6 +49,9 @@ def ghost_norm(
         per_param: return the norm of every parameter's gradient; their squares add up.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
         vectorize: for "materialized", False loops over samples.
+        contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
+            it, as in `ghost_dot_prod`. Squares are sums of T x T terms that may cancel, so a norm
+            can lose more digits than each term does.
         chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
 
@@ -66,11 +70,13 @@ def ghost_norm(
     """
     one_of("mode", mode, _MODES)
     one_of("randomness", randomness, ("error", "different"))
+    check_contract_dtype(contract_dtype, mode)
     leaves, spec = flatten_params(params)
+    squares = SqNorm().contracting(contract_dtype)
 
     def of_chunk(chunk: PyTree) -> list[Tensor]:
         if mode == "ghost":
-            taken = run(model_fn, leaves, spec, chunk, [SqNorm()], randomness=randomness)
+            taken = run(model_fn, leaves, spec, chunk, [squares], randomness=randomness)
             return [sample_norms(model_fn, leaves, spec, chunk, taken.values[0], randomness)]
         book = collect(
             model_fn, leaves, spec, chunk, mode=mode, vectorize=vectorize, randomness=randomness
@@ -173,6 +179,7 @@ def ghost_cosine(
     per_param: bool = False,
     mode: Mode = "ghost",
     vectorize: bool = True,
+    contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
@@ -196,6 +203,8 @@ def ghost_cosine(
             alone. They do not sum to the total.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n + m models).
         vectorize: for "materialized", False loops over samples.
+        contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
+            it, in dot products and in norms, as in `ghost_dot_prod` and `ghost_norm`.
         chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.
         randomness: "error" or "different".
 
@@ -219,6 +228,7 @@ def ghost_cosine(
         per_param=per_param,
         normalize=True,
         vectorize=vectorize,
+        contract_dtype=contract_dtype,
         chunk_size=chunk_size,
         randomness=randomness,
     ).scores()

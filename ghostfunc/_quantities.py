@@ -19,6 +19,7 @@ It is called after the backward pass, for the parameters that samples meet more 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from ghostfunc import _bundles, _cost, _factors, _pairs
 from ghostfunc._capture import node
+from ghostfunc._errors import OptionError
 from ghostfunc._factors import Dense, Factor
 from ghostfunc._tree import ParamSpec, flatten_like
-from ghostfunc._types import PyTree
+from ghostfunc._types import ContractDtype, PyTree
 
 DeriveFn: TypeAlias = Callable[..., Tensor]
 """The computation of a derived tensor, of the tensors it derives from."""
@@ -68,14 +70,31 @@ class Quantity(ABC):
         degree: how the quantity scales with the gradient: 1 linear, 2 quadratic.
         pairs_samples: whether it relates the samples of a batch to each other; where not, its value
             for a batch is that of the batch's parts, one after the other.
+        takes_contract_dtype: whether its readers heed `contract_dtype`.
+        contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
     """
 
     degree: int
     pairs_samples: bool = False
+    takes_contract_dtype: bool = False
+    contract_dtype: ContractDtype = None
 
     @abstractmethod
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
         """One reader per parameter; None where the quantity has nothing to read."""
+
+    def contracting(self, contract_dtype: ContractDtype) -> Quantity:
+        """The same quantity, contracted in another dtype."""
+        if contract_dtype is None:
+            return self
+        if not self.takes_contract_dtype:
+            raise OptionError(
+                f"{type(self).__name__} has no contract_dtype: what it reads is not a contraction "
+                "that can be rounded. Ask for it in a call of its own."
+            )
+        other = copy.copy(self)
+        other.contract_dtype = contract_dtype
+        return other
 
 
 # --- dot products -----------------------------------------------------------------------------
@@ -85,18 +104,19 @@ class DotReader(NamedTuple):
     """`<g_i, u>` with a dense direction: `[n]`."""
 
     u: Tensor
+    contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n)
 
     def read(self, factor: Factor) -> Tensor:
-        return _factors.dot(factor, self.u.reshape(factor.shape))
+        return _factors.dot(factor, self.u.reshape(factor.shape), self.contract_dtype)
 
     def push(self, push: Push) -> DotReader:
-        return DotReader(push.jvp(self.u))
+        return self._replace(u=push.jvp(self.u))
 
     def plus(self, other: DotReader) -> DotReader:
-        return DotReader(self.u + other.u)
+        return self._replace(u=self.u + other.u)
 
 
 class PairReader(NamedTuple):
@@ -106,6 +126,7 @@ class PairReader(NamedTuple):
     each: bool
     m: int
     workspace: int = _cost.BLOCK_ELEMENTS
+    contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n, self.m) if self.each else _zeros(param, n)
@@ -114,8 +135,16 @@ class PairReader(NamedTuple):
         if not self.factors:  # the validation losses do not depend on the parameter
             return self.tap(_bundles.values(factor), _bundles.samples([factor]))
         if self.each:
-            return _pairs.gram([factor], self.factors, workspace=self.workspace)
-        pairs = [_factors.pair_dots(factor, g, each=False) for g in self.factors]
+            return _pairs.gram(
+                [factor],
+                self.factors,
+                workspace=self.workspace,
+                contract_dtype=self.contract_dtype,
+            )
+        pairs = [
+            _factors.pair_dots(factor, g, each=False, contract_dtype=self.contract_dtype)
+            for g in self.factors
+        ]
         return _factors.add_up(pairs)
 
     def push(self, push: Push) -> PairReader:
@@ -156,6 +185,7 @@ class TurnReader(NamedTuple):
 
     turns: tuple[Turn, ...]
     m: int
+    contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n, self.m)
@@ -164,7 +194,7 @@ class TurnReader(NamedTuple):
         columns = []
         for j in range(self.m):
             u = _factors.add_up([turn.gradient(j) for turn in self.turns])
-            columns.append(_factors.dot(factor, u.reshape(factor.shape)))
+            columns.append(_factors.dot(factor, u.reshape(factor.shape), self.contract_dtype))
         return torch.stack(columns, dim=1)
 
     def push(self, push: Push) -> TurnReader:
@@ -179,12 +209,14 @@ class Dot(Quantity):
     """`<g_i, u>` for a direction `u`, a pytree like `params`: `[n]` per parameter."""
 
     degree = 1
+    takes_contract_dtype = True
 
     def __init__(self, direction: PyTree) -> None:
         self.direction = direction
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[DotReader]:
-        return [DotReader(u) for u in flatten_like(self.direction, leaves, spec, "direction")]
+        us = flatten_like(self.direction, leaves, spec, "direction")
+        return [DotReader(u, self.contract_dtype) for u in us]
 
 
 class Prepared(Quantity):
@@ -204,14 +236,16 @@ class Prepared(Quantity):
 class SqNormReader(NamedTuple):
     """`||g_i||^2`, `[n]`."""
 
+    contract_dtype: ContractDtype
+
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n)
 
     def read(self, factor: Factor) -> Tensor:
-        return _pairs.sqnorms([factor])
+        return self.read_all([factor])
 
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
-        return _pairs.sqnorms(factors)
+        return _pairs.sqnorms(factors, contract_dtype=self.contract_dtype)
 
     def push(self, push: Push) -> SqNormReader | None:
         return None if push.derivation == "general" else self
@@ -228,24 +262,26 @@ class SqNorm(Quantity):
     """
 
     degree = 2
+    takes_contract_dtype = True
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[SqNormReader]:
-        return [SqNormReader() for _ in leaves]
+        return [SqNormReader(self.contract_dtype) for _ in leaves]
 
 
 class GramReader(NamedTuple):
     """`<g_i, g_j>` within one batch, `[n, n]`."""
 
     workspace: int
+    contract_dtype: ContractDtype
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n, n)
 
     def read(self, factor: Factor) -> Tensor:
-        return _pairs.gram([factor], workspace=self.workspace)
+        return self.read_all([factor])
 
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
-        return _pairs.gram(factors, workspace=self.workspace)
+        return _pairs.gram(factors, workspace=self.workspace, contract_dtype=self.contract_dtype)
 
     def push(self, push: Push) -> GramReader | None:
         return None if push.derivation == "general" else self
@@ -264,12 +300,13 @@ class Gram(Quantity):
 
     degree = 2
     pairs_samples = True
+    takes_contract_dtype = True
 
     def __init__(self, *, workspace: int = _cost.BLOCK_ELEMENTS) -> None:
         self.workspace = workspace
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[GramReader]:
-        return [GramReader(self.workspace) for _ in leaves]
+        return [GramReader(self.workspace, self.contract_dtype) for _ in leaves]
 
 
 # --- the gradient itself ----------------------------------------------------------------------
@@ -307,15 +344,17 @@ class SampleGrad(Quantity):
 
 
 class TotalReader(NamedTuple):
-    """`sum_i g_i` in float32 or wider, `[*shape]`."""
+    """`sum_i g_i` in float32 or wider, `[*shape]`: a direction. (A training gradient, whose
+    products are never rounded, is the cotangent of the parameter itself.)"""
 
     shape: tuple[int, ...]
+    contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, *self.shape)
 
     def read(self, factor: Factor) -> Tensor:
-        return _factors.total(factor).reshape(self.shape)
+        return _factors.total(factor, self.contract_dtype).reshape(self.shape)
 
     def push(self, push: Push) -> None:
         return None

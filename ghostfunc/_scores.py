@@ -15,13 +15,13 @@ from torch import Tensor
 from ghostfunc import _chunks, _cosines, _norms, _oracles
 from ghostfunc._against import Against, against
 from ghostfunc._direction import dense_direction, validation_readers
-from ghostfunc._errors import OptionError, one_of
+from ghostfunc._errors import OptionError, check_contract_dtype, one_of
 from ghostfunc._factors import Dense, add_up, wide
 from ghostfunc._positions import position_dots
 from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._quantities import DotReader, PairReader, Prepared, Quantity, SqNorm, TurnReader
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params
-from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
 
 _MODES = ("ghost", "jvp", "materialized")
@@ -59,6 +59,7 @@ class Scores:
     per_param: bool
     normalize: bool
     vectorize: bool
+    contract_dtype: ContractDtype
     chunk_size: int | None
     randomness: Randomness
 
@@ -83,6 +84,7 @@ class Scores:
         for option, given, needed in (
             ("mode", self.mode, "ghost"),
             ("normalize", self.normalize, False),
+            ("contract_dtype", self.contract_dtype, None),
         ):
             if given != needed:
                 raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
@@ -147,7 +149,7 @@ class Scores:
         readers = [self._readers(piece, grads=grads) for piece in pieces]
         quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
         if self.normalize:
-            quantities.append(SqNorm())
+            quantities.append(SqNorm().contracting(self.contract_dtype))
 
         def of_chunk(train: PyTree) -> _Step:
             taken = run(
@@ -182,7 +184,7 @@ class Scores:
 
     def _readers(self, piece: _Piece, *, grads: bool) -> _Readers:
         if piece.u is not None:
-            return [DotReader(u) for u in piece.u]
+            return [DotReader(u, self.contract_dtype) for u in piece.u]
         return validation_readers(
             self.model_fn,
             self.leaves,
@@ -191,6 +193,7 @@ class Scores:
             piece.val,
             reduction=self.reduction,
             grads=grads,
+            contract_dtype=self.contract_dtype,
             randomness=self.randomness,
         )
 
@@ -323,6 +326,7 @@ def ask(
     per_param: bool,
     normalize: bool,
     vectorize: bool,
+    contract_dtype: ContractDtype,
     chunk_size: int | None,
     randomness: Randomness,
 ) -> Scores:
@@ -330,6 +334,7 @@ def ask(
     one_of("mode", mode, _MODES)
     one_of("reduction", reduction, ("mean", "sum", "none"))
     one_of("randomness", randomness, ("error", "different"))
+    check_contract_dtype(contract_dtype, mode)
     _chunks.check_chunk_size(chunk_size)
     if normalize and mode == "jvp":
         raise OptionError(
@@ -349,6 +354,7 @@ def ask(
         per_param,
         normalize,
         vectorize,
+        contract_dtype,
         chunk_size,
         randomness,
     )

@@ -14,25 +14,32 @@ import torch
 from torch import Tensor
 
 from ghostfunc import _cost
-from ghostfunc._factors import Factor, Outer, add_up, dot, dot_and_total, wide
+from ghostfunc._factors import Factor, Outer, add_up, dot, dot_and_total, matmul, speed, wide
+from ghostfunc._types import ContractDtype
 
 
 def dots_and_total(
-    factor: Factor, us: Sequence[Tensor], *, with_total: bool
+    factor: Factor,
+    us: Sequence[Tensor],
+    *,
+    with_total: bool,
+    contract_dtype: ContractDtype = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """`<g_i, u>` for every `u`, one at least, and `sum_i g_i` where it is wanted."""
+    """`<g_i, u>` for every `u`, one at least, and `sum_i g_i` where it is wanted, which is never
+    rounded to a `contract_dtype`."""
     if isinstance(factor, Outer):
         (n, t, p), d = factor.left.shape, factor.right.shape[-1]
-        if _cost.share_dots(n, t, p, d, len(us), with_total=with_total):
-            return _by_rows(factor, us, with_total=with_total)
+        faster = speed(contract_dtype)
+        if _cost.share_dots(n, t, p, d, len(us), with_total=with_total, speed=faster):
+            return _by_rows(factor, us, with_total, None if with_total else contract_dtype)
     if not with_total:
-        return [dot(factor, u) for u in us], None
-    first, whole = dot_and_total(factor, us[0])
-    return [first, *(dot(factor, u) for u in us[1:])], whole
+        return [dot(factor, u, contract_dtype) for u in us], None
+    first, whole = dot_and_total(factor, us[0], contract_dtype)
+    return [first, *(dot(factor, u, contract_dtype) for u in us[1:])], whole
 
 
 def _by_rows(
-    factor: Outer, us: Sequence[Tensor], *, with_total: bool
+    factor: Outer, us: Sequence[Tensor], with_total: bool, contract_dtype: ContractDtype
 ) -> tuple[list[Tensor], Tensor | None]:
     left, right = wide(factor.left), wide(factor.right)
     parts: list[Tensor] = []
@@ -42,7 +49,7 @@ def _by_rows(
         dots: list[Tensor] = []
         whole: Tensor | None = None
         for i in range(len(left)):
-            g = left[i, :, rows].mT @ right[i]
+            g = matmul(left[i, :, rows].mT, right[i], contract_dtype)
             dots.append(torch.stack([torch.dot(g.flatten(), u) for u in block_us]))
             if with_total:
                 whole = g if whole is None else whole + g if i == 1 else whole.add_(g)

@@ -168,10 +168,15 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
     grad: Tensor | None = None
     pulled: dict[int, Factor] | None = None
     out = []
-    directions = [r.u.reshape(factor.shape) for r in readers if isinstance(r, DotReader)]
+    dots_with = [r for r in readers if isinstance(r, DotReader)]
     several: Iterator[Tensor] | None = None
-    if len(directions) > 1:
-        together, grad = dots_and_total(factor, directions, with_total=target.wants_grad)
+    if len(dots_with) > 1:
+        together, grad = dots_and_total(
+            factor,
+            [r.u.reshape(factor.shape) for r in dots_with],
+            with_total=target.wants_grad,
+            contract_dtype=dots_with[0].contract_dtype,  # one call has one
+        )
         several = iter(together)
     for (key, (_, must_pull)), reader in zip(target.readers.items(), readers, strict=True):
         if several is not None and isinstance(reader, DotReader):
@@ -180,7 +185,9 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
             pulled = pulled or leaf_factors(target, factor)
             out.append(reader.read(pulled[key[1]]))
         elif target.wants_grad and grad is None and isinstance(reader, DotReader):
-            dots, grad = _factors.dot_and_total(factor, reader.u.reshape(factor.shape))
+            dots, grad = _factors.dot_and_total(
+                factor, reader.u.reshape(factor.shape), reader.contract_dtype
+            )
             out.append(dots)
         else:
             out.append(reader.read(factor))

@@ -10,7 +10,7 @@ from ghostfunc._purity import prove_independent
 from ghostfunc._quantities import SampleGrad
 from ghostfunc._scores import ask
 from ghostfunc._tree import batch_size, flatten_params
-from ghostfunc._types import GhostStep, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._types import ContractDtype, GhostStep, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
 
 
@@ -28,6 +28,7 @@ def ghost_dot_prod(
     per_position: bool = False,
     normalize: bool = False,
     vectorize: bool = True,
+    contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
@@ -58,6 +59,13 @@ def ghost_dot_prod(
             `mode="jvp"`.
         vectorize: for `mode="materialized"`, False loops over samples where vmap cannot run the
             model.
+        contract_dtype: torch.bfloat16 or torch.float16: the two operands of every matrix product of
+            a contraction (of factors with each other, with `u`, or into the `u` of `val`) are
+            rounded to it; products are added up in float32, and their sum is rounded once more.
+            Where processors multiply it faster, scores are cheaper, and right to 2 or 3 digits:
+            `verify` measures the error. Elementwise products, sums, look-ups and parameters without
+            a matrix product are not rounded, nor is the model itself. None, the default: float32
+            or wider. Not for other modes, which contract nothing, nor for `per_position`.
         chunk_size: the most samples to run at one time, of `train` and of `val`, where all of them
             do not fit into memory. The numbers do not depend on it. With `reduction="none"` every
             chunk of `train` is run once for every chunk of `val`.
@@ -104,6 +112,7 @@ def ghost_dot_prod(
         per_param=per_param,
         normalize=normalize,
         vectorize=vectorize,
+        contract_dtype=contract_dtype,
         chunk_size=chunk_size,
         randomness=randomness,
     )
@@ -123,6 +132,7 @@ def ghost_value_and_grad(
     per_param: bool = False,
     normalize: bool = False,
     vectorize: bool = True,
+    contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> GhostStep:
@@ -132,6 +142,9 @@ def ghost_value_and_grad(
 
     Arguments and errors are those of `ghost_dot_prod`. Nothing is written anywhere: hand `grads` to
     a functional optimizer, or copy them into `.grad`.
+
+    A `contract_dtype` rounds scores alone, never losses or `grads`. Where it is cheapest to read a
+    parameter's scores off the products that make `grads`, that step is not rounded either.
 
     Returns:
         `GhostStep(losses [n], grads, dot_prods)`. `grads` is a pytree like `params`, of their
@@ -149,6 +162,7 @@ def ghost_value_and_grad(
         per_param=per_param,
         normalize=normalize,
         vectorize=vectorize,
+        contract_dtype=contract_dtype,
         chunk_size=chunk_size,
         randomness=randomness,
     )

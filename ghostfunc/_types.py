@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +23,9 @@ ModelFn: TypeAlias = Callable[[PyTree, PyTree], Tensor]
 Mode: TypeAlias = Literal["ghost", "jvp", "materialized"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Randomness: TypeAlias = Literal["error", "different"]
+
+ContractDtype: TypeAlias = torch.dtype | None
+"""What operands of a contraction's matrix products are rounded to; None: not at all."""
 
 
 class GhostStep(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ghostfunc._errors import VerificationError
 from ghostfunc._transforms import ghost_dot_prod
 from ghostfunc._tree import flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._types import ContractDtype, Mode, ModelFn, PyTree, Randomness
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Report:
         total: the row of the whole model.
         unused: parameters the losses do not depend on; their scores are zero.
         tolerance: the largest relative error that passes.
+        contract_dtype: what ghost mode rounded the operands of matrix products to.
     """
 
     rows: tuple[Row, ...]
     total: Row
     unused: tuple[str, ...]
     tolerance: float
+    contract_dtype: ContractDtype = None
 
     @property
     def max_error(self) -> float:
@@ -73,8 +75,12 @@ class Report:
             )
         if self.unused:
             lines.append(f"unused (the losses do not depend on them): {', '.join(self.unused)}")
-        verdict = "exact" if self.ok else "NOT EXACT"
-        lines.append(f"{verdict} to a tolerance of {self.tolerance:.1e}")
+        if self.contract_dtype is None:
+            verdict = "exact to" if self.ok else "NOT EXACT to"
+        else:
+            within = "within" if self.ok else "NOT WITHIN"
+            verdict = f"contractions in {self.contract_dtype}: {within}"
+        lines.append(f"{verdict} a tolerance of {self.tolerance:.1e}")
         return "\n".join(lines)
 
 
@@ -86,6 +92,7 @@ def verify(
     *,
     tolerance: float | None = None,
     vectorize: bool = True,
+    contract_dtype: ContractDtype = None,
     randomness: Randomness = "error",
     check: bool = False,
 ) -> Report:
@@ -93,15 +100,17 @@ def verify(
 
         error_p = max_i |ghost_i - materialized_i| / max(max_i |materialized_i|, eps * scale)
 
-    per parameter p; `scale` is the largest total score and `eps` the dtype's resolution, so that
-    parameters whose true score is zero (key biases of attention) are not compared noise to noise.
+    per parameter p; `scale` is the largest total score and `eps` the resolution of the parameters'
+    dtype or of `contract_dtype`, whichever is coarser, so that parameters whose true score is zero
+    (key biases of attention) are not compared noise to noise.
 
     Args:
         model_fn, params, train, val: as in `ghost_dot_prod`. Materialized gradients are as large as
             n + m models: verify with a few samples.
         tolerance: largest relative error that passes; by default 1e-10 for float64 parameters, 1e-4
-            for float32, 5e-2 for less.
+            for float32, 5e-2 for less and for a `contract_dtype`.
         vectorize: False loops over samples, for models torch.vmap cannot run.
+        contract_dtype: as in `ghost_dot_prod`, for ghost mode alone: the errors are what it costs.
         randomness: "error"; a random model cannot be compared with itself.
         check: raise `VerificationError` at once if the comparison fails.
 
@@ -109,10 +118,25 @@ def verify(
         A `Report`, which prints as a table.
     """
     leaves, spec = flatten_params(params)
-    ghost = _per_param(model_fn, params, train, val, "ghost", vectorize, randomness)
-    exact = _per_param(model_fn, params, train, val, "materialized", vectorize, randomness)
+
+    def scores(mode: Mode, contract_dtype: ContractDtype) -> list[Tensor]:
+        dots = ghost_dot_prod(
+            model_fn,
+            params,
+            train,
+            val,
+            mode=mode,
+            per_param=True,
+            vectorize=vectorize,
+            contract_dtype=contract_dtype,
+            randomness=randomness,
+        )
+        return flatten_params(dots)[0]
+
+    ghost, exact = scores("ghost", contract_dtype), scores("materialized", None)
     ghost_total, exact_total = torch.stack(ghost).sum(0), torch.stack(exact).sum(0)
-    eps = max(torch.finfo(x.dtype).eps for x in leaves)
+    dtypes = [x.dtype for x in leaves] + ([contract_dtype] if contract_dtype else [])
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     floor = eps * float(exact_total.nan_to_num(0, 0, 0).abs().max())
     rows = tuple(
         _row(name, tuple(leaf.shape), g, e, floor)
@@ -126,32 +150,10 @@ def verify(
     )
     if tolerance is None:
         tolerance = 1e-10 if eps < 1e-12 else 1e-4 if eps < 1e-5 else 5e-2
-    report = Report(rows, total, unused, tolerance)
+    report = Report(rows, total, unused, tolerance, contract_dtype)
     if check:
         report.check()
     return report
-
-
-def _per_param(
-    model_fn: ModelFn,
-    params: PyTree,
-    train: PyTree,
-    val: PyTree,
-    mode: str,
-    vectorize: bool,
-    randomness: Randomness,
-) -> list[Tensor]:
-    dots = ghost_dot_prod(
-        model_fn,
-        params,
-        train,
-        val,
-        mode=mode,  # type: ignore[arg-type]
-        per_param=True,
-        vectorize=vectorize,
-        randomness=randomness,
-    )
-    return flatten_params(dots)[0]
 
 
 def _row(name: str, shape: tuple[int, ...], ghost: Tensor, exact: Tensor, floor: float) -> Row:

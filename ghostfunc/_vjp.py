@@ -18,6 +18,7 @@ from ghostfunc._errors import (
     ControlFlowError,
     OptionError,
     TransformError,
+    check_contract_dtype,
     one_of,
 )
 from ghostfunc._factors import Factor
@@ -31,7 +32,7 @@ from ghostfunc._taps import Site, TapMode, leaf_factors
 from ghostfunc._trace import Trace, trace_model, unseen_use
 from ghostfunc._tracking import ReaderKey, constants, gradients
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
-from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ def ghost_vjp(
     quantities: Quantity | dict[str, Quantity],
     *,
     grads: bool = False,
+    contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> GhostVjp:
@@ -73,6 +75,8 @@ def ghost_vjp(
         quantities: one quantity (`gf.Dot(u)`, `gf.SampleGrad()`, ...) or a dict of them: all are
             read in the same backward pass.
         grads: also return the gradient of `sum_i losses[i]`.
+        contract_dtype: torch.bfloat16 or torch.float16, to round the operands of the matrix
+            products that make the values to it, as in `ghost_dot_prod`. Not for `SampleGrad`.
         chunk_size: the most samples to run at one time, where all of them do not fit into memory.
             Not for quantities that pair the samples of a batch (`Gram`).
         randomness: "error" refuses a model that draws random numbers; "different" lets every sample
@@ -87,6 +91,7 @@ def ghost_vjp(
         GhostError: one of its children, which names what was given and what to do.
     """
     one_of("randomness", randomness, ("error", "different"))
+    check_contract_dtype(contract_dtype)
     named = quantities if isinstance(quantities, dict) else {"": quantities}
     for name, quantity in named.items():
         if not isinstance(quantity, Quantity):
@@ -99,6 +104,7 @@ def ghost_vjp(
                 f"{type(quantity).__name__} pairs the samples of a batch, so it cannot be taken in "
                 "chunks. gf.ghost_gram has memory_budget for that."
             )
+    rounded = [quantity.contracting(contract_dtype) for quantity in named.values()]
     leaves, spec = flatten_params(params)
 
     def taken(chunk: PyTree) -> Taken:
@@ -107,7 +113,7 @@ def ghost_vjp(
             leaves,
             spec,
             chunk,
-            list(named.values()),
+            rounded,
             grads=range(len(leaves)) if grads else (),
             randomness=randomness,
         )

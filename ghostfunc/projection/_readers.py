@@ -14,6 +14,7 @@ from ghostfunc._capture import symbolic
 from ghostfunc._errors import TransformError
 from ghostfunc._factors import Dense, Factor, OneHot, Outer, wide
 from ghostfunc._quantities import Push
+from ghostfunc._types import ContractDtype
 from ghostfunc.projection import _random
 
 CHUNK = 1 << 22
@@ -34,6 +35,7 @@ class KroneckerReader(NamedTuple):
     n_o: int
     n_i: int
     transposed: bool = False
+    contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         k_o = self.n_o if self.left is None else self.left.shape[1]
@@ -43,9 +45,10 @@ class KroneckerReader(NamedTuple):
     def read(self, factor: Factor) -> Float[Tensor, "n k"]:
         if self.transposed:
             seen = _as_matrix(factor, self.n_i, self.n_o)
-            return _factors.project(seen, self.right, self.left).mT.flatten(1)
+            turned = _factors.project(seen, self.right, self.left, self.contract_dtype)
+            return turned.mT.flatten(1)
         seen = _as_matrix(factor, self.n_o, self.n_i)
-        return _factors.project(seen, self.left, self.right).flatten(1)
+        return _factors.project(seen, self.left, self.right, self.contract_dtype).flatten(1)
 
     def push(self, push: Push) -> KroneckerReader | None:
         if push.derivation == "cast":
@@ -75,6 +78,7 @@ class SignsReader(NamedTuple):
 
     key: int
     k: int
+    contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return wide(param.new_zeros(())).expand(n, self.k)
@@ -88,7 +92,7 @@ class SignsReader(NamedTuple):
         parts = []
         for start, g in _pieces(factor, max(1, CHUNK // self.k)):
             signs = torch.from_numpy(_random.rademacher(self.key, start, g.shape[1], self.k))
-            parts.append(g @ signs.to(g.device, g.dtype))
+            parts.append(_factors.matmul(g, signs.to(g.device, g.dtype), self.contract_dtype))
         return _factors.add_up(parts)
 
     def push(self, push: Push) -> SignsReader | None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ghostfunc import _chunks
 from ghostfunc._capture import compilable, node
-from ghostfunc._errors import OptionError, one_of
+from ghostfunc._errors import OptionError, check_contract_dtype, one_of
 from ghostfunc._quantities import Quantity
 from ghostfunc._transforms import per_sample_grads
 from ghostfunc._tree import ParamSpec
-from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._vjp import ghost_vjp
 from ghostfunc.projection._projection import Projection
 
@@ -27,6 +27,7 @@ class Project(Quantity):
     """
 
     degree = 1
+    takes_contract_dtype = True
 
     def __init__(self, projection: Projection) -> None:
         if not isinstance(projection, Projection):
@@ -37,7 +38,11 @@ class Project(Quantity):
         self.projection = projection
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
-        return self.projection.readers(dict(zip(spec.names, leaves, strict=True)))
+        readers = self.projection.readers(dict(zip(spec.names, leaves, strict=True)))
+        return [
+            None if reader is None else reader._replace(contract_dtype=self.contract_dtype)
+            for reader in readers
+        ]
 
 
 @compilable()
@@ -49,6 +54,7 @@ def ghost_project(
     *,
     mode: str = "ghost",
     vectorize: bool = True,
+    contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> Float[Tensor, "n k"]:
@@ -64,6 +70,8 @@ def ghost_project(
         mode: "ghost" (from factors, in one backward pass without weight gradients) or
             "materialized" (`projection.apply(per_sample_grads(...))`, the definition).
         vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products,
+            projection matrices among them, to it, as in `ghost_dot_prod`.
         chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
@@ -79,11 +87,18 @@ def ghost_project(
         Choe et al., "What is Your Data Worth to GPT?" (LoGra), 2024.
     """
     one_of("mode", mode, ("ghost", "materialized"))
+    check_contract_dtype(contract_dtype, mode)
     quantity = Project(projection)
     if mode == "ghost":
         return projection.join(
             ghost_vjp(
-                model_fn, params, batch, quantity, chunk_size=chunk_size, randomness=randomness
+                model_fn,
+                params,
+                batch,
+                quantity,
+                contract_dtype=contract_dtype,
+                chunk_size=chunk_size,
+                randomness=randomness,
             ).values
         )
 
