@@ -14,8 +14,9 @@ from ghostfunc._errors import TransformError
 from ghostfunc._module import ModuleFn
 
 _numbers = itertools.count()
-_functions: dict[int, tuple[Callable[..., Any], weakref.ref[Any]]] = {}
-"""Functions by number, which is what a recorded program can hold."""
+_functions: dict[int, tuple[Callable[..., Any], weakref.ref[Any], _pytree.TreeSpec]] = {}
+"""A function, the model's and the structure of the arguments, by number: that is what a recorded
+program can hold."""
 
 
 def capture(function: Callable[..., Any], model_fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +30,25 @@ def capture(function: Callable[..., Any], model_fn: Any, *args: Any, **kwargs: A
         state = model_fn.closed_over(args[0] if args else kwargs["params"])
     number = _prepare(function, model_fn, flags, (spec,), *leaves)
     # The sum is an ordinary number, whose origin is not looked into.
-    return _record(number + 0, state, args, kwargs)
+    out = _record(number + 0, state, [_without_none(x) for x in leaves])
+    return _pytree.tree_map(_result, out)
+
+
+# A recorded program can neither take nor return None. A string stands for it among the arguments,
+# and a tensor of a dtype that no result has among the results.
+_NONE = "nothing"
+
+
+def _result(x: Any) -> Any:
+    return None if isinstance(x, torch.Tensor) and x.dtype == torch.uint8 else x
+
+
+def _without_none(x: Any) -> Any:
+    return _NONE if x is None else x
+
+
+def _with_none(x: Any) -> Any:
+    return None if isinstance(x, str) and x == _NONE else x
 
 
 @torch._dynamo.assume_constant_result
@@ -47,13 +66,13 @@ def _prepare(
     function(model_fn, *args, **kwargs)
     number = next(_numbers)
     forget = weakref.ref(model_fn, lambda _: _functions.pop(number, None))
-    _functions[number] = (function, forget)
+    _functions[number] = (function, forget, spec[0])
     return number
 
 
 @torch._dynamo.nonstrict_trace
-def _record(number: int, state: dict[str, Any], args: Any, kwargs: Any) -> Any:
-    function, alive = _functions[number]
+def _record(number: int, state: dict[str, Any], leaves: list[Any]) -> Any:
+    function, alive, spec = _functions[number]
     model_fn = alive()
     if model_fn is None:
         raise TransformError(
@@ -62,6 +81,8 @@ def _record(number: int, state: dict[str, Any], args: Any, kwargs: Any) -> Any:
         )
     if state:
         model_fn = model_fn.closing_over(state)
+    args, kwargs = _pytree.tree_unflatten([_with_none(x) for x in leaves], spec)
     out = function(model_fn, *args, **kwargs)
     # Named tuples would not come through; the caller makes one of this again.
-    return tuple(out) if isinstance(out, tuple) else out
+    out = tuple(out) if isinstance(out, tuple) else out
+    return _pytree.tree_map(lambda x: torch.empty(0, dtype=torch.uint8) if x is None else x, out)

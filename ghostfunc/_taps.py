@@ -36,6 +36,7 @@ from ghostfunc._tracking import (
     reads_attribute,
     real,
     shaped,
+    traced_as,
     writes,
 )
 from ghostfunc._tree import flatten, tensors_of, unflatten
@@ -337,7 +338,7 @@ class TapMode(TrackingMode):
             return super().elementary(func, args, kwargs)
         entry, funcs = self._entry, self._trace.funcs
         self._entry += 1
-        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == func
+        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == traced_as(func)
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         out = super().elementary(func, args, kwargs)
         if expected is not None:
@@ -345,7 +346,7 @@ class TapMode(TrackingMode):
             inputs = [x.shape for x in given if isinstance(x, Tensor)]
             self._as_traced = pattern(func, inputs, [out.shape]) == expected
         if not self._as_traced:
-            self._elsewhere.append((entry, func))
+            self._elsewhere.append((entry, traced_as(func)))
         return out
 
     @property
@@ -364,7 +365,7 @@ class TapMode(TrackingMode):
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         expected = self._expected
-        if expected is None or func != expected.func:
+        if expected is None or traced_as(func) != traced_as(expected.func):
             return self._read_attribute(func, call)
         if (tuple(call.hits), call.numbers()) != (expected.hits, expected.numbers):
             raise StaleLayout(f"{op_name(func)} got other parameters")

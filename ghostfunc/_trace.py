@@ -64,6 +64,7 @@ from ghostfunc._tracking import (
     differentiable,
     gradients,
     reads_attribute,
+    traced_as,
     writes,
 )
 from ghostfunc._tree import ParamSpec, batch_size, flatten, take, tensors_of
@@ -538,7 +539,7 @@ def trace_model(
         for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
             counts[leaf] += 1
     trace = Trace(
-        tuple(func for func, _, _ in log.calls if not reads_attribute(func)),
+        tuple(traced_as(func) for func, _, _ in log.calls if not reads_attribute(func)),
         tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
         tuple(counts),
         tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),

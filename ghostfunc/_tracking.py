@@ -64,6 +64,10 @@ _LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
 _TENSOR_GETTERS = {
     _getter(name) for name in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
 }  # fmt: skip
+_CONVERSIONS: set[Callable[..., Any]] = {
+    Tensor.char, Tensor.cpu, Tensor.bfloat16, Tensor.byte, Tensor.double, Tensor.float, Tensor.bool,
+    Tensor.half, Tensor.int, Tensor.long,
+}  # fmt: skip
 _EMBEDDING = inspect.signature(F.embedding)
 CONSTANTS: set[Callable[..., Any]] = {
     Tensor.detach, torch.detach, _getter("data"), constant,
@@ -86,6 +90,11 @@ _NESTED: set[Callable[..., Any]] = {
 
 FORWARD_MODE = threading.RLock()
 """The levels of torch's forward-mode AD are shared by all threads of a process."""
+
+
+def traced_as(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What a call goes by in a trace: the compiler's tensors convert by `to` alone."""
+    return Tensor.to if func in _CONVERSIONS else func
 
 
 def reads_attribute(func: Callable[..., Any]) -> bool:

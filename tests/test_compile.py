@@ -90,6 +90,10 @@ def calls(model_fn: Any, params: dict[str, Tensor]) -> dict[str, Callable[..., A
         params, rank_total=16, rank_min=2, kind="sparse", seed=0, compress=32
     )
 
+    some = gf.kronecker_projection(
+        params, rank_total=4, rank_min=1, kind="gaussian", seed=0, layers=list(params)[:2]
+    )
+
     def many(p: Any, train: Any, val: Any) -> Any:
         wanted = {"u": gf.Dot(p), "norm": gf.SqNorm(), "k": gf.Project(projection)}
         return gf.ghost_vjp(model_fn, p, train, wanted, grads=True)
@@ -100,6 +104,10 @@ def calls(model_fn: Any, params: dict[str, Tensor]) -> dict[str, Callable[..., A
         "dot, given": lambda p, a, b: gf.ghost_dot_prod(model_fn, p, a, direction=p),
         "step": lambda p, a, b: gf.ghost_value_and_grad(model_fn, p, a, b),
         "vjp": many,
+        "vjp, alone": lambda p, a, b: gf.ghost_vjp(model_fn, p, a, gf.Project(some), grads=False),
+        "dot, bfloat16": lambda p, a, b: gf.ghost_dot_prod(
+            model_fn, p, a, b, contract_dtype=torch.bfloat16, chunk_size=None
+        ),
         "project": lambda p, a, b: gf.ghost_project(model_fn, p, a, projection),
         "project, hashed": lambda p, a, b: gf.ghost_project(model_fn, p, a, hashed),
         "dot, several": lambda p, a, b: gf.ghost_dot_prod(model_fn, p, a, {"x": b, "y": a}),
