@@ -93,6 +93,7 @@ def _rows() -> list[Row]:
         )
     rows += [
         Row("ghost_project, rank 256", "quadratic", "256", "project", "plain, n rows", 0.85),
+        Row("ghost_project, rank 256", "quadratic", "gpt2-small", "project", "plain, n rows", 0.90),
         Row("ghost_norm", "quadratic", "256", "norm", "plain, n rows", 1.30),
         Row("ghost_clipped_grad", "quadratic", "256", "clipped", "plain, n rows", 1.60),
         Row("ghost_norm, untied", "opacus", "gpt2-small", "norm", "plain, n rows", 1.60),
