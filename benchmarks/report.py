@@ -89,14 +89,15 @@ def plot_ratios(lines: list[Line], path: Path) -> None:
     drawn = [x for x in lines if x.value is not None and x.row.figure != "slope"][::-1]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.25 * len(drawn)))
     for y, x in enumerate(drawn):
-        colour = {"met": "tab:green", "not met": "tab:orange"}.get(x.met, "tab:red")
+        colours = {"met": "tab:green", "not met": "tab:orange", "-": "tab:gray"}
+        colour = colours.get(x.met, "tab:red")
         axes.barh(y, x.value, color=colour, height=0.6)
         if x.spread is not None:
             axes.plot(x.spread, [y, y], color="black", linewidth=1)
         if x.row.target is not None:
             axes.plot([x.row.target] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
     axes.set_yticks(range(len(drawn)), [x.row.key for x in drawn], fontsize=7)
-    axes.set_xlabel("ratio to what the row is compared with; thick ticks are targets")
+    axes.set_xlabel("ratio to what the row is compared with; thick ticks are targets (gray: none)")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
