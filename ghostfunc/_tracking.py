@@ -131,8 +131,8 @@ class Tracked:
             pulled back to the parameter first.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
-        looked_up: for rows of a table, their numbers and which of them autograd does not hold
-            constant, `[rows]` each.
+        looked_up: finds, for rows of a table, their numbers and which of them autograd does not
+            hold constant, `[rows]` each; None for what is no such thing.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Tracked:
     sources: tuple[Tracked, ...] = ()
     derivation: Derivation = "general"
     fn: Callable[..., Tensor] | None = None
-    looked_up: tuple[Tensor, Tensor] | None = None
+    looked_up: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
 
     @property
     def wants_grad(self) -> bool:
@@ -176,8 +176,9 @@ class Tracked:
         assert self.fn is not None
         g = materialize(factor)
         g = shaped(g, self.const, len(g))
-        if self.looked_up is not None:
-            ids, counted = self.looked_up
+        rows = self.looked_up()
+        if rows is not None:
+            ids, counted = rows
             b = torch.where(counted[:, None], real(g).reshape(len(g), ids.shape[0], -1), 0)
             return first.at_leaves(OneHot(ids.expand(len(g), -1), b, len(first.const)))
         pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
@@ -515,7 +516,7 @@ def _derived(
         sources=tuple(call.tracked),
         derivation=derivation,
         fn=fn,
-        looked_up=_looked_up(func, call),
+        looked_up=partial(_looked_up, func, call),
     )
     for position, source in enumerate(call.tracked):
         for key, (reader, pulled) in source.readers.items():
