@@ -17,6 +17,9 @@ from torch import SymInt
 PASS = 32
 """Operations that cost as much as one pass (read or write) over one element."""
 
+CACHED_PASS = 20
+"""The same for a block that stays in cache."""
+
 BFLOAT16_SPEED = 3
 """How many times faster a matrix product is in bfloat16, where the processor multiplies it."""
 
@@ -24,7 +27,10 @@ CACHE_ELEMENTS = 1 << 19
 """Elements of a temporary that is still at home in a core's cache (2 MiB of float32)."""
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements of the largest temporary block of one sample's gradient (16 MiB of float32)."""
+"""Elements of the largest temporary block of several gradients (16 MiB of float32)."""
+
+ROWS_ELEMENTS = 1 << 20
+"""Elements of a block of one sample's gradient that is read several times (4 MiB of float32)."""
 
 
 def known(size: int) -> int:
@@ -43,8 +49,8 @@ def samples_per_block(n: int, elements_per_sample: int) -> int:
 
 
 def row_blocks(p: int, d: int) -> Iterator[slice]:
-    """Cut the rows of a `[p, d]` gradient into blocks of at most `BLOCK_ELEMENTS`."""
-    step = max(1, BLOCK_ELEMENTS // max(1, d))
+    """Cut the rows of a `[p, d]` gradient into blocks of at most `ROWS_ELEMENTS`."""
+    step = max(1, ROWS_ELEMENTS // max(1, d))
     for start in range(0, p, step):
         yield slice(start, min(start + step, p))
 
@@ -95,8 +101,8 @@ def dot_cost(use: Meeting, *, with_total: bool, speed: int = 1) -> int:
     p, d = use.shape
     if use.kind == "OneHot":
         return 3 * PASS * use.tokens * d
-    if with_total and share_dot_with_total(use.n, use.positions, p, d, speed):
-        return shared_dot(use.n, p, d)
+    if with_total and share_dots(use.n, use.positions, p, d, 1, with_total=True, speed=speed):
+        return shared_dots(use.n, p, d, 1, with_total=True)
     return outer_dot(use.n, use.positions, p, d, speed)
 
 
@@ -108,27 +114,20 @@ def pair_cost(use: Meeting, other: Meeting, speed: int = 1) -> int:
     return 2 * pairs * inner // speed + 3 * PASS * pairs
 
 
-def shared_dot(n: int, p: int, d: int) -> int:
-    """`<g_i, u>` read off the blocks of `g_i` that make the total: a product of vectors, and a sum
-    that a single large product would not have needed."""
-    return 5 * PASS * n * p * d
-
-
-def share_dot_with_total(n: int, t: int, p: int, d: int, speed: int = 1) -> bool:
-    """Whether dot products should be read off the blocks that make the total gradient.
-
-    That costs a few passes over `n` gradients instead of a second product of `t` terms.
-    """
-    return shared_dot(n, p, d) < outer_dot(n, known(t), p, d, speed)
+def shared_dots(n: int, p: int, d: int, k: int, *, with_total: bool) -> int:
+    """`<g_i, u>` for k directions read off blocks of `g_i`: products of vectors, and a sum that a
+    single large product would not have needed. The blocks themselves are not counted."""
+    return (2 * k + 3 * with_total) * CACHED_PASS * n * p * d
 
 
 def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, speed: int = 1) -> bool:
-    """Whether `<g_i, u>` for k directions should be read off blocks of `g_i`, formed once."""
-    alone = outer_dot(n, t, p, d, speed)
-    if with_total:
-        rest = shared_dot(n, p, d) if share_dot_with_total(n, t, p, d, speed) else alone
-        return (2 * k + 3) * PASS * n * p * d < rest + (k - 1) * alone
-    return outer_total(n, t, p, d) // speed + 2 * k * PASS * n * p * d < k * alone
+    """Whether `<g_i, u>` for k directions should be read off blocks of `g_i`, formed once: those
+    that make the total where it is wanted. Each by itself takes a product of t terms."""
+    t = known(t)
+    shared = shared_dots(n, p, d, k, with_total=with_total)
+    if not with_total:
+        shared += outer_total(n, t, p, d) // speed
+    return shared < k * outer_dot(n, t, p, d, speed)
 
 
 def keep_direction_factored(

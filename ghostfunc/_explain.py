@@ -242,8 +242,12 @@ def _plan_dot_prod(q: _Question) -> _Answer:
         pairs = [_cost.pair_cost(x, y) for x in q.mine for y in q.theirs]
         return "u factored", sum(pairs), formed
     cost = _cost.outer_total(q.m, s.outer, p, d) + _cost.PASS * q.m * s.one_hot * d
-    if q.grads and t.outer and _cost.share_dot_with_total(q.n, t.outer, p, d):
-        return "u dense, beside the gradient", cost + _cost.shared_dot(q.n, p, d), formed
+    if q.grads and t.outer and _cost.share_dots(q.n, t.outer, p, d, 1, with_total=True):
+        return (
+            "u dense, beside the gradient",
+            cost + _cost.shared_dots(q.n, p, d, 1, with_total=True),
+            formed,
+        )
     dots = _cost.outer_dot(q.n, t.outer, p, d) if t.outer else 0
     looked_up = 2 * _cost.PASS * q.n * t.one_hot * d
     return "u dense", cost + dots + looked_up + t.dense * 2 * q.n * p * d, formed

@@ -191,7 +191,7 @@ def _(factor: Outer, contract_dtype: ContractDtype = None) -> Tensor:
 @total.register
 def _(factor: OneHot, contract_dtype: ContractDtype = None) -> Tensor:
     b = wide(factor.b)
-    return b.new_zeros(factor.shape).index_add(0, factor.ids.flatten(), b.flatten(0, 1))
+    return torch.ops.aten.embedding_dense_backward(b, factor.ids, factor.rows, -1, False)
 
 
 @total.register
@@ -203,6 +203,17 @@ def _(factor: Grouped, contract_dtype: ContractDtype = None) -> Tensor:
 @total.register
 def _(factor: Dense, contract_dtype: ContractDtype = None) -> Tensor:
     return wide(factor.g).sum(0)
+
+
+def add_total(factor: Factor, into: Float[Tensor, "..."]) -> None:
+    """Add `sum_i g_i` to a tensor in place, without forming it where it can be avoided."""
+    match factor:
+        case Outer(left, right):
+            into.addmm_(wide(left).flatten(0, 1).mT, wide(right).flatten(0, 1))
+        case OneHot(ids, b, _):
+            into.index_add_(0, ids.flatten(), wide(b).flatten(0, 1))
+        case _:
+            into.add_(total(factor))
 
 
 @singledispatch
@@ -248,48 +259,6 @@ def _dot_outer(
 @dot.register
 def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
     return _flat(factor.g) @ wide(u).flatten()
-
-
-@singledispatch
-def dot_and_total(
-    factor: Factor, u: Float[Tensor, "..."], contract_dtype: ContractDtype = None
-) -> tuple[Tensor, Tensor]:
-    """`(dot(factor, u), total(factor))`, sharing work where that is cheaper.
-
-    The total is exact whatever the `contract_dtype`, and so are dot products that are read off it.
-    """
-    return dot(factor, u, contract_dtype), total(factor)
-
-
-@dot_and_total.register
-def _(factor: Outer, u: Tensor, contract_dtype: ContractDtype = None) -> tuple[Tensor, Tensor]:
-    (n, t, p), d = factor.left.shape, factor.right.shape[-1]
-    if not _cost.share_dot_with_total(n, t, p, d, speed(contract_dtype)):
-        return dot(factor, u, contract_dtype), total(factor)
-    # One sample at a time, the gradient of a block of rows is formed, dotted with u and added up:
-    # the product that makes the training gradient makes the scores too.
-    left, right, u = wide(factor.left), wide(factor.right), wide(u)
-    dots: list[Tensor] = []
-    totals: list[Tensor] = []
-    for rows in _cost.row_blocks(*factor.shape):
-        block_u = u[rows].flatten()
-        grads = (left[i, :, rows].mT @ right[i] for i in range(n))
-        block_dots, block_total = _dots_and_sum(grads, block_u)
-        dots.append(block_dots)
-        totals.append(block_total)
-    return add_up(dots), totals[0] if len(totals) == 1 else torch.cat(totals)
-
-
-def _dots_and_sum(grads: Iterator[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """`<g, u>` for every g, and their sum; one g is alive at a time."""
-    first = next(grads)
-    dots = [torch.dot(first.flatten(), u)]
-    total = first
-    for i, g in enumerate(grads):
-        dots.append(torch.dot(g.flatten(), u))
-        # The second sum is a buffer of our own: from then on it is added to in place.
-        total = total + g if i == 0 else total.add_(g)
-    return torch.stack(dots), total
 
 
 def add_up(tensors: Sequence[Tensor]) -> Tensor:

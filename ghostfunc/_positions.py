@@ -39,7 +39,7 @@ from ghostfunc._trace import CallTrace
 from ghostfunc._tracking import CallArgs, ReaderKey, constants, shaped
 from ghostfunc._tree import ParamSpec, batch_size, take
 from ghostfunc._types import ModelFn, PyTree, Randomness
-from ghostfunc._vjp import Traced, on_trace, pull_back
+from ghostfunc._vjp import Traced, filled, on_trace, pull_back
 
 WAY_OUT = (
     "Shares of positions add up to the score only if every parameter has some. Leave such "
@@ -96,7 +96,8 @@ def _shares(
     flat = [tap for row in taps for tap in row]
     nested = in_transform()
     _, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
-    shares = [list(cotangents[i : i + columns]) for i in range(0, len(flat), columns)]
+    cotangents = filled(cotangents, flat)
+    shares = [cotangents[i : i + columns] for i in range(0, len(flat), columns)]
     return shares, modes[0].route
 
 

@@ -1,9 +1,9 @@
-"""Dot products with several directions at once.
+"""Dot products with one or several directions, beside the total gradient.
 
 Each by itself, `<g_i, u_k>` of an outer-product factor is a product of all positions with `u_k`.
-For several directions it can be cheaper to form `g_i`, one sample and one block of rows at a time,
-and to dot the block with all of them: the sum over positions is then paid for once. The same blocks
-add up to the total gradient, where that is wanted.
+Where the total gradient is wanted too, or several directions, it can be cheaper to form `g_i`, one
+sample and one block of rows at a time: the block is dotted with all directions and added up, and
+the sum over positions is paid for once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,34 @@ import torch
 from torch import Tensor
 
 from ghostfunc import _cost
-from ghostfunc._factors import Factor, Outer, add_up, dot, dot_and_total, matmul, speed, wide
+from ghostfunc._capture import symbolic
+from ghostfunc._factors import Factor, Outer, add_total, add_up, dot, matmul, speed, total, wide
+from ghostfunc._functorch import in_transform
 from ghostfunc._types import ContractDtype
+
+
+class RunningTotal:
+    """`sum_i g_i` over the uses of one parameter, added up as they come, in memory of its own.
+
+    Attributes:
+        value: the sum so far, float32 or wider; None before the first use.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(
+        self, factor: Factor, us: Sequence[Tensor], contract_dtype: ContractDtype
+    ) -> list[Tensor]:
+        """Add one use, and return its `<g_i, u>` for every `u`."""
+        into = None if self.value is None else self.value.view(factor.shape)
+        dots, whole = dots_and_total(
+            factor, us, with_total=True, into=into, contract_dtype=contract_dtype
+        )
+        if into is None:
+            assert whole is not None
+            self.value = whole.contiguous()
+        return dots
 
 
 def dots_and_total(
@@ -23,37 +49,64 @@ def dots_and_total(
     us: Sequence[Tensor],
     *,
     with_total: bool,
+    into: Tensor | None = None,
     contract_dtype: ContractDtype = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """`<g_i, u>` for every `u`, one at least, and `sum_i g_i` where it is wanted, which is never
-    rounded to a `contract_dtype`."""
-    if isinstance(factor, Outer):
+    """`<g_i, u>` for every `u`, and `sum_i g_i` where it is wanted, which is never rounded to a
+    `contract_dtype`. The sum may be added to a tensor, in place, which is then what is returned."""
+    if isinstance(factor, Outer) and us:
         (n, t, p), d = factor.left.shape, factor.right.shape[-1]
         faster = speed(contract_dtype)
         if _cost.share_dots(n, t, p, d, len(us), with_total=with_total, speed=faster):
-            return _by_rows(factor, us, with_total, None if with_total else contract_dtype)
+            return _by_rows(factor, us, with_total, None if with_total else contract_dtype, into)
+    dots = [dot(factor, u, contract_dtype) for u in us]
     if not with_total:
-        return [dot(factor, u, contract_dtype) for u in us], None
-    first, whole = dot_and_total(factor, us[0], contract_dtype)
-    return [first, *(dot(factor, u, contract_dtype) for u in us[1:])], whole
+        return dots, None
+    if into is None:
+        return dots, total(factor)
+    add_total(factor, into)
+    return dots, into
 
 
 def _by_rows(
-    factor: Outer, us: Sequence[Tensor], with_total: bool, contract_dtype: ContractDtype
+    factor: Outer,
+    us: Sequence[Tensor],
+    with_total: bool,
+    contract_dtype: ContractDtype,
+    into: Tensor | None,
 ) -> tuple[list[Tensor], Tensor | None]:
     left, right = wide(factor.left), wide(factor.right)
+    blocks = list(_cost.row_blocks(*factor.shape))
+    in_place = contract_dtype is None and not in_transform() and not symbolic(left)
+    whole, block = into, None
+    if in_place:  # memory that is touched for the first time costs more than the product
+        block = left.new_empty(len(range(*blocks[0].indices(left.shape[-1]))), right.shape[-1])
+        whole = left.new_empty(factor.shape) if with_total and into is None else into
     parts: list[Tensor] = []
     totals: list[Tensor] = []
-    for rows in _cost.row_blocks(*factor.shape):
+    for rows in blocks:
         block_us = [wide(u)[rows].flatten() for u in us]
         dots: list[Tensor] = []
-        whole: Tensor | None = None
+        summed = None if whole is None else whole[rows]
         for i in range(len(left)):
-            g = matmul(left[i, :, rows].mT, right[i], contract_dtype)
+            x, y = left[i, :, rows].mT, right[i]
+            first = i == 0 and into is None
+            if block is None:
+                g = matmul(x, y, contract_dtype)
+            else:
+                place = summed if first and summed is not None else block[: len(x)]
+                g = torch.mm(x, y, out=place)
             dots.append(torch.stack([torch.dot(g.flatten(), u) for u in block_us]))
             if with_total:
-                whole = g if whole is None else whole + g if i == 1 else whole.add_(g)
+                summed = g if first else _plus(summed, g, in_place=whole is not None)
         parts.append(torch.stack(dots, dim=1))  # [k, n]
-        if whole is not None:
-            totals.append(whole)
-    return list(add_up(parts)), torch.cat(totals) if totals else None
+        if summed is not None and whole is None:
+            totals.append(summed)
+    if with_total and whole is None:
+        whole = torch.cat(totals)
+    return list(add_up(parts)), whole
+
+
+def _plus(x: Tensor | None, y: Tensor, *, in_place: bool) -> Tensor:
+    assert x is not None
+    return x.add_(y) if in_place else x + y

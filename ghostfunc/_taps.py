@@ -124,11 +124,11 @@ class Use:
         function = _Tap if in_transform() else _TopLevelTap
         return function.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
 
-    def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
         """The cotangents of all tap inputs, in the order of `tap`."""
         n_args = self.n_args
         readers = unflatten(self._reader_spec, _merge_tensors(self._reader_rest, saved[n_args:]))
-        out: list[Tensor] = []
+        out: list[Tensor | None] = []
         for (name, target), own in zip(self.targets, readers, strict=True):
             if own or target.wants_grad:
                 out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
@@ -164,37 +164,32 @@ def fitted(factor: Factor, target: Tracked) -> Factor:
     return Dense(g.reshape(len(g), *shape))
 
 
-def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor]:
-    """What every reader of a target reads, and its training gradient last if it is wanted."""
-    grad: Tensor | None = None
+def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
+    """What every reader of a target reads, and last the cotangent of its training gradient's input
+    if there is one: None if the gradient was added to a running total."""
     pulled: dict[int, Factor] | None = None
-    out = []
-    dots_with = [r for r in readers if isinstance(r, DotReader)]
-    several: Iterator[Tensor] | None = None
-    if len(dots_with) > 1:
-        together, grad = dots_and_total(
-            factor,
-            [r.u.reshape(factor.shape) for r in dots_with],
-            with_total=target.wants_grad,
-            contract_dtype=dots_with[0].contract_dtype,  # one call has one
+    out: list[Tensor | None] = []
+    directions = [r for r in readers if isinstance(r, DotReader)]
+    us = [r.u.reshape(factor.shape) for r in directions]
+    contract_dtype = directions[0].contract_dtype if us else None  # one call has one
+    grad: Tensor | None = None
+    if target.running is not None:
+        dots = target.running.add(factor, us, contract_dtype)
+    else:
+        dots, grad = dots_and_total(
+            factor, us, with_total=target.wants_grad, contract_dtype=contract_dtype
         )
-        several = iter(together)
+    read = iter(dots)
     for (key, (_, must_pull)), reader in zip(target.readers.items(), readers, strict=True):
-        if several is not None and isinstance(reader, DotReader):
-            out.append(next(several))
+        if isinstance(reader, DotReader):
+            out.append(next(read))
         elif must_pull:
             pulled = pulled or leaf_factors(target, factor)
             out.append(reader.read(pulled[key[1]]))
-        elif target.wants_grad and grad is None and isinstance(reader, DotReader):
-            dots, grad = _factors.dot_and_total(
-                factor, reader.u.reshape(factor.shape), reader.contract_dtype
-            )
-            out.append(dots)
         else:
             out.append(reader.read(factor))
     if target.wants_grad:
-        grad = _factors.total(factor) if grad is None else grad
-        out.append(shaped(grad, target.const))
+        out.append(None if grad is None else shaped(grad, target.const))
     return out
 
 
@@ -312,7 +307,7 @@ class TapMode(TrackingMode):
         """
         other = copy.copy(self)
         other._tracked = {
-            key: (x, replace(t, grad=grads[key]) if key in grads else t)
+            key: (x, replace(t, grad=grads[key], running=None) if key in grads else t)
             for key, (x, t) in self._tracked.items()
         }
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}

@@ -34,6 +34,7 @@ from ghostfunc._quantities import DeriveFn, Push, Reader, Turn
 from ghostfunc._rules import DECOMPOSITIONS, REFUSED
 from ghostfunc._rules._registry import constant, op_name
 from ghostfunc._rules.inplace import write_part_
+from ghostfunc._several import RunningTotal
 from ghostfunc._tree import ParamSpec, flatten, tensors_of, unflatten
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
@@ -129,6 +130,8 @@ class Tracked:
         number: the order in which tracked tensors come up, the parameters first.
         readers: per tap, the reader of this tensor's factors, and whether factors have to be
             pulled back to the parameter first.
+        running: where the training gradient is added up, for parameters outside transforms; the
+            cotangent of `grad` is then only what comes from derived tensors.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
         looked_up: finds, for rows of a table, their numbers and which of them autograd does not
@@ -141,6 +144,7 @@ class Tracked:
     shown: Tensor
     number: int = 0
     readers: dict[ReaderKey, tuple[Reader, bool]] = field(default_factory=dict)
+    running: RunningTotal | None = None
     leaf: int | None = None
     sources: tuple[Tracked, ...] = ()
     derivation: Derivation = "general"

@@ -21,13 +21,14 @@ from ghostfunc._errors import (
     check_contract_dtype,
     one_of,
 )
-from ghostfunc._factors import Factor
+from ghostfunc._factors import Factor, wide
 from ghostfunc._functorch import in_transform
 from ghostfunc._layout import StaleLayout
 from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._owners import check_owners
 from ghostfunc._purity import ANEW, check_losses, not_captured, prove_independent
 from ghostfunc._quantities import Dot, Quantity, Turn
+from ghostfunc._several import RunningTotal
 from ghostfunc._taps import Site, TapMode, leaf_factors
 from ghostfunc._trace import Trace, trace_model, unseen_use
 from ghostfunc._tracking import ReaderKey, constants, gradients
@@ -311,6 +312,7 @@ def _run(
     kept = {*collect, *(i for _, i in met)}
     collected = _collecting_sites(model, kept)
     modes: list[TapMode] = []
+    running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
 
     def tapped(
         taps: list[Tensor],
@@ -337,6 +339,8 @@ def _run(
         mode.finish()
         check_losses(losses, n)
         modes.append(mode)
+        for i, total in running.items():  # the model may have pulled something back itself
+            tracked[i].running = total
         # An enclosing transform may differentiate what is made of them; without one they would keep
         # the whole graph alive.
         nested = in_transform()
@@ -344,23 +348,28 @@ def _run(
             [x if nested else x.detach() for x in mode.uses[s].arg_tensors] for s in collected
         ]
 
+    collect_taps = [site.tap(n) for site in collected.values()]
     losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
         tapped,
-        (taps, [site.tap(n) for site in collected.values()], [leaves[i] for i in grads]),
+        (taps, collect_taps, [leaves[i] for i in grads]),
         scale,
         guarded=model,
         differentiable=_derivative_wanted(leaves, model.batch, readers),
     )
 
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
-    for (q, i), value in zip(keys, tap_cotangents, strict=True):
+    for (q, i), value in zip(keys, filled(tap_cotangents, taps), strict=True):
         values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
     out_grads: list[Any] = [None] * len(leaves)
     for i, grad in zip(grads, param_grads, strict=True):
-        out_grads[i] = grad
+        whole = running[i].value if i in running else None
+        if whole is not None:
+            whole = whole.view_as(leaves[i])
+            grad = whole if grad is None else whole.add_(grad)
+        out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
     factors: list[list[Factor]] = [[] for _ in leaves]
     turns: list[list[Turn]] = [[] for _ in leaves]
-    for site, b, tensors in zip(collected, collected_b, saved, strict=True):
+    for site, b, tensors in zip(collected, filled(collected_b, collect_taps), saved, strict=True):
         use = modes[0].uses[site]
         for name, target in use.targets:
             factor = use.factor(name, target, b, tensors)
@@ -385,7 +394,8 @@ def pull_back(
     guarded: Traced,
     differentiable: bool,
 ) -> tuple[Tensor, Any, Any]:
-    """`f`'s output, the cotangents of its primals for a constant cotangent, and its aux output.
+    """`f`'s output, the cotangents of its primals for a constant cotangent (None may stand for
+    zeros), and its aux output.
 
     Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
     same with a tenth of the overhead on every op and tap.
@@ -412,8 +422,21 @@ def pull_back(
     ]
     if unseen:
         raise unseen_use(unseen)
-    rest = (torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=False))
+    rest = iter(found)
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
+
+
+def filled(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents of primals, the zeros among them written out."""
+    pairs = zip(cotangents, primals, strict=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in pairs]
+
+
+def _adds_up(leaf: Tensor) -> bool:
+    """Whether the training gradient of a parameter may be added up in place: outside transforms
+    and compiled programs, in its own dtype."""
+    plain = not in_transform() and not symbolic(leaf)
+    return plain and leaf.is_floating_point() and wide(leaf).dtype == leaf.dtype
 
 
 def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:

@@ -87,7 +87,7 @@ def test_losses_and_training_gradient_stay_exact(monkeypatch: pytest.MonkeyPatch
     exact = gf.ghost_value_and_grad(*args, val)
     for given in ({"val": val}, {"direction": u}):
         for shares in (True, False):
-            monkeypatch.setattr(_cost, "share_dot_with_total", lambda *_, shares=shares: shares)
+            monkeypatch.setattr(_cost, "share_dots", lambda *_, shares=shares, **__: shares)
             step = gf.ghost_value_and_grad(*args, **given, contract_dtype=torch.bfloat16)
             assert_close([step.losses, step.grads], [exact.losses, exact.grads], 1e-12)
             # What is read off the exact gradient along an exact direction is exact too.
@@ -100,7 +100,6 @@ def test_several_directions_at_once(with_total: bool, monkeypatch: pytest.Monkey
     factor, us = Outer(normal(3, 5, 8), normal(3, 5, 6)), [normal(8, 6), normal(8, 6)]
     for shares in (True, False):
         monkeypatch.setattr(_cost, "share_dots", lambda *_, shares=shares, **__: shares)
-        monkeypatch.setattr(_cost, "share_dot_with_total", lambda *_: False)
         exact, total = _several.dots_and_total(factor, us, with_total=with_total)
         dots, same = _several.dots_and_total(
             factor, us, with_total=with_total, contract_dtype=torch.bfloat16

@@ -218,9 +218,10 @@ def test_dots_read_off_one_gradient(
     rows: int, with_total: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, t, p, d, k = 3, 5, 7, 4, 3
+    before = torch.randn(p, d).double()
     factor = Outer(torch.randn(n, t, p).double(), torch.randn(n, t, d).double())
     us = [torch.randn(p, d).double() for _ in range(k)]
-    monkeypatch.setattr(_cost, "BLOCK_ELEMENTS", rows * d)
+    monkeypatch.setattr(_cost, "ROWS_ELEMENTS", rows * d)
     results = []
     for shared in (False, True):
         monkeypatch.setattr(_cost, "share_dots", lambda *args, shared=shared, **options: shared)
@@ -231,6 +232,14 @@ def test_dots_read_off_one_gradient(
         assert (total is not None) == with_total
         if total is not None:
             assert_close(total, g.sum(0), 1e-12)
+    if with_total:
+        for shared in (False, True):
+            monkeypatch.setattr(_cost, "share_dots", lambda *args, shared=shared, **options: shared)
+            into = before.clone()
+            dots, total = _several.dots_and_total(factor, us, with_total=True, into=into)
+            assert total is into
+            assert_close(into, before + g.sum(0), 1e-12)
+            assert_close(dots, [torch.einsum("npd,pd->n", g, u) for u in us], 1e-12)
 
 
 def test_sharing_is_chosen_by_cost() -> None:
