@@ -29,8 +29,8 @@ CACHE_ELEMENTS = 1 << 19
 BLOCK_ELEMENTS = 1 << 22
 """Elements of the largest temporary block of several gradients (16 MiB of float32)."""
 
-ROWS_ELEMENTS = 1 << 20
-"""Elements of a block of one sample's gradient that is read several times (4 MiB of float32)."""
+ROWS_ELEMENTS = 1 << 21
+"""Elements of a block of one sample's gradient that is read several times (8 MiB of float32)."""
 
 
 def known(size: int) -> int:
@@ -49,8 +49,9 @@ def samples_per_block(n: int, elements_per_sample: int) -> int:
 
 
 def row_blocks(p: int, d: int) -> Iterator[slice]:
-    """Cut the rows of a `[p, d]` gradient into blocks of at most `ROWS_ELEMENTS`."""
-    step = max(1, ROWS_ELEMENTS // max(1, d))
+    """Cut the rows of a `[p, d]` gradient into equal blocks of at most `ROWS_ELEMENTS`."""
+    most = max(1, ROWS_ELEMENTS // max(1, d))
+    step = -(-p // -(-p // most)) if p else 1  # few rows make a slow product
     for start in range(0, p, step):
         yield slice(start, min(start + step, p))
 
