@@ -37,7 +37,7 @@ def step(shape: Shape) -> dict[str, Contestant]:
     train, val = ids[: shape.n], ids[shape.n :]
     model_fn, params = gf.from_module(module, gpt2_loss)
     scores = exact(module, gpt2_loss, train, val).scores
-    u = gf.direction(model_fn, params, val)
+    u, kept = gf.direction(model_fn, params, val), gf.factored_grads(model_fn, params, val)
 
     def with_gradient(**options: Any) -> gf.GhostStep:
         return gf.ghost_value_and_grad(model_fn, params, train, val, **options)
@@ -59,6 +59,9 @@ def step(shape: Shape) -> dict[str, Contestant]:
         ),
         "scores, direction given": Contestant(
             lambda: gf.ghost_dot_prod(model_fn, params, train, direction=u), scores
+        ),
+        "scores, gradients kept": Contestant(
+            lambda: gf.ghost_dot_prod(model_fn, params, train, direction=kept), scores
         ),
     }
 

@@ -23,6 +23,7 @@ its own. A ratio is one of medians, with the quartiles over single rounds in bra
 
 - The plain step is forward and backward of the mean loss over the n + m rows (n rows where a row
   has no validation samples), without an optimizer.
+- {memory}
 - Memory is bytes of tensors alive at one time, counted by a dispatch mode, parameters excluded.
   What kernels allocate inside is not seen.
 - The FLOP floor of a step is the plain step's time x the step's own operations / the plain step's.
@@ -39,14 +40,26 @@ weights.
 """
 
 
-def markdown(lines: list[Line], threads: int) -> str:
+KEPT = (
+    "glibc keeps what is freed for the next step (`MALLOC_MMAP_MAX_=0`, a high\n"
+    "  `MALLOC_TRIM_THRESHOLD_`), as [memory.md](../memory.md) advises; `--free-memory` leaves it alone."
+)
+FREED = "glibc gives freed memory back to the system, as it does by default."
+
+
+def markdown(lines: list[Line], threads: int, *, memory_kept: bool) -> str:
     """The page."""
     shapes = "\n".join(
         ["| shape | |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in SHAPES.items())]
     )
     where = f"{platform.system()} {platform.machine()}"
     head = HEAD.format(
-        where=where, torch=torch.__version__, threads=threads, wrong=WRONG, shapes=shapes
+        where=where,
+        torch=torch.__version__,
+        threads=threads,
+        wrong=WRONG,
+        shapes=shapes,
+        memory=KEPT if memory_kept else FREED,
     )
     table = [
         "| work | shape | against | figure | at most | | error | the other's error | |",

@@ -70,13 +70,16 @@ def _rows() -> list[Row]:
             Row("the same, bfloat16 contractions", "step", shape, "step, bf16", "plain", 1.10),
             Row("scores only", "step", shape, "scores", "plain", 0.92),
             Row("the same, bfloat16 contractions", "step", shape, "scores, bf16", "plain", None),
-            Row(
-                "scores of a pool, direction given",
-                "step",
-                shape,
-                "scores, direction given",
-                "plain, n rows",
-                0.95,
+            *(
+                Row(
+                    f"scores of a pool, {how}",
+                    "step",
+                    shape,
+                    f"scores, {how}",
+                    "plain, n rows",
+                    0.95,
+                )
+                for how in ("direction given", "gradients kept")
             ),
         ]
     for shape in _STEPS:

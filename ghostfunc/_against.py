@@ -9,6 +9,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from ghostfunc._book import FactoredGrads
 from ghostfunc._errors import BatchError, OptionError
 from ghostfunc._tree import ParamSpec, batch_size, flatten, flatten_like
 from ghostfunc._types import PyTree
@@ -21,12 +22,12 @@ class Against:
     Attributes:
         names: what they are called; None where one was given by itself.
         vals: batches.
-        directions: leaves of pytrees like `params`.
+        directions: leaves of pytrees like `params`, or validation gradients kept factored.
     """
 
     names: tuple[Any, ...] | None
     vals: tuple[PyTree, ...]
-    directions: tuple[list[Tensor], ...]
+    directions: tuple[list[Tensor] | FactoredGrads, ...]
 
     def __len__(self) -> int:
         return len(self.vals) + len(self.directions)
@@ -57,9 +58,24 @@ def against(
             batch_size(batch, "val" if names is None else f"val[{name!r}]")
         return Against(names, vals, ())
     if isinstance(direction, dict) and _several_directions(direction, leaves, spec):
-        us = [flatten_like(u, leaves, spec, f"direction[{k!r}]") for k, u in direction.items()]
+        us = [_direction(u, leaves, spec, f"direction[{k!r}]") for k, u in direction.items()]
         return Against(tuple(direction), (), tuple(us))
-    return Against(None, (), (flatten_like(direction, leaves, spec, "direction"),))
+    return Against(None, (), (_direction(direction, leaves, spec, "direction"),))
+
+
+def _direction(
+    direction: PyTree, leaves: Sequence[Tensor], spec: ParamSpec, what: str
+) -> list[Tensor] | FactoredGrads:
+    if not isinstance(direction, FactoredGrads):
+        return flatten_like(direction, leaves, spec, what)
+    given = [tuple(x.shape) for x in direction.leaves]
+    wanted = [tuple(x.shape) for x in leaves]
+    if given != wanted:
+        raise OptionError(
+            f"{what} holds gradients of other parameters than these: of shapes {given}, expected "
+            f"{wanted}. Make it by gf.factored_grads(model_fn, params, val) with these params."
+        )
+    return direction
 
 
 def _several_directions(
@@ -67,7 +83,9 @@ def _several_directions(
 ) -> bool:
     """Whether every value is like `params`; then the dict, a finite tree, is not."""
     wanted = flatten(spec.unflatten(leaves))[1]
-    return bool(direction) and all(flatten(u)[1] == wanted for u in direction.values())
+    return bool(direction) and all(
+        isinstance(u, FactoredGrads) or flatten(u)[1] == wanted for u in direction.values()
+    )
 
 
 def _several_batches(val: PyTree, train: PyTree) -> bool:

@@ -7,14 +7,15 @@ when the question is asked: the book-keeping of Bu et al., for any contraction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _bundles, _cost, _norms, _oracles, _pairs
+from ghostfunc import _bundles, _cost, _factors, _norms, _oracles, _pairs
 from ghostfunc._capture import symbolic
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import Dense, Factor, add_up
@@ -22,6 +23,8 @@ from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
 from ghostfunc._vjp import Taken, run
+
+T = TypeVar("T")
 
 
 def factored_grads(
@@ -84,12 +87,14 @@ class FactoredGrads:
     Attributes:
         losses: `[n]`.
         bundles: for every parameter the factors of its uses, whose sum is `g_i`.
+        leaves: the parameters.
     """
 
     losses: Float[Tensor, " n"]
     bundles: tuple[tuple[Factor, ...], ...]
-    _leaves: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
     _spec: ParamSpec
+    _made: dict[tuple[str, int, float], Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(taken: Taken, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
@@ -130,7 +135,7 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
         `normalize`: 0 where `g_i` or `u` is zero."""
-        us = flatten_like(direction, self._leaves, self._spec, "direction")
+        us = flatten_like(direction, self.leaves, self._spec, "direction")
         dots = self.param_dots(us)
         dots = dots if per_param else [add_up(dots)]
         if normalize:
@@ -182,11 +187,32 @@ class FactoredGrads:
         weights = check_weights(weights, len(self.losses))
         return self.param_sums([weights] * len(self.bundles))
 
+    def scaled(self, i: int, c: float) -> tuple[Factor, ...]:
+        """The factors of `c * g_j` of parameter i; made once."""
+        return self._once(
+            ("factors", i, c), lambda: tuple(_factors.times(f, c) for f in self.bundles[i])
+        )
+
+    def total(self, i: int, c: float) -> Tensor:
+        """`c * sum_j g_j` of parameter i, like it, float32 or wider; made once."""
+
+        def summed() -> Tensor:
+            shape = self.leaves[i].shape
+            return c * add_up([_factors.total(f).reshape(shape) for f in self.bundles[i]])
+
+        return self._once(("total", i, c), summed)
+
+    def _once(self, key: tuple[str, int, float], make: Callable[[], T]) -> T:
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]]) -> PyTree:
         """`weighted_sum` with weights of its own for every parameter."""
         sums = [
             _bundles.weighted_total(bundle, w).reshape(x.shape).to(x.dtype)
-            for bundle, w, x in zip(self.bundles, weights, self._leaves, strict=True)
+            for bundle, w, x in zip(self.bundles, weights, self.leaves, strict=True)
         ]
         return self._spec.unflatten(sums)
 

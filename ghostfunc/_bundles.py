@@ -30,6 +30,13 @@ def samples(bundle: Bundle) -> int:
     return bundle[0][0].shape[0]
 
 
+def meeting(factor: Factor) -> _cost.Meeting:
+    """A factor at its parameter, as `_cost` weighs it."""
+    kind = type(factor).__name__
+    positions = factor[0].shape[1] if isinstance(factor, (Outer, OneHot)) else 1
+    return _cost.Meeting(kind, factor.shape, samples([factor]), positions, direct=True)
+
+
 def values(factor: Factor) -> Tensor:
     """A tensor of the factor's dtype and device."""
     return factor.b if isinstance(factor, OneHot) else factor[0]

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ghostfunc import _chunks, _cost, _oracles
+from ghostfunc import _bundles, _chunks, _cost, _oracles
+from ghostfunc._book import FactoredGrads
 from ghostfunc._factors import Factor, speed, times, wide
 from ghostfunc._purity import prove_independent
 from ghostfunc._quantities import DotReader, PairReader, Prepared, TotalReader, TurnReader
@@ -91,6 +92,34 @@ def validation_readers(
         return DotReader(u if after == 1.0 else u * after, contract_dtype)
 
     return [reader(i) for i in everything]
+
+
+def kept_readers(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    train: PyTree,
+    kept: FactoredGrads,
+    *,
+    reduction: Reduction,
+    grads: bool,
+    contract_dtype: ContractDtype = None,
+    randomness: Randomness,
+) -> list[Any]:
+    """`validation_readers`, of validation gradients that were collected before."""
+    m = len(kept.losses)
+    each = reduction == "none"
+    c = 1 / m if reduction == "mean" else 1.0
+    faster = speed(contract_dtype)
+    ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+
+    def reader(i: int) -> DotReader | PairReader:
+        theirs = [_bundles.meeting(f) for f in kept.bundles[i]]
+        if each or _cost.keep_direction_factored(ours[i], theirs, grads=grads, speed=faster):
+            return PairReader(kept.scaled(i, c), each, m, contract_dtype=contract_dtype)
+        return DotReader(kept.total(i, c), contract_dtype)
+
+    return [reader(i) for i in range(len(leaves))]
 
 
 def dense_direction(

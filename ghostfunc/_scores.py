@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ghostfunc import _chunks, _cosines, _norms, _oracles
 from ghostfunc._against import Against, against
-from ghostfunc._direction import dense_direction, validation_readers
+from ghostfunc._book import FactoredGrads
+from ghostfunc._direction import dense_direction, kept_readers, validation_readers
 from ghostfunc._errors import OptionError, check_contract_dtype, one_of
 from ghostfunc._factors import Dense, add_up, wide
 from ghostfunc._positions import position_dots
@@ -38,11 +39,13 @@ class _Step(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """As much of one target as is dotted with at one time: a batch, or a direction."""
+    """As much of one target as is dotted with at one time: a batch, a direction, or gradients that
+    were kept."""
 
     target: int
-    val: PyTree | None
-    u: list[Tensor] | None
+    val: PyTree | None = None
+    u: list[Tensor] | None = None
+    kept: FactoredGrads | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,15 @@ class Scores:
         ):
             if given != needed:
                 raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
-        if self.targets.vals and self.reduction == "none":
+        several = self.targets.vals or any(
+            isinstance(u, FactoredGrads) for u in self.targets.directions
+        )
+        if several and self.reduction == "none":
             raise OptionError(
                 'per_position=True needs reduction="mean" or "sum": ask for several validation '
                 "batches, a dict of them, to tell validation samples apart."
             )
-        us = [*map(self._direction, self.targets.vals), *self.targets.directions]
+        us = [*map(self._direction, self.targets.vals), *map(self._dense, self.targets.directions)]
 
         def of_chunk(train: PyTree) -> list[Tensor]:
             parts = position_dots(
@@ -120,7 +126,10 @@ class Scores:
             [_Piece(k, *piece) for piece in self._pieces(val)]
             for k, val in enumerate(self.targets.vals)
         ]
-        columns += [[_Piece(k, None, u)] for k, u in enumerate(self.targets.directions)]
+        columns += [
+            [_Piece(k, kept=u) if isinstance(u, FactoredGrads) else _Piece(k, u=u)]
+            for k, u in enumerate(self.targets.directions)
+        ]
         return [[p for p in row if p is not None] for row in zip_longest(*columns)]
 
     def _pieces(self, val: PyTree) -> list[tuple[PyTree | None, list[Tensor] | None]]:
@@ -131,6 +140,12 @@ class Scores:
         if batch_size(val) <= self.chunk_size and self.mode == "ghost":
             return [(val, None)]
         return [(None, self._direction(val))]
+
+    def _dense(self, direction: list[Tensor] | FactoredGrads) -> list[Tensor]:
+        if not isinstance(direction, FactoredGrads):
+            return direction
+        c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
+        return [direction.total(i, c) for i in range(len(self.leaves))]
 
     def _direction(self, val: PyTree) -> list[Tensor]:
         return dense_direction(
@@ -185,6 +200,18 @@ class Scores:
     def _readers(self, piece: _Piece, *, grads: bool) -> _Readers:
         if piece.u is not None:
             return [DotReader(u, self.contract_dtype) for u in piece.u]
+        if piece.kept is not None:
+            return kept_readers(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                self.train,
+                piece.kept,
+                reduction=self.reduction,
+                grads=grads,
+                contract_dtype=self.contract_dtype,
+                randomness=self.randomness,
+            )
         return validation_readers(
             self.model_fn,
             self.leaves,
@@ -343,12 +370,18 @@ def ask(
         )
     leaves, spec = flatten_params(params)
     batch_size(train, "train")
+    targets = against(val, direction, train, leaves, spec)
+    if mode != "ghost" and any(isinstance(u, FactoredGrads) for u in targets.directions):
+        raise OptionError(
+            f'Validation gradients kept by gf.factored_grads need mode="ghost"; got mode={mode!r}. '
+            "Pass the validation batch itself as val."
+        )
     return Scores(
         model_fn,
         leaves,
         spec,
         train,
-        against(val, direction, train, leaves, spec),
+        targets,
         mode,
         reduction,
         per_param,

@@ -47,7 +47,10 @@ def ghost_dot_prod(
             such batches, `{"code": batch, "prose": batch}`: every one is run once, `train` once for
             all (see below).
         direction: instead of `val`, a pytree like `params` to dot with, such as `gf.direction(...)`
-            returns: the way to score many batches at one checkpoint. Or a dict of them.
+            returns: the way to score many batches at one checkpoint. Or what `gf.factored_grads`
+            returns for a validation batch: kept as factors, its gradients are cheaper to dot with
+            where they have few positions (each parameter's are, or are not, by cost), and
+            `reduction` applies to them. Or a dict of either.
         mode: "ghost" (from factors, one backward pass), "jvp" (directional derivative of the
             losses; any model with forward-mode AD), or "materialized" (`vmap(grad)`; exact by
             definition, as large as n models).

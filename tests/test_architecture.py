@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
     (
         *("_tree", "_functorch", "_layout", "_module", "_memory", "_capture", "_compile"),
-        *("_regions", "_rerun", "_stand_ins", "_chunks", "_against"),
+        *("_regions", "_rerun", "_stand_ins", "_chunks"),
     ),
     ("_factors", "_bundles", "_several", "_pairs", "_norms"),
     ("_rules", "_quantities"),
@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_oracles",
         "_direction",
         "_cosines",
+        "_against",
         "_scores",
         "_transforms",
         "_verify",

@@ -100,7 +100,9 @@ def test_every_row_has_a_name_a_process_and_a_place_in_the_page(bench: SimpleNam
         known = bench.scaling.SIZES if row.job == "scaling" else bench.shapes.SHAPES
         assert row.job in {*bench.rows.JOBS, "scaling"}
         assert row.shape in known
-    page = bench.report.markdown([bench.verdict.judge(row, {}) for row in rows], 2)
+    page = bench.report.markdown(
+        [bench.verdict.judge(row, {}) for row in rows], 2, memory_kept=True
+    )
     assert page.count("not run") == len(rows)
 
 
