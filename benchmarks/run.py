@@ -27,9 +27,9 @@ from verdict import Found, judge, regressions
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "recorded.json"
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""Has glibc keep what is freed for the next step. Otherwise memory of large tensors goes back to the
-system at every step and comes back as pages to be cleared, which takes up to a third of the time of
-a step, plain or not, and depends on what ran before."""
+"""Has glibc keep what is freed for the next step. Otherwise memory of large tensors goes back to
+the system at every step and comes back as pages to be cleared, which takes up to a third of the
+time of a step, plain or not, and depends on what ran before."""
 TIMEOUT = 420
 """Seconds until a process is given up."""
 

@@ -119,7 +119,8 @@ def test_value_and_grad_per_param_along_a_direction(problem: Problem) -> None:
     train, u = problem.batch(4, 4), random_direction(problem.params)
     args = (problem.model_fn, problem.params, train)
     step = gf.ghost_value_and_grad(*args, direction=u, per_param=True)
-    assert_close(step.dot_prods, gf.ghost_dot_prod(*args, direction=u, per_param=True), 1e-10)
+    scores = gf.ghost_dot_prod(*args, direction=u, per_param=True)
+    assert_close(step.dot_prods, scores, min(problem.tolerance, 1e-6))  # added up in float32
 
 
 def test_quantities_share_one_pass(problem: Problem) -> None:
