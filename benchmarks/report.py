@@ -42,8 +42,8 @@ weights.
 
 KEPT = (
     "glibc keeps what is freed for the next step (`MALLOC_MMAP_MAX_=0`, a high\n"
-    "  `MALLOC_TRIM_THRESHOLD_`), as [memory.md](../memory.md) advises; with `--free-memory` it is\n"
-    "  left alone."
+    "  `MALLOC_TRIM_THRESHOLD_`), as [memory.md](../memory.md) advises;\n"
+    "  `--free-memory` leaves it alone."
 )
 FREED = "glibc gives freed memory back to the system, as it does by default."
 
