@@ -58,7 +58,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(BENCH_PIP) --no-build-isolation -e . -r benchmarks/requirements.txt
 	@touch $@
 
-bench: $(BENCH_STAMP) ## Time everything beside plain PyTorch and peers; writes docs/benchmarks (25 min).
+bench: $(BENCH_STAMP) ## Time everything beside plain PyTorch and peers; writes docs/benchmarks (35 min).
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
 bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above benchmarks/recorded.json.

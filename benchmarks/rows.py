@@ -91,7 +91,6 @@ def _rows() -> list[Row]:
                 "compiled step",
                 "compiled plain",
                 1.15,
-                always=shape == "256",
             )
         )
     rows += [

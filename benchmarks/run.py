@@ -1,6 +1,6 @@
 """Run the bench: one process after the other, then the table and the plots.
 
-make bench                                     # every row, 25 minutes at most
+make bench                                     # every row, 35 minutes or so
 make bench ARGS="--quick --out outputs/bench"  # tiny shapes: does it run?
 make bench ARGS="--rows 'step/256/*' '*opacus*' --out outputs/bench"
 make bench ARGS="--record"                     # and note the ratios in recorded.json
@@ -30,7 +30,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Has glibc keep what is freed for the next step. Otherwise memory of large tensors goes back to
 the system at every step and comes back as pages to be cleared, which takes up to a third of the
 time of a step, plain or not, and depends on what ran before."""
-TIMEOUT = 420
+TIMEOUT = 600
 """Seconds until a process is given up."""
 
 
@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes, whose ratios say nothing"
     )
-    parser.add_argument("--seconds", type=float, default=25.0, help="timed, per process")
-    parser.add_argument("--minutes", type=float, default=25.0, help="no process starts later")
+    parser.add_argument("--seconds", type=float, default=20.0, help="timed, per process")
+    parser.add_argument("--minutes", type=float, default=45.0, help="no process starts later")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--free-memory", action="store_true", help="leave glibc's handling of memory as it is"
