@@ -94,7 +94,9 @@ class FactoredGrads:
     bundles: tuple[tuple[Factor, ...], ...]
     leaves: tuple[Tensor, ...]
     _spec: ParamSpec
-    _made: dict[tuple[str, int, float], Any] = field(default_factory=dict, repr=False)
+    _made: dict[tuple[str, int, float], Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @staticmethod
     def of(taken: Taken, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
