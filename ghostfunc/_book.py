@@ -191,6 +191,8 @@ class FactoredGrads:
 
     def scaled(self, i: int, c: float) -> tuple[Factor, ...]:
         """The factors of `c * g_j` of parameter i; made once."""
+        if c == 1.0:
+            return self.bundles[i]
         return self._once(
             ("factors", i, c), lambda: tuple(_factors.times(f, c) for f in self.bundles[i])
         )
@@ -199,8 +201,8 @@ class FactoredGrads:
         """`c * sum_j g_j` of parameter i, like it, float32 or wider; made once."""
 
         def summed() -> Tensor:
-            shape = self.leaves[i].shape
-            return c * add_up([_factors.total(f).reshape(shape) for f in self.bundles[i]])
+            weights = self.losses.new_full((len(self.losses),), c, dtype=torch.float64)
+            return _bundles.weighted_total(self.bundles[i], weights).reshape(self.leaves[i].shape)
 
         return self._once(("total", i, c), summed)
 

@@ -80,7 +80,7 @@ def _by_rows(
     in_place = contract_dtype is None and not in_transform() and not symbolic(left)
     whole, block = into, None
     if in_place:  # memory that is touched for the first time costs more than the product
-        block = left.new_empty(len(range(*blocks[0].indices(left.shape[-1]))), right.shape[-1])
+        block = left.new_empty(blocks[0].stop, right.shape[-1])  # the others are no larger
         whole = left.new_empty(factor.shape) if with_total and into is None else into
     parts: list[Tensor] = []
     totals: list[Tensor] = []
@@ -98,15 +98,15 @@ def _by_rows(
                 g = torch.mm(x, y, out=place)
             dots.append(torch.stack([torch.dot(g.flatten(), u) for u in block_us]))
             if with_total:
-                summed = g if first else _plus(summed, g, in_place=whole is not None)
+                if first or summed is None:
+                    summed = g
+                elif whole is None:
+                    summed = summed + g
+                else:
+                    summed.add_(g)
         parts.append(torch.stack(dots, dim=1))  # [k, n]
         if summed is not None and whole is None:
             totals.append(summed)
     if with_total and whole is None:
         whole = torch.cat(totals)
     return list(add_up(parts)), whole
-
-
-def _plus(x: Tensor | None, y: Tensor, *, in_place: bool) -> Tensor:
-    assert x is not None
-    return x.add_(y) if in_place else x + y

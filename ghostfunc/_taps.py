@@ -19,7 +19,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ghostfunc import _factors
+from ghostfunc import _bundles, _factors
 from ghostfunc._factors import Dense, Factor, OneHot, Outer
 from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Layout, StaleLayout
@@ -247,12 +247,9 @@ def _site_of(use: Use, y: Tensor, axis: int) -> Site:
     targets = []
     for name, target in use.targets:
         factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
-        positions = factor[0].shape[1] if isinstance(factor, (Outer, OneHot)) else 1
+        met = _bundles.meeting(factor)
         direct = target.leaf is not None or target.derivation != "general"
-        targets += [
-            (leaf, type(factor).__name__, factor.shape, positions, direct)
-            for leaf in target.leaves()
-        ]
+        targets += [(leaf, met.kind, met.shape, met.positions, direct) for leaf in target.leaves()]
     return Site(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
 
 
