@@ -21,6 +21,7 @@ from ghostfunc._factors import (
     total,
     wide,
 )
+from ghostfunc._types import ContractDtype
 
 Bundle: TypeAlias = Sequence[Factor]
 
@@ -71,6 +72,15 @@ def take(factor: Factor, index: slice | Tensor) -> Factor:
 def dot(factor: Factor, u: Tensor) -> Tensor:
     """`<g_i, u>`, `[n]`, for a `u` in the parameter's own shape and dtype."""
     return _factors.dot(factor, u.reshape(factor.shape).to(wide(values(factor)).dtype))
+
+
+def summed(bundle: Bundle, contract_dtype: ContractDtype = None) -> Tensor:
+    """`sum_i g_i`, in the shape of the first factor."""
+    first, *others = bundle
+    out = total(first, contract_dtype)
+    for factor in others:
+        _factors.add_total(factor, out.view(factor.shape), contract_dtype)
+    return out
 
 
 def weighted_total(bundle: Bundle, weights: Tensor) -> Tensor:

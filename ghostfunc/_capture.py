@@ -30,6 +30,16 @@ def symbolic(x: Tensor) -> bool:
     return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; of symbols, whether that is known without tying a compiled
+    program to it."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(a == b)
+
+
 def compilable(returns: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Let `torch.compile` capture a function `f(model_fn, *args, **kwargs)` of this package.
 

@@ -205,15 +205,17 @@ def _(factor: Dense, contract_dtype: ContractDtype = None) -> Tensor:
     return wide(factor.g).sum(0)
 
 
-def add_total(factor: Factor, into: Float[Tensor, "..."]) -> None:
+def add_total(
+    factor: Factor, into: Float[Tensor, "..."], contract_dtype: ContractDtype = None
+) -> None:
     """Add `sum_i g_i` to a tensor in place, without forming it where it can be avoided."""
     match factor:
-        case Outer(left, right):
+        case Outer(left, right) if contract_dtype is None:
             into.addmm_(wide(left).flatten(0, 1).mT, wide(right).flatten(0, 1))
         case OneHot(ids, b, _):
             into.index_add_(0, ids.flatten(), wide(b).flatten(0, 1))
         case _:
-            into.add_(total(factor))
+            into.add_(total(factor, contract_dtype))
 
 
 @singledispatch

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -157,6 +158,63 @@ class PairReader(NamedTuple):
 
     def plus(self, other: PairReader) -> PairReader:
         return self._replace(factors=self.factors + other.factors)
+
+
+class BesideReader(NamedTuple):
+    """`<g_i, sum_j g_j>`, i among the first n samples of a batch and j among all others: `[n]`.
+
+    What reads the first samples is made of the others, when their gradient comes up. For a tensor
+    derived from the parameter that takes the way to it and back, `J J^T sum_j g_j`. As it is not
+    linear in the gradient, the uses of a parameter are to be taken together.
+
+    Attributes:
+        paths: the ways from the parameter to the tensor in question; what they lead to adds up.
+        direct: whether that is the parameter itself, or a mere transpose or cast of it.
+    """
+
+    n: int
+    contract_dtype: ContractDtype = None
+    paths: tuple[tuple[DeriveFn, ...], ...] = ((),)
+    direct: bool = True
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, self.n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return self.opposite([factor], grads=False).read(_bundles.take(factor, slice(self.n)))
+
+    def opposite(
+        self,
+        factors: Sequence[Factor],
+        *,
+        grads: bool,
+        pull: DeriveFn = lambda total: total,
+    ) -> DotReader | PairReader:
+        """The reader for the first samples, in the form that is cheapest.
+
+        `pull` leads from the tensor in question to the parameter. `grads` says whether the total of
+        the first samples is formed, too.
+        """
+        theirs = [_bundles.take(f, slice(self.n, None)) for f in factors]
+        if not self.direct:
+            u = pull(_bundles.summed(theirs, self.contract_dtype))
+            ends = [reduce(lambda x, step: step(x), path, u) for path in self.paths]
+            return DotReader(_factors.add_up(ends), self.contract_dtype)
+        ours = [_bundles.meeting(_bundles.take(f, slice(self.n))) for f in factors]
+        met = list(map(_bundles.meeting, theirs))
+        faster = _factors.speed(self.contract_dtype)
+        if _cost.keep_direction_factored(ours, met, grads=grads, speed=faster):
+            m = _bundles.samples(theirs)
+            return PairReader(tuple(theirs), False, m, contract_dtype=self.contract_dtype)
+        return DotReader(_bundles.summed(theirs, self.contract_dtype), self.contract_dtype)
+
+    def push(self, push: Push) -> BesideReader:
+        paths = tuple((*path, push.jvp) for path in self.paths)
+        direct = self.direct and push.derivation != "general"
+        return self._replace(paths=paths, direct=direct)
+
+    def plus(self, other: BesideReader) -> BesideReader:
+        return self._replace(paths=self.paths + other.paths, direct=False)
 
 
 class Turn(NamedTuple):

@@ -21,6 +21,7 @@ from ghostfunc._factors import Dense, add_up, wide
 from ghostfunc._positions import position_dots
 from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._quantities import DotReader, PairReader, Prepared, Quantity, SqNorm, TurnReader
+from ghostfunc._together import together
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params
 from ghostfunc._types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import run
@@ -161,6 +162,9 @@ class Scores:
     # --- ghost -----------------------------------------------------------------------------------
 
     def _ghost(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step:
+        at_once = self._at_once(pieces, grads=grads)
+        if at_once is not None:
+            return at_once
         readers = [self._readers(piece, grads=grads) for piece in pieces]
         quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
         if self.normalize:
@@ -196,6 +200,28 @@ class Scores:
             del part
         losses, *flat = _chunks.joined(parts)
         return _Step(losses, sums.result(), self._unflat(flat, len(pieces)))
+
+    def _at_once(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step | None:
+        """`_ghost` in one run of both batches, where that can be."""
+        piece, *others = pieces
+        plain = not others and piece.val is not None and not self.normalize
+        if not plain or self.reduction == "none" or self.chunk_size is not None:
+            return None
+        if self.randomness != "error":
+            return None
+        found = together(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            self.train,
+            piece.val,
+            mean=self.reduction == "mean",
+            grads=grads,
+            contract_dtype=self.contract_dtype,
+        )
+        if found is None:
+            return None
+        return _Step(found.losses, found.grads, [self._summed(found.dots)])
 
     def _readers(self, piece: _Piece, *, grads: bool) -> _Readers:
         if piece.u is not None:

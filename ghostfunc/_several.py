@@ -34,13 +34,20 @@ class RunningTotal:
         self, factor: Factor, us: Sequence[Tensor], contract_dtype: ContractDtype
     ) -> list[Tensor]:
         """Add one use, and return its `<g_i, u>` for every `u`."""
-        into = None if self.value is None else self.value.view(factor.shape)
+        before = self.value
+        in_place = before is not None and not symbolic(before)
         dots, whole = dots_and_total(
-            factor, us, with_total=True, into=into, contract_dtype=contract_dtype
+            factor,
+            us,
+            with_total=True,
+            into=before.view(factor.shape) if before is not None and in_place else None,
+            contract_dtype=contract_dtype,
         )
-        if into is None:
-            assert whole is not None
+        assert whole is not None
+        if before is None:
             self.value = whole.contiguous()
+        elif not in_place:
+            self.value = before + whole.view_as(before)
         return dots
 
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +24,7 @@ from ghostfunc import _bundles, _factors
 from ghostfunc._factors import Dense, Factor, OneHot, Outer
 from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Layout, StaleLayout
-from ghostfunc._quantities import DotReader, Reader
+from ghostfunc._quantities import BesideReader, DotReader, Reader
 from ghostfunc._rules import BroadcastRule
 from ghostfunc._rules._registry import ArgName, op_name, rows
 from ghostfunc._several import dots_and_total
@@ -167,6 +168,8 @@ def fitted(factor: Factor, target: Tracked) -> Factor:
 def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
     """What every reader of a target reads, and last the cotangent of its training gradient's input
     if there is one: None if the gradient was added to a running total."""
+    if any(isinstance(r, BesideReader) for r in readers):  # then all are
+        factor, readers = _beside(factor, target, readers)
     pulled: dict[int, Factor] | None = None
     out: list[Tensor | None] = []
     directions = [r for r in readers if isinstance(r, DotReader)]
@@ -191,6 +194,20 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
     if target.wants_grad:
         out.append(None if grad is None else shaped(grad, target.const))
     return out
+
+
+def _beside(factor: Factor, target: Tracked, readers: Sequence[Any]) -> tuple[Factor, list[Reader]]:
+    """The factor of the first samples, and what reads it, made of the others."""
+
+    def at_parameter(i: int, total: Tensor) -> Tensor:
+        (g,) = _factors.materialize(leaf_factors(target, Dense(total[None]))[i])
+        return g
+
+    found: list[Reader] = []
+    for (_, i), reader in zip(target.readers, readers, strict=True):
+        pull = partial(at_parameter, i)
+        found.append(reader.opposite([factor], grads=target.wants_grad, pull=pull))
+    return _bundles.take(factor, slice(readers[0].n)), found
 
 
 def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:

@@ -18,7 +18,7 @@ What is learnt is kept by structure, not by length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -496,6 +496,28 @@ class _Prober(TrackingMode):
 # --- the trace --------------------------------------------------------------------------------
 
 
+def pairs_to_trace(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
+) -> Iterator[tuple[int, int]]:
+    """Samples that may stand for the batch: the first two, and if those go another way through the
+    program (none of them is padded, say), the first pair that goes the same. Two even of one: code
+    may treat a batch of one in its own way."""
+    n = batch_size(batch)
+    yield 0, min(1, n - 1)
+
+    def way(data: PyTree) -> list[Callable[..., Any]]:
+        log = _ShapeLog()
+        with log, torch.enable_grad():
+            model_fn(spec.unflatten(lend(leaves)), data)
+        return [func for func, _, _ in log.calls]
+
+    whole = way(batch)
+    for i in range(2, n):
+        if way(take(batch, [0, i])) == whole:
+            yield 0, i
+            return
+
+
 @torch.enable_grad()
 def trace_model(
     model_fn: ModelFn,
@@ -503,12 +525,12 @@ def trace_model(
     spec: ParamSpec,
     batch: PyTree,
     randomness: Randomness,
+    pair: tuple[int, int],
 ) -> Trace:
-    """Trace `model_fn`."""
+    """Trace `model_fn` on two samples of the batch."""
     prove_independent(model_fn, leaves, spec, batch, randomness)
-    n = batch_size(batch)
-    chosen = [0, min(1, n - 1)]  # two even of one: code may treat a batch of one in its own way
-    small, grown = take(batch, chosen), take(batch, [*chosen, 0])
+    chosen = list(pair)
+    small, grown = take(batch, chosen), take(batch, [*chosen, chosen[0]])
     k = len(chosen)
 
     log = _ShapeLog()

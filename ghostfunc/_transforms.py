@@ -71,7 +71,8 @@ def ghost_dot_prod(
             or wider. Not for other modes, which contract nothing, nor for `per_position`.
         chunk_size: the most samples to run at one time, of `train` and of `val`, where all of them
             do not fit into memory. The numbers do not depend on it. With `reduction="none"` every
-            chunk of `train` is run once for every chunk of `val`.
+            chunk of `train` is run once for every chunk of `val`. None also allows one run of both
+            batches, where they are alike and the validation samples few.
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
     Returns:
@@ -139,7 +140,8 @@ def ghost_value_and_grad(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> GhostStep:
-    """One training step's losses, gradient and scores, from one backward pass over `train`.
+    """One training step's losses, gradient and scores, from one backward pass over `train` (and
+    over `val`, the same one where the batches are alike).
 
         losses_i,   grads = d mean_i losses_i / d params,   dot_prods_i = <g_i, u>
 

@@ -30,7 +30,7 @@ from ghostfunc._purity import ANEW, check_losses, not_captured, prove_independen
 from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._several import RunningTotal
 from ghostfunc._taps import Site, TapMode, leaf_factors
-from ghostfunc._trace import Trace, trace_model, unseen_use
+from ghostfunc._trace import Trace, pairs_to_trace, trace_model, unseen_use
 from ghostfunc._tracking import ReaderKey, constants, gradients
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
 from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness
@@ -188,13 +188,14 @@ def run(
     grads: Collection[int] = (),
     collect: Collection[int] = (),
     postpone: Collection[int] = (),
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     randomness: Randomness = "error",
 ) -> Taken:
     """Run `model_fn` under taps, tracing it first where needed.
 
     `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
-    `postpone`, some of `collect`, are not pulled back through derived tensors yet.
+    `postpone`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
+    for every sample, `[n]`, values are those of `scale_i * g_i`, too.
     """
     model, taken = on_trace(
         lambda model: _run(model, quantities, grads, collect, scale, postpone),
@@ -256,17 +257,21 @@ def on_trace(
         return model, result
     if any(map(symbolic, tensors_of(batch))):
         raise not_captured()
-    trace = trace_model(model_fn, leaves, spec, batch, randomness)
-    model = Traced(model_fn, leaves, spec, batch, n, trace)
-    try:
-        result = use(model)
-    except StaleLayout as stale:
-        raise ControlFlowError(
-            "model_fn does not call the same ops each time it runs on this batch "
-            f"({stale}): its control flow depends on its data. {WAYS_OUT}"
-        ) from None
-    _remember(traces, trace)
-    return model, result
+    observed = ""
+    for pair in pairs_to_trace(model_fn, leaves, spec, batch):
+        trace = trace_model(model_fn, leaves, spec, batch, randomness, pair)
+        model = Traced(model_fn, leaves, spec, batch, n, trace)
+        try:
+            result = use(model)
+        except StaleLayout as stale:
+            observed = str(stale)
+            continue
+        _remember(traces, trace)
+        return model, result
+    raise ControlFlowError(
+        "model_fn does not call the same ops each time it runs on this batch "
+        f"({observed}): its control flow depends on its data. {WAYS_OUT}"
+    )
 
 
 def _remember(traces: list[Trace], trace: Trace) -> None:
@@ -296,7 +301,7 @@ def _run(
     quantities: Sequence[Quantity],
     grads: Collection[int],
     collect: Collection[int],
-    scale: float,
+    scale: float | Tensor,
     postpone: Collection[int] = (),
 ) -> Taken:
     leaves, spec, n = model.leaves, model.spec, model.n
@@ -359,7 +364,7 @@ def _run(
 
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
     for (q, i), value in zip(keys, filled(tap_cotangents, taps), strict=True):
-        values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
+        values[q][i] = _unscaled(value, scale, quantities[q].degree)
     out_grads: list[Any] = [None] * len(leaves)
     for i, grad in zip(grads, param_grads, strict=True):
         whole = running[i].value if i in running else None
@@ -382,19 +387,19 @@ def _run(
                     turns[i].append(turn)
     for q, i in met:
         value = readers[q][i].read_all(factors[i])
-        values[q][i] = value if scale == 1.0 else value / scale ** quantities[q].degree
+        values[q][i] = _unscaled(value, scale, quantities[q].degree)
     return Taken(losses, values, out_grads, factors, turns, modes[0].route)
 
 
 def pull_back(
     f: Callable[..., tuple[Tensor, Any]],
     primals: tuple[list[Tensor], ...],
-    cotangent: float,
+    cotangent: float | Tensor,
     *,
     guarded: Traced,
     differentiable: bool,
 ) -> tuple[Tensor, Any, Any]:
-    """`f`'s output, the cotangents of its primals for a constant cotangent (None may stand for
+    """`f`'s output, the cotangents of its primals for its cotangent (None may stand for
     zeros), and its aux output.
 
     Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
@@ -404,7 +409,7 @@ def pull_back(
         out: Any = torch.func.vjp(f, *primals, has_aux=True)
         losses, pullback, aux = out
         cotangents = pullback(
-            torch.full_like(losses, cotangent),
+            _like(losses, cotangent),
             retain_graph=differentiable,
             create_graph=differentiable,
         )
@@ -414,7 +419,7 @@ def pull_back(
     with torch.enable_grad():
         losses, aux = f(*inputs, guards)
     flat = [x for group in inputs for x in group]
-    found = gradients(losses, [*flat, *guards], torch.full_like(losses, cotangent))
+    found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
     unseen = [
         name
         for name, g in zip(guarded.spec.names, found[len(flat) :], strict=True)
@@ -424,6 +429,18 @@ def pull_back(
         raise unseen_use(unseen)
     rest = iter(found)
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
+
+
+def _like(losses: Tensor, cotangent: float | Tensor) -> Tensor:
+    if isinstance(cotangent, Tensor):
+        return cotangent.to(losses)
+    return torch.full_like(losses, cotangent)
+
+
+def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:
+    if isinstance(scale, Tensor) or scale == 1.0:
+        return value
+    return value / scale**degree
 
 
 def filled(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
@@ -483,7 +500,7 @@ def meetings(
 
 
 def _sites(model: Traced) -> list[Site]:
-    """All uses and what their outputs look like: those of a run on one sample, remembered by
+    """All uses and what their outputs look like: those of a run on two samples, remembered by
     the exact shapes of the batch, where those are known."""
     few = min(model.n, 2)
     sample = take(model.batch, range(few))
@@ -502,6 +519,13 @@ def _open(batch: PyTree) -> bool:
 
 
 def _look_at_sites(model: Traced, few: int, sample: PyTree) -> list[Site]:
+    try:
+        return _sites_of(model, few, sample)
+    except StaleLayout:  # the first few go another way than the batch
+        return _sites_of(model, model.n, model.batch)
+
+
+def _sites_of(model: Traced, few: int, sample: PyTree) -> list[Site]:
     tracked = constants(model.leaves, model.spec)
     mode = TapMode(model.trace, tracked, few, {}, {}, note_sites=True)
     with mode, torch.enable_grad():

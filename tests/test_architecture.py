@@ -6,8 +6,8 @@ The layers, lowest first (a module may import its own layer and those below it):
         _chunks, _against}
         <- {_factors, _bundles, _several, _pairs, _norms} <- {_rules, _quantities}
         <- {_tracking, _trace, _taps, _owners, _vjp, _remat, _positions}
-        <- {_oracles, _direction, _cosines, _scores, _transforms, _verify, _book, _blocks,
-            _pairwise, _clipping, _explain} <- everything built on them
+        <- {_oracles, _direction, _cosines, _together, _scores, _transforms, _verify, _book,
+            _blocks, _pairwise, _clipping, _explain} <- everything built on them
 
 Every import counts, those inside functions and under `TYPE_CHECKING` included.
 """
@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_direction",
         "_cosines",
         "_against",
+        "_together",
         "_scores",
         "_transforms",
         "_verify",

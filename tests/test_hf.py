@@ -163,6 +163,33 @@ def test_unmodified_models(name: str, padding: str) -> None:
     )
 
 
+@pytest.mark.parametrize("padded", [[5], [2, 5], [0], [0, 1]])
+@pytest.mark.parametrize("model", [gpt2, lambda: llama(tied=True)], ids=["gpt2", "llama"])
+def test_padding_in_some_samples_alone(model: Callable[[], nn.Module], padded: list[int]) -> None:
+    """Without padding these models build no mask: the first two samples do not tell the way."""
+    module = model().double()
+    model_fn, params = gf.hf.causal_lm(module)
+    train, val = text(8, 6, seed=1), text(2, 6, seed=2)
+    mask = torch.ones(8, 6, dtype=torch.long)
+    mask[padded, :3] = 0
+    for batch in (
+        {**train, "attention_mask": mask},
+        {**train, "attention_mask": torch.ones_like(mask)},
+        {**train, "attention_mask": mask},
+    ):
+        beside = {**val, "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+        exact = gf.ghost_value_and_grad(
+            model_fn, params, batch, beside, mode="materialized", vectorize=False
+        )
+        for options in ({}, {"chunk_size": 8}, {"reduction": "sum"}):
+            step = gf.ghost_value_and_grad(model_fn, params, batch, beside, **options)
+            scale = 2 if "reduction" in options else 1
+            assert_close(list(step)[:2], list(exact)[:2], 1e-10)
+            assert_close(step.dot_prods, scale * exact.dot_prods, 1e-10)
+        norms = gf.ghost_norm(model_fn, params, batch, mode="materialized", vectorize=False)
+        assert_close(gf.ghost_norm(model_fn, params, batch), norms, 1e-10)
+
+
 def test_tied_parameters_appear_once() -> None:
     assert "lm_head.weight" not in gf.hf.causal_lm(llama(tied=True))[1]
     assert "lm_head.weight" in gf.hf.causal_lm(llama(tied=False))[1]

@@ -1,0 +1,159 @@
+"""Train and validation samples in one run of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_close, gram, sample_grads
+from problems import CASES, Problem, features
+from torch import Tensor
+
+import ghostfunc as gf
+from ghostfunc import NonFiniteLossError, _cost
+from ghostfunc._memory import LiveBytes
+from ghostfunc._tree import batch_size
+
+TWO_RUNS = {
+    "a parameter with several large uses, or of derived tensors": {
+        "layer_called_twice", "layer_called_three_times", "regulariser",
+        "weight_and_its_transpose", "matmul_parameter_right", "matmul_parameter_left",
+        "learned_queries", "relative_position_bias", "in_place_arithmetic", "elementwise",
+        "packed_projection", "stacked_weights", "cast_up",
+    },
+    "half precision": {"bfloat16"},
+}  # fmt: skip
+
+
+def counting(problem: Problem) -> tuple[Callable[[Any, Any], Tensor], list[int]]:
+    """The model function, and the sizes of the batches it is called with."""
+    sizes: list[int] = []
+
+    def counted(params: Any, batch: Any) -> Tensor:
+        sizes.append(batch_size(batch))
+        return problem.model_fn(params, batch)
+
+    return counted, sizes
+
+
+@pytest.mark.parametrize("factored", [None, True, False])
+def test_every_problem(
+    factored: bool | None, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if factored is not None:
+        monkeypatch.setattr(_cost, "keep_direction_factored", lambda *_, **__: factored)
+    args = problem.model_fn, problem.params
+    for n, t, m in ((5, 4, 1), (8, 3, 2)):
+        train, val = problem.batch(n, t), problem.batch(m, t, seed=1)
+        pairs = gram(sample_grads(problem, train), sample_grads(problem, val))
+        plain = gf.ghost_value_and_grad(*args, train, val, mode="materialized")
+        for reduction, expected in (
+            ("mean", [x.mean(1) for x in pairs]),
+            ("sum", [x.sum(1) for x in pairs]),
+        ):
+            scores = gf.ghost_dot_prod(*args, train, val, reduction=reduction)
+            assert_close(scores, sum(expected), problem.tolerance)
+            step = gf.ghost_value_and_grad(*args, train, val, reduction=reduction, per_param=True)
+            assert_close(step.dot_prods, expected, problem.tolerance)
+            assert_close([step.losses, step.grads], [plain.losses, plain.grads], problem.tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_one_run_or_in_two(name: str) -> None:
+    problem = CASES[name]()
+    counted, sizes = counting(problem)
+    train, val = problem.batch(5), problem.batch(1, seed=1)
+    gf.ghost_value_and_grad(counted, problem.params, train, val)
+    sizes.clear()
+    gf.ghost_value_and_grad(counted, problem.params, train, val)
+    assert sizes == ([1, 5] if any(name in x for x in TWO_RUNS.values()) else [6])
+
+
+def test_what_takes_two_runs() -> None:
+    problem = CASES["tied_lm"]()
+    counted, sizes = counting(problem)
+    train, val = problem.batch(8, 4), problem.batch(2, 4, seed=1)
+    for at_once, batch, options in (
+        (True, val, {}),
+        (True, val, {"per_param": True}),
+        (True, val, {"contract_dtype": torch.bfloat16}),
+        (False, problem.batch(2, 5), {}),  # another length
+        (False, problem.batch(3, 4), {}),  # more than a quarter
+        (False, val, {"reduction": "none"}),
+        (False, val, {"normalize": True}),
+        (False, val, {"chunk_size": 8}),
+        (False, val, {"randomness": "different"}),
+        (False, {"a": val, "b": val}, {}),
+    ):
+        for call in (gf.ghost_dot_prod, gf.ghost_value_and_grad):
+            call(counted, problem.params, train, batch, **options)
+            sizes.clear()
+            call(counted, problem.params, train, batch, **options)
+            assert (sizes == [10]) == at_once, (options, sizes)
+
+
+def test_one_tensor_in_two_places_stays_one() -> None:
+    def model_fn(params: Any, batch: dict[str, Tensor]) -> Tensor:
+        same = batch["key"] is batch["value"]
+        return F.linear(batch["key"], params["w"]).square().sum(1) * (2.0 if same else 1.0)
+
+    params = {"w": torch.randn(3, 2, dtype=torch.float64)}
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64)
+    train, val = {"key": x, "value": x}, {"key": y, "value": y}
+    for other in (val, {"key": y, "value": y.clone()}):
+        two_runs = gf.ghost_dot_prod(model_fn, params, train, other, chunk_size=4)
+        assert_close(gf.ghost_dot_prod(model_fn, params, train, other), two_runs, 1e-10)
+
+
+def test_a_model_that_pulls_back_something_itself() -> None:
+    """A gradient taken in the forward pass goes past the same taps."""
+
+    def model_fn(params: Any, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        y = F.linear(x, params["w"])
+        (g,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        return (y.square() * g.sign().sum(1, keepdim=True)).sum(1)
+
+    problem = Problem(model_fn, {"w": torch.randn(3, 2, dtype=torch.float64)}, features(2))
+    train, val = problem.batch(4), problem.batch(1, seed=1)
+    ours, theirs = sample_grads(problem, train), sample_grads(problem, val)
+    step = gf.ghost_value_and_grad(model_fn, problem.params, train, val)
+    assert_close(step.dot_prods, sum(gram(ours, theirs))[:, 0], 1e-10)
+    assert_close(step.grads, [g.mean(0) for g in ours], 1e-10)
+
+
+def test_a_loss_that_is_not_finite_is_blamed_on_its_batch() -> None:
+    problem = CASES["mlp"]()
+    train, val = problem.batch(5), problem.batch(1, seed=1)
+    gf.ghost_dot_prod(problem.model_fn, problem.params, train, val)
+    bad = val.clone()
+    bad[0, 0] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=r"1 of 1 losses .* losses\[0\] = nan"):
+        gf.ghost_dot_prod(problem.model_fn, problem.params, train, bad)
+    bad = train.clone()
+    bad[3, 0] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=r"1 of 5 losses .* losses\[3\] = nan"):
+        gf.ghost_dot_prod(problem.model_fn, problem.params, bad, val)
+
+
+def test_no_more_memory_than_a_plain_step() -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6)))
+    model_fn, params = gf.from_module(module, lambda m, x: m(x).square().mean((1, 2)))
+    train, val = torch.randn(16, 32, 64), torch.randn(4, 32, 64)
+    both = torch.cat([train, val])
+
+    def plain() -> None:
+        module.zero_grad()
+        module(both).square().mean().backward()
+
+    def peak(step: Callable[[], object]) -> int:
+        step()
+        with LiveBytes() as memory:
+            step()
+        return memory.peak
+
+    ghost = peak(lambda: gf.ghost_value_and_grad(model_fn, params, train, val))
+    assert ghost <= 1.1 * peak(plain) + both.nbytes
