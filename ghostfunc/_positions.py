@@ -36,7 +36,7 @@ from ghostfunc._quantities import DotReader, Reader
 from ghostfunc._rules._registry import op_name
 from ghostfunc._taps import TapMode, unfold_all
 from ghostfunc._trace import CallTrace
-from ghostfunc._tracking import CallArgs, ReaderKey, constants, shaped
+from ghostfunc._tracked import CallArgs, ReaderKey, constants, shaped
 from ghostfunc._tree import ParamSpec, batch_size, take
 from ghostfunc._types import ModelFn, PyTree, Randomness
 from ghostfunc._vjp import Traced, filled, on_trace, pull_back
@@ -180,7 +180,7 @@ class _PositionMode(TapMode):
             call = replace(call, leaves=leaves)
         consts = call.consts()
         y, pullback = torch.func.vjp(lambda *values: call.run(func, values), *consts)[:2]
-        # J u is the derivative of the linear map v -> J^T v along u: see `_tracking._push`.
+        # J u is the derivative of the linear map v -> J^T v along u: see `_tracked._push`.
         along = torch.func.vjp(pullback, torch.zeros_like(y))[1]
         tangents: dict[tuple[int, int], list[Tensor]] = {}
         for position, tracked in enumerate(call.tracked):

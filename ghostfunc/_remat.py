@@ -27,7 +27,8 @@ from ghostfunc._regions import Region
 from ghostfunc._rerun import attach
 from ghostfunc._stand_ins import Finder, StandIns, Surroundings, hidden_tensor, standing_in
 from ghostfunc._taps import TapMode
-from ghostfunc._tracking import ReaderKey, TrackingMode, differentiable
+from ghostfunc._tracked import ReaderKey, differentiable
+from ghostfunc._tracking import TrackingMode
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -29,17 +29,8 @@ from ghostfunc._rules import BroadcastRule
 from ghostfunc._rules._registry import ArgName, op_name, rows
 from ghostfunc._several import dots_and_total
 from ghostfunc._trace import SWITCH, CallTrace, Trace, pattern
-from ghostfunc._tracking import (
-    CallArgs,
-    ReaderKey,
-    Tracked,
-    TrackingMode,
-    reads_attribute,
-    real,
-    shaped,
-    traced_as,
-    writes,
-)
+from ghostfunc._tracked import CallArgs, ReaderKey, Tracked, real, shaped
+from ghostfunc._tracking import TrackingMode, reads_attribute, traced_as, writes
 from ghostfunc._tree import flatten, tensors_of, unflatten
 
 

@@ -26,12 +26,15 @@ from ghostfunc._functorch import in_transform
 from ghostfunc._layout import StaleLayout
 from ghostfunc._memo import memory, shapes_key, structure
 from ghostfunc._owners import check_owners
+from ghostfunc._prober import unseen_use
 from ghostfunc._purity import ANEW, check_losses, not_captured, prove_independent
 from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._several import RunningTotal
 from ghostfunc._taps import Site, TapMode, leaf_factors
-from ghostfunc._trace import Trace, pairs_to_trace, trace_model, unseen_use
-from ghostfunc._tracking import ReaderKey, constants, gradients
+from ghostfunc._trace import Trace
+from ghostfunc._tracing import pairs_to_trace, trace_model
+from ghostfunc._tracked import ReaderKey, constants
+from ghostfunc._tracking import gradients
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
 from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness
 

@@ -5,7 +5,8 @@ The layers, lowest first (a module may import its own layer and those below it):
     {_types, _errors, _cost} <- {_tree, _layout, _module, _memory, _regions, _rerun, _stand_ins,
         _chunks, _against}
         <- {_factors, _bundles, _several, _pairs, _norms} <- {_rules, _quantities}
-        <- {_tracking, _trace, _taps, _owners, _vjp, _remat, _positions}
+        <- {_tracked, _tracking, _trace, _recorder, _prober, _tracing, _taps, _owners, _vjp, _remat,
+            _positions}
         <- {_oracles, _direction, _cosines, _together, _scores, _transforms, _verify, _book,
             _blocks, _pairwise, _clipping, _explain} <- everything built on them
 
@@ -32,8 +33,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_factors", "_bundles", "_several", "_pairs", "_norms"),
     ("_rules", "_quantities"),
     (
-        *("_memo", "_purity", "_tracking", "_trace", "_taps", "_owners", "_vjp", "_remat"),
-        "_positions",
+        *(
+            "_memo",
+            "_purity",
+            "_tracked",
+            "_tracking",
+            "_trace",
+            "_recorder",
+            "_prober",
+            "_tracing",
+        ),
+        *("_taps", "_owners", "_vjp", "_remat", "_positions"),
     ),
     (
         "_oracles",
