@@ -4,8 +4,8 @@ Guessing the sample axis from one shape is how silent errors are made, so the mo
 times on a few samples, without keeping anything (`_purity` has shown before that their losses do
 not depend on each other):
 
-1. on samples 0 and 1: the shapes of every torch call;
-2. on samples 0, 1 and 0 again: an axis that grew holds samples, and a tensor computed from
+1. on two samples, 0 and 1 as a rule: the shapes of every torch call;
+2. on those and the first of them again: an axis that grew holds samples, and a tensor computed from
    parameters whose shape did not change is derived;
 3. the same, with a zero tap at every use, pulled back from one loss at a time: rows with a
    cotangent are that sample's, which tells sample-major from position-major folding and shows
