@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ghostfunc._cost import known
 from ghostfunc._module import ModuleFn
 from ghostfunc._tree import ParamSpec, flatten, tensors_of
 from ghostfunc._types import ModelFn, PyTree
@@ -41,4 +42,4 @@ def structure(
 
 def shapes_key(batch: PyTree) -> Hashable:
     """The exact shapes of a batch."""
-    return tuple(tuple(x.shape) for x in tensors_of(batch))
+    return tuple(tuple(map(known, x.shape)) for x in tensors_of(batch))

@@ -34,6 +34,12 @@ _NUMBERS: set[Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_READS: set[Callable[..., Any]] = _NUMBERS | {
+    Tensor.__bool__, Tensor.__array__, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero,
+    Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.__contains__,
+}  # fmt: skip
+
+
 class ShapeLog(Refusals):
     """Notes the shapes of every torch call."""
 
@@ -90,6 +96,7 @@ class Recorder(TrackingMode):
         self._entry = 0
         self._reordered_at: int | None = None
         self.statistics = False
+        self.reads = False
         self._verdicts: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.seen: list[Seen] = []
 
@@ -114,6 +121,7 @@ class Recorder(TrackingMode):
         if func is SWITCH:
             return func(*args)
         self._entry += 1
+        self.reads |= func in _READS
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
                 f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "

@@ -251,13 +251,17 @@ class Site:
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
 
 
+class StaleSites(Exception):
+    """Some outputs have other shapes than the remembered ones. Never leaves the package."""
+
+
 def _site_of(use: Use, y: Tensor, axis: int) -> Site:
     targets = []
     for name, target in use.targets:
         factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
         met = _bundles.meeting(factor)
-        direct = target.leaf is not None or target.derivation != "general"
-        targets += [(leaf, met.kind, met.shape, met.positions, direct) for leaf in target.leaves()]
+        seen = met.kind, met.shape, met.positions, target.direct(factor)
+        targets += [(leaf, *seen) for leaf in target.leaves()]
     return Site(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
 
 
@@ -403,6 +407,8 @@ class TapMode(TrackingMode):
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
         tap = self.collect.get(len(self.uses))
+        if tap is not None and tap.shape != y.shape:
+            raise StaleSites
         use = Use(call, self._n, targets, args, treedef, tap)
         self.uses.append(use)
         if self._note_sites:

@@ -16,12 +16,14 @@ from torch import Tensor
 from ghostfunc import _bundles
 from ghostfunc._bundles import Bundle
 from ghostfunc._capture import same_size, symbolic
-from ghostfunc._cost import Meeting
+from ghostfunc._cost import Meeting, known
 from ghostfunc._errors import NonFiniteLossError
 from ghostfunc._factors import add_up, wide
 from ghostfunc._functorch import in_transform
+from ghostfunc._memo import memory, shapes_key
 from ghostfunc._quantities import BesideReader, DotReader, Prepared
 from ghostfunc._several import RunningTotal, dots_and_total
+from ghostfunc._trace import Trace
 from ghostfunc._tree import ParamSpec, batch_size, flatten, unflatten
 from ghostfunc._types import ContractDtype, ModelFn, PyTree
 from ghostfunc._vjp import meetings, run, traced
@@ -29,6 +31,12 @@ from ghostfunc._vjp import meetings, run, traced
 SHARE = 4
 """Train samples per validation sample, at least. Activations of both live at one time, which is
 what a plain step over all of them takes; two runs take as much as the larger."""
+
+COPIED = 1 << 20
+"""Elements of a batch that may be copied in any case; of models with more parameters, as many."""
+
+WAITING = 4
+"""Uses of a parameter whose factors may have to wait for each other."""
 
 
 class Together(NamedTuple):
@@ -51,74 +59,96 @@ def together(
     grads: bool,
     contract_dtype: ContractDtype,
 ) -> Together | None:
-    """Scores, and the training gradient if it is wanted, from one run; None where that takes two,
-    or more memory than it is worth."""
+    """Scores, and the training gradient if it is wanted, from one run; None where that takes two.
+
+    It does where samples could be told by the company they are in (the program makes a number of
+    several samples, or reads values: two batches that are each of one kind are not when mixed), and
+    where one run takes more memory than it is worth.
+    """
     n, m = batch_size(train), batch_size(val)
     if n < SHARE * m or in_transform() or any(wide(x).dtype != x.dtype for x in leaves):
         return None
-    batch = _joined(train, val)
-    if batch is None:
+    ours, treedef = flatten(train)
+    theirs, other = flatten(val)
+    if treedef != other or not _alike(ours, theirs) or _size(ours) > max(COPIED, _size(leaves)):
+        return None
+    remembered, key = memory(model_fn), ("apart", shapes_key((train, val, leaves)))
+    if key in remembered or _minds_company(
+        traced(model_fn, leaves, spec, train, randomness="error")
+    ):
         return None
     uses = meetings(model_fn, leaves, spec, train, randomness="error", exact=False)
     if not all(map(_read_in_passing, uses)):
         return None
-    traced(model_fn, leaves, spec, val, randomness="error")  # proves it, and blames what is its own
+    traced(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
     shared = [i for i, met in enumerate(uses) if len(met) > 1]
     single = [i for i in range(len(leaves)) if i not in shared]
     reader = BesideReader(n, contract_dtype)
-    ours, theirs = 1 / n if grads else 1.0, 1 / m if mean else 1.0
+    readers = [None if i in shared else reader for i in range(len(leaves))]
+    scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     try:
         taken = run(
             model_fn,
             leaves,
             spec,
-            batch,
-            [Prepared([None if i in shared else reader for i in range(len(leaves))], degree=2)],
+            unflatten(treedef, _joined(ours, theirs)),
+            [Prepared(readers, degree=2)],
             grads=single if grads else (),
             collect=shared,
-            scale=torch.tensor([ours] * n + [theirs] * m, dtype=torch.float64),
+            scale=torch.tensor([scales[0]] * n + [scales[1]] * m, dtype=torch.float64),
         )
     except NonFiniteLossError:
         return None  # two runs say whose it is
+    except Exception:  # whatever it is (a mask made for n samples, no memory), two runs may do
+        remembered[key] = True
+        return None
+    if _minds_company(taken.trace):
+        return None
     dots, out = list(taken.values[0]), list(taken.grads)
     for i in shared:
         dots[i], total = _read(reader, taken.factors[i], grads=grads)
         if total is not None:
             out[i] = total.view_as(leaves[i])
-    return Together(taken.losses[:n], out, [x / ours for x in dots])
+    return Together(taken.losses[:n], out, [x / scales[0] for x in dots])
 
 
-def _joined(train: PyTree, val: PyTree) -> PyTree | None:
-    """Both batches as one; None unless they differ in nothing but their numbers of samples. Leaves
-    that are one tensor stay one."""
-    ours, treedef = flatten(train)
-    theirs, other = flatten(val)
-    if treedef != other or not all(map(_alike, ours, theirs)):
-        return None
-    joined: dict[tuple[int, int], Tensor] = {}
+def _minds_company(trace: Trace) -> bool:
+    return trace.statistics or trace.reads
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(known(x.numel()) for x in tensors)
+
+
+def _alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether batches differ in nothing but their numbers of samples. What is expanded along the
+    samples would be written out; leaves that are one tensor in one batch are to be one in both."""
     pairs = list(zip(ours, theirs, strict=True))
-    keys = [(id(x), id(y)) for x, y in pairs]
-    if not len(set(keys)) == len(set(map(id, ours))) == len(set(map(id, theirs))):
-        return None
-    for key, pair in zip(keys, pairs, strict=True):
-        if key not in joined:
-            joined[key] = torch.cat(pair)
-    return unflatten(treedef, [joined[key] for key in keys])
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    return (
+    tied = [len(set(map(id, x))) for x in (ours, theirs)]
+    return tied == [len({(id(x), id(y)) for x, y in pairs})] * 2 and all(
         (x.dtype, x.device, x.ndim) == (y.dtype, y.device, y.ndim)
         and symbolic(x) == symbolic(y)
+        and x.stride(0) != 0
         and all(map(same_size, x.shape[1:], y.shape[1:]))
+        for x, y in pairs
     )
+
+
+def _joined(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
+    """One batch of both. Leaves that are one tensor stay one."""
+    joined: dict[int, Tensor] = {}
+    for x, y in zip(ours, theirs, strict=True):
+        if id(x) not in joined:
+            joined[id(x)] = torch.cat([x, y])
+    return [joined[id(x)] for x in ours]
 
 
 def _read_in_passing(uses: Sequence[Meeting]) -> bool:
     """Whether a parameter is read in no more memory than a backward pass takes: it has one use, or
     what has to wait for the others is little."""
     large = [x for x in uses if x.kind != "OneHot"]
-    return len(uses) == 1 or (len(large) <= 1 and all(x.direct for x in uses))
+    few = len(large) <= 1 and len(uses) <= WAITING
+    return len(uses) == 1 or (few and all(x.direct for x in uses))
 
 
 def _read(reader: BesideReader, bundle: Bundle, *, grads: bool) -> tuple[Tensor, Tensor | None]:

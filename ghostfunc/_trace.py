@@ -60,6 +60,8 @@ class Trace:
             whose row is whose has to be checked in every run.
         statistics: whether a number is made of several samples, so that their independence has to
             be.
+        reads: whether the program reads values out of tensors: what it then does may be the same
+            for all samples of a batch.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -68,6 +70,7 @@ class Trace:
     patterns: tuple[Pattern | None, ...]
     reorders: bool
     statistics: bool
+    reads: bool
 
 
 SWITCH: Any = torch._C._set_grad_enabled

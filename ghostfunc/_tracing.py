@@ -36,13 +36,16 @@ from ghostfunc._tracking import reads_attribute, traced_as
 from ghostfunc._tree import ParamSpec, batch_size, take
 from ghostfunc._types import ModelFn, PyTree, Randomness
 
+MOST = 32
+"""Samples among which one is looked for that goes the way of the batch."""
+
 
 def pairs_to_trace(
     model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
 ) -> Iterator[tuple[int, int]]:
     """Samples that may stand for the batch: the first two, and if those go another way through the
-    program (none of them is padded, say), the first pair that goes the same. Two even of one: code
-    may treat a batch of one in its own way."""
+    program (none of them is padded, say), pairs that call the same ops. Two even of one: code may
+    treat a batch of one in its own way."""
     n = batch_size(batch)
     yield 0, min(1, n - 1)
 
@@ -53,10 +56,9 @@ def pairs_to_trace(
         return [func for func, _, _ in log.calls]
 
     whole = way(batch)
-    for i in range(2, n):
+    for i in range(2, min(n, MOST)):
         if way(take(batch, [0, i])) == whole:
             yield 0, i
-            return
 
 
 @torch.enable_grad()
@@ -108,6 +110,7 @@ def trace_model(
         tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),
         recorder.reorders,
         recorder.statistics,
+        recorder.reads,
     )
     return trace
 

@@ -90,6 +90,17 @@ class Tracked:
         """Whether the training gradient is to be read here."""
         return self.grad is not self.const
 
+    def direct(self, factor: Factor) -> bool:
+        """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at the
+        parameter, too: what is looked up in a transpose would have to be written out."""
+        if self.leaf is not None:
+            return True
+        if self.derivation == "general":
+            return False
+        if self.derivation == "transpose" and isinstance(factor, OneHot):
+            return False
+        return self.sources[0].direct(factor)
+
     def leaf_names(self) -> set[str]:
         """What those parameters are called."""
         if self.leaf is not None:

@@ -30,7 +30,7 @@ from ghostfunc._prober import unseen_use
 from ghostfunc._purity import ANEW, check_losses, not_captured, prove_independent
 from ghostfunc._quantities import Dot, Quantity, Turn
 from ghostfunc._several import RunningTotal
-from ghostfunc._taps import Site, TapMode, leaf_factors
+from ghostfunc._taps import Site, StaleSites, TapMode, leaf_factors
 from ghostfunc._trace import Trace
 from ghostfunc._tracing import pairs_to_trace, trace_model
 from ghostfunc._tracked import ReaderKey, constants
@@ -155,6 +155,7 @@ class Taken:
         grads: the gradient of `scale * sum_i losses[i]`.
         factors: the factors of `scale * g_i`, one per use.
         turns: the same of the parameters `postpone`, not yet pulled back to them.
+        trace: what the run followed.
         route: None if model_fn made the calls of the trace and no others.
     """
 
@@ -163,6 +164,7 @@ class Taken:
     grads: list[Any]
     factors: list[list[Factor]]
     turns: list[list[Turn]]
+    trace: Trace
     route: Hashable
 
 
@@ -200,14 +202,14 @@ def run(
     `postpone`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
     for every sample, `[n]`, values are those of `scale_i * g_i`, too.
     """
-    model, taken = on_trace(
-        lambda model: _run(model, quantities, grads, collect, scale, postpone),
-        model_fn,
-        leaves,
-        spec,
-        batch,
-        randomness,
-    )
+
+    def use(model: Traced) -> Taken:
+        try:
+            return _run(model, quantities, grads, collect, scale, postpone)
+        except StaleSites:  # trimmed to its longest sample, say
+            return _run(model, quantities, grads, collect, scale, postpone, anew=True)
+
+    model, taken = on_trace(use, model_fn, leaves, spec, batch, randomness)
     compiling = any(map(symbolic, tensors_of(batch)))
     if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
         raise TransformError(
@@ -306,7 +308,10 @@ def _run(
     collect: Collection[int],
     scale: float | Tensor,
     postpone: Collection[int] = (),
+    *,
+    anew: bool = False,
 ) -> Taken:
+    """`anew` looks at the uses in a run on this very batch."""
     leaves, spec, n = model.leaves, model.spec, model.n
     readers = [q.readers(leaves, spec) for q in quantities]
     keys: list[ReaderKey] = []
@@ -318,7 +323,7 @@ def _run(
             (met if together else keys).append((q, i))
     taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
     kept = {*collect, *(i for _, i in met)}
-    collected = _collecting_sites(model, kept)
+    collected = _collecting_sites(model, kept, anew=anew)
     modes: list[TapMode] = []
     running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
 
@@ -391,7 +396,7 @@ def _run(
     for q, i in met:
         value = readers[q][i].read_all(factors[i])
         values[q][i] = _unscaled(value, scale, quantities[q].degree)
-    return Taken(losses, values, out_grads, factors, turns, modes[0].route)
+    return Taken(losses, values, out_grads, factors, turns, model.trace, modes[0].route)
 
 
 def pull_back(
@@ -485,7 +490,7 @@ def meetings(
     lengths = sum(x[0].numel() for x in tensors_of(batch))
 
     def look(model: Traced) -> tuple[list[Site], float]:
-        key = ("sites", model.trace)
+        key = ("sites", model.trace, shapes_key(model.leaves))
         if exact:
             return _sites(model), 1.0
         if key not in remembered:
@@ -510,7 +515,7 @@ def _sites(model: Traced) -> list[Site]:
     if _open(sample):
         return _look_at_sites(model, few, sample)
     remembered = memory(model.model_fn)
-    key = ("sites", model.trace, shapes_key(sample))
+    key = ("sites", model.trace, shapes_key((model.leaves, sample)))
     if key not in remembered:
         remembered[key] = _look_at_sites(model, few, sample)
     return remembered[key]
@@ -537,12 +542,13 @@ def _sites_of(model: Traced, few: int, sample: PyTree) -> list[Site]:
     return mode.sites
 
 
-def _collecting_sites(model: Traced, collect: Collection[int]) -> dict[int, Site]:
+def _collecting_sites(model: Traced, collect: Collection[int], *, anew: bool) -> dict[int, Site]:
     """The uses of the parameters `collect`, by number."""
     if not collect:
         return {}
+    sites = _sites_of(model, model.n, model.batch) if anew else _sites(model)
     return {
         number: site
-        for number, site in enumerate(_sites(model))
+        for number, site in enumerate(sites)
         if any(target[0] in collect for target in site.targets)
     }

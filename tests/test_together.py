@@ -125,6 +125,119 @@ def test_a_model_that_pulls_back_something_itself() -> None:
     assert_close(step.grads, [g.mean(0) for g in ours], 1e-10)
 
 
+SETTINGS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a row of a parameter": lambda p, task: p["heads"][task[0]],
+    "a factor": lambda p, task: p["heads"][0] / (1 + task[0]),
+    "item": lambda p, task: p["heads"][0] * (1 + task[0].item()),
+    "tolist": lambda p, task: p["heads"][0] * (1 + task.tolist()[0]),
+    "one branch or another": lambda p, task: p["heads"][1 if (task > 0).all() else 0],
+    "the largest": lambda p, task: p["heads"][int(task.max())],
+}
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_batches_that_are_each_of_one_kind_are_not_mixed(setting: str, expanded: bool) -> None:
+    """What the first sample says of its whole batch is right for two batches, not for both as one."""
+
+    def model_fn(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, task = batch
+        return torch.tanh(torch.tanh(x @ params["w"]) @ SETTINGS[setting](params, task)).sum(1)
+
+    def draw(n: int, task: int) -> tuple[Tensor, Tensor]:
+        tasks = torch.tensor(task).expand(n) if expanded else torch.full((n,), task)
+        return torch.randn(n, 5, dtype=torch.float64), tasks
+
+    params = {
+        "w": torch.randn(5, 4, dtype=torch.float64),
+        "heads": torch.randn(3, 4, 2, dtype=torch.float64),
+    }
+    train, val = draw(8, 0), draw(2, 1)
+    exact = gf.ghost_dot_prod(model_fn, params, train, val, mode="materialized", vectorize=False)
+    for _ in range(2):
+        assert_close(gf.ghost_dot_prod(model_fn, params, train, val), exact, 1e-10)
+
+
+def trimmed_tied(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    ids, lengths = batch
+    kept = (torch.arange(ids.shape[1]) < lengths[:, None]).any(0)
+    ids = ids[:, kept]
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    h = torch.tanh(F.embedding(ids, params["e"]) @ params["w"])
+    logits = (h @ params["e"].t()).transpose(1, 2)
+    return (F.cross_entropy(logits, ids, reduction="none") * mask).sum(1) / lengths
+
+
+def test_tied_weights_and_a_batch_trimmed_to_its_longest_sample() -> None:
+    """How long that is, the first samples do not tell."""
+    params = {
+        "e": torch.randn(11, 5, dtype=torch.float64),
+        "w": torch.randn(5, 5, dtype=torch.float64),
+    }
+
+    def draw(*lengths: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(11, (len(lengths), 12)), torch.tensor(lengths)
+
+    for train, val in (
+        (draw(3, 4, 9, 2, 5, 6, 7, 3), draw(5, 6)),
+        (draw(3, 4, 7, 2, 5, 6, 7, 3), draw(5, 8)),
+        (draw(1, 1, 2, 12), draw(3)),
+    ):
+        materialized = {"mode": "materialized", "vectorize": False}
+        exact = gf.ghost_dot_prod(trimmed_tied, params, train, val, **materialized)
+        assert_close(gf.ghost_dot_prod(trimmed_tied, params, train, val), exact, 1e-10)
+        exact = gf.ghost_norm(trimmed_tied, params, train, **materialized)
+        assert_close(gf.ghost_norm(trimmed_tied, params, train), exact, 1e-10)
+
+
+def test_another_size_of_vocabulary() -> None:
+    def model_fn(params: Any, ids: Tensor) -> Tensor:
+        return torch.tanh(F.embedding(ids, params["e"]) @ params["e"].t()).sum((1, 2))
+
+    for rows in (11, 14):
+        params = {"e": torch.randn(rows, 4, dtype=torch.float64)}
+        train, val = torch.randint(rows, (8, 3)), torch.randint(rows, (2, 3))
+        exact = gf.ghost_dot_prod(model_fn, params, train, val, mode="materialized")
+        assert_close(gf.ghost_dot_prod(model_fn, params, train, val), exact, 1e-10)
+
+
+def test_a_mask_made_for_the_train_batch() -> None:
+    """A model that cannot take more than 8 samples is run twice, and not tried again."""
+    sizes: list[int] = []
+    offset = torch.randn(8, 5, dtype=torch.float64) * 0
+
+    def model_fn(params: Any, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return torch.tanh(x @ params["w"] + offset[: len(x)]).sum(1)
+
+    params = {"w": torch.randn(4, 5, dtype=torch.float64)}
+    train, val = torch.randn(8, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    exact = gf.ghost_dot_prod(model_fn, params, train, val, mode="materialized")
+    assert_close(gf.ghost_dot_prod(model_fn, params, train, val), exact, 1e-10)
+    sizes.clear()
+    gf.ghost_dot_prod(model_fn, params, train, val)
+    assert sizes == [2, 8]
+
+
+def test_the_way_of_the_batch_is_found_by_its_parameters() -> None:
+    """The same ops in every pair of samples, but not with the same parameters."""
+
+    def model_fn(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, flag = batch
+        h = torch.tanh(x @ params["w"])
+        other = params["a"] if flag.any() else params["b"]
+        return torch.where(flag, (h @ other).sum(1), (h @ params["b"]).sum(1))
+
+    params = {
+        "w": torch.randn(4, 5, dtype=torch.float64),
+        "a": torch.randn(5, 2, dtype=torch.float64),
+        "b": torch.randn(5, 2, dtype=torch.float64),
+    }
+    batch = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) == 5
+    exact = gf.ghost_norm(model_fn, params, batch, mode="materialized", vectorize=False)
+    assert_close(gf.ghost_norm(model_fn, params, batch), exact, 1e-10)
+
+
 def test_a_loss_that_is_not_finite_is_blamed_on_its_batch() -> None:
     problem = CASES["mlp"]()
     train, val = problem.batch(5), problem.batch(1, seed=1)
@@ -139,6 +252,13 @@ def test_a_loss_that_is_not_finite_is_blamed_on_its_batch() -> None:
         gf.ghost_dot_prod(problem.model_fn, problem.params, bad, val)
 
 
+def peak(step: Callable[[], object]) -> int:
+    step()
+    with LiveBytes() as memory:
+        step()
+    return memory.peak
+
+
 def test_no_more_memory_than_a_plain_step() -> None:
     module = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6)))
     model_fn, params = gf.from_module(module, lambda m, x: m(x).square().mean((1, 2)))
@@ -149,11 +269,51 @@ def test_no_more_memory_than_a_plain_step() -> None:
         module.zero_grad()
         module(both).square().mean().backward()
 
-    def peak(step: Callable[[], object]) -> int:
-        step()
-        with LiveBytes() as memory:
-            step()
-        return memory.peak
-
     ghost = peak(lambda: gf.ghost_value_and_grad(model_fn, params, train, val))
     assert ghost <= 1.1 * peak(plain) + both.nbytes
+
+
+def table_looked_up_in_its_transpose(p: Any, ids: Tensor) -> Tensor:
+    h = torch.tanh(F.embedding(ids, p["head"].t()) @ p["w"])
+    logits = (h @ p["head"]).flatten(0, 1)
+    return F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape).mean(1)
+
+
+def looked_up_often(p: Any, ids: Tensor) -> Tensor:
+    return sum(F.embedding((ids + k) % 800, p["e"]) * (k + 1.0) for k in range(24)).sum((1, 2))
+
+
+def expanded(p: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, same = batch
+    return (x @ p["w"]).square().sum(1) + 0 * same[:, 0]
+
+
+def large_samples(p: Any, x: Tensor) -> Tensor:
+    return (x @ p["w"]).square().sum(1)
+
+
+def ids(n: int) -> Tensor:
+    return torch.randint(800, (n, 16))
+
+
+BIG = torch.randn(1, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("model_fn", "params", "draw"),
+    [
+        (table_looked_up_in_its_transpose, {"head": (32, 800), "w": (32, 32)}, ids),
+        (looked_up_often, {"e": (800, 32)}, ids),
+        (expanded, {"w": (4, 4)}, lambda n: (torch.randn(n, 4), BIG.expand(n, -1))),
+        (large_samples, {"w": (40_000, 2)}, lambda n: torch.randn(n, 40_000)),
+    ],
+)
+def test_where_two_runs_take_less_memory(
+    model_fn: Callable[[Any, Any], Tensor],
+    params: dict[str, tuple[int, ...]],
+    draw: Callable[[int], Any],
+) -> None:
+    args = model_fn, {k: torch.randn(shape) for k, shape in params.items()}
+    train, val = draw(32), draw(4)
+    at_once = peak(lambda: gf.ghost_dot_prod(*args, train, val))
+    assert at_once <= 1.05 * peak(lambda: gf.ghost_dot_prod(*args, train, val, chunk_size=32))
