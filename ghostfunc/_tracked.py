@@ -91,8 +91,8 @@ class Tracked:
         return self.grad is not self.const
 
     def direct(self, factor: Factor) -> bool:
-        """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at the
-        parameter, too: what is looked up in a transpose would have to be written out."""
+        """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at
+        the parameter, too: what is looked up in a transpose would have to be written out."""
         if self.leaf is not None:
             return True
         if self.derivation == "general":

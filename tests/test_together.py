@@ -138,7 +138,7 @@ SETTINGS: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.parametrize("expanded", [True, False])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_batches_that_are_each_of_one_kind_are_not_mixed(setting: str, expanded: bool) -> None:
-    """What the first sample says of its whole batch is right for two batches, not for both as one."""
+    """What a sample says of its whole batch is right for two batches, not for both as one."""
 
     def model_fn(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, task = batch
