@@ -28,6 +28,7 @@ from ghostfunc._trace import SWITCH, CallTrace, Kind, Shape
 from ghostfunc._tracked import CallArgs, Tracked, differentiable
 from ghostfunc._tracking import CONSTANTS, TrackingMode, decomposed, writes
 from ghostfunc._tree import flatten, tensors_of
+from ghostfunc._types import PyTree
 
 _NUMBERS: set[Callable[..., Any]] = {
     Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
@@ -38,6 +39,11 @@ _READS: set[Callable[..., Any]] = _NUMBERS | {
     Tensor.__bool__, Tensor.__array__, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero,
     Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.__contains__,
 }  # fmt: skip
+_SHAPES: set[Callable[..., Any]] = {
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, torch.zeros_like,
+    torch.ones_like, torch.full_like, torch.empty_like,
+}  # fmt: skip
+"""Ops that make a tensor like another, of other values."""
 
 
 class ShapeLog(Refusals):
@@ -89,10 +95,13 @@ class Seen:
 class Recorder(TrackingMode):
     """Runs the grown batch beside the log of the smaller one."""
 
-    def __init__(self, leaves: Sequence[Tracked], log: ShapeLog, k: int, grown: int) -> None:
+    def __init__(
+        self, leaves: Sequence[Tracked], log: ShapeLog, k: int, grown: int, batch: PyTree
+    ) -> None:
         super().__init__(leaves)
         self._log = log
         self._k, self._grown = k, grown
+        self._of_batch = {id(x): x for x in tensors_of(batch)}  # what is made of its values
         self._entry = 0
         self._reordered_at: int | None = None
         self.statistics = False
@@ -121,7 +130,6 @@ class Recorder(TrackingMode):
         if func is SWITCH:
             return func(*args)
         self._entry += 1
-        self.reads |= func in _READS
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
                 f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
@@ -143,6 +151,7 @@ class Recorder(TrackingMode):
         out = self.elementary(func, args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         outs = shapes(out)
+        self._follow_batch(func, args, kwargs, out)
         if judged or (inputs != inputs_before and outs == outs_before):
             for x in tensors_of(out):
                 if differentiable(x):
@@ -155,6 +164,14 @@ class Recorder(TrackingMode):
             for now, then in zip(outs, outs_before, strict=False)
         )
         return out
+
+    def _follow_batch(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        if func in _SHAPES or not any(id(x) in self._of_batch for x in tensors_of((args, kwargs))):
+            return
+        self.reads |= func in _READS
+        self._of_batch.update((id(x), x) for x in tensors_of(out))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._verdicts) and any(

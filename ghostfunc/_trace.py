@@ -60,8 +60,8 @@ class Trace:
             whose row is whose has to be checked in every run.
         statistics: whether a number is made of several samples, so that their independence has to
             be.
-        reads: whether the program reads values out of tensors: what it then does may be the same
-            for all samples of a batch.
+        reads: whether the program reads values of the batch out of tensors: what it then does may
+            be the same for all samples.
     """
 
     funcs: tuple[Callable[..., Any], ...]

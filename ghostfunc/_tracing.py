@@ -82,7 +82,7 @@ def trace_model(
         plain = model_fn(params, small)
     plain = check_losses(plain, k).detach()
     tracked = constants(leaves, spec)
-    recorder = Recorder(tracked, log, k, k + 1)
+    recorder = Recorder(tracked, log, k, k + 1, grown)
     with recorder:
         losses = model_fn(spec.unflatten([t.shown for t in tracked]), grown)
     losses = check_losses(losses, k + 1)

@@ -190,6 +190,34 @@ def test_padding_in_some_samples_alone(model: Callable[[], nn.Module], padded: l
         assert_close(gf.ghost_norm(model_fn, params, batch), norms, 1e-10)
 
 
+ONE_RUN: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[..., Batch]]] = {
+    "gpt2": (gpt2, gf.hf.causal_lm, text),
+    "llama": (lambda: llama(tied=True), gf.hf.causal_lm, text),
+    "vit": (vit, gf.hf.image_classification, lambda n, t, seed: images(n, t, seed, "none")),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RUN)
+def test_train_and_validation_samples_share_a_run(name: str) -> None:
+    make, loss, draw = ONE_RUN[name]
+    module = make()
+    module.config.pad_token_id = None  # GPT-2 looks for it in the ids, to warn
+    sizes: list[int] = []
+    forward = module.forward
+
+    def counted(**batch: Tensor) -> Any:
+        sizes.append(len(next(iter(batch.values()))))
+        return forward(**batch)
+
+    module.forward = counted
+    model_fn, params = loss(module)
+    train, val = draw(4, 6, seed=1), draw(1, 6, seed=2)
+    gf.ghost_value_and_grad(model_fn, params, train, val)
+    sizes.clear()
+    gf.ghost_value_and_grad(model_fn, params, train, val)
+    assert sizes == [5]
+
+
 def test_tied_parameters_appear_once() -> None:
     assert "lm_head.weight" not in gf.hf.causal_lm(llama(tied=True))[1]
     assert "lm_head.weight" in gf.hf.causal_lm(llama(tied=False))[1]
