@@ -40,7 +40,7 @@ WAITING = 4
 
 
 class Together(NamedTuple):
-    """Losses `[n]` of the train samples, the gradient of their mean, and for every parameter
+    """Losses of the train samples `[n]`, the gradient of their mean, and for every parameter
     `<g_i, u>`, `[n]`."""
 
     losses: Tensor
@@ -82,26 +82,47 @@ def together(
         return None
     traced(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
     shared = [i for i, met in enumerate(uses) if len(met) > 1]
-    single = [i for i in range(len(leaves)) if i not in shared]
-    reader = BesideReader(n, contract_dtype)
-    readers = [None if i in shared else reader for i in range(len(leaves))]
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
+    weights = torch.tensor([scales[0]] * n + [scales[1]] * m, dtype=torch.float64)
+    batch = unflatten(treedef, _joined(ours, theirs))
+    reader = BesideReader(n, contract_dtype)
     try:
-        taken = run(
-            model_fn,
-            leaves,
-            spec,
-            unflatten(treedef, _joined(ours, theirs)),
-            [Prepared(readers, degree=2)],
-            grads=single if grads else (),
-            collect=shared,
-            scale=torch.tensor([scales[0]] * n + [scales[1]] * m, dtype=torch.float64),
-        )
+        found = _run(model_fn, leaves, spec, batch, reader, shared, weights, grads=grads)
     except NonFiniteLossError:
         return None  # two runs say whose it is
     except Exception:  # whatever it is (a mask made for n samples, no memory), two runs may do
         remembered[key] = True
         return None
+    if found is None:
+        return None
+    return found._replace(losses=found.losses[:n], dots=[x / scales[0] for x in found.dots])
+
+
+def _run(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    reader: BesideReader,
+    shared: Sequence[int],
+    weights: Tensor,
+    *,
+    grads: bool,
+) -> Together | None:
+    """One run of a batch of both. The parameters `shared` are read at its end; None if the program
+    went another way than expected, where samples could be told by their company."""
+    single = [i for i in range(len(leaves)) if i not in shared]
+    readers = [None if i in shared else reader for i in range(len(leaves))]
+    taken = run(
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        [Prepared(readers, degree=2)],
+        grads=single if grads else (),
+        collect=shared,
+        scale=weights,
+    )
     if _minds_company(taken.trace):
         return None
     dots, out = list(taken.values[0]), list(taken.grads)
@@ -109,7 +130,7 @@ def together(
         dots[i], total = _read(reader, taken.factors[i], grads=grads)
         if total is not None:
             out[i] = total.view_as(leaves[i])
-    return Together(taken.losses[:n], out, [x / scales[0] for x in dots])
+    return Together(taken.losses, out, dots)
 
 
 def _minds_company(trace: Trace) -> bool:
