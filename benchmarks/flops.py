@@ -33,7 +33,7 @@ class CountFlops(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func.overloadpacket
+        packet = _IN_PLACE.get(func.overloadpacket, func.overloadpacket)
         if packet in _OF_CPUS:
             self.total += _OF_CPUS[packet](*args)
         elif packet in flop_registry:
@@ -54,3 +54,6 @@ _OF_CPUS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 """Attention kernels that the registry of torch 2.13 leaves out."""
+
+_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+"""Products that it knows under another name."""

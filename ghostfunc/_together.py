@@ -18,7 +18,7 @@ from ghostfunc._bundles import Bundle
 from ghostfunc._capture import same_size, symbolic
 from ghostfunc._cost import Meeting, known
 from ghostfunc._errors import NonFiniteLossError
-from ghostfunc._factors import add_up, wide
+from ghostfunc._factors import OneHot, add_up, wide
 from ghostfunc._functorch import in_transform
 from ghostfunc._memo import memory, shapes_key
 from ghostfunc._quantities import BesideReader, DotReader, Prepared
@@ -127,7 +127,8 @@ def _run(
         return None
     dots, out = list(taken.values[0]), list(taken.grads)
     for i in shared:
-        dots[i], total = _read(reader, taken.factors[i], grads=grads)
+        bundle = sorted(taken.factors[i], key=lambda f: isinstance(f, OneHot))  # added to the rest
+        dots[i], total = _read(reader, bundle, grads=grads)
         if total is not None:
             out[i] = total.view_as(leaves[i])
     return Together(taken.losses, out, dots)
