@@ -26,24 +26,18 @@ from ghostfunc._rules._registry import REASONS, ArgName, op_name
 from ghostfunc._rules.routed import MAY_REORDER, SCANS, reorders, sorted_dim
 from ghostfunc._trace import SWITCH, CallTrace, Kind, Shape
 from ghostfunc._tracked import CallArgs, Tracked, differentiable
-from ghostfunc._tracking import CONSTANTS, TrackingMode, decomposed, writes
+from ghostfunc._tracking import ALIKE, CONSTANTS, TrackingMode, decomposed, writes
 from ghostfunc._tree import flatten, tensors_of
 from ghostfunc._types import PyTree
 
 _NUMBERS: set[Callable[..., Any]] = {
     Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
 }  # fmt: skip
-
-
 _READS: set[Callable[..., Any]] = _NUMBERS | {
     Tensor.__bool__, Tensor.__array__, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero,
     Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.__contains__,
 }  # fmt: skip
-_SHAPES: set[Callable[..., Any]] = {
-    Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, torch.zeros_like,
-    torch.ones_like, torch.full_like, torch.empty_like,
-}  # fmt: skip
-"""Ops that make a tensor like another, of other values."""
+"""Ops by which values of tensors come into Python."""
 
 
 class ShapeLog(Refusals):
@@ -168,10 +162,10 @@ class Recorder(TrackingMode):
     def _follow_batch(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        if func in _SHAPES or not any(id(x) in self._of_batch for x in tensors_of((args, kwargs))):
-            return
-        self.reads |= func in _READS
-        self._of_batch.update((id(x), x) for x in tensors_of(out))
+        values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
+        if any(id(x) in self._of_batch for x in values):
+            self.reads |= func in _READS
+            self._of_batch.update((id(x), x) for x in tensors_of(out))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._verdicts) and any(

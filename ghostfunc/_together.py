@@ -91,9 +91,9 @@ def together(
     except NonFiniteLossError:
         return None  # two runs say whose it is
     except Exception:  # whatever it is (a mask made for n samples, no memory), two runs may do
-        remembered[key] = True
-        return None
+        found = None
     if found is None:
+        remembered[key] = True
         return None
     return found._replace(losses=found.losses[:n], dots=[x / scales[0] for x in found.dots])
 

@@ -35,11 +35,14 @@ _CONVERSIONS: set[Callable[..., Any]] = {
     Tensor.char, Tensor.cpu, Tensor.bfloat16, Tensor.byte, Tensor.double, Tensor.float, Tensor.bool,
     Tensor.half, Tensor.int, Tensor.long,
 }  # fmt: skip
-CONSTANTS: set[Callable[..., Any]] = {
-    Tensor.detach, torch.detach, getter("data"), constant,
+ALIKE: set[Callable[..., Any]] = {
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor,
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like,
     torch.rand_like, torch.randn_like, torch.randint_like,
+}  # fmt: skip
+"""Ops that make a tensor like their first one, of other values."""
+CONSTANTS: set[Callable[..., Any]] = ALIKE | {
+    Tensor.detach, torch.detach, getter("data"), constant,
 }  # fmt: skip
 """Ops whose result autograd holds constant."""
 _IN_PLACE_OPERATORS = {

@@ -407,8 +407,8 @@ def pull_back(
     guarded: Traced,
     differentiable: bool,
 ) -> tuple[Tensor, Any, Any]:
-    """`f`'s output, the cotangents of its primals for its cotangent (None may stand for
-    zeros), and its aux output.
+    """`f`'s output, the cotangents of its primals for its own (None may stand for zeros), and its
+    aux output.
 
     Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
     same with a tenth of the overhead on every op and tap.

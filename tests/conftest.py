@@ -5,6 +5,8 @@ import torch
 from hypothesis import Phase, settings
 from problems import CASES, Problem
 
+from ghostfunc import _cost
+
 torch.set_num_threads(1)  # the tests run side by side
 
 settings.register_profile(
@@ -26,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=CASES)
 def problem(request: pytest.FixtureRequest) -> Problem:
     return CASES[request.param]()
+
+
+@pytest.fixture(params=[None, True, False], ids=["by cost", "factored", "dense"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which form validation gradients are kept: as is cheapest, or always the same."""
+    if request.param is not None:
+        monkeypatch.setattr(_cost, "keep_direction_factored", lambda *_, **__: request.param)
 
 
 @pytest.fixture(autouse=True)

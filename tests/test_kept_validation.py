@@ -7,15 +7,11 @@ from compare import assert_close, gram, random_direction, sample_grads
 from problems import CASES, Problem
 
 import ghostfunc as gf
-from ghostfunc import OptionError, _cost
+from ghostfunc import OptionError
 
 
-@pytest.mark.parametrize("factored", [None, True, False])
-def test_every_problem(
-    factored: bool | None, problem: Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if factored is not None:
-        monkeypatch.setattr(_cost, "keep_direction_factored", lambda *_, **__: factored)
+@pytest.mark.usefixtures("form")
+def test_every_problem(problem: Problem) -> None:
     args, val = (problem.model_fn, problem.params), problem.batch(2, 5, seed=1)
     kept = gf.factored_grads(*args, val)
     for n, t in ((3, 4), (1, 5)):  # one validation set, many batches

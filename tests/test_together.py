@@ -13,7 +13,7 @@ from problems import CASES, Problem, features
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc import NonFiniteLossError, _cost
+from ghostfunc import NonFiniteLossError
 from ghostfunc._memory import LiveBytes
 from ghostfunc._tree import batch_size
 
@@ -39,12 +39,8 @@ def counting(problem: Problem) -> tuple[Callable[[Any, Any], Tensor], list[int]]
     return counted, sizes
 
 
-@pytest.mark.parametrize("factored", [None, True, False])
-def test_every_problem(
-    factored: bool | None, problem: Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if factored is not None:
-        monkeypatch.setattr(_cost, "keep_direction_factored", lambda *_, **__: factored)
+@pytest.mark.usefixtures("form")
+def test_every_problem(problem: Problem) -> None:
     args = problem.model_fn, problem.params
     for n, t, m in ((5, 4, 1), (8, 3, 2)):
         train, val = problem.batch(n, t), problem.batch(m, t, seed=1)
