@@ -49,11 +49,16 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any) -> int:
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
+def _linear(x: Any, weight: Any, *_: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 _OF_CPUS: dict[Any, Callable[..., int]] = {
+    torch.ops.mkldnn._linear_pointwise: _linear,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Attention kernels that the registry of torch 2.13 leaves out."""
+"""Kernels of processors that the registry of torch 2.13 leaves out."""
 
 _IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 """Products that it knows under another name."""

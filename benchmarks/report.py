@@ -24,6 +24,7 @@ its own. A ratio is one of medians, with the quartiles over single rounds in bra
 - The plain step is forward and backward of the mean loss over the n + m rows (n rows where a row
   has no validation samples), without an optimizer.
 - {memory}
+- {onednn}
 - Memory is bytes of tensors alive at one time, counted by a dispatch mode, parameters excluded.
   What kernels allocate inside is not seen.
 - The FLOP floor of a step is the plain step's time x the step's own operations / the plain step's.
@@ -48,7 +49,18 @@ KEPT = (
 FREED = "glibc gives freed memory back to the system, as it does by default."
 
 
-def markdown(lines: list[Line], threads: int, *, memory_kept: bool) -> str:
+ONEDNN = {
+    "ours": (
+        "ghostfunc hands its products to oneDNN where that is faster than MKL, on processors of\n"
+        "  AMD's; the model's own are left alone, in all contestants. `--onednn none` and `all`\n"
+        "  have the same products done by the same library: [speed.md](../speed.md)."
+    ),
+    "all": "All float32 products go to oneDNN, plain steps' as well.",
+    "none": "All float32 products go to MKL.",
+}
+
+
+def markdown(lines: list[Line], threads: int, *, onednn: str, memory_kept: bool) -> str:
     """The page."""
     shapes = "\n".join(
         ["| shape | |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in SHAPES.items())]
@@ -60,6 +72,7 @@ def markdown(lines: list[Line], threads: int, *, memory_kept: bool) -> str:
         threads=threads,
         wrong=WRONG,
         shapes=shapes,
+        onednn=ONEDNN[onednn],
         memory=KEPT if memory_kept else FREED,
     )
     table = [

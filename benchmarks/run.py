@@ -3,6 +3,7 @@
 make bench                                     # every row, 35 minutes or so
 make bench ARGS="--quick --out outputs/bench"  # tiny shapes: does it run?
 make bench ARGS="--rows 'step/256/*' '*opacus*' --out outputs/bench"
+make bench ARGS="--onednn all --out outputs/all"  # plain steps as fast as this processor can
 make bench ARGS="--record"                     # and note the ratios in recorded.json
 make bench-check                               # fails if a ratio is 10 % above the recorded one
 """
@@ -39,7 +40,7 @@ def run_process(process: str, args: argparse.Namespace, folder: Path) -> dict[st
     out = folder / f"{process.replace('/', '-')}.json"
     command = [sys.executable, str(HERE / "job.py"), process, "--out", str(out)]
     command += ["--seconds", str(args.seconds), "--threads", str(args.threads)]
-    command += ["--quick"] * args.quick
+    command += ["--onednn", args.onednn, *["--quick"] * args.quick]
     try:
         done = subprocess.run(
             command,
@@ -70,6 +71,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="timed, per process")
     parser.add_argument("--minutes", type=float, default=45.0, help="no process starts later")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--onednn",
+        choices=("ours", "all", "none"),
+        default="ours",
+        help="whose float32 products are oneDNN's; on processors of AMD's those of ghostfunc are",
+    )
     parser.add_argument(
         "--free-memory", action="store_true", help="leave glibc's handling of memory as it is"
     )
@@ -106,7 +113,7 @@ def main() -> None:
         sys.exit(bool(worse))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "README.md").write_text(
-        report.markdown(lines, args.threads, memory_kept=not args.free_memory)
+        report.markdown(lines, args.threads, onednn=args.onednn, memory_kept=not args.free_memory)
     )
     report.plot_ratios(lines, args.out / "ratios.png")
     report.plot_scaling(found, args.out / "scaling.png")

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ghostfunc import _cost
+from ghostfunc import _cost, _products
+from ghostfunc._products import add_product, product
 from ghostfunc._types import ContractDtype
 
 
@@ -92,14 +93,14 @@ def matmul(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -> Tensor
     exceeds 1; those shorter than 1e-19 read as zero.
     """
     if contract_dtype is None:
-        return wide(x) @ wide(y)
+        return product(wide(x), wide(y))
     if contract_dtype is torch.float16:
         x, y = wide(x), wide(y)
         row, column = _lengths(x, -1), _lengths(y, -2)
-        product = (x / row).to(contract_dtype) @ (y / column).to(contract_dtype)
-        return product.to(x.dtype) * row * column
-    product = x.to(contract_dtype) @ y.to(contract_dtype)
-    return product.to(torch.promote_types(wide(x).dtype, wide(y).dtype))
+        rounded = (x / row).to(contract_dtype) @ (y / column).to(contract_dtype)
+        return rounded.to(x.dtype) * row * column
+    rounded = x.to(contract_dtype) @ y.to(contract_dtype)
+    return rounded.to(torch.promote_types(wide(x).dtype, wide(y).dtype))
 
 
 def _lengths(x: Tensor, axis: int) -> Tensor:
@@ -109,7 +110,7 @@ def _lengths(x: Tensor, axis: int) -> Tensor:
 
 def speed(contract_dtype: ContractDtype) -> int:
     """How many times faster `matmul` is with a `contract_dtype`, for `_cost`."""
-    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else 1
+    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else _products.speed()
 
 
 def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:
@@ -151,7 +152,7 @@ def materialize(factor: Factor) -> Float[Tensor, "n ..."]:
 
 @materialize.register
 def _(factor: Outer) -> Tensor:
-    return wide(factor.left).mT @ wide(factor.right)
+    return product(wide(factor.left).mT, wide(factor.right))
 
 
 @materialize.register
@@ -211,7 +212,7 @@ def add_total(
     """Add `sum_i g_i` to a tensor in place, without forming it where it can be avoided."""
     match factor:
         case Outer(left, right) if contract_dtype is None:
-            into.addmm_(wide(left).flatten(0, 1).mT, wide(right).flatten(0, 1))
+            add_product(into, wide(left).flatten(0, 1).mT, wide(right).flatten(0, 1))
         case OneHot(ids, b, _):
             into.index_add_(0, ids.flatten(), wide(b).flatten(0, 1))
         case _:

@@ -17,6 +17,7 @@ from ghostfunc import _cost
 from ghostfunc._capture import symbolic
 from ghostfunc._factors import Factor, Outer, add_total, add_up, dot, matmul, speed, total, wide
 from ghostfunc._functorch import in_transform
+from ghostfunc._products import by_onednn, product
 from ghostfunc._types import ContractDtype
 
 
@@ -86,9 +87,11 @@ def _by_rows(
     blocks = list(_cost.row_blocks(*factor.shape))
     in_place = contract_dtype is None and not in_transform() and not symbolic(left)
     whole, block = into, None
-    if in_place:  # memory that is touched for the first time costs more than the product
+    if in_place and with_total and into is None:
+        whole = left.new_empty(factor.shape)
+    if in_place and not by_onednn(left[:1].mT, right[:1]):
+        # Memory that is touched for the first time costs more than the product.
         block = left.new_empty(blocks[0].stop, right.shape[-1])  # the others are no larger
-        whole = left.new_empty(factor.shape) if with_total and into is None else into
     parts: list[Tensor] = []
     totals: list[Tensor] = []
     for rows in blocks:
@@ -98,11 +101,12 @@ def _by_rows(
         for i in range(len(left)):
             x, y = left[i, :, rows].mT, right[i]
             first = i == 0 and into is None
-            if block is None:
+            if not in_place:
                 g = matmul(x, y, contract_dtype)
+            elif first and summed is not None:
+                g = product(x, y, out=summed)
             else:
-                place = summed if first and summed is not None else block[: len(x)]
-                g = torch.mm(x, y, out=place)
+                g = product(x, y, out=None if block is None else block[: len(x)])
             dots.append(torch.stack([torch.dot(g.flatten(), u) for u in block_us]))
             if with_total:
                 if first or summed is None:

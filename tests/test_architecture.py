@@ -3,7 +3,7 @@
 The layers, lowest first (a module may import its own layer and those below it):
 
     {_types, _errors, _cost} <- {_tree, _layout, _module, _memory, _regions, _rerun, _stand_ins,
-        _chunks, _against}
+        _chunks, _products}
         <- {_factors, _bundles, _several, _pairs, _norms} <- {_rules, _quantities}
         <- {_tracked, _tracking, _trace, _recorder, _prober, _tracing, _taps, _owners, _vjp, _remat,
             _positions}
@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_types", "_errors", "_cost"),
     (
         *("_tree", "_functorch", "_layout", "_module", "_memory", "_capture", "_compile"),
-        *("_regions", "_rerun", "_stand_ins", "_chunks"),
+        *("_regions", "_rerun", "_stand_ins", "_chunks", "_products"),
     ),
     ("_factors", "_bundles", "_several", "_pairs", "_norms"),
     ("_rules", "_quantities"),

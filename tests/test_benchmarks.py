@@ -101,7 +101,7 @@ def test_every_row_has_a_name_a_process_and_a_place_in_the_page(bench: SimpleNam
         assert row.job in {*bench.rows.JOBS, "scaling"}
         assert row.shape in known
     page = bench.report.markdown(
-        [bench.verdict.judge(row, {}) for row in rows], 2, memory_kept=True
+        [bench.verdict.judge(row, {}) for row in rows], 2, onednn="ours", memory_kept=True
     )
     assert page.count("not run") == len(rows)
 
@@ -123,9 +123,18 @@ def test_measuring(bench: SimpleNamespace) -> None:
     )
     assert found["failing"] == {"fails": "ValueError: not this"}
     assert found["product"]["flops"] == 2 * 4 * 5 * 6
+
     assert found["product"]["peak"] == 4 * 4 * 6
     assert (found["product"]["error"], found["wrong"]["error"]) == (0.0, 1.0)
     assert len(found["product"]["times"]) == len(found["wrong"]["times"]) == bench.measure.LEAST
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_products_of_onednn_are_counted(bench: SimpleNamespace) -> None:
+    x, w = torch.randn(4, 5), torch.randn(6, 5)
+    with bench.flops.CountFlops() as flops:
+        torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    assert flops.total == 2 * 4 * 5 * 6
 
 
 def test_what_is_exact(bench: SimpleNamespace) -> None:
