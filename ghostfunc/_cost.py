@@ -86,7 +86,7 @@ class Meeting:
 def outer_dot(n: int, t: int, p: int, d: int, speed: int = 1) -> int:
     """`<g_i, u>` of an outer-product factor with a dense direction, from products `speed` times
     as fast as those of a total."""
-    return 2 * n * t * p * d // speed + 2 * CACHED_PASS * n * t * min(p, d)
+    return 2 * n * t * p * d // speed + 2 * PASS * n * t * min(p, d)
 
 
 def total_cost(use: Meeting, speed: int = 1) -> int:
@@ -127,7 +127,8 @@ def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, spee
     t = known(t)
     shared = shared_dots(n, p, d, k, with_total=with_total)
     if not with_total:
-        shared += outer_total(n, t, p, d) // speed + 2 * PASS * n * t * min(p, d)
+        shared += outer_total(n, t, p, d) // speed
+        shared += 2 * PASS * n * t * p * (speed > 1)  # one of the factors is copied first
     return shared < k * outer_dot(n, t, p, d, speed)
 
 

@@ -48,11 +48,12 @@ def validation_readers(
         postponed = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
     else:
         postponed = set()
-        faster = speed(contract_dtype)
         factored = {
             i
-            for i in everything
-            if _cost.keep_direction_factored(ours[i], theirs[i], grads=grads, speed=faster)
+            for i, x in enumerate(leaves)
+            if _cost.keep_direction_factored(
+                ours[i], theirs[i], grads=grads, speed=speed(x, contract_dtype)
+            )
         }
     mean = 1 / m if reduction == "mean" else 1.0
     # In half precision 1 / m would be rounded, once in all cotangents or once in each, and a
@@ -110,11 +111,11 @@ def kept_readers(
     m = len(kept.losses)
     each = reduction == "none"
     c = 1 / m if reduction == "mean" else 1.0
-    faster = speed(contract_dtype)
     ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
 
     def reader(i: int) -> DotReader | PairReader:
         theirs = [_bundles.meeting(f) for f in kept.bundles[i]]
+        faster = speed(leaves[i], contract_dtype)
         if each or _cost.keep_direction_factored(ours[i], theirs, grads=grads, speed=faster):
             return PairReader(kept.scaled(i, c), each, m, contract_dtype=contract_dtype)
         return DotReader(kept.total(i, c), contract_dtype)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from ghostfunc import _cost
 from ghostfunc._cost import Meeting
 from ghostfunc._errors import OptionError, one_of
-from ghostfunc._factors import wide
+from ghostfunc._factors import speed, wide
 from ghostfunc._tree import batch_size, flatten_params
 from ghostfunc._types import ModelFn, PyTree, Randomness
 from ghostfunc._vjp import meetings
@@ -146,7 +146,7 @@ def explain(
     n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     rows = []
     for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
-        question = _Question(mine, others, leaf.numel(), n, m, grads)
+        question = _Question(mine, others, leaf.numel(), n, m, grads, speed(leaf))
         how, cost, materialized = _PLANS[quantity](question) if mine else ("unused", 0, 0)
         rows.append(PlanRow(name, tuple(leaf.shape), question.uses, how, cost, materialized))
     size = sum(x.numel() * wide(x.new_zeros(())).element_size() for x in leaves)
@@ -163,6 +163,7 @@ class _Question:
     n: int
     m: int
     grads: bool
+    speed: int
 
     @property
     def uses(self) -> str:
@@ -238,11 +239,12 @@ def _plan_dot_prod(q: _Question) -> _Answer:
     t, s, (p, d) = _positions(q.mine), _positions(q.theirs), q.matrix
     formed = _cost.row_gram(q.n, 1, t, _cost.Positions(0, 0, 0), p, d, same=False)
     formed += _cost.outer_total(q.m, s.outer, p, d)
-    if _cost.keep_direction_factored(q.mine, q.theirs, grads=q.grads):
+    if _cost.keep_direction_factored(q.mine, q.theirs, grads=q.grads, speed=q.speed):
         pairs = [_cost.pair_cost(x, y) for x in q.mine for y in q.theirs]
         return "u factored", sum(pairs), formed
     cost = _cost.outer_total(q.m, s.outer, p, d) + _cost.PASS * q.m * s.one_hot * d
-    if q.grads and t.outer and _cost.share_dots(q.n, t.outer, p, d, 1, with_total=True):
+    shares = _cost.share_dots(q.n, t.outer, p, d, 1, with_total=True, speed=q.speed)
+    if q.grads and t.outer and shares:
         return (
             "u dense, beside the gradient",
             cost + _cost.shared_dots(q.n, p, d, 1, with_total=True),

@@ -108,9 +108,9 @@ def _lengths(x: Tensor, axis: int) -> Tensor:
     return torch.where(lengths == 0, 1, lengths)
 
 
-def speed(contract_dtype: ContractDtype) -> int:
-    """How many times faster `matmul` is with a `contract_dtype`, for `_cost`."""
-    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else _products.speed()
+def speed(x: Tensor, contract_dtype: ContractDtype = None) -> int:
+    """How many times as fast as by MKL in float32 `matmul` is, of tensors like `x`, for `_cost`."""
+    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else _products.speed(x)
 
 
 def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:

@@ -82,9 +82,9 @@ def chosen() -> bool:
     return _is_faster() and torch._C._get_mkldnn_enabled()
 
 
-def speed() -> int:
-    """How many times as fast large products are as by MKL, for `_cost`."""
-    return SPEED if chosen() else 1
+def speed(x: Tensor) -> int:
+    """How many times as fast as by MKL large products of tensors like `x` are, for `_cost`."""
+    return SPEED if chosen() and x.is_cpu and x.dtype != torch.float64 else 1
 
 
 @functools.cache

@@ -202,7 +202,7 @@ class BesideReader(NamedTuple):
             return DotReader(_factors.add_up(ends), self.contract_dtype)
         ours = [_bundles.meeting(_bundles.take(f, slice(self.n))) for f in factors]
         met = list(map(_bundles.meeting, theirs))
-        faster = _factors.speed(self.contract_dtype)
+        faster = _factors.speed(_bundles.values(factors[0]), self.contract_dtype)
         if _cost.keep_direction_factored(ours, met, grads=grads, speed=faster):
             m = _bundles.samples(theirs)
             return PairReader(tuple(theirs), False, m, contract_dtype=self.contract_dtype)

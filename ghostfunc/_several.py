@@ -64,7 +64,7 @@ def dots_and_total(
     `contract_dtype`. The sum may be added to a tensor, in place, which is then what is returned."""
     if isinstance(factor, Outer) and us:
         (n, t, p), d = factor.left.shape, factor.right.shape[-1]
-        faster = speed(contract_dtype)
+        faster = speed(factor.left, contract_dtype)
         if _cost.share_dots(n, t, p, d, len(us), with_total=with_total, speed=faster):
             return _by_rows(factor, us, with_total, None if with_total else contract_dtype, into)
     dots = [dot(factor, u, contract_dtype) for u in us]

@@ -247,7 +247,8 @@ def test_where_derivatives_are_wanted(onednn: None) -> None:
 def test_where_it_is_the_faster_one() -> None:
     """It is chosen on the machines it was measured on, and its speed is what costs are made of."""
     chosen = _products.chosen()
-    assert _products.speed() == (_products.SPEED if chosen else 1)
+    assert _products.speed(torch.empty(1)) == (_products.SPEED if chosen else 1)
+    assert _products.speed(torch.empty(1, dtype=torch.float64)) == 1
     known = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert chosen == (known and wide and _products._made_by_amd())
