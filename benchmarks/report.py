@@ -43,7 +43,7 @@ weights.
 
 KEPT = (
     "glibc keeps what is freed for the next step (`MALLOC_MMAP_MAX_=0`, a high\n"
-    "  `MALLOC_TRIM_THRESHOLD_`), as [memory.md](../memory.md) advises;\n"
+    "  `MALLOC_TRIM_THRESHOLD_`), as [speed.md](../speed.md) advises;\n"
     "  `--free-memory` leaves it alone."
 )
 FREED = "glibc gives freed memory back to the system, as it does by default."

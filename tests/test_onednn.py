@@ -53,6 +53,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_products, "_is_faster", lambda: True)
     monkeypatch.setattr(_products, "LEAST", 1)
     monkeypatch.setattr(_products, "NARROW", 1)
+    monkeypatch.setattr(_products, "COPIED", 1)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -225,6 +226,20 @@ def test_small_ones_and_narrow_ones(onednn: None, monkeypatch: pytest.MonkeyPatc
             assert ops.count == 1
 
 
+def test_what_would_be_copied(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(20, 30), torch.randn(30, 40)
+    by_columns, with_gaps = LAYOUTS["columns"](x), LAYOUTS["rows with gaps"](x)
+    with Ops() as ops:
+        monkeypatch.setattr(_products, "COPIED", 40)
+        product(by_columns, y)
+        assert ops.count == 1
+        monkeypatch.setattr(_products, "COPIED", 41)
+        product(by_columns, y)
+        assert ops.count == 1
+        product(with_gaps, y)
+        assert ops.count == 2
+
+
 def test_where_derivatives_are_wanted(onednn: None) -> None:
     x, y = torch.randn(20, 30), torch.randn(30, 40)
     with Ops() as ops:
@@ -252,7 +267,7 @@ def test_where_it_is_the_faster_one() -> None:
     known = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert chosen == (known and wide and _products._made_by_amd())
-    x, y = torch.randn(256, 256), torch.randn(256, 256)
+    x, y = torch.randn(512, 512), torch.randn(512, 512)
     with Ops() as ops:
         product(x, y)
     assert ops.count == chosen
