@@ -110,7 +110,9 @@ def _lengths(x: Tensor, axis: int) -> Tensor:
 
 def speed(x: Tensor, contract_dtype: ContractDtype = None) -> int:
     """How many times as fast as by MKL in float32 `matmul` is, of tensors like `x`, for `_cost`."""
-    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else _products.speed(x)
+    if contract_dtype is None:
+        return _products.speed(x)
+    return _cost.BFLOAT16_SPEED if contract_dtype is torch.bfloat16 else 1
 
 
 def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 torch multiplies float32 matrices by MKL. On processors of AMD's, MKL leaves half of the width of
 AVX-512 unused; oneDNN, which torch has besides it for convolutions, bfloat16 and compiled programs,
-uses all of it and takes half of the time, to the same accuracy. There, products of this package go
+uses all of it and takes half of the time, to about the same accuracy. There, products of factors go
 to oneDNN; those of the model stay what they are.
 
 `torch.backends.mkldnn.set_flags(False)` has everything multiplied by MKL, and
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._functorch import in_transform
+from ghostfunc import _cost
+from ghostfunc._functorch import watched
 
 SPEED = 2
 """How many times as fast oneDNN is, where it is chosen."""
@@ -31,65 +32,87 @@ NARROW = 32
 """Rows, columns or terms below which oneDNN gains nothing."""
 
 COPIED = 256
-"""Columns of a product that is worth a copy of its first factor, where that is not there by rows."""
+"""Multiplications that are worth it to copy an element to another place in its row or column."""
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def product(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`x @ y`, put into `out` where that is given."""
-    if not chosen():
-        return torch.matmul(x, y, out=out)
-    if x.ndim == 3 and y.ndim == 2 and out is None and x.is_contiguous() and by_onednn(x, y):
+    """`x @ y`, contiguous; put into `out` where that is given."""
+    if x.ndim == 3 and y.ndim == 2 and out is None and x.stride(-1) == 1 and by_onednn(x, y):
         return _onednn(x.flatten(0, 1), y).unflatten(0, x.shape[:2])
-    if x.ndim == y.ndim == 3 and len(x) == len(y) and by_onednn(x, y):
-        out = x.new_empty(len(x), x.shape[1], y.shape[2]) if out is None else out
-        for a, b, place in zip(x, y, out, strict=True):
-            place.copy_(_onednn(a, b))
-        return out
-    if x.ndim == y.ndim == 2 and by_onednn(x, y):
-        return _onednn(x, y) if out is None else out.copy_(_onednn(x, y))
-    return torch.matmul(x, y, out=out)
+    if x.ndim not in (2, 3) or x.ndim != y.ndim or not by_onednn(x, y):
+        return torch.matmul(x, y, out=out)
+    if x.ndim == 2 and out is None:
+        return _onednn(x, y)
+    out = x.new_empty(*x.shape[:-1], y.shape[-1]) if out is None else out
+    for a, b, whole in zip(x, y, out, strict=True) if x.ndim == 3 else [(x, y, out)]:
+        for rows in _cost.row_blocks(*whole.shape):
+            whole[rows].copy_(_onednn(a[rows], b))
+    return out
 
 
 def add_product(into: Tensor, x: Tensor, y: Tensor) -> None:
     """`into += x @ y`, of matrices."""
-    if by_onednn(x, y):
-        into.add_(_onednn(x, y))
-    else:
+    if not by_onednn(x, y):
         into.addmm_(x, y)
+        return
+    for rows in _cost.row_blocks(*into.shape):  # the product by itself is larger than the caches
+        into[rows].add_(_onednn(x[rows], y))
 
 
 def by_onednn(x: Tensor, y: Tensor) -> bool:
     """Whether these matrices, or each of a stack of them, are multiplied by oneDNN: they are large,
-    plain tensors of float32 values, and nobody wants derivatives of the product."""
+    float32, and nobody wants derivatives of the product."""
+    if not (_can(x) and _can(y) and x.dtype is y.dtype is torch.float32):
+        return False
     (m, k), n = x.shape[-2:], y.shape[-1]
     return (
-        chosen()
-        and all(type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu for t in (x, y))
-        and m * k * n >= LEAST
+        k == y.shape[-2]
+        and (x.ndim == y.ndim == 2 or y.ndim == 2 or len(x) == len(y))
+        and m * k * n >= max(LEAST, COPIED * _copied(x, y))
         and min(m, k, n) >= NARROW
-        and (x.stride(-1) == 1 or n >= COPIED)
-        and not in_transform()
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
     )
 
 
-def _onednn(x: Tensor, y: Tensor) -> Tensor:
-    """Rows of x are copied unless they lie one after the other; y is read by rows or columns."""
-    if not (y.is_contiguous() or y.mT.is_contiguous()):
-        y = y.contiguous()  # with gaps it would take hundreds of times as long
-    return torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
+def speed(x: Tensor) -> int:
+    """How many times as fast as by MKL large products of tensors like `x` are, for `_cost`."""
+    return SPEED if _can(x) and x.dtype is not torch.float64 else 1
 
 
 def chosen() -> bool:
     """Whether large products go to oneDNN."""
-    return _is_faster() and torch._C._get_mkldnn_enabled()
+    return (
+        not torch.compiler.is_dynamo_compiling() and torch._C._get_mkldnn_enabled() and _is_faster()
+    )
 
 
-def speed(x: Tensor) -> int:
-    """How many times as fast as by MKL large products of tensors like `x` are, for `_cost`."""
-    return SPEED if chosen() and x.is_cpu and x.dtype != torch.float64 else 1
+def _can(x: Tensor) -> bool:
+    """Whether a tensor is one of values in the processor's memory, and no more than that."""
+    plain = type(x) in _PLAIN and x.is_cpu
+    return chosen() and plain and not watched() and not torch.is_autocast_enabled("cpu")
+
+
+def _copied(x: Tensor, y: Tensor) -> int:
+    """Elements that change their places first: oneDNN wants x by rows. Where it is by columns, the
+    transposed product may be cheaper, which wants y by columns and comes out by columns."""
+    (m, k), n = x.shape[-2:], y.shape[-1]
+    return 0 if x.stride(-1) == 1 else min(m * k, n * (m + k))
+
+
+def _onednn(x: Tensor, y: Tensor) -> Tensor:
+    (m, k), n = x.shape, y.shape[1]
+    if x.stride(-1) != 1 and n * (m + k) < m * k:
+        return _linear(y.mT, x).mT.contiguous()
+    return _linear(x, y.mT)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.mT`. The op copies x unless it is contiguous; weights lie by rows or columns."""
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()  # with gaps it would take hundreds of times as long
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @functools.cache
@@ -105,6 +128,9 @@ def _is_faster() -> bool:
 
 
 def _made_by_amd() -> bool:
-    told = platform.processor()  # the maker on Windows; on Linux the architecture, or nothing
-    cpuinfo = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (told + cpuinfo.read_text() if cpuinfo.exists() else told)
+    if platform.system() == "Windows":
+        return "AuthenticAMD" in platform.processor()
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False

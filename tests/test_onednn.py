@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
-from ghostfunc import _cost, _products
+from ghostfunc import _cost, _factors, _products
 from ghostfunc._factors import Outer, add_total, dot, materialize, total
+from ghostfunc._memory import LiveBytes
 from ghostfunc._products import add_product, product
 from ghostfunc._several import dots_and_total
 
@@ -53,7 +58,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_products, "_is_faster", lambda: True)
     monkeypatch.setattr(_products, "LEAST", 1)
     monkeypatch.setattr(_products, "NARROW", 1)
-    monkeypatch.setattr(_products, "COPIED", 1)
+    monkeypatch.setattr(_products, "COPIED", 0)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -74,7 +79,9 @@ def test_every_layout(
     x, y = LAYOUTS[left](torch.randn(*lead, m, k)), LAYOUTS[right](torch.randn(*lead, k, n))
     expected = x.double() @ y.double()
     with Ops() as ops:
-        assert close(product(x, y), expected)
+        found = product(x, y)
+        assert found.is_contiguous()
+        assert close(found, expected)
         out = torch.full_like(expected, torch.nan, dtype=torch.float32)
         assert product(x, y, out=out) is out
         assert close(out, expected)
@@ -226,18 +233,36 @@ def test_small_ones_and_narrow_ones(onednn: None, monkeypatch: pytest.MonkeyPatc
             assert ops.count == 1
 
 
-def test_what_would_be_copied(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_must_pay(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `[20, 30]` by columns, times `[30, 40]`, 600 elements change their places; of `[40, 30]`
+    times `[30, 5]` it is 5 * 70, by way of the transposed product."""
+    large, small = torch.randn(20, 30), torch.randn(40, 30)
+    for x, n, copied in [(large, 40, 600), (small, 5, 350)]:
+        y, work = torch.randn(30, n), len(x) * 30 * n
+        for limit, count in [(work // copied, 1), (work // copied + 1, 0)]:
+            with monkeypatch.context() as patch, Ops() as ops:
+                patch.setattr(_products, "COPIED", limit)
+                found = product(LAYOUTS["columns"](x), y)
+            assert ops.count == count
+            assert found.is_contiguous()
+            assert close(found, x.double() @ y.double())
+            with monkeypatch.context() as patch, Ops() as ops:
+                patch.setattr(_products, "COPIED", limit)
+                product(LAYOUTS["rows with gaps"](x), y)
+            assert ops.count == 1
+
+
+def test_large_results_are_put_in_place_by_blocks(
+    onednn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cost, "ROWS_ELEMENTS", 3 * 40)
     x, y = torch.randn(20, 30), torch.randn(30, 40)
-    by_columns, with_gaps = LAYOUTS["columns"](x), LAYOUTS["rows with gaps"](x)
-    with Ops() as ops:
-        monkeypatch.setattr(_products, "COPIED", 40)
-        product(by_columns, y)
-        assert ops.count == 1
-        monkeypatch.setattr(_products, "COPIED", 41)
-        product(by_columns, y)
-        assert ops.count == 1
-        product(with_gaps, y)
-        assert ops.count == 2
+    with Ops() as ops, LiveBytes() as memory:
+        out = product(x, y, out=torch.empty(20, 40))
+        add_product(out, x, y)
+    assert ops.count == 14
+    assert memory.peak == 4 * (20 * 40 + 3 * 40)
+    assert close(out, 2 * x.double() @ y.double())
 
 
 def test_where_derivatives_are_wanted(onednn: None) -> None:
@@ -254,9 +279,73 @@ def test_where_derivatives_are_wanted(onednn: None) -> None:
     torch.testing.assert_close(grad, expected)
     torch.testing.assert_close(each[:, 0], x @ y)
     torch.testing.assert_close(moved, x @ torch.ones_like(y))
+    with forward_ad.dual_level(), Ops() as ops:
+        for grad_mode in (torch.enable_grad, torch.no_grad):
+            with grad_mode():
+                dual = product(x, forward_ad.make_dual(y, torch.ones_like(y)))
+                tangent = forward_ad.unpack_dual(dual).tangent
+                torch.testing.assert_close(tangent, x @ torch.ones_like(y))
+    assert not ops.count
     with torch.no_grad(), Ops() as ops:
         assert close(product(x, w), x.double() @ y.double())
     assert ops.count == 1
+
+
+def test_programs_that_are_recorded(onednn: None) -> None:
+    """They may be run, and derived, where oneDNN is not."""
+
+    def multiplied(x: Tensor, y: Tensor) -> Tensor:
+        return product(x, y)
+
+    x, y = torch.randn(20, 30), torch.randn(30, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        programs = [
+            torch.jit.trace(multiplied, (x, y)),
+            make_fx(multiplied)(x, y),
+            make_fx(multiplied, tracing_mode="fake")(x, y),
+        ]
+    for program in programs:
+        w = y.clone().requires_grad_()
+        with Ops() as ops:
+            program(x, w).sum().backward()
+        assert not ops.count
+        torch.testing.assert_close(w.grad, x.sum(0)[:, None].expand(30, 40))
+    compiled = torch.compile(multiplied, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), x @ y)
+
+
+def test_methods_of_kept_gradients_are_compiled() -> None:
+    model_fn, params = gf.from_module(nn.Linear(8, 5), lambda m, x: m(x).pow(2).mean((1, 2)))
+    book = gf.factored_grads(model_fn, params, torch.randn(4, 3, 8))
+    compiled = torch.compile(lambda: book.gram(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), book.gram())
+
+
+def test_autocast_is_left_its_say(onednn: None) -> None:
+    x, y = torch.randn(20, 30), torch.randn(30, 40)
+    with torch.autocast("cpu", torch.bfloat16), Ops() as ops:
+        assert product(x, y).dtype == torch.bfloat16
+    assert not ops.count
+
+
+def test_sizes_that_do_not_fit_are_told_by_torch(onednn: None) -> None:
+    x, y = torch.randn(20, 30), torch.randn(31, 40)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        product(x, y)
+    with pytest.raises(RuntimeError):
+        product(x.expand(2, 20, 30), torch.randn(3, 30, 40))
+
+
+def test_what_costs_are_made_of(onednn: None) -> None:
+    x = torch.randn(3, 4)
+    assert _factors.speed(x) == _products.SPEED
+    assert _factors.speed(x.bfloat16()) == _products.SPEED  # widened first
+    assert _factors.speed(x, torch.bfloat16) == _cost.BFLOAT16_SPEED
+    assert _factors.speed(x, torch.float16) == _factors.speed(x.double()) == 1
+    assert torch.vmap(lambda row: row * _factors.speed(row))(x).equal(x)
+    with FakeTensorMode():
+        assert _factors.speed(torch.empty(3, 4)) == 1
 
 
 def test_where_it_is_the_faster_one() -> None:
