@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--onednn",
-        choices=("ours", "all", "none"),
+        choices=report.ONEDNN,
         default="ours",
         help="whose float32 products are oneDNN's; on processors of AMD's those of ghostfunc are",
     )

@@ -21,8 +21,8 @@ CACHED_PASS = 20
 """The same for a block that stays in cache."""
 
 BFLOAT16_SPEED = 3
-"""How many times faster a matrix product is in bfloat16, where the processor multiplies it, than in
-float32 by MKL: what `speed` is everywhere below."""
+"""How many times as fast as in float32 by MKL a matrix product is in bfloat16, where the processor
+multiplies it. Every `speed` below is such a ratio."""
 
 CACHE_ELEMENTS = 1 << 19
 """Elements of a temporary that is still at home in a core's cache (2 MiB of float32)."""

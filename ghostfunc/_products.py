@@ -64,12 +64,12 @@ def add_product(into: Tensor, x: Tensor, y: Tensor) -> None:
 def by_onednn(x: Tensor, y: Tensor) -> bool:
     """Whether these matrices, or each of a stack of them, are multiplied by oneDNN: they are large,
     float32, and nobody wants derivatives of the product."""
-    if not (_can(x) and _can(y) and x.dtype is y.dtype is torch.float32):
+    if not (_can(x, y) and x.dtype is y.dtype is torch.float32):
         return False
     (m, k), n = x.shape[-2:], y.shape[-1]
     return (
         k == y.shape[-2]
-        and (x.ndim == y.ndim == 2 or y.ndim == 2 or len(x) == len(y))
+        and (y.ndim == 2 or len(x) == len(y))
         and m * k * n >= max(LEAST, COPIED * _copied(x, y))
         and min(m, k, n) >= NARROW
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
@@ -88,10 +88,14 @@ def chosen() -> bool:
     )
 
 
-def _can(x: Tensor) -> bool:
-    """Whether a tensor is one of values in the processor's memory, and no more than that."""
-    plain = type(x) in _PLAIN and x.is_cpu
-    return chosen() and plain and not watched() and not torch.is_autocast_enabled("cpu")
+def _can(*tensors: Tensor) -> bool:
+    """Whether tensors are values in the processor's memory, and no more than that."""
+    return (
+        chosen()
+        and all(type(x) in _PLAIN and x.is_cpu for x in tensors)
+        and not watched()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _copied(x: Tensor, y: Tensor) -> int:
