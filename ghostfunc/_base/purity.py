@@ -49,14 +49,14 @@ def prove_independent(
     beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
     Remembered by structure, and by the `route` through the program where control flow depends on
-    data; `ANEW` is not remembered. With the losses of the batch `known`, what has been proved of
-    its structure is proved anew by its halves alone.
+    data; `ALWAYS_PROVE` is not remembered. With the losses of the batch `known`, what has been
+    proved of its structure is proved anew by its halves alone.
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
     remembered = memory(model_fn)
     key = ("independent", route, structure(model_fn, spec, leaves, batch, randomness))
-    if route is not ANEW and key in remembered:
+    if route is not ALWAYS_PROVE and key in remembered:
         return
     if any(map(symbolic, tensors_of(batch))):
         raise not_captured()
@@ -135,11 +135,11 @@ def not_captured() -> TransformError:
     )
 
 
-class _Anew:
+class _AlwaysProve:
     """The route whose proof is not remembered."""
 
 
-ANEW = _Anew()
+ALWAYS_PROVE = _AlwaysProve()
 
 
 class _Lent(torch.autograd.Function):

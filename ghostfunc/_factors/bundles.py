@@ -24,11 +24,11 @@ def samples(bundle: Bundle) -> int:
     return bundle[0][0].shape[0]
 
 
-def meeting(factor: Factor) -> cost.Meeting:
+def use_shape(factor: Factor) -> cost.UseShape:
     """A factor at its parameter, as `cost` weighs it."""
     kind = type(factor).__name__
     positions = factor[0].shape[1] if isinstance(factor, (Outer, OneHot)) else 1
-    return cost.Meeting(kind, factor.shape, samples([factor]), positions, direct=True)
+    return cost.UseShape(kind, factor.shape, samples([factor]), positions, direct=True)
 
 
 def values(factor: Factor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a contraction costs, in floating-point operations, from shapes alone. No tensors here.
 
 Matrix products are counted as `2 x` the product of their sizes. Passes over memory are counted at
-the number of operations a matrix product does in the same time, `PASS` per element: on the CPUs
-this was measured on a core does 100-130 GFLOP/s in products and moves about 2 elements a
+the number of operations a matrix product does in the same time, `OPS_PER_ELEMENT` per element: on
+the CPUs this was measured on, a core does 100-130 GFLOP/s in products and moves about 2 elements a
 nanosecond.
 """
 
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from ghostfunc._base.compilable import known
 
-PASS = 32
+OPS_PER_ELEMENT = 32
 """Operations that cost as much as one pass (read or write) over one element."""
 
 
-CACHED_PASS = 20
+OPS_PER_CACHED_ELEMENT = 20
 """The same for a block that stays in cache."""
 
 
@@ -58,7 +58,7 @@ def outer_total(n: int, t: int, p: int, d: int) -> int:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class UseShape:
     """One use of one parameter, seen from outside: what it costs follows from it.
 
     Attributes:
@@ -81,39 +81,39 @@ class Meeting:
 
 def outer_dot(n: int, t: int, p: int, d: int, speed: int = 1) -> int:
     """`<g_i, u>` of an outer-product factor with a dense direction."""
-    return 2 * n * t * p * d // speed + 2 * PASS * n * t * min(p, d)
+    return 2 * n * t * p * d // speed + 2 * OPS_PER_ELEMENT * n * t * min(p, d)
 
 
-def total_cost(use: Meeting, speed: int = 1) -> int:
+def total_cost(use: UseShape, speed: int = 1) -> int:
     """`sum_i g_i`, dense."""
     p, d = use.shape
     if use.kind == "Outer":
         return outer_total(use.n, use.positions, p, d) // speed
-    return PASS * (p * d + 2 * use.tokens * d)
+    return OPS_PER_ELEMENT * (p * d + 2 * use.tokens * d)
 
 
-def dot_cost(use: Meeting, *, with_total: bool, speed: int = 1) -> int:
+def dot_cost(use: UseShape, *, with_total: bool, speed: int = 1) -> int:
     """`<g_i, u>` with a dense direction, beyond the cost of the total where that is formed too."""
     p, d = use.shape
     if use.kind == "OneHot":
-        return 3 * PASS * use.tokens * d
+        return 3 * OPS_PER_ELEMENT * use.tokens * d
     if with_total and share_dots(use.n, use.positions, p, d, 1, with_total=True, speed=speed):
         return shared_dots(use.n, p, d, 1, with_total=True)
     return outer_dot(use.n, use.positions, p, d, speed)
 
 
-def pair_cost(use: Meeting, other: Meeting, speed: int = 1) -> int:
+def pair_cost(use: UseShape, other: UseShape, speed: int = 1) -> int:
     """`<g_i, g_j>` from the factors of two uses: inner products of all tokens, multiplied."""
     p, d = use.shape
     pairs = use.tokens * other.tokens
     inner = p + d if use.kind == other.kind == "Outer" else d
-    return 2 * pairs * inner // speed + 3 * PASS * pairs
+    return 2 * pairs * inner // speed + 3 * OPS_PER_ELEMENT * pairs
 
 
 def shared_dots(n: int, p: int, d: int, k: int, *, with_total: bool) -> int:
     """`<g_i, u>` for k directions read off blocks of `g_i`: products of vectors, and a sum that a
     single large product would not have needed. The blocks themselves are not counted."""
-    return (2 * k + 3 * with_total) * CACHED_PASS * n * p * d
+    return (2 * k + 3 * with_total) * OPS_PER_CACHED_ELEMENT * n * p * d
 
 
 def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, speed: int = 1) -> bool:
@@ -123,12 +123,13 @@ def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, spee
     shared = shared_dots(n, p, d, k, with_total=with_total)
     if not with_total:
         shared += outer_total(n, t, p, d) // speed
-        shared += 2 * PASS * n * t * p * (speed > 1)  # one of the factors is copied first
+        if speed > 1:  # one of the factors is copied first
+            shared += 2 * OPS_PER_ELEMENT * n * t * p
     return shared < k * outer_dot(n, t, p, d, speed)
 
 
 def keep_direction_factored(
-    ours: Sequence[Meeting], theirs: Sequence[Meeting], *, grads: bool, speed: int = 1
+    ours: Sequence[UseShape], theirs: Sequence[UseShape], *, grads: bool, speed: int = 1
 ) -> bool:
     """Whether one parameter's validation gradient should stay factored.
 
@@ -166,12 +167,12 @@ def token_norms(t: Positions, p: int, d: int) -> int:
     blocks = -(-tokens // TOKENS)
     share = (blocks + 1) / (2 * blocks)  # the block matrix is symmetric
     products = 2 * tokens**2 * d + 2 * t.outer**2 * p
-    return round(share * (products + 6 * PASS * tokens**2))
+    return round(share * (products + 6 * OPS_PER_ELEMENT * tokens**2))
 
 
 def row_norms(t: Positions, p: int, d: int) -> int:
     """`||g_i||^2` of one sample from the gradient itself."""
-    return 2 * t.outer * p * d + PASS * (2 * p * d + t.one_hot * d)
+    return 2 * t.outer * p * d + OPS_PER_ELEMENT * (2 * p * d + t.one_hot * d)
 
 
 def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
@@ -183,14 +184,14 @@ def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
 def token_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int) -> int:
     """`<g_i, g_j>` of n and m samples from inner products of positions."""
     pairs = n * m * (t.outer + t.one_hot) * (s.outer + s.one_hot)
-    return 2 * pairs * d + 2 * n * m * t.outer * s.outer * p + 6 * PASS * pairs
+    return 2 * pairs * d + 2 * n * m * t.outer * s.outer * p + 6 * OPS_PER_ELEMENT * pairs
 
 
 def row_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool) -> int:
     """`<g_i, g_j>` of n and m samples from blocks of rows; `same` if both are one batch."""
     sides = [(n, t)] if same else [(n, t), (m, s)]
-    form = sum(2 * k * x.outer * p * d + PASS * k * x.one_hot * d for k, x in sides)
-    return form + 2 * n * m * p * d + 2 * PASS * sum(k for k, _ in sides) * p * d
+    form = sum(2 * k * x.outer * p * d + OPS_PER_ELEMENT * k * x.one_hot * d for k, x in sides)
+    return form + 2 * n * m * p * d + 2 * OPS_PER_ELEMENT * sum(k for k, _ in sides) * p * d
 
 
 def gram_by_tokens(

@@ -26,14 +26,14 @@ from ghostfunc._factors import cost
 SPEED = 2
 """How many times as fast oneDNN is, where it is chosen."""
 
-LEAST = 1 << 25
+LEAST_OPS = 1 << 25
 """Multiplications of a product that is worth it. For a shape that it has not met lately oneDNN
 writes code first, in 0.2 to 0.6 ms: from here on that is no more than what it saves at once."""
 
-NARROW = 32
+LEAST_SIZE = 32
 """Rows, columns or terms below which oneDNN gains nothing."""
 
-COPIED = 256
+OPS_PER_COPIED_ELEMENT = 256
 """Multiplications that are worth it to copy an element to another place in its row or column."""
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -72,8 +72,8 @@ def by_onednn(x: Tensor, y: Tensor) -> bool:
     return (
         k == y.shape[-2]
         and (y.ndim == 2 or len(x) == len(y))
-        and m * k * n >= max(LEAST, COPIED * _copied(x, y))
-        and min(m, k, n) >= NARROW
+        and m * k * n >= max(LEAST_OPS, OPS_PER_COPIED_ELEMENT * _copied(x, y))
+        and min(m, k, n) >= LEAST_SIZE
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
     )
 

@@ -108,7 +108,7 @@ class PairReader(NamedTuple):
         return self._replace(factors=self.factors + other.factors)
 
 
-class BesideReader(NamedTuple):
+class OneRunReader(NamedTuple):
     """`<g_i, sum_j g_j>`, i among the first n samples of a batch and j among all others: `[n]`.
 
     What reads the first samples is made of the others, when their gradient comes up. For a tensor
@@ -129,9 +129,9 @@ class BesideReader(NamedTuple):
         return _zeros(param, self.n)
 
     def read(self, factor: Factor) -> Tensor:
-        return self.opposite([factor], grads=False).read(bundles.take(factor, slice(self.n)))
+        return self.for_train_rows([factor], grads=False).read(bundles.take(factor, slice(self.n)))
 
-    def opposite(
+    def for_train_rows(
         self,
         factors: Sequence[Factor],
         *,
@@ -148,24 +148,24 @@ class BesideReader(NamedTuple):
             u = pull(bundles.summed(theirs, self.contract_dtype))
             ends = [reduce(lambda x, step: step(x), path, u) for path in self.paths]
             return DotReader(contract.add_up(ends), self.contract_dtype)
-        ours = [bundles.meeting(bundles.take(f, slice(self.n))) for f in factors]
-        met = list(map(bundles.meeting, theirs))
+        ours = [bundles.use_shape(bundles.take(f, slice(self.n))) for f in factors]
+        met = list(map(bundles.use_shape, theirs))
         faster = speed(bundles.values(factors[0]), self.contract_dtype)
         if cost.keep_direction_factored(ours, met, grads=grads, speed=faster):
             m = bundles.samples(theirs)
             return PairReader(tuple(theirs), False, m, contract_dtype=self.contract_dtype)
         return DotReader(bundles.summed(theirs, self.contract_dtype), self.contract_dtype)
 
-    def push(self, push: Push) -> BesideReader:
+    def push(self, push: Push) -> OneRunReader:
         paths = tuple((*path, push.jvp) for path in self.paths)
         direct = self.direct and push.derivation != "general"
         return self._replace(paths=paths, direct=direct)
 
-    def plus(self, other: BesideReader) -> BesideReader:
+    def plus(self, other: OneRunReader) -> OneRunReader:
         return self._replace(paths=self.paths + other.paths, direct=False)
 
 
-class Turn(NamedTuple):
+class DeferredGradient(NamedTuple):
     """Per-sample gradients that are formed one at a time, when it is their turn.
 
     Attributes:
@@ -185,11 +185,11 @@ class Turn(NamedTuple):
         return g
 
 
-class TurnReader(NamedTuple):
+class DeferredReader(NamedTuple):
     """`<g_i, g_j>`, `[n, m]`, where derived tensors stand between the samples and the parameter:
     no factor leads past them, so the m gradients are formed in turns."""
 
-    turns: tuple[Turn, ...]
+    deferred: tuple[DeferredGradient, ...]
     m: int
     contract_dtype: ContractDtype = None
 
@@ -199,15 +199,17 @@ class TurnReader(NamedTuple):
     def read(self, factor: Factor) -> Tensor:
         columns = []
         for j in range(self.m):
-            u = contract.add_up([turn.gradient(j) for turn in self.turns])
+            u = contract.add_up([one.gradient(j) for one in self.deferred])
             columns.append(contract.dot(factor, u.reshape(factor.shape), self.contract_dtype))
         return torch.stack(columns, dim=1)
 
-    def push(self, push: Push) -> TurnReader:
-        return self._replace(turns=tuple(Turn(t.factor, (*t.maps, push.jvp)) for t in self.turns))
+    def push(self, push: Push) -> DeferredReader:
+        return self._replace(
+            deferred=tuple(DeferredGradient(t.factor, (*t.maps, push.jvp)) for t in self.deferred)
+        )
 
-    def plus(self, other: TurnReader) -> TurnReader:
-        return self._replace(turns=self.turns + other.turns)
+    def plus(self, other: DeferredReader) -> DeferredReader:
+        return self._replace(deferred=self.deferred + other.deferred)
 
 
 class SqNormReader(NamedTuple):

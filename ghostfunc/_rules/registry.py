@@ -166,7 +166,7 @@ def register_decomposition(
     return decorate
 
 
-def explain(reason: str, *ops: Callable[..., Any]) -> None:
+def no_rule_because(reason: str, *ops: Callable[..., Any]) -> None:
     """Say why ops have no rule."""
     REASONS.update(dict.fromkeys(ops, reason))
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostfunc._base.torch_private import GROUPED_MM, PACK_PADDED_SEQUENCE
-from ghostfunc._rules.registry import explain
+from ghostfunc._rules.registry import no_rule_because
 
-explain(
+no_rule_because(
     "its rows are sorted by expert, so they cannot be told apart by sample. In transformers, "
     'model.set_experts_implementation("batched_mm") runs in every mode (it needs memory for one '
     'expert per routed token), "eager" with mode="jvp" and with vectorize=False',

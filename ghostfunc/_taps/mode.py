@@ -17,18 +17,18 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
-from ghostfunc._taps.tap import Site, StaleSites, Use, site_of
+from ghostfunc._taps.tap import StaleOutputs, Use, UseOutput, output_of
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
-from ghostfunc._trace.watch import TrackingMode, reads_attribute, traced_as, writes
+from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, writes
 
 
 class TapMode(TrackingMode):
     """Runs a traced model with a tap at every use.
 
     `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
-    `note_sites` fills `sites`, for shapes and costs.
+    `note_outputs` fills `outputs`, for shapes and costs.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class TapMode(TrackingMode):
         taps: dict[ReaderKey, Tensor],
         collect: dict[int, Tensor],
         *,
-        note_sites: bool = False,
+        note_outputs: bool = False,
     ) -> None:
         super().__init__(leaves)
-        self._note_sites = note_sites
+        self._note_outputs = note_outputs
         self._trace = trace
         self._entry = 0
         self._as_traced = True
@@ -53,7 +53,7 @@ class TapMode(TrackingMode):
         self.collect = collect
         self._tapping = True
         self.uses: list[Use] = []
-        self.sites: list[Site] = []
+        self.outputs: list[UseOutput] = []
 
     @property
     def _expected(self) -> CallTrace | None:
@@ -79,7 +79,7 @@ class TapMode(TrackingMode):
             for key, (x, t) in self._tracked.items()
         }
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
-        other.uses, other.sites = list(self.uses), list(self.sites)
+        other.uses, other.outputs = list(self.uses), list(self.outputs)
         other._stale, other._elsewhere = dict(self._stale), list(self._elsewhere)
         return other
 
@@ -101,7 +101,7 @@ class TapMode(TrackingMode):
             return super().elementary(func, args, kwargs)
         entry, funcs = self._entry, self._trace.funcs
         self._entry += 1
-        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == traced_as(func)
+        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == op_key(func)
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         out = super().elementary(func, args, kwargs)
         if expected is not None:
@@ -109,7 +109,7 @@ class TapMode(TrackingMode):
             inputs = [x.shape for x in given if isinstance(x, Tensor)]
             self._as_traced = pattern(func, inputs, [out.shape]) == expected
         if not self._as_traced:
-            self._elsewhere.append((entry, traced_as(func)))
+            self._elsewhere.append((entry, op_key(func)))
         return out
 
     @property
@@ -128,7 +128,7 @@ class TapMode(TrackingMode):
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         expected = self._expected
-        if expected is None or traced_as(func) != traced_as(expected.func):
+        if expected is None or op_key(func) != op_key(expected.func):
             return self._read_attribute(func, call)
         if (tuple(call.hits), call.numbers()) != (expected.hits, expected.numbers):
             raise StaleLayout(f"{op_name(func)} got other parameters")
@@ -167,11 +167,11 @@ class TapMode(TrackingMode):
     ) -> Tensor:
         tap = self.collect.get(len(self.uses))
         if tap is not None and tap.shape != y.shape:
-            raise StaleSites
+            raise StaleOutputs
         use = Use(call, self._n, targets, args, treedef, tap)
         self.uses.append(use)
-        if self._note_sites:
-            self.sites.append(site_of(use, y, axis))
+        if self._note_outputs:
+            self.outputs.append(output_of(use, y, axis))
         if self._tapping:
             y = use.tap(y, self.taps)
         if tap is None:

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.purity import ANEW, check_losses, prove_independent
+from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
 from ghostfunc._base.torch_private import in_transform, symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
-from ghostfunc._quantities.readers import Turn
+from ghostfunc._quantities.readers import DeferredGradient
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.row_owners import check_owners
-from ghostfunc._taps.tap import StaleSites, leaf_factors
-from ghostfunc._taps.uses import collecting_sites
-from ghostfunc._trace.find import Traced, on_trace
+from ghostfunc._taps.tap import StaleOutputs, leaf_factors
+from ghostfunc._taps.uses import collecting_outputs
+from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.trace import Trace
 from ghostfunc._trace.tracked import ReaderKey, constants
@@ -32,7 +32,7 @@ from ghostfunc._trace.watch import gradients
 
 
 @dataclass(frozen=True)
-class Taken:
+class RunResult:
     """What one run returns, parameter by parameter; None for what was not asked for.
 
     Attributes:
@@ -40,7 +40,7 @@ class Taken:
         values: per quantity, what was read.
         grads: the gradient of `scale * sum_i losses[i]`.
         factors: the factors of `scale * g_i`, one per use.
-        turns: the same of the parameters `postpone`, not yet pulled back to them.
+        turns: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
         route: None if model_fn made the calls of the trace and no others.
     """
@@ -49,7 +49,7 @@ class Taken:
     values: list[list[Any]]
     grads: list[Any]
     factors: list[list[Factor]]
-    turns: list[list[Turn]]
+    deferred: list[list[DeferredGradient]]
     trace: Trace
     route: Hashable
 
@@ -63,24 +63,24 @@ def run(
     *,
     grads: Collection[int] = (),
     collect: Collection[int] = (),
-    postpone: Collection[int] = (),
+    defer: Collection[int] = (),
     scale: float | Tensor = 1.0,
     randomness: Randomness = "error",
-) -> Taken:
+) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
     `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
-    `postpone`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
+    `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
     for every sample, `[n]`, values are those of `scale_i * g_i`, too.
     """
 
-    def use(model: Traced) -> Taken:
+    def use(model: TracedModel) -> RunResult:
         try:
-            return _run(model, quantities, grads, collect, scale, postpone)
-        except StaleSites:  # trimmed to its longest sample, say
-            return _run(model, quantities, grads, collect, scale, postpone, anew=True)
+            return _run(model, quantities, grads, collect, scale, defer)
+        except StaleOutputs:  # trimmed to its longest sample, say
+            return _run(model, quantities, grads, collect, scale, defer, refresh=True)
 
-    model, taken = on_trace(use, model_fn, leaves, spec, batch, randomness)
+    model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     compiling = any(map(symbolic, tensors_of(batch)))
     if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
         raise TransformError(
@@ -95,7 +95,7 @@ def run(
             spec,
             batch,
             randomness,
-            route=ANEW if model.trace.statistics else taken.route,
+            route=ALWAYS_PROVE if model.trace.statistics else taken.route,
             known=taken.losses,
         )
     if model.trace.reorders and model.n > 1:
@@ -103,23 +103,23 @@ def run(
     return taken
 
 
-def _dots(model: Traced, model_fn: ModelFn, directions: Sequence[Tensor]) -> list[Tensor]:
+def _dots(model: TracedModel, model_fn: ModelFn, directions: Sequence[Tensor]) -> list[Tensor]:
     """`<g_i, u>` per parameter, for another function with the trace of `model`."""
     other = replace(model, model_fn=model_fn)
     return _run(other, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
 
 
 def _run(
-    model: Traced,
+    model: TracedModel,
     quantities: Sequence[Quantity],
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
-    postpone: Collection[int] = (),
+    defer: Collection[int] = (),
     *,
-    anew: bool = False,
-) -> Taken:
-    """`anew` looks at the uses in a run on this very batch."""
+    refresh: bool = False,
+) -> RunResult:
+    """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec, n = model.leaves, model.spec, model.n
     readers = [q.readers(leaves, spec) for q in quantities]
     keys: list[ReaderKey] = []
@@ -131,7 +131,7 @@ def _run(
             (met if together else keys).append((q, i))
     taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
     kept = {*collect, *(i for _, i in met)}
-    collected = collecting_sites(model, kept, anew=anew)
+    collected = collecting_outputs(model, kept, refresh=refresh)
     modes: list[TapMode] = []
     running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
 
@@ -169,7 +169,7 @@ def _run(
             [x if nested else x.detach() for x in mode.uses[s].arg_tensors] for s in collected
         ]
 
-    collect_taps = [site.tap(n) for site in collected.values()]
+    collect_taps = [output.tap(n) for output in collected.values()]
     losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
         tapped,
         (taps, collect_taps, [leaves[i] for i in grads]),
@@ -179,7 +179,7 @@ def _run(
     )
 
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
-    for (q, i), value in zip(keys, filled(tap_cotangents, taps), strict=True):
+    for (q, i), value in zip(keys, with_zeros(tap_cotangents, taps), strict=True):
         values[q][i] = _unscaled(value, scale, quantities[q].degree)
     out_grads: list[Any] = [None] * len(leaves)
     for i, grad in zip(grads, param_grads, strict=True):
@@ -189,22 +189,24 @@ def _run(
             grad = whole if grad is None else whole.add_(grad)
         out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
     factors: list[list[Factor]] = [[] for _ in leaves]
-    turns: list[list[Turn]] = [[] for _ in leaves]
-    for site, b, tensors in zip(collected, filled(collected_b, collect_taps), saved, strict=True):
-        use = modes[0].uses[site]
+    deferred: list[list[DeferredGradient]] = [[] for _ in leaves]
+    for output, b, tensors in zip(
+        collected, with_zeros(collected_b, collect_taps), saved, strict=True
+    ):
+        use = modes[0].uses[output]
         for name, target in use.targets:
             factor = use.factor(name, target, b, tensors)
-            if target.leaves().isdisjoint(postpone):
+            if target.leaves().isdisjoint(defer):
                 for i, at_leaf in leaf_factors(target, factor).items():
                     if i in kept:
                         factors[i].append(at_leaf)
             else:
-                for i, turn in target.turns(factor):
-                    turns[i].append(turn)
+                for i, one in target.deferred(factor):
+                    deferred[i].append(one)
     for q, i in met:
         value = readers[q][i].read_all(factors[i])
         values[q][i] = _unscaled(value, scale, quantities[q].degree)
-    return Taken(losses, values, out_grads, factors, turns, model.trace, modes[0].route)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].route)
 
 
 def pull_back(
@@ -212,7 +214,7 @@ def pull_back(
     primals: tuple[list[Tensor], ...],
     cotangent: float | Tensor,
     *,
-    guarded: Traced,
+    guarded: TracedModel,
     differentiable: bool,
 ) -> tuple[Tensor, Any, Any]:
     """`f`'s output, the cotangents of its primals for its own (None may stand for zeros), and its
@@ -259,7 +261,7 @@ def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:
     return value / scale**degree
 
 
-def filled(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
+def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
     """Cotangents of primals, the zeros among them written out."""
     pairs = zip(cotangents, primals, strict=True)
     return [torch.zeros_like(x) if g is None else g for g, x in pairs]

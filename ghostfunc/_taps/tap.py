@@ -20,7 +20,7 @@ from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
-from ghostfunc._quantities.readers import BesideReader, DotReader, Reader
+from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader
 from ghostfunc._rules.registry import ArgName, BroadcastRule, rows
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked, real, shaped
@@ -129,10 +129,10 @@ class Use:
         call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
         assert self.call.rule is not None  # tracing saw to it
         factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
-        return fitted(factors[name](), target)
+        return as_param_shape(factors[name](), target)
 
 
-def fitted(factor: Factor, target: Tracked) -> Factor:
+def as_param_shape(factor: Factor, target: Tracked) -> Factor:
     """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
     matrix, which may be transposed; otherwise one with the same elements in the same order. All
     positions of a sample are on one axis."""
@@ -151,8 +151,8 @@ def fitted(factor: Factor, target: Tracked) -> Factor:
 def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
     """What every reader of a target reads, and last the cotangent of its training gradient's input
     if there is one: None if the gradient was added to a running total."""
-    if any(isinstance(r, BesideReader) for r in readers):  # then all are
-        factor, readers = _beside(factor, target, readers)
+    if any(isinstance(r, OneRunReader) for r in readers):  # then all are
+        factor, readers = _readers_for_train_rows(factor, target, readers)
     pulled: dict[int, Factor] | None = None
     out: list[Tensor | None] = []
     directions = [r for r in readers if isinstance(r, DotReader)]
@@ -179,7 +179,9 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
     return out
 
 
-def _beside(factor: Factor, target: Tracked, readers: Sequence[Any]) -> tuple[Factor, list[Reader]]:
+def _readers_for_train_rows(
+    factor: Factor, target: Tracked, readers: Sequence[Any]
+) -> tuple[Factor, list[Reader]]:
     """The factor of the first samples, and what reads it, made of the others."""
 
     def at_parameter(i: int, total: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _beside(factor: Factor, target: Tracked, readers: Sequence[Any]) -> tuple[Fa
     found: list[Reader] = []
     for (_, i), reader in zip(target.readers, readers, strict=True):
         pull = partial(at_parameter, i)
-        found.append(reader.opposite([factor], grads=target.wants_grad, pull=pull))
+        found.append(reader.for_train_rows([factor], grads=target.wants_grad, pull=pull))
     return bundles.take(factor, slice(readers[0].n)), found
 
 
@@ -222,7 +224,7 @@ _HOLE = _Hole()
 
 
 @dataclass(frozen=True)
-class Site:
+class UseOutput:
     """A use as a run on `n` samples saw it.
 
     Attributes:
@@ -243,15 +245,15 @@ class Site:
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
 
 
-class StaleSites(Exception):
+class StaleOutputs(Exception):
     """Some outputs have other shapes than the remembered ones. Never leaves the package."""
 
 
-def site_of(use: Use, y: Tensor, axis: int) -> Site:
+def output_of(use: Use, y: Tensor, axis: int) -> UseOutput:
     targets = []
     for name, target in use.targets:
         factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
-        met = bundles.meeting(factor)
+        met = bundles.use_shape(factor)
         seen = met.kind, met.shape, met.positions, target.direct(factor)
         targets += [(leaf, *seen) for leaf in target.leaves()]
-    return Site(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
+    return UseOutput(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))

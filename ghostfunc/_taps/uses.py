@@ -11,15 +11,15 @@ from ghostfunc._base.compilable import known
 from ghostfunc._base.remembered import memory, shapes_key
 from ghostfunc._base.trees import ParamSpec, take, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
-from ghostfunc._factors.cost import Meeting
+from ghostfunc._factors.cost import UseShape
 from ghostfunc._taps.mode import TapMode
-from ghostfunc._taps.tap import Site
-from ghostfunc._trace.find import Traced, on_trace
+from ghostfunc._taps.tap import UseOutput
+from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.tracked import constants
 
 
-def meetings(
+def use_shapes(
     model_fn: ModelFn,
     leaves: Sequence[Tensor],
     spec: ParamSpec,
@@ -27,7 +27,7 @@ def meetings(
     *,
     randomness: Randomness,
     exact: bool,
-) -> list[list[Meeting]]:
+) -> list[list[UseShape]]:
     """The uses of every parameter in a run on `batch`.
 
     Not `exact`, the positions may be those of a batch of another length, scaled to this one.
@@ -36,35 +36,35 @@ def meetings(
     remembered = memory(model_fn)
     lengths = sum(x[0].numel() for x in tensors_of(batch))
 
-    def look(model: Traced) -> tuple[list[Site], float]:
+    def look(model: TracedModel) -> tuple[list[UseOutput], float]:
         key = ("sites", model.trace, shapes_key(model.leaves))
         if exact:
-            return _sites(model), 1.0
+            return _outputs(model), 1.0
         if key not in remembered:
-            remembered[key] = (lengths, _sites(model))
+            remembered[key] = (lengths, _outputs(model))
         seen_lengths, seen = remembered[key]
         return seen, lengths / seen_lengths
 
-    model, (sites, ratio) = on_trace(look, model_fn, leaves, spec, batch, randomness)
-    out: list[list[Meeting]] = [[] for _ in leaves]
-    for site in sites:
-        for i, kind, shape, positions, direct in site.targets:
+    model, (outputs, ratio) = with_trace(look, model_fn, leaves, spec, batch, randomness)
+    out: list[list[UseShape]] = [[] for _ in leaves]
+    for output in outputs:
+        for i, kind, shape, positions, direct in output.targets:
             scaled = known(positions) if ratio == 1 else max(1, round(positions * ratio))
-            out[i].append(Meeting(kind, shape, model.n, scaled, direct))
+            out[i].append(UseShape(kind, shape, model.n, scaled, direct))
     return out
 
 
-def _sites(model: Traced) -> list[Site]:
+def _outputs(model: TracedModel) -> list[UseOutput]:
     """All uses and what their outputs look like: those of a run on two samples, remembered by
     the exact shapes of the batch, where those are known."""
     few = min(model.n, 2)
     sample = take(model.batch, range(few))
     if _open(sample):
-        return _look_at_sites(model, few, sample)
+        return _look_at_outputs(model, few, sample)
     remembered = memory(model.model_fn)
     key = ("sites", model.trace, shapes_key((model.leaves, sample)))
     if key not in remembered:
-        remembered[key] = _look_at_sites(model, few, sample)
+        remembered[key] = _look_at_outputs(model, few, sample)
     return remembered[key]
 
 
@@ -73,29 +73,31 @@ def _open(batch: PyTree) -> bool:
     return any(isinstance(size, torch.SymInt) for x in tensors_of(batch) for size in x.shape)
 
 
-def _look_at_sites(model: Traced, few: int, sample: PyTree) -> list[Site]:
+def _look_at_outputs(model: TracedModel, few: int, sample: PyTree) -> list[UseOutput]:
     try:
-        return _sites_of(model, few, sample)
+        return _outputs_of(model, few, sample)
     except StaleLayout:  # the first few go another way than the batch
-        return _sites_of(model, model.n, model.batch)
+        return _outputs_of(model, model.n, model.batch)
 
 
-def _sites_of(model: Traced, few: int, sample: PyTree) -> list[Site]:
+def _outputs_of(model: TracedModel, few: int, sample: PyTree) -> list[UseOutput]:
     tracked = constants(model.leaves, model.spec)
-    mode = TapMode(model.trace, tracked, few, {}, {}, note_sites=True)
+    mode = TapMode(model.trace, tracked, few, {}, {}, note_outputs=True)
     with mode, torch.enable_grad():
         model.model_fn(model.spec.unflatten([t.shown for t in tracked]), sample)
     mode.finish()
-    return mode.sites
+    return mode.outputs
 
 
-def collecting_sites(model: Traced, collect: Collection[int], *, anew: bool) -> dict[int, Site]:
+def collecting_outputs(
+    model: TracedModel, collect: Collection[int], *, refresh: bool
+) -> dict[int, UseOutput]:
     """The uses of the parameters `collect`, by number."""
     if not collect:
         return {}
-    sites = _sites_of(model, model.n, model.batch) if anew else _sites(model)
+    outputs = _outputs_of(model, model.n, model.batch) if refresh else _outputs(model)
     return {
-        number: site
-        for number, site in enumerate(sites)
-        if any(target[0] in collect for target in site.targets)
+        number: output
+        for number, output in enumerate(outputs)
+        if any(target[0] in collect for target in output.targets)
     }

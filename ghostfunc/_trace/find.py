@@ -26,10 +26,10 @@ MAX_TRACES = 8
 
 
 @dataclass(frozen=True)
-class Traced:
+class TracedModel:
     """A model function with its trace, ready to be run on one batch.
 
-    Made by `on_trace`.
+    Made by `with_trace`.
     """
 
     model_fn: ModelFn
@@ -40,14 +40,14 @@ class Traced:
     trace: Trace
 
 
-def on_trace(
-    use: Callable[[Traced], T],
+def with_trace(
+    use: Callable[[TracedModel], T],
     model_fn: ModelFn,
     leaves: Sequence[Tensor],
     spec: ParamSpec,
     batch: PyTree,
     randomness: Randomness,
-) -> tuple[Traced, T]:
+) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
     leaves = [_plain(x) for x in leaves]
     n = batch_size(batch)
@@ -55,7 +55,7 @@ def on_trace(
         structure(model_fn, spec, leaves, batch, randomness), []
     )
     for trace in list(traces):
-        model = Traced(model_fn, leaves, spec, batch, n, trace)
+        model = TracedModel(model_fn, leaves, spec, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout:
@@ -67,7 +67,7 @@ def on_trace(
     observed = ""
     for pair in pairs_to_trace(model_fn, leaves, spec, batch):
         trace = trace_model(model_fn, leaves, spec, batch, randomness, pair)
-        model = Traced(model_fn, leaves, spec, batch, n, trace)
+        model = TracedModel(model_fn, leaves, spec, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -86,7 +86,7 @@ def _remember(traces: list[Trace], trace: Trace) -> None:
     traces[:] = [trace, *(x for x in list(traces) if x is not trace)][:MAX_TRACES]
 
 
-def traced(
+def trace_of(
     model_fn: ModelFn,
     leaves: Sequence[Tensor],
     spec: ParamSpec,
@@ -95,7 +95,7 @@ def traced(
     randomness: Randomness,
 ) -> Trace:
     """A trace of the model, made now if there is none."""
-    return on_trace(lambda model: model.trace, model_fn, leaves, spec, batch, randomness)[1]
+    return with_trace(lambda model: model.trace, model_fn, leaves, spec, batch, randomness)[1]
 
 
 def _plain(x: Tensor) -> Tensor:

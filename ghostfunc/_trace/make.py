@@ -31,12 +31,12 @@ from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.probe import probe_uses
-from ghostfunc._trace.record import Recorder, Seen, ShapeLog
+from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
 from ghostfunc._trace.tracked import constants
-from ghostfunc._trace.watch import reads_attribute, traced_as
+from ghostfunc._trace.watch import op_key, reads_attribute
 
-MOST = 32
+PAIRS_TRIED = 32
 """Samples among which one is looked for that goes the way of the batch."""
 
 
@@ -56,7 +56,7 @@ def pairs_to_trace(
         return [func for func, _, _ in log.calls]
 
     whole = way(batch)
-    for i in range(2, min(n, MOST)):
+    for i in range(2, min(n, PAIRS_TRIED)):
         if way(take(batch, [0, i])) == whole:
             yield 0, i
 
@@ -104,7 +104,7 @@ def trace_model(
         for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
             counts[leaf] += 1
     trace = Trace(
-        tuple(traced_as(func) for func, _, _ in log.calls if not reads_attribute(func)),
+        tuple(op_key(func) for func, _, _ in log.calls if not reads_attribute(func)),
         tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
         tuple(counts),
         tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),
@@ -116,7 +116,7 @@ def trace_model(
 
 
 def _settle_layout(
-    seen: Seen, cotangents: Sequence[Tensor], n: int, randomness: Randomness
+    seen: RecordedCall, cotangents: Sequence[Tensor], n: int, randomness: Randomness
 ) -> CallTrace:
     """Choose the folding that both the cotangents and the values of the output allow."""
     trace, y = seen.trace, seen.y

@@ -15,7 +15,7 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import HigherOrderOperator, in_transform
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
-from ghostfunc._trace.record import Seen
+from ghostfunc._trace.record import RecordedCall
 from ghostfunc._trace.tracked import CallArgs, Tracked, constants
 from ghostfunc._trace.watch import TrackingMode, gradients
 
@@ -52,7 +52,7 @@ class Prober(TrackingMode):
     """Runs the recorded calls on constants, with a probe on every use."""
 
     def __init__(
-        self, leaves: Sequence[Tracked], seen: Sequence[Seen], taps: Sequence[Tensor]
+        self, leaves: Sequence[Tracked], seen: Sequence[RecordedCall], taps: Sequence[Tensor]
     ) -> None:
         super().__init__(leaves)
         self._seen = iter(seen)
@@ -89,8 +89,8 @@ def probe_uses(
     leaves: Sequence[Tensor],
     spec: ParamSpec,
     grown: PyTree,
-    seen: Sequence[Seen],
-    uses: Sequence[Seen],
+    seen: Sequence[RecordedCall],
+    uses: Sequence[RecordedCall],
 ) -> list[list[Tensor]]:
     """Cotangents of every use's output, for every sample's loss in turn."""
     taps = [_zero(s.y) for s in uses]

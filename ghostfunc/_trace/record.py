@@ -77,7 +77,7 @@ def shapes(tree: object) -> list[Shape | None]:
 
 
 @dataclass
-class Seen:
+class RecordedCall:
     """A call on tracked tensors, with what is needed to classify it."""
 
     trace: CallTrace
@@ -100,8 +100,8 @@ class Recorder(TrackingMode):
         self._reordered_at: int | None = None
         self.statistics = False
         self.reads = False
-        self._verdicts: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
-        self.seen: list[Seen] = []
+        self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
+        self.seen: list[RecordedCall] = []
 
     @property
     def reorders(self) -> bool:
@@ -151,7 +151,7 @@ class Recorder(TrackingMode):
                 if differentiable(x):
                     self.statistics = True
                 else:
-                    self._verdicts[id(x)] = x
+                    self._batch_wide_results[id(x)] = x
             self.statistics |= judged and func in _NUMBERS
         self.statistics |= any(
             sum(a != b for a, b in zip(now or (), then or (), strict=False)) > 1
@@ -168,8 +168,8 @@ class Recorder(TrackingMode):
             self._of_batch.update((id(x), x) for x in tensors_of(out))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return bool(self._verdicts) and any(
-            id(x) in self._verdicts for x in tensors_of((args, kwargs))
+        return bool(self._batch_wide_results) and any(
+            id(x) in self._batch_wide_results for x in tensors_of((args, kwargs))
         )
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
@@ -178,10 +178,10 @@ class Recorder(TrackingMode):
         if func in CONSTANTS or not torch.is_grad_enabled():
             out = call.run(func, call.consts())
             if any(s is not None for s in out_shapes):
-                self.seen.append(Seen(plain, [], None, ()))
+                self.seen.append(RecordedCall(plain, [], None, ()))
             return out
         if writes(func, call.kwargs()) and call.leaves[0].shape == arg_shapes[0]:
-            self.seen.append(Seen(replace(plain, kind="derived"), [], None, ()))
+            self.seen.append(RecordedCall(replace(plain, kind="derived"), [], None, ()))
             return self.derive(func, call)
         out = call.run(func, call.consts())
         outs = flatten(out)[0]
@@ -191,10 +191,10 @@ class Recorder(TrackingMode):
             return out
         grew = [tuple(x.shape) != s for x, s in zip(outs, out_shapes, strict=True)]
         if not any(map(differentiable, outs)):
-            self.seen.append(Seen(plain, [], None, ()))
+            self.seen.append(RecordedCall(plain, [], None, ()))
             return out
         if not any(grew):
-            self.seen.append(Seen(replace(plain, kind="derived"), [], None, ()))
+            self.seen.append(RecordedCall(replace(plain, kind="derived"), [], None, ()))
             return self.derive(func, call)
         self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
         return out
@@ -221,7 +221,7 @@ class Recorder(TrackingMode):
         out: Any,
         arg_shapes: list[Shape | None],
         out_shapes: list[Shape | None],
-    ) -> Seen:
+    ) -> RecordedCall:
         rule = lookup(func)
         what = f"{op_name(func)} on parameter {', '.join(repr(t.name) for t in call.tracked)}"
         if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
@@ -259,7 +259,7 @@ class Recorder(TrackingMode):
             ndim=out.ndim,
             dtype=out.dtype,
         )
-        return Seen(trace, call.tracked, out, folds)
+        return RecordedCall(trace, call.tracked, out, folds)
 
     def _try(
         self,

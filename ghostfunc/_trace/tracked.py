@@ -20,7 +20,7 @@ from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.contract import materialize, transpose
 from ghostfunc._factors.factor import Dense, Factor, OneHot
-from ghostfunc._quantities.readers import DeriveFn, Push, Reader, Turn
+from ghostfunc._quantities.readers import DeferredGradient, DeriveFn, Push, Reader
 from ghostfunc._trace.layout import Layout, stack_all
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
@@ -139,14 +139,16 @@ class Tracked:
             for pair in source.at_leaves(Dense(real(g_source)))
         ]
 
-    def turns(self, factor: Factor, maps: tuple[DeriveFn, ...] = ()) -> list[tuple[int, Turn]]:
+    def deferred(
+        self, factor: Factor, maps: tuple[DeriveFn, ...] = ()
+    ) -> list[tuple[int, DeferredGradient]]:
         """`at_leaves`, one sample at a time, when it is its turn."""
         if self.leaf is not None:
-            return [(self.leaf, Turn(factor, maps))]
+            return [(self.leaf, DeferredGradient(factor, maps))]
         return [
             pair
             for position, source in enumerate(self.sources)
-            for pair in source.turns(factor, (*maps, partial(self._pull, position)))
+            for pair in source.deferred(factor, (*maps, partial(self._pull, position)))
         ]
 
     def _pull(self, position: int, g: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ _NESTED: set[Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def traced_as(func: Callable[..., Any]) -> Callable[..., Any]:
+def op_key(func: Callable[..., Any]) -> Callable[..., Any]:
     """What a call goes by in a trace: the compiler's tensors convert by `to` alone."""
     return Tensor.to if func in _CONVERSIONS else func
 

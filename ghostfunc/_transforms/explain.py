@@ -12,9 +12,9 @@ from ghostfunc._base.options import one_of
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import cost
-from ghostfunc._factors.cost import Meeting
+from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.matmul import speed
-from ghostfunc._taps.uses import meetings
+from ghostfunc._taps.uses import use_shapes
 
 PlannedQuantity: TypeAlias = Literal["dot_prod", "norm", "gram", "clipped_grad"]
 
@@ -141,10 +141,10 @@ def explain(
     if quantity in ("norm", "clipped_grad") and val is not None:
         raise OptionError(f"quantity={quantity!r} is about one batch; drop val.")
     leaves, spec = flatten_params(params)
-    ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=True)
-    theirs: list[list[Meeting]] = [[] for _ in leaves]
+    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=True)
+    theirs: list[list[UseShape]] = [[] for _ in leaves]
     if val is not None:
-        theirs = meetings(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+        theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
     n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     rows = []
     for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
@@ -159,8 +159,8 @@ def explain(
 class _Question:
     """One parameter's uses in both batches, and what is asked of them."""
 
-    mine: Sequence[Meeting]
-    theirs: Sequence[Meeting]
+    mine: Sequence[UseShape]
+    theirs: Sequence[UseShape]
     size: int
     n: int
     m: int
@@ -192,7 +192,7 @@ class _Question:
 _FACTORED = ("Outer", "OneHot")
 
 
-def _positions(batch: Sequence[Meeting]) -> cost.Positions:
+def _positions(batch: Sequence[UseShape]) -> cost.Positions:
     factored = [x for x in batch if x.direct and x.kind in _FACTORED]
     outer = sum(x.positions for x in factored if x.kind == "Outer")
     return cost.Positions(
@@ -219,8 +219,11 @@ def _plan_norm(q: _Question) -> _Answer:
 def _plan_clipped_grad(q: _Question) -> _Answer:
     how, norms, formed = _plan_norm(q)
     t, (p, d) = _positions(q.mine), q.matrix
-    total = cost.outer_total(q.n, t.outer, p, d) + cost.PASS * q.n * (t.outer + t.one_hot) * d
-    weighed = cost.PASS * q.n * p * d
+    total = (
+        cost.outer_total(q.n, t.outer, p, d)
+        + cost.OPS_PER_ELEMENT * q.n * (t.outer + t.one_hot) * d
+    )
+    weighed = cost.OPS_PER_ELEMENT * q.n * p * d
     return how, norms + total + t.dense * weighed, formed + weighed
 
 
@@ -244,7 +247,7 @@ def _plan_dot_prod(q: _Question) -> _Answer:
     if cost.keep_direction_factored(q.mine, q.theirs, grads=q.grads, speed=q.speed):
         pairs = [cost.pair_cost(x, y) for x in q.mine for y in q.theirs]
         return "u factored", sum(pairs), formed
-    spent = cost.outer_total(q.m, s.outer, p, d) + cost.PASS * q.m * s.one_hot * d
+    spent = cost.outer_total(q.m, s.outer, p, d) + cost.OPS_PER_ELEMENT * q.m * s.one_hot * d
     shares = cost.share_dots(q.n, t.outer, p, d, 1, with_total=True, speed=q.speed)
     if q.grads and t.outer and shares:
         return (
@@ -253,7 +256,7 @@ def _plan_dot_prod(q: _Question) -> _Answer:
             formed,
         )
     dots = cost.outer_dot(q.n, t.outer, p, d) if t.outer else 0
-    looked_up = 2 * cost.PASS * q.n * t.one_hot * d
+    looked_up = 2 * cost.OPS_PER_ELEMENT * q.n * t.one_hot * d
     return "u dense", spent + dots + looked_up + t.dense * 2 * q.n * p * d, formed
 
 

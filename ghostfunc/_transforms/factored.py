@@ -25,7 +25,7 @@ from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, times
-from ghostfunc._taps.run import Taken, run
+from ghostfunc._taps.run import RunResult, run
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class FactoredGrads:
     )
 
     @staticmethod
-    def of(taken: Taken, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
+    def of(taken: RunResult, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
         """From a run that collected the factors of all parameters."""
         n = len(taken.losses)
         bundles = tuple(

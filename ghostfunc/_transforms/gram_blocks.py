@@ -24,9 +24,9 @@ from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Gram, Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import PairReader
 from ghostfunc._taps.run import run
-from ghostfunc._trace.find import traced
+from ghostfunc._trace.find import trace_of
 from ghostfunc._transforms.factored import FactoredGrads, collect
-from ghostfunc._transforms.live_bytes import Linear, LiveBytes, fitted
+from ghostfunc._transforms.live_bytes import Linear, LiveBytes, line_through
 
 _TEMPORARIES = 4
 """A contraction's temporaries, in multiples of its workspace."""
@@ -134,7 +134,7 @@ class GramBlocks:
 
     def _needs(self, batch: PyTree, other: PyTree | None) -> _Needs:
         """Measured once for a structure and the shapes of a sample."""
-        traced(self.model_fn, self.leaves, self.spec, batch, randomness=self.randomness)
+        trace_of(self.model_fn, self.leaves, self.spec, batch, randomness=self.randomness)
         theirs = batch if other is None else other
         key = (
             "bytes of Gram blocks",
@@ -149,7 +149,7 @@ class GramBlocks:
         remembered = memory(self.model_fn)
         if key not in remembered:
             ones, twos = (self._count(take(batch, [0] * k), take(theirs, [0] * k)) for k in (1, 2))
-            remembered[key] = _Needs(*map(fitted, ones, twos))
+            remembered[key] = _Needs(*map(line_through, ones, twos))
         needs: _Needs = remembered[key]
         return needs
 

@@ -65,7 +65,7 @@ class Linear:
         return self.fixed + n * self.per_sample
 
 
-def fitted(one: int, two: int) -> Linear:
+def line_through(one: int, two: int) -> Linear:
     """The line through the bytes for one and for two samples."""
     slope = max(0, two - one)
     return Linear(max(0, one - slope), slope)

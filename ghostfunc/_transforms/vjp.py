@@ -15,7 +15,7 @@ from ghostfunc._base.options import check_contract_dtype, one_of
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
-from ghostfunc._taps.run import Taken, run
+from ghostfunc._taps.run import RunResult, run
 
 
 class GhostVjp(NamedTuple):
@@ -85,7 +85,7 @@ def ghost_vjp(
     rounded = [quantity.contracting(contract_dtype) for quantity in named.values()]
     leaves, spec = flatten_params(params)
 
-    def taken(chunk: PyTree) -> Taken:
+    def taken(chunk: PyTree) -> RunResult:
         return run(
             model_fn,
             leaves,

@@ -19,7 +19,7 @@ from ghostfunc._base.remembered import structure
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ModelFn
 from ghostfunc._quantities.quantity import Dot, Quantity
-from ghostfunc._taps.uses import meetings
+from ghostfunc._taps.uses import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads, factored_grads
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 from ghostfunc.hf._files import load_state, save_state, write_table
@@ -241,7 +241,7 @@ class GhostTrainer(Trainer):
             if key not in self._looked_at:
                 ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")
                 self._looked_at.add(key)
-            meetings(model_fn, leaves, spec, batch, randomness="different", exact=True)
+            use_shapes(model_fn, leaves, spec, batch, randomness="different", exact=True)
 
     def _two_halves(
         self,

@@ -33,9 +33,9 @@ from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.remat.region import Region
 from ghostfunc._taps.remat.rerun import attach
 from ghostfunc._taps.remat.stand_ins import (
-    Finder,
-    StandIns,
-    Surroundings,
+    FreeTensors,
+    RngAndAutocast,
+    Substitutes,
     hidden_tensor,
     standing_in,
 )
@@ -84,7 +84,7 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_forward_mode():
         return fn(*args, **kwargs)
     modes = function_modes()
-    watching = [m for m in modes if isinstance(m, (TrackingMode, Refusals, Finder))]
+    watching = [m for m in modes if isinstance(m, (TrackingMode, Refusals, FreeTensors))]
     if watching:
         mode = watching[-1]
         if isinstance(mode, TapMode) and not in_transform():
@@ -121,7 +121,7 @@ def _first_run(
 ) -> tuple[Any, list[Tensor]]:
     """What the region returns, keeping nothing, and the tensors it closes over."""
     inputs = [standing_in(x).detach() for x in region.inputs]
-    finder = Finder(inputs, held)
+    finder = FreeTensors(inputs, held)
     with with_torch_functions(), finder:
         out = region.run(*inputs)
     finder.refuse_writes()
@@ -132,14 +132,14 @@ def _first_run(
 
 
 def _in_transform(region: Region) -> Any:
-    surroundings = Surroundings(region.inputs)
+    surroundings = RngAndAutocast(region.inputs)
     out, found = _first_run(region)
     leaves, spec = flatten(out)
     moving = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and differentiable(x)]
     n = len(region.inputs)
 
     def again(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with surroundings.restored(), StandIns(found, given[n:]):
+        with surroundings.restored(), Substitutes(found, given[n:]):
             leaves = flatten(region.again(*given[:n]))[0]
         return tuple(leaves[i] for i in moving)
 
@@ -184,7 +184,7 @@ class _Again:
 
     region: Region
     start: TapMode
-    surroundings: Surroundings
+    surroundings: RngAndAutocast
     free: list[Tensor]
     tracked: list[Tensor]
     taps: list[ReaderKey]
@@ -208,7 +208,7 @@ class _Again:
 
     def _run(self, given: Iterator[Tensor]) -> list[Tensor]:
         inputs = [next(given) for _ in self.region.inputs]
-        free = StandIns(self.free, [next(given) for _ in self.free])
+        free = Substitutes(self.free, [next(given) for _ in self.free])
         mode = self.start.fork(
             {id(x): next(given) for x in self.tracked},
             {key: next(given) for key in self.taps},
@@ -220,7 +220,7 @@ class _Again:
 
 
 def _under_taps(mode: TapMode, region: Region) -> Any:
-    start, surroundings = mode.fork(), Surroundings(region.inputs)
+    start, surroundings = mode.fork(), RngAndAutocast(region.inputs)
     with mode.without_taps():
         out, found = _first_run(region, mode.tracks)
     leaves, spec = flatten(out)

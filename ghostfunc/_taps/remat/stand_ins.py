@@ -18,7 +18,7 @@ from ghostfunc._base.torch_private import function_modes, version, without_torch
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 
 
-class Finder(TorchFunctionMode):
+class FreeTensors(TorchFunctionMode):
     """Finds the tensors that torch calls are given and that were not made by other calls, and gives
     the calls constants in their place.
 
@@ -79,7 +79,7 @@ class Finder(TorchFunctionMode):
                 )
 
 
-class StandIns(TorchFunctionMode):
+class Substitutes(TorchFunctionMode):
     """Gives torch calls other tensors in place of some, known by identity."""
 
     def __init__(self, originals: Sequence[Tensor], stand_ins: Sequence[Tensor]) -> None:
@@ -114,12 +114,12 @@ def hidden_tensor() -> UntrackedUseError:
 def standing_in(x: Tensor) -> Tensor:
     """What torch calls made now would be given in place of `x`."""
     for mode in reversed(function_modes()):
-        if isinstance(mode, StandIns):
+        if isinstance(mode, Substitutes):
             x = mode.of(x)
     return x
 
 
-class Surroundings:
+class RngAndAutocast:
     """What a part of a program depends on besides tensors, as it was when this was made: the states
     of the random generators, and autocasting."""
 

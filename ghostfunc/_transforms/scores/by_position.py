@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
-from ghostfunc._base.purity import ANEW, check_losses, prove_independent
+from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import in_transform
@@ -37,8 +37,8 @@ from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.readers import DotReader, Reader
 from ghostfunc._taps.mode import TapMode, unfold_all
-from ghostfunc._taps.run import filled, pull_back
-from ghostfunc._trace.find import Traced, on_trace
+from ghostfunc._taps.run import pull_back, with_zeros
+from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, constants, shaped
@@ -63,17 +63,22 @@ def position_dots(
     """For every direction the shares of all positions: `[n, T]`, one in all or one per
     parameter."""
     use = partial(_shares, directions=directions, per_param=per_param)
-    model, (shares, route) = on_trace(use, model_fn, leaves, spec, batch, randomness)
+    model, (shares, route) = with_trace(use, model_fn, leaves, spec, batch, randomness)
     statistics = model.trace.statistics
     if route is not None or statistics:
         prove_independent(
-            model_fn, model.leaves, spec, batch, randomness, route=ANEW if statistics else route
+            model_fn,
+            model.leaves,
+            spec,
+            batch,
+            randomness,
+            route=ALWAYS_PROVE if statistics else route,
         )
     return shares
 
 
 def _shares(
-    model: Traced, *, directions: Sequence[Sequence[Tensor]], per_param: bool
+    model: TracedModel, *, directions: Sequence[Sequence[Tensor]], per_param: bool
 ) -> tuple[list[list[Tensor]], Hashable]:
     if model.trace.reorders:
         raise SampleAxisError(
@@ -98,7 +103,7 @@ def _shares(
     flat = [tap for row in taps for tap in row]
     nested = in_transform()
     _, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
-    cotangents = filled(cotangents, flat)
+    cotangents = with_zeros(cotangents, flat)
     shares = [cotangents[i : i + columns] for i in range(0, len(flat), columns)]
     return shares, modes[0].route
 
@@ -112,7 +117,7 @@ class _PositionMode(TapMode):
 
     def __init__(
         self,
-        model: Traced,
+        model: TracedModel,
         directions: Sequence[Sequence[Tensor]],
         axes: Sequence[int] = (),
         taps: Sequence[Sequence[Tensor]] = (),
@@ -239,7 +244,7 @@ def _direction(reader: Reader) -> Tensor:
 # --- where positions lie ------------------------------------------------------------------------
 
 
-def _position_axes(model: Traced) -> tuple[list[int], int]:
+def _position_axes(model: TracedModel) -> tuple[list[int], int]:
     """The axis of positions at every use, and how many positions there are."""
     length = _length(model.batch)
     remembered = memory(model.model_fn)
@@ -250,7 +255,7 @@ def _position_axes(model: Traced) -> tuple[list[int], int]:
     return found
 
 
-def _find_axes(model: Traced, length: int) -> tuple[list[int], int]:
+def _find_axes(model: TracedModel, length: int) -> tuple[list[int], int]:
     few = take(model.batch, range(min(model.n, 2)))
     whole = _seen(model, few)
     try:
@@ -284,7 +289,7 @@ def _find_axes(model: Traced, length: int) -> tuple[list[int], int]:
     return axes, next(iter(counts), length)
 
 
-def _seen(model: Traced, batch: PyTree) -> list[tuple[str, tuple[int, ...], int]]:
+def _seen(model: TracedModel, batch: PyTree) -> list[tuple[str, tuple[int, ...], int]]:
     """What the outputs of all uses look like for a few samples."""
     mode = _PositionMode(replace(model, batch=batch, n=batch_size(batch)), [])
     with mode, torch.enable_grad():

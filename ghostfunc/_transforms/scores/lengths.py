@@ -13,7 +13,7 @@ from ghostfunc._base.trees import ParamSpec, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
-from ghostfunc._quantities.readers import DotReader, PairReader, TurnReader
+from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._transforms.factored import collect
 
 
@@ -38,13 +38,13 @@ def sample_norms(
     return rows
 
 
-def length(reader: DotReader | PairReader | TurnReader, like: Tensor) -> Tensor:
+def length(reader: DotReader | PairReader | DeferredReader, like: Tensor) -> Tensor:
     """`||u||` in float64: `[1]`, or `[m]` for every validation sample."""
     match reader:
         case DotReader(u):
             return u.double().norm()[None]
-        case TurnReader(turns, m):
-            us = (add_up([turn.gradient(j) for turn in turns]) for j in range(m))
+        case DeferredReader(deferred, m):
+            us = (add_up([one.gradient(j) for one in deferred]) for j in range(m))
             return torch.stack([u.double().norm() for u in us])
         case PairReader(()):  # the validation losses do not depend on the parameter
             return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)

@@ -24,27 +24,27 @@ from ghostfunc._factors import bundles
 from ghostfunc._factors.beside_total import RunningTotal, dots_and_total
 from ghostfunc._factors.bundles import Bundle
 from ghostfunc._factors.contract import add_up
-from ghostfunc._factors.cost import Meeting
+from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.factor import OneHot
 from ghostfunc._quantities.quantity import Prepared
-from ghostfunc._quantities.readers import BesideReader, DotReader
+from ghostfunc._quantities.readers import DotReader, OneRunReader
 from ghostfunc._taps.run import run
-from ghostfunc._taps.uses import meetings
-from ghostfunc._trace.find import traced
+from ghostfunc._taps.uses import use_shapes
+from ghostfunc._trace.find import trace_of
 from ghostfunc._trace.trace import Trace
 
-SHARE = 4
+TRAIN_PER_VAL = 4
 """Train samples per validation sample, at least. Activations of both live at one time, which is
 what a plain step over all of them takes; two runs take as much as the larger."""
 
-COPIED = 1 << 20
+COPIED_ELEMENTS = 1 << 20
 """Elements of a batch that may be copied in any case; of models with more parameters, as many."""
 
-WAITING = 4
+WAITING_USES = 4
 """Uses of a parameter whose factors may have to wait for each other."""
 
 
-class Together(NamedTuple):
+class OneRunResult(NamedTuple):
     """Losses of the train samples `[n]`, the gradient of their mean, and for every parameter
     `<g_i, u>`, `[n]`."""
 
@@ -53,7 +53,7 @@ class Together(NamedTuple):
     dots: list[Tensor]
 
 
-def together(
+def in_one_run(
     model_fn: ModelFn,
     leaves: Sequence[Tensor],
     spec: ParamSpec,
@@ -63,7 +63,7 @@ def together(
     mean: bool,
     grads: bool,
     contract_dtype: ContractDtype,
-) -> Together | None:
+) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where that takes two.
 
     It does where samples could be told by the company they are in (the program makes a number of
@@ -71,26 +71,30 @@ def together(
     where one run takes more memory than it is worth.
     """
     n, m = batch_size(train), batch_size(val)
-    if n < SHARE * m or in_transform() or any(wide(x).dtype != x.dtype for x in leaves):
+    if n < TRAIN_PER_VAL * m or in_transform() or any(wide(x).dtype != x.dtype for x in leaves):
         return None
     ours, treedef = flatten(train)
     theirs, other = flatten(val)
-    if treedef != other or not _alike(ours, theirs) or _size(ours) > max(COPIED, _size(leaves)):
-        return None
-    remembered, key = memory(model_fn), ("apart", shapes_key((train, val, leaves)))
-    if key in remembered or _minds_company(
-        traced(model_fn, leaves, spec, train, randomness="error")
+    if (
+        treedef != other
+        or not _alike(ours, theirs)
+        or _size(ours) > max(COPIED_ELEMENTS, _size(leaves))
     ):
         return None
-    uses = meetings(model_fn, leaves, spec, train, randomness="error", exact=False)
-    if not all(map(_read_in_passing, uses)):
+    remembered, key = memory(model_fn), ("apart", shapes_key((train, val, leaves)))
+    if key in remembered or _depends_on_other_samples(
+        trace_of(model_fn, leaves, spec, train, randomness="error")
+    ):
         return None
-    traced(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
+    uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
+    if not all(map(_needs_no_waiting, uses)):
+        return None
+    trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
     shared = [i for i, met in enumerate(uses) if len(met) > 1]
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = torch.tensor([scales[0]] * n + [scales[1]] * m, dtype=torch.float64)
     batch = unflatten(treedef, _joined(ours, theirs))
-    reader = BesideReader(n, contract_dtype)
+    reader = OneRunReader(n, contract_dtype)
     try:
         found = _run(model_fn, leaves, spec, batch, reader, shared, weights, grads=grads)
     except NonFiniteLossError:
@@ -108,12 +112,12 @@ def _run(
     leaves: Sequence[Tensor],
     spec: ParamSpec,
     batch: PyTree,
-    reader: BesideReader,
+    reader: OneRunReader,
     shared: Sequence[int],
     weights: Tensor,
     *,
     grads: bool,
-) -> Together | None:
+) -> OneRunResult | None:
     """One run of a batch of both. The parameters `shared` are read at its end; None if the program
     went another way than expected, where samples could be told by their company."""
     single = [i for i in range(len(leaves)) if i not in shared]
@@ -128,7 +132,7 @@ def _run(
         collect=shared,
         scale=weights,
     )
-    if _minds_company(taken.trace):
+    if _depends_on_other_samples(taken.trace):
         return None
     dots, out = list(taken.values[0]), list(taken.grads)
     for i in shared:
@@ -136,10 +140,10 @@ def _run(
         dots[i], total = _read(reader, bundle, grads=grads)
         if total is not None:
             out[i] = total.view_as(leaves[i])
-    return Together(taken.losses, out, dots)
+    return OneRunResult(taken.losses, out, dots)
 
 
-def _minds_company(trace: Trace) -> bool:
+def _depends_on_other_samples(trace: Trace) -> bool:
     return trace.statistics or trace.reads
 
 
@@ -170,17 +174,17 @@ def _joined(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
     return [joined[id(x)] for x in ours]
 
 
-def _read_in_passing(uses: Sequence[Meeting]) -> bool:
+def _needs_no_waiting(uses: Sequence[UseShape]) -> bool:
     """Whether a parameter is read in no more memory than a backward pass takes: it has one use, or
     what has to wait for the others is little."""
     large = [x for x in uses if x.kind != "OneHot"]
-    few = len(large) <= 1 and len(uses) <= WAITING
+    few = len(large) <= 1 and len(uses) <= WAITING_USES
     return len(uses) == 1 or (few and all(x.direct for x in uses))
 
 
-def _read(reader: BesideReader, bundle: Bundle, *, grads: bool) -> tuple[Tensor, Tensor | None]:
+def _read(reader: OneRunReader, bundle: Bundle, *, grads: bool) -> tuple[Tensor, Tensor | None]:
     """`<g_i, u>` and `sum_i g_i` of a parameter's uses, taken together."""
-    against = reader.opposite(bundle, grads=grads)
+    against = reader.for_train_rows(bundle, grads=grads)
     total = RunningTotal() if grads else None
     dots: list[Tensor] = []
     for factor in (bundles.take(f, slice(reader.n)) for f in bundle):

@@ -23,13 +23,13 @@ from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense
 from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
-from ghostfunc._quantities.readers import DotReader, PairReader, TurnReader
+from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
-from ghostfunc._transforms.scores.one_run import together
-from ghostfunc._transforms.scores.targets import Against, against
+from ghostfunc._transforms.scores.one_run import in_one_run
+from ghostfunc._transforms.scores.targets import Targets, make_targets
 from ghostfunc._transforms.scores.validation import (
     dense_direction,
     kept_readers,
@@ -37,7 +37,7 @@ from ghostfunc._transforms.scores.validation import (
 )
 
 _MODES = ("ghost", "jvp", "materialized")
-_Readers: TypeAlias = Sequence[DotReader | PairReader | TurnReader]
+_Readers: TypeAlias = Sequence[DotReader | PairReader | DeferredReader]
 
 
 class _Step(NamedTuple):
@@ -60,14 +60,14 @@ class _Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scores:
+class Question:
     """A validated question: which scores of which data. Made by `ask`."""
 
     model_fn: ModelFn
     leaves: Sequence[Tensor]
     spec: ParamSpec
     train: PyTree
-    targets: Against
+    targets: Targets
     mode: Mode
     reduction: Reduction
     per_param: bool
@@ -219,7 +219,7 @@ class Scores:
             return None
         if self.randomness != "error":
             return None
-        found = together(
+        found = in_one_run(
             self.model_fn,
             self.leaves,
             self.spec,
@@ -396,7 +396,7 @@ def ask(
     contract_dtype: ContractDtype,
     chunk_size: int | None,
     randomness: Randomness,
-) -> Scores:
+) -> Question:
     """Validate a call of one of the public functions."""
     one_of("mode", mode, _MODES)
     one_of("reduction", reduction, ("mean", "sum", "none"))
@@ -410,13 +410,13 @@ def ask(
         )
     leaves, spec = flatten_params(params)
     batch_size(train, "train")
-    targets = against(val, direction, train, leaves, spec)
+    targets = make_targets(val, direction, train, leaves, spec)
     if mode != "ghost" and any(isinstance(u, FactoredGrads) for u in targets.directions):
         raise OptionError(
             f'Validation gradients kept by gf.factored_grads need mode="ghost"; got mode={mode!r}. '
             "Pass the validation batch itself as val."
         )
-    return Scores(
+    return Question(
         model_fn,
         leaves,
         spec,

@@ -16,7 +16,7 @@ from ghostfunc._transforms.factored import FactoredGrads
 
 
 @dataclass(frozen=True)
-class Against:
+class Targets:
     """Validation batches, or directions; one of the two is empty.
 
     Attributes:
@@ -40,13 +40,13 @@ class Against:
         return dict(zip(self.names, results, strict=True))
 
 
-def against(
+def make_targets(
     val: PyTree | None,
     direction: PyTree | None,
     train: PyTree,
     leaves: Sequence[Tensor],
     spec: ParamSpec,
-) -> Against:
+) -> Targets:
     """Exactly one of `val` and `direction`, validated."""
     if (val is None) == (direction is None):
         given = "both" if val is not None else "neither"
@@ -56,11 +56,11 @@ def against(
         vals = (val,) if names is None else tuple(val.values())
         for name, batch in zip(names or (None,), vals, strict=True):
             batch_size(batch, "val" if names is None else f"val[{name!r}]")
-        return Against(names, vals, ())
+        return Targets(names, vals, ())
     if isinstance(direction, dict) and _several_directions(direction, leaves, spec):
         us = [_direction(u, leaves, spec, f"direction[{k!r}]") for k, u in direction.items()]
-        return Against(tuple(direction), (), tuple(us))
-    return Against(None, (), (_direction(direction, leaves, spec, "direction"),))
+        return Targets(tuple(direction), (), tuple(us))
+    return Targets(None, (), (_direction(direction, leaves, spec, "direction"),))
 
 
 def _direction(

@@ -21,9 +21,9 @@ from ghostfunc._factors import bundles, cost
 from ghostfunc._factors.factor import Factor, times
 from ghostfunc._factors.matmul import speed
 from ghostfunc._quantities.quantity import Prepared
-from ghostfunc._quantities.readers import DotReader, PairReader, TotalReader, TurnReader
+from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader, TotalReader
 from ghostfunc._taps.run import run
-from ghostfunc._taps.uses import meetings
+from ghostfunc._taps.uses import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 
 
@@ -46,13 +46,13 @@ def validation_readers(
     m = batch_size(val, "val")
     everything = range(len(leaves))
     each = reduction == "none"
-    ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
-    theirs = meetings(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+    theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
     if each:
         factored = set(everything)
-        postponed = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
+        deferred = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
     else:
-        postponed = set()
+        deferred = set()
         factored = {
             i
             for i, x in enumerate(leaves)
@@ -79,7 +79,7 @@ def validation_readers(
         [Prepared(totals, degree=1)] if wider else [],
         grads=[i for i in everything if i not in factored and i not in wider],
         collect=factored,
-        postpone=postponed,
+        defer=deferred,
         scale=1.0 if apart else mean,
         randomness=randomness,
     )
@@ -88,9 +88,9 @@ def validation_readers(
     def scaled(factor: Factor) -> Factor:
         return factor if after == 1.0 else times(factor, after)
 
-    def reader(i: int) -> DotReader | PairReader | TurnReader:
-        if taken.turns[i]:  # only of reduction "none", which scales nothing
-            return TurnReader(tuple(taken.turns[i]), m, contract_dtype)
+    def reader(i: int) -> DotReader | PairReader | DeferredReader:
+        if taken.deferred[i]:  # only of reduction "none", which scales nothing
+            return DeferredReader(tuple(taken.deferred[i]), m, contract_dtype)
         if i in factored:
             factors = tuple(map(scaled, taken.factors[i]))
             return PairReader(factors, each, m, contract_dtype=contract_dtype)
@@ -116,10 +116,10 @@ def kept_readers(
     m = len(kept.losses)
     each = reduction == "none"
     c = 1 / m if reduction == "mean" else 1.0
-    ours = meetings(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
 
     def reader(i: int) -> DotReader | PairReader:
-        theirs = [bundles.meeting(f) for f in kept.bundles[i]]
+        theirs = [bundles.use_shape(f) for f in kept.bundles[i]]
         faster = speed(leaves[i], contract_dtype)
         if each or cost.keep_direction_factored(ours[i], theirs, grads=grads, speed=faster):
             return PairReader(kept.scaled(i, c), each, m, contract_dtype=contract_dtype)
