@@ -10,9 +10,8 @@ from typing import Any
 
 from exact import error
 from flops import CountFlops
+from live_bytes import LiveBytes
 from torch import Tensor
-
-from ghostfunc._transforms.live_bytes import LiveBytes
 
 Answer = Tensor | dict[str, Tensor]
 LEAST, MOST = 3, 11

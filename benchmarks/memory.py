@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import transformers as hf
+from live_bytes import LiveBytes
 
 import ghostfunc as gf
-from ghostfunc._transforms.live_bytes import LiveBytes
 
 
 def model(options: argparse.Namespace, *, remat: bool) -> hf.GPT2LMHeadModel:

@@ -14,7 +14,7 @@ from problems import CASES, Problem, energy, sequences, weights
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc._transforms.live_bytes import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 
 DOTS = [
     (name, partial(fn, mode=mode, reduction=reduction, per_param=per_param))
@@ -143,7 +143,9 @@ def test_bad_sizes_are_refused(value: Any) -> None:
 
 def test_pairs_of_samples_are_refused() -> None:
     problem = CASES["mlp"]()
-    with pytest.raises(gf.OptionError, match=r"Gram pairs the samples .* memory_budget"):
+    with pytest.raises(
+        gf.OptionError, match=r"Gram pairs .* chunk_size of its own"
+    ):
         gf.ghost_vjp(problem.model_fn, problem.params, problem.batch(4), gf.Gram(), chunk_size=2)
 
 

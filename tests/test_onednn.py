@@ -18,13 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
+from benchmarks.live_bytes import LiveBytes
 from ghostfunc._factors import cost
 from ghostfunc._factors import matmul as matmul_room
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.contract import add_total, dot, materialize, total
 from ghostfunc._factors.factor import Outer
 from ghostfunc._factors.matmul import SPEED, _made_by_amd, add_product, chosen, product, speed
-from ghostfunc._transforms.live_bytes import LiveBytes
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda x: x.contiguous(),

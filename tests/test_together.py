@@ -13,9 +13,9 @@ from problems import CASES, Problem, features
 from torch import Tensor
 
 import ghostfunc as gf
+from benchmarks.live_bytes import LiveBytes
 from ghostfunc import NonFiniteLossError
 from ghostfunc._base.trees import batch_size
-from ghostfunc._transforms.live_bytes import LiveBytes
 
 TWO_RUNS = {
     "a parameter with several large uses, or of derived tensors": {

@@ -74,7 +74,6 @@ class PairReader(NamedTuple):
     factors: tuple[Factor, ...]
     each: bool
     m: int
-    workspace: int = cost.BLOCK_ELEMENTS
     contract_dtype: ContractDtype = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
@@ -84,12 +83,7 @@ class PairReader(NamedTuple):
         if not self.factors:  # the validation losses do not depend on the parameter
             return self.tap(bundles.values(factor), bundles.samples([factor]))
         if self.each:
-            return pairs.gram(
-                [factor],
-                self.factors,
-                workspace=self.workspace,
-                contract_dtype=self.contract_dtype,
-            )
+            return pairs.gram([factor], self.factors, contract_dtype=self.contract_dtype)
         dots = [
             contract.pair_dots(factor, g, each=False, contract_dtype=self.contract_dtype)
             for g in self.factors

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
-from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.options import check_chunk_size, one_of
+from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
-from ghostfunc._transforms.factored import collect
-from ghostfunc._transforms.gram_blocks import GramBlocks
+from ghostfunc._quantities.quantity import Gram, Prepared, Quantity, SqNorm
+from ghostfunc._quantities.readers import PairReader
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.factored import FactoredGrads, collect
 from ghostfunc._transforms.norms import _MODES
 
 
@@ -24,7 +33,7 @@ def ghost_gram(
     per_param: bool = False,
     normalize: bool = False,
     mode: Mode = "ghost",
-    memory_budget: int | None = None,
+    chunk_size: int | None = None,
     vectorize: bool = True,
     randomness: Randomness = "error",
 ) -> PyTree:
@@ -41,27 +50,27 @@ def ghost_gram(
         normalize: cosines instead, `G_ij / (||g_i|| ||g_j||)`; 0 where a gradient is zero. With
             `other`, both batches are run once more for their norms.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
-        memory_budget: bytes that may be allocated at one time, apart from the result. Samples are
-            then run in blocks, one against the other, as large as the budget allows: k blocks take
-            `k (k + 1) / 2` forward and backward passes of one block (with `other`, one for every
-            pair of blocks and one for every block of it). By default everything is run at once.
-            What a sample takes is measured, on two of them, at the first call with given shapes.
+        chunk_size: the most samples to run at one time. Samples then run in chunks, one against the
+            other: k chunks take `k (k + 1) / 2` forward and backward passes of one chunk (with
+            `other`, one for every pair of chunks and one for every chunk of it). The factors of two
+            chunks are in memory at one time. By default everything is run at once.
         vectorize: for "materialized", False loops over samples.
-        randomness: "error" or "different" (not with a budget: every block would draw anew).
+        randomness: "error" or "different" (not with chunks: every pass would draw anew).
 
     Returns:
         `[n, n]`, symmetric, or `[n, m]`; float32 or wider; for `per_param` a pytree like `params`
         of those. The diagonal is `ghost_norm(...) ** 2`.
 
     Raises:
-        OptionError: not even one sample at a time fits into the budget.
+        OptionError: `chunk_size` in a mode that does not run chunks.
         GhostError: another of its children, as for `ghost_vjp`.
     """
     one_of("mode", mode, _MODES)
     one_of("randomness", randomness, ("error", "different"))
-    if memory_budget is not None and (mode, randomness) != ("ghost", "error"):
+    check_chunk_size(chunk_size)
+    if chunk_size is not None and (mode, randomness) != ("ghost", "error"):
         raise OptionError(
-            'memory_budget needs mode="ghost" and randomness="error": it runs samples in blocks, '
+            'chunk_size needs mode="ghost" and randomness="error" here: it runs samples in chunks, '
             "some more than once."
         )
     if normalize and other is not None and randomness != "error":
@@ -71,13 +80,16 @@ def ghost_gram(
         )
     leaves, spec = flatten_params(params)
     if mode == "ghost":
-        blocks = GramBlocks(model_fn, leaves, spec, per_param, memory_budget, randomness)
-        grams = blocks.within(batch) if other is None else blocks.between(batch, other)
-        if normalize:
-            squares = [[g.diagonal() for g in grams]]
-            if other is not None:
-                squares = [blocks.squares(batch, other), blocks.squares(other, batch)]
-            lengths = [list(map(extreme_norms.root, side)) for side in squares]
+        model = _Gradients(model_fn, leaves, spec, randomness, per_param)
+        mine = [chunk for _, chunk in batches.chunks(batch, chunk_size)]
+        if other is None:
+            grams = model.within(mine)
+            squares = [[g.diagonal() for g in grams]] if normalize else []
+        else:
+            theirs = [chunk for _, chunk in batches.chunks(other, chunk_size, "other")]
+            grams = model.between(mine, theirs)
+            squares = [model.squares(mine), model.squares(theirs)] if normalize else []
+        lengths = [list(map(extreme_norms.root, side)) for side in squares]
     else:
         books = [
             collect(
@@ -92,3 +104,69 @@ def ghost_gram(
     if normalize:
         grams = list(map(extreme_norms.cosine, grams, lengths[0], lengths[-1]))
     return spec.unflatten(grams) if per_param else grams[0]
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Per-sample gradients of one model function, whose inner products are asked for.
+
+    Attributes:
+        per_param: one matrix for every parameter instead of one in all.
+    """
+
+    model_fn: ModelFn
+    leaves: Sequence[Tensor]
+    spec: ParamSpec
+    randomness: Randomness
+    per_param: bool
+
+    def within(self, chunks: Sequence[PyTree]) -> list[Tensor]:
+        """`[n, n]`: the factors of one chunk are kept while those after it stream past them."""
+        table: list[list[list[Tensor]]] = [[[] for _ in chunks] for _ in chunks]
+        for j, chunk in enumerate(chunks[:-1]):
+            kept = self._factors(chunk)
+            table[j][j] = self._summed(kept.param_grams())
+            for i in range(j + 1, len(chunks)):
+                table[i][j] = self._beside(kept, chunks[i])
+                table[j][i] = [g.mT for g in table[i][j]]
+            del kept
+        table[-1][-1] = self._read(chunks[-1], Gram())
+        return _joined(table)
+
+    def between(self, mine: Sequence[PyTree], theirs: Sequence[PyTree]) -> list[Tensor]:
+        """`[n, m]`: the factors of one chunk of `theirs` are kept while all of `mine` stream past
+        them."""
+        columns = []
+        for chunk in theirs:
+            kept = self._factors(chunk)
+            columns.append([self._beside(kept, other) for other in mine])
+            del kept
+        return _joined([list(row) for row in zip(*columns, strict=True)])
+
+    def squares(self, chunks: Sequence[PyTree]) -> list[Tensor]:
+        """`||g_i||^2`, `[n]`."""
+        parts = [self._read(chunk, SqNorm()) for chunk in chunks]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _factors(self, chunk: PyTree) -> FactoredGrads:
+        return collect(self.model_fn, self.leaves, self.spec, chunk, randomness=self.randomness)
+
+    def _beside(self, kept: FactoredGrads, chunk: PyTree) -> list[Tensor]:
+        """`<g_i, g_j>`, i in `chunk` and j in `kept`."""
+        readers = [PairReader(bundle, True, len(kept.losses)) for bundle in kept.bundles]
+        return self._read(chunk, Prepared(readers, degree=1))
+
+    def _read(self, chunk: PyTree, quantity: Quantity) -> list[Tensor]:
+        result = run(
+            self.model_fn, self.leaves, self.spec, chunk, [quantity], randomness=self.randomness
+        )
+        return self._summed(result.values[0])
+
+    def _summed(self, values: list[Tensor]) -> list[Tensor]:
+        return values if self.per_param else [add_up(values)]
+
+
+def _joined(table: list[list[list[Tensor]]]) -> list[Tensor]:
+    """One matrix per parameter, from a table of blocks of all parameters."""
+    rows = [[torch.cat(blocks, 1) for blocks in zip(*row, strict=True)] for row in table]
+    return [torch.cat(column) for column in zip(*rows, strict=True)]

@@ -80,7 +80,7 @@ def ghost_vjp(
         if chunk_size is not None and quantity.pairs_samples:
             raise OptionError(
                 f"{type(quantity).__name__} pairs the samples of a batch, so it cannot be taken in "
-                "chunks. gf.ghost_gram has memory_budget for that."
+                "chunks. gf.ghost_gram has a chunk_size of its own."
             )
     rounded = [quantity.contracting(contract_dtype) for quantity in named.values()]
     leaves, spec = flatten_params(params)

@@ -1,4 +1,4 @@
-"""Peak memory of Gram matrices stays within its budget, and the numbers do not notice."""
+"""Gram matrices in chunks: the same numbers in less memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from compare import assert_close
 from torch import Tensor, nn
 
 import ghostfunc as gf
+from benchmarks.live_bytes import LiveBytes
 from ghostfunc import OptionError
-from ghostfunc._transforms import gram_blocks
-from ghostfunc._transforms.live_bytes import LiveBytes
 
 VOCABULARY, WIDTH, LAYERS = 50, 32, 3
 
@@ -58,59 +57,52 @@ FEW = {"within": (ids(5, 8),), "between": (ids(5, 8), ids(4, 6))}
 
 
 @pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("share", [0.8, 0.4, 0.2])
-def test_peak_stays_within_the_budget(
-    model: tuple[Any, Any], batches: tuple[Tensor, ...], share: float
-) -> None:
+def test_chunks_take_less_memory(model: tuple[Any, Any], batches: tuple[Tensor, ...]) -> None:
     gf.ghost_gram(*model, *batches)  # traces
-    with LiveBytes() as unbounded:
+    with LiveBytes() as whole:
         expected = gf.ghost_gram(*model, *batches)
-    budget = int(share * unbounded.peak)
     gc.collect()
-    with LiveBytes() as bounded:
-        gram = gf.ghost_gram(*model, *batches, memory_budget=budget)
-    result = gram.numel() * gram.element_size()
-    assert bounded.peak <= budget + 3 * result
-    assert bounded.peak >= 0.4 * budget, "the budget is there to be used"
+    with LiveBytes() as chunked:
+        gram = gf.ghost_gram(*model, *batches, chunk_size=4)
+    assert chunked.peak <= 0.6 * whole.peak
     assert_close(gram, expected, 1e-12)
-    each = gf.ghost_gram(*model, *batches, memory_budget=budget, per_param=True)
-    assert_close(sum(each.values()), expected, 1e-12)
-
-
-def test_a_generous_budget_changes_nothing(model: tuple[Any, Any]) -> None:
-    (batch,) = BATCHES["within"]
-    with LiveBytes() as unbounded:
-        expected = gf.ghost_gram(*model, batch)
-    with LiveBytes() as bounded:
-        gram = gf.ghost_gram(*model, batch, memory_budget=10**10)
-    assert torch.equal(gram, expected)
-    assert bounded.peak <= 1.01 * unbounded.peak
-
-
-def test_a_budget_for_less_than_one_sample(model: tuple[Any, Any]) -> None:
-    with pytest.raises(OptionError, match=r"memory_budget=10,000 bytes is too small.*takes \d+"):
-        gf.ghost_gram(*model, ids(3, 40), memory_budget=10_000)
 
 
 @pytest.mark.parametrize("options", [{"mode": "materialized"}, {"randomness": "different"}])
-def test_a_budget_needs_passes_that_can_be_repeated(
+def test_chunks_need_passes_that_can_be_repeated(
     model: tuple[Any, Any], options: dict[str, Any]
 ) -> None:
-    with pytest.raises(OptionError, match="memory_budget needs"):
-        gf.ghost_gram(*model, ids(3, 40), memory_budget=10**9, **options)
+    with pytest.raises(OptionError, match="chunk_size needs"):
+        gf.ghost_gram(*model, ids(3, 40), chunk_size=2, **options)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_blocks_of_every_size(
-    model: tuple[Any, Any], size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = [gf.ghost_gram(*model, *batches) for batches in FEW.values()]
-    monkeypatch.setattr(gram_blocks.GramBlocks, "_plan", lambda self, *batches: (size, 100))
-    for batches, full in zip(FEW.values(), expected, strict=True):
-        gram = gf.ghost_gram(*model, *batches)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_chunks_of_every_size(model: tuple[Any, Any], size: int, normalize: bool) -> None:
+    for batches in FEW.values():
+        full = gf.ghost_gram(*model, *batches, normalize=normalize)
+        gram = gf.ghost_gram(*model, *batches, normalize=normalize, chunk_size=size)
         assert_close(gram, full, 1e-12)
-        if len(batches) == 1:
+        each = gf.ghost_gram(*model, *batches, chunk_size=size, per_param=True)
+        assert_close(sum(each.values()), gf.ghost_gram(*model, *batches), 1e-12)
+        if len(batches) == 1 and not normalize:
             assert torch.equal(gram, gram.mT)
+
+
+def test_chunks_are_few(model: tuple[Any, Any]) -> None:
+    """Three chunks take six passes; with another batch of two, two for it and six for pairs."""
+    model_fn, params = model
+    sizes: list[int] = []
+
+    def counted(params: Any, batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        return model_fn(params, batch)
+
+    for batches, passes in (((ids(6, 8),), 6), ((ids(6, 8), ids(4, 8)), 8)):
+        gf.ghost_gram(counted, params, *batches, chunk_size=2)
+        sizes.clear()
+        gf.ghost_gram(counted, params, *batches, chunk_size=2)
+        assert sizes == [2] * passes
 
 
 def test_live_bytes() -> None:

@@ -1,15 +1,14 @@
-"""How much memory a computation takes, measured on a few samples."""
+"""Bytes of the tensors that a computation has alive."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ghostfunc._base.torch_private import TorchDispatchMode
 from ghostfunc._base.trees import tensors_of
 
 
@@ -52,20 +51,3 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Bytes as a linear function of the number of samples."""
-
-    fixed: int
-    per_sample: int
-
-    def __call__(self, n: int) -> int:
-        return self.fixed + n * self.per_sample
-
-
-def line_through(one: int, two: int) -> Linear:
-    """The line through the bytes for one and for two samples."""
-    slope = max(0, two - one)
-    return Linear(max(0, one - slope), slope)
