@@ -143,9 +143,7 @@ def test_bad_sizes_are_refused(value: Any) -> None:
 
 def test_pairs_of_samples_are_refused() -> None:
     problem = CASES["mlp"]()
-    with pytest.raises(
-        gf.OptionError, match=r"Gram pairs .* chunk_size of its own"
-    ):
+    with pytest.raises(gf.OptionError, match=r"Gram pairs .* chunk_size of its own"):
         gf.ghost_vjp(problem.model_fn, problem.params, problem.batch(4), gf.Gram(), chunk_size=2)
 
 
