@@ -26,7 +26,8 @@ from ghostfunc._base.errors import (
     VerificationError,
 )
 from ghostfunc._base.module import accumulate_grads, from_module
-from ghostfunc._factors.factor import Dense, OneHot, Outer
+from ghostfunc._factors.contract import materialize
+from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, SqNorm
 from ghostfunc._rules.registry import register_rule
 from ghostfunc._taps.remat.remat import remat
@@ -60,6 +61,7 @@ __all__ = [
     "GhostStep",
     "GhostVjp",
     "Gram",
+    "Grouped",
     "InPlaceError",
     "LossShapeError",
     "NonFiniteLossError",
@@ -96,6 +98,7 @@ __all__ = [
     "ghost_vjp",
     "hf",
     "kronecker_projection",
+    "materialize",
     "per_sample_grads",
     "projection",
     "register_rule",

@@ -1,4 +1,4 @@
-"""Check op rules, the ones that come with ghostfunc and your own, against plain autograd."""
+"""Check op rules and quantities, ghostfunc's own and yours, against plain autograd."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ghostfunc._base.errors import OptionError, VerificationError
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import flatten_params
+from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._rules.registry import DECOMPOSITIONS, canonical
 from ghostfunc._trace.find import trace_of
 from ghostfunc._transforms.dot_prods import ghost_dot_prod, ghost_value_and_grad
 from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc._transforms.gram import ghost_gram
+from ghostfunc._transforms.vjp import ghost_vjp
 from ghostfunc.projection import ghost_project, kronecker_projection
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -98,6 +101,103 @@ def check_rule(
             f"The rule of {op_name(op)} differs from autograd by more than {tolerance:.0e} of "
             "its size:\n" + "\n".join(f"  {line}" for line in wrong)
         )
+
+
+def check_quantity(
+    quantity: Quantity,
+    definition: Callable[[Tensor], Tensor],
+    *,
+    samples: Sequence[int] = (1, 2, 3),
+    tolerance: float = 1e-10,
+    seed: int = 0,
+) -> None:
+    """Check that a quantity is what it is defined to be, in float64.
+
+        value of a parameter = definition(its per-sample gradients [n, *shape] by autograd)
+
+    on small models in which parameters meet samples in every way that there is: a linear layer and
+    its transpose, an embedding, a convolution, a scale, a bias, a weight that is used twice, tied
+    to an embedding, or made of others, and one that is not used at all.
+
+    Args:
+        quantity: what is checked, such as `gf.SqNorm()`.
+        definition: from one parameter's per-sample gradients, `[n, *shape]`, to the value.
+        samples: numbers of samples to draw.
+        tolerance: largest error, relative to the largest entry of the value.
+        seed: of the random numbers.
+
+    Raises:
+        VerificationError: values differ, with a line for each parameter, or have another shape.
+        GhostError: whatever ghost mode says of the quantity.
+
+    Example:
+        >>> check_quantity(gf.SqNorm(), lambda g: g.flatten(1).square().sum(1))
+    """
+    wrong = []
+    for name, case in _QUANTITY_CASES.items():
+        model_fn = _model(case)
+        generator = torch.Generator().manual_seed(seed)
+        params = {k: _draw(x, generator) for k, x in case.params.items()}
+        for n in samples:
+            batch = {k: _draw(x, generator, n) for k, x in case.samples.items()}
+            found = ghost_vjp(model_fn, params, batch, quantity).values
+            for k, g in _loop(model_fn, params, batch).items():
+                expected, value = definition(g), found[k]
+                where = f"{name}, n = {n}, parameter {k!r} {tuple(params[k].shape)}"
+                if value.shape != expected.shape:
+                    wrong.append(
+                        f"{where}: shape {tuple(value.shape)}, defined as {tuple(expected.shape)}"
+                    )
+                    continue
+                size = float(expected.abs().max()) if expected.numel() else 0.0
+                error = float((value - expected).abs().max()) if expected.numel() else 0.0
+                if not error <= tolerance * max(size, 1e-4):
+                    wrong.append(f"{where}: off by {error:.1e} where values are {size:.1e}")
+    if wrong:
+        raise VerificationError(
+            f"{type(quantity).__name__} differs from its definition by more than {tolerance:.0e} "
+            "of its size:\n" + "\n".join(f"  {line}" for line in wrong)
+        )
+
+
+_QUANTITY_CASES: dict[str, Case] = {
+    "linear": Case(
+        lambda p, s: F.linear(s["x"], p["w"], p["b"]),
+        {"w": (5, 4), "b": (5,)},
+        {"x": (3, 4)},
+    ),
+    "transposed": Case(lambda p, s: s["x"] @ p["w"], {"w": (4, 5)}, {"x": (3, 4)}),
+    "embedding": Case(lambda p, s: F.embedding(s["i"], p["e"]), {"e": (6, 4)}, {"i": ids(6, 3)}),
+    "tied": Case(
+        lambda p, s: torch.tanh(F.embedding(s["i"], p["e"])) @ p["e"].t(),
+        {"e": (6, 4)},
+        {"i": ids(6, 3)},
+    ),
+    "used twice": Case(
+        lambda p, s: F.linear(torch.tanh(F.linear(s["x"], p["w"])), p["w"]),
+        {"w": (4, 4)},
+        {"x": (3, 4)},
+    ),
+    "convolution": Case(
+        lambda p, s: F.conv1d(s["x"], p["w"], p["b"]),
+        {"w": (3, 2, 2), "b": (3,)},
+        {"x": (2, 5)},
+    ),
+    "scale and table": Case(
+        lambda p, s: s["x"] * p["scale"] + p["table"],
+        {"scale": (4,), "table": (3, 4)},
+        {"x": (3, 4)},
+    ),
+    "derived": Case(
+        lambda p, s: F.linear(s["x"], p["w"] + p["b"] @ p["a"]),
+        {"w": (5, 4), "b": (5, 2), "a": (2, 4)},
+        {"x": (3, 4)},
+    ),
+    "not used": Case(
+        lambda p, s: F.linear(s["x"], p["w"]), {"w": (5, 4), "free": (3, 2)}, {"x": (3, 4)}
+    ),
+}
+"""One model for every way in which a parameter meets samples."""
 
 
 def _draw(spec: Sequence[int] | Draw, generator: Generator, *n: int) -> Tensor:

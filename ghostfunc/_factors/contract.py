@@ -40,7 +40,19 @@ def _blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
 
 @singledispatch
 def materialize(factor: Factor) -> Float[Tensor, "n ..."]:
-    """`g_i` for every sample, `[n, *shape]`."""
+    """`g_i` for every sample, `[n, *shape]`, in float32 or wider.
+
+    Args:
+        factor: `gf.Outer`, `gf.OneHot`, `gf.Grouped` or `gf.Dense`.
+
+    Raises:
+        TypeError: another type.
+
+    Example:
+        >>> left, right = torch.ones(2, 3, 4), torch.ones(2, 3, 5)
+        >>> gf.materialize(gf.Outer(left, right)).shape
+        torch.Size([2, 4, 5])
+    """
     raise unknown_factor(factor)
 
 

@@ -1,4 +1,4 @@
-"""Quantities: what a tap reads off a factor.
+"""Quantities: what a tap reads off the factors of a parameter.
 
 A quantity hands out one *reader* per parameter. A reader is a pytree of tensors with three methods:
 
@@ -20,7 +20,6 @@ It is called after the backward pass, for the parameters that samples meet more 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,29 +29,52 @@ from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.trees import ParamSpec, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
-from ghostfunc._factors import cost
-from ghostfunc._quantities.readers import DotReader, GramReader, SampleGradReader, SqNormReader
+from ghostfunc._factors import bundles, contract, cost, pairs
+from ghostfunc._factors.factor import Factor
+from ghostfunc._quantities.readers import DotReader, ValueReader
 
 
-class Quantity(ABC):
-    """A number per sample (or several), made from its gradient.
+class Quantity:
+    """A number per sample (or several), made from its gradient. Subclass it for one of your own.
+
+    A subclass says what it makes of the factors of one parameter, whose sum is `g_i`, and of which
+    shape that is:
+
+        shape(n, param)         for n samples and a parameter of the shape `param`
+        value(factors, param)   from the factors of all uses of the parameter
+
+    Factors are `gf.Outer`, `gf.OneHot`, `gf.Grouped` or `gf.Dense`; `gf.materialize` makes a
+    gradient of any of them. `docs/adding_a_quantity.md` has a worked example, and
+    `gf.testing.check_quantity` holds a quantity against its definition.
 
     Attributes:
-        degree: how the quantity scales with the gradient: 1 linear, 2 quadratic.
+        degree: 1 if the value is linear in the gradient, so that the uses of a parameter may be
+            read one by one and added up; 2 if it is not, so that `value` needs them together.
         pairs_samples: whether it relates the samples of a batch to each other; where not, its value
             for a batch is that of the batch's parts, one after the other.
-        takes_contract_dtype: whether its readers heed `contract_dtype`.
+        same_for_transpose: whether the value is the same for the transposed gradient, as a norm is:
+            a weight that is used as `w.t()` is then read where it is used.
+        takes_contract_dtype: whether it heeds `contract_dtype`.
         contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
     """
 
     degree: int
     pairs_samples: bool = False
+    same_for_transpose: bool = False
     takes_contract_dtype: bool = False
     contract_dtype: ContractDtype = None
 
-    @abstractmethod
+    def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one parameter's value."""
+        raise NotImplementedError(f"{type(self).__name__} must define shape(n, param).")
+
+    def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
+        """One parameter's value, from the factors of its uses, in float32 or wider."""
+        raise NotImplementedError(f"{type(self).__name__} must define value(factors, param).")
+
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
         """One reader per parameter; None where the quantity has nothing to read."""
+        return [ValueReader(self, tuple(x.shape)) for x in leaves]
 
     def contracting(self, contract_dtype: ContractDtype) -> Quantity:
         """The same quantity, contracted in another dtype."""
@@ -102,10 +124,14 @@ class SqNorm(Quantity):
     """
 
     degree = 2
+    same_for_transpose = True
     takes_contract_dtype = True
 
-    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[SqNormReader]:
-        return [SqNormReader(self.contract_dtype) for _ in leaves]
+    def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
+        return (n,)
+
+    def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
+        return pairs.sqnorms(factors, contract_dtype=self.contract_dtype)
 
 
 @node("workspace")
@@ -118,13 +144,17 @@ class Gram(Quantity):
 
     degree = 2
     pairs_samples = True
+    same_for_transpose = True
     takes_contract_dtype = True
 
     def __init__(self, *, workspace: int = cost.BLOCK_ELEMENTS) -> None:
         self.workspace = workspace
 
-    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[GramReader]:
-        return [GramReader(self.workspace, self.contract_dtype) for _ in leaves]
+    def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
+        return (n, n)
+
+    def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
+        return pairs.gram(factors, workspace=self.workspace, contract_dtype=self.contract_dtype)
 
 
 @node()
@@ -136,5 +166,9 @@ class SampleGrad(Quantity):
 
     degree = 1
 
-    def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[SampleGradReader]:
-        return [SampleGradReader(tuple(x.shape)) for x in leaves]
+    def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
+        return (n, *param)
+
+    def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
+        n = bundles.samples(factors)
+        return contract.add_up([contract.materialize(f).reshape(n, *param) for f in factors])

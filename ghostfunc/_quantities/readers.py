@@ -242,64 +242,34 @@ class DeferredReader(NamedTuple):
         return self._replace(way=self.way.beside(other.way))
 
 
-class SqNormReader(NamedTuple):
-    """`||g_i||^2`, `[n]`."""
+class ValueReader(NamedTuple):
+    """Reads a quantity that is a function of a parameter's factors: `Quantity.value`.
 
-    contract_dtype: ContractDtype
+    Attributes:
+        quantity: the quantity; its tensors are constants.
+        shape: of the parameter.
+    """
 
-    def tap(self, param: Tensor, n: int) -> Tensor:
-        return _zeros(param, n)
-
-    def read(self, factor: Factor) -> Tensor:
-        return self.read_all([factor])
-
-    def read_all(self, factors: Sequence[Factor]) -> Tensor:
-        return pairs.sqnorms(factors, contract_dtype=self.contract_dtype)
-
-    def push(self, push: Push) -> SqNormReader | None:
-        return None if push.derivation == "general" else self
-
-    def plus(self, other: SqNormReader) -> SqNormReader:
-        return self
-
-
-class GramReader(NamedTuple):
-    """`<g_i, g_j>` within one batch, `[n, n]`."""
-
-    workspace: int
-    contract_dtype: ContractDtype
-
-    def tap(self, param: Tensor, n: int) -> Tensor:
-        return _zeros(param, n, n)
-
-    def read(self, factor: Factor) -> Tensor:
-        return self.read_all([factor])
-
-    def read_all(self, factors: Sequence[Factor]) -> Tensor:
-        return pairs.gram(factors, workspace=self.workspace, contract_dtype=self.contract_dtype)
-
-    def push(self, push: Push) -> GramReader | None:
-        return None if push.derivation == "general" else self
-
-    def plus(self, other: GramReader) -> GramReader:
-        return self
-
-
-class SampleGradReader(NamedTuple):
-    """`g_i` itself, `[n, *shape]`."""
-
+    quantity: Any
     shape: tuple[int, ...]
 
     def tap(self, param: Tensor, n: int) -> Tensor:
-        return _zeros(param, n, *self.shape)
+        return _zeros(param, *self.quantity.shape(n, self.shape))
 
     def read(self, factor: Factor) -> Tensor:
-        return contract.materialize(factor).reshape(bundles.samples([factor]), *self.shape)
+        return self.read_all([factor])
 
-    def push(self, push: Push) -> None:
-        return None
+    def read_all(self, factors: Sequence[Factor]) -> Tensor:
+        value: Tensor = self.quantity.value(factors, self.shape)
+        return value
 
-    def plus(self, other: SampleGradReader) -> SampleGradReader:
+    def push(self, push: Push) -> ValueReader | None:
+        same = push.derivation == "cast"
+        if self.quantity.same_for_transpose:
+            same |= push.derivation == "transpose"
+        return self if same else None
+
+    def plus(self, other: ValueReader) -> ValueReader:
         return self
 
 
