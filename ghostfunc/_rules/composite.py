@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._rules._registry import register_decomposition
+from ghostfunc._rules.registry import register_decomposition
 
 
 def _nobody_overrides(*args: object) -> bool:

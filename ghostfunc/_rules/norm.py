@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._errors import InPlaceError
-from ghostfunc._factors import Dense, wide
-from ghostfunc._rules._registry import Factors, coupled, refuse, register_rule
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import InPlaceError
+from ghostfunc._base.refusals import refuse
+from ghostfunc._factors.factor import Dense
+from ghostfunc._rules.registry import Factors, coupled, register_rule
 
 # --- over the last axes -------------------------------------------------------------------------
 

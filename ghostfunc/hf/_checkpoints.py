@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._state import STATE_FILE, load_state
 
 LAST_WRITTEN = "trainer_state.json"

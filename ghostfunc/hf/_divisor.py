@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ghostfunc._errors import VerificationError
+from ghostfunc._base.errors import VerificationError
 
 TOLERANCE = {"no": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 """The largest relative difference of two ways to one loss, by mixed precision."""

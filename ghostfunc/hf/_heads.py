@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghostfunc._errors import BatchError, OptionError
-from ghostfunc._factors import wide
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc.hf._logits import IGNORED
 
 Problem: TypeAlias = Literal[

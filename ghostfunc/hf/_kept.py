@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._checkpoints import flaw_of, newest_whole
 from ghostfunc.hf._fingerprint import fingerprint, seeded
 from ghostfunc.hf._score_sets import ScoreSet

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghostfunc._errors import BatchError, OptionError
-from ghostfunc._module import from_module
-from ghostfunc._types import ModelFn
+from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.module import from_module
+from ghostfunc._base.types import ModelFn
 from ghostfunc.hf._heads import head_counts, head_losses, head_of
 from ghostfunc.hf._logits import IGNORED, check_head, chunked_token_means, token_losses
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer
 
-from ghostfunc._types import PyTree
+from ghostfunc._base.types import PyTree
 from ghostfunc.hf._scoring import Form
 from ghostfunc.shapley import Optimizer, clipped, from_optimizer, sgd
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from ghostfunc._errors import BatchError, OptionError
+from ghostfunc._base.errors import BatchError, OptionError
 
 Collate = Callable[[list[Any]], Any]
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ghostfunc._errors import OptionError, one_of
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.torch_private import uncompiled
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import TOLERANCE, compare, divisor_of, loss_of
 from ghostfunc.hf._files import write_table
@@ -332,11 +334,6 @@ class GhostMixin(Trainer):
                 self._kept.add(values)
                 self._run.metrics.add(values)
         self._run.pending = []
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` made of it."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
 
 
 def _check_options(form: object, order: object, batch_size: object) -> None:

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._book import FactoredGrads, factored_grads
-from ghostfunc._module import accumulate_grads, from_module
-from ghostfunc._quantities import Dot, Quantity, SqNorm
-from ghostfunc._types import ModelFn
+from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.types import ModelFn
+from ghostfunc._quantities.quantity import Dot, Quantity, SqNorm
+from ghostfunc._transforms.factored import FactoredGrads, factored_grads
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._trained import SampleLoss
 from ghostfunc.hf._warm import look_first, one_pass

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from transformers import Trainer
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 
 
 def refuse_settings(trainer: Trainer, *, second_order: bool) -> None:

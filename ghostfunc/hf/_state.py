@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._files import atomically
 
 STATE_FILE = "ghost_scores.bin"

@@ -12,8 +12,8 @@ from transformers.loss import loss_utils
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils.generic import ModelOutput
 
-from ghostfunc._errors import BatchError, OptionError
-from ghostfunc._factors import wide
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc.hf._heads import head_counts, head_losses, head_of
 from ghostfunc.hf._logits import IGNORED, token_losses
 from ghostfunc.hf._losses import Batch, need, next_tokens, seq2seq_logits

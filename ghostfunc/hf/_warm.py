@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._memo import structure
-from ghostfunc._quantities import Quantity
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import ModelFn
-from ghostfunc._vjp import GhostVjp, ghost_vjp, meetings
+from ghostfunc._base.remembered import structure
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import ModelFn
+from ghostfunc._quantities.quantity import Quantity
+from ghostfunc._taps.uses import use_shapes
+from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 
 Batch = dict[str, Any]
 
@@ -39,4 +40,4 @@ def look_first(
         if key not in looked_at:
             ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")
             looked_at.add(key)
-        meetings(model_fn, leaves, spec, batch, randomness="different", exact=True)
+        use_shapes(model_fn, leaves, spec, batch, randomness="different", exact=True)

@@ -8,14 +8,15 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _chunks
-from ghostfunc._capture import compilable, node
-from ghostfunc._errors import OptionError, check_contract_dtype, one_of
-from ghostfunc._quantities import Quantity
-from ghostfunc._transforms import per_sample_grads
-from ghostfunc._tree import ParamSpec
-from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness
-from ghostfunc._vjp import ghost_vjp
+from ghostfunc._base import batches
+from ghostfunc._base.compilable import compilable, node
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_contract_dtype, one_of
+from ghostfunc._base.trees import ParamSpec
+from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness
+from ghostfunc._quantities.quantity import Quantity
+from ghostfunc._transforms.grads import per_sample_grads
+from ghostfunc._transforms.vjp import ghost_vjp
 from ghostfunc.projection._projection import Projection
 
 
@@ -108,4 +109,4 @@ def ghost_project(
         )
         return [projection.apply(grads)]
 
-    return _chunks.joined(_chunks.each(of_chunk, batch, chunk_size))[0]
+    return batches.joined(batches.each(of_chunk, batch, chunk_size))[0]

@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _oracles
-from ghostfunc._book import FactoredGrads
-from ghostfunc._direction import validation_readers
-from ghostfunc._errors import OptionError, one_of
-from ghostfunc._factors import add_up, wide
-from ghostfunc._purity import prove_independent
-from ghostfunc._quantities import Dot, Prepared, Quantity
-from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
-from ghostfunc._vjp import run
+from ghostfunc._base import definition
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors.contract import add_up
+from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.factored import FactoredGrads
+from ghostfunc._transforms.scores.validation import validation_readers
 from ghostfunc.shapley._curvature import Hvp, grad_and_hvp
 from ghostfunc.shapley._optimizers import Optimizer
 
@@ -217,7 +219,7 @@ def directions(
             u, product = grad_and_hvp(model_fn, leaves, spec, val, move, hvp)
             u = [wide(x) + wide(y) for x, y in zip(u, product, strict=True)]
         else:
-            u = _oracles.val_gradient(model_fn, leaves, spec, val, 1 / batch_size(val, name))
+            u = definition.val_gradient(model_fn, leaves, spec, val, 1 / batch_size(val, name))
         out[name] = optimizer.pull_back(at, params, spec.unflatten(u))
     return out
 

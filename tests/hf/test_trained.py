@@ -150,6 +150,7 @@ CASES: dict[str, Case] = {
     "lora, head saved": Case(
         lora(partial(gpt2, tie_word_embeddings=False), modules_to_save=["lm_head"])
     ),
+    "lora, some tokens": Case(lora(trainable_token_indices=[3, 5, 7])),
     "lora, sums and counts": Case(lora(), options={"sample_loss": TOKENS}),
     "lora, classes": Case(
         lambda: adapted(

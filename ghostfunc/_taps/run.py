@@ -1,0 +1,279 @@
+"""One run of a model under taps: taps go in, and the backward pass returns the quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import TransformError
+from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
+from ghostfunc._base.torch_private import in_transform, symbolic, wrapped
+from ghostfunc._base.trees import ParamSpec, tensors_of
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors.beside_total import RunningTotal
+from ghostfunc._factors.factor import Factor
+from ghostfunc._quantities.quantity import Dot, Quantity
+from ghostfunc._quantities.readers import DeferredGradient
+from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.row_owners import check_owners
+from ghostfunc._taps.tap import StaleOutputs, leaf_factors
+from ghostfunc._taps.uses import collecting_outputs
+from ghostfunc._trace.find import TracedModel, with_trace
+from ghostfunc._trace.probe import unseen_use
+from ghostfunc._trace.trace import Trace
+from ghostfunc._trace.tracked import ReaderKey, constants
+from ghostfunc._trace.watch import gradients
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run returns, parameter by parameter; None for what was not asked for.
+
+    Attributes:
+        losses: `[n]`.
+        values: per quantity, what was read.
+        grads: the gradient of `scale * sum_i losses[i]`.
+        factors: the factors of `scale * g_i`, one per use.
+        turns: the same of the parameters `defer`, not yet pulled back to them.
+        trace: what the run followed.
+        route: None if model_fn made the calls of the trace and no others.
+    """
+
+    losses: Tensor
+    values: list[list[Any]]
+    grads: list[Any]
+    factors: list[list[Factor]]
+    deferred: list[list[DeferredGradient]]
+    trace: Trace
+    route: Hashable
+
+
+def run(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    quantities: Sequence[Quantity],
+    *,
+    grads: Collection[int] = (),
+    collect: Collection[int] = (),
+    defer: Collection[int] = (),
+    scale: float | Tensor = 1.0,
+    randomness: Randomness = "error",
+) -> RunResult:
+    """Run `model_fn` under taps, tracing it first where needed.
+
+    `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
+    `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
+    for every sample, `[n]`, values are those of `scale_i * g_i`, too.
+    """
+
+    def use(model: TracedModel) -> RunResult:
+        try:
+            return _run(model, quantities, grads, collect, scale, defer)
+        except StaleOutputs:  # trimmed to its longest sample, say
+            return _run(model, quantities, grads, collect, scale, defer, refresh=True)
+
+    model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    compiling = any(map(symbolic, tensors_of(batch)))
+    if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
+        raise TransformError(
+            "model_fn makes numbers of several samples, or may reorder samples by their values "
+            "(sorting, routing to experts), which has to be checked in every run: torch.compile "
+            "cannot record that. Call it uncompiled."
+        )
+    if taken.route is not None or model.trace.statistics:
+        prove_independent(
+            model_fn,
+            model.leaves,
+            spec,
+            batch,
+            randomness,
+            route=ALWAYS_PROVE if model.trace.statistics else taken.route,
+            known=taken.losses,
+        )
+    if model.trace.reorders and model.n > 1:
+        check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)
+    return taken
+
+
+def _dots(model: TracedModel, model_fn: ModelFn, directions: Sequence[Tensor]) -> list[Tensor]:
+    """`<g_i, u>` per parameter, for another function with the trace of `model`."""
+    other = replace(model, model_fn=model_fn)
+    return _run(other, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
+
+
+def _run(
+    model: TracedModel,
+    quantities: Sequence[Quantity],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float | Tensor,
+    defer: Collection[int] = (),
+    *,
+    refresh: bool = False,
+) -> RunResult:
+    """`refresh` looks at the uses in a run on this very batch."""
+    leaves, spec, n = model.leaves, model.spec, model.n
+    readers = [q.readers(leaves, spec) for q in quantities]
+    keys: list[ReaderKey] = []
+    met: list[ReaderKey] = []
+    for q, row in enumerate(readers):
+        for i in (i for i, r in enumerate(row) if r is not None):
+            # Not linear in the gradient, a quantity needs all uses of a parameter together.
+            together = quantities[q].degree > 1 and model.trace.uses[i] > 1
+            (met if together else keys).append((q, i))
+    taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
+    kept = {*collect, *(i for _, i in met)}
+    collected = collecting_outputs(model, kept, refresh=refresh)
+    modes: list[TapMode] = []
+    running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
+
+    def tapped(
+        taps: list[Tensor],
+        collect_taps: list[Tensor],
+        primals: list[Tensor],
+        guards: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        tracked = constants(leaves, spec)
+        for i, primal in zip(grads, primals, strict=True):
+            tracked[i].grad = tracked[i].shown = primal
+        for leaf, guard in zip(tracked, guards, strict=False):
+            leaf.shown = guard
+        for q, i in keys:
+            tracked[i].readers[q, i] = (readers[q][i], False)
+        mode = TapMode(
+            model.trace,
+            tracked,
+            n,
+            dict(zip(keys, taps, strict=True)),
+            dict(zip(collected, collect_taps, strict=True)),
+        )
+        with mode:
+            losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
+        mode.finish()
+        check_losses(losses, n)
+        modes.append(mode)
+        for i, total in running.items():  # the model may have pulled something back itself
+            tracked[i].running = total
+        # An enclosing transform may differentiate what is made of them; without one they would keep
+        # the whole graph alive.
+        nested = in_transform()
+        return losses, [
+            [x if nested else x.detach() for x in mode.uses[s].arg_tensors] for s in collected
+        ]
+
+    collect_taps = [output.tap(n) for output in collected.values()]
+    losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
+        tapped,
+        (taps, collect_taps, [leaves[i] for i in grads]),
+        scale,
+        guarded=model,
+        differentiable=_derivative_wanted(leaves, model.batch, readers),
+    )
+
+    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
+    for (q, i), value in zip(keys, with_zeros(tap_cotangents, taps), strict=True):
+        values[q][i] = _unscaled(value, scale, quantities[q].degree)
+    out_grads: list[Any] = [None] * len(leaves)
+    for i, grad in zip(grads, param_grads, strict=True):
+        whole = running[i].value if i in running else None
+        if whole is not None:
+            whole = whole.view_as(leaves[i])
+            grad = whole if grad is None else whole.add_(grad)
+        out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+    factors: list[list[Factor]] = [[] for _ in leaves]
+    deferred: list[list[DeferredGradient]] = [[] for _ in leaves]
+    for output, b, tensors in zip(
+        collected, with_zeros(collected_b, collect_taps), saved, strict=True
+    ):
+        use = modes[0].uses[output]
+        for name, target in use.targets:
+            factor = use.factor(name, target, b, tensors)
+            if target.leaves().isdisjoint(defer):
+                for i, at_leaf in leaf_factors(target, factor).items():
+                    if i in kept:
+                        factors[i].append(at_leaf)
+            else:
+                for i, one in target.deferred(factor):
+                    deferred[i].append(one)
+    for q, i in met:
+        value = readers[q][i].read_all(factors[i])
+        values[q][i] = _unscaled(value, scale, quantities[q].degree)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].route)
+
+
+def pull_back(
+    f: Callable[..., tuple[Tensor, Any]],
+    primals: tuple[list[Tensor], ...],
+    cotangent: float | Tensor,
+    *,
+    guarded: TracedModel,
+    differentiable: bool,
+) -> tuple[Tensor, Any, Any]:
+    """`f`'s output, the cotangents of its primals for its own (None may stand for zeros), and its
+    aux output.
+
+    Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
+    same with a tenth of the overhead on every op and tap.
+    """
+    if in_transform():
+        out: Any = torch.func.vjp(f, *primals, has_aux=True)
+        losses, pullback, aux = out
+        cotangents = pullback(
+            _like(losses, cotangent),
+            retain_graph=differentiable,
+            create_graph=differentiable,
+        )
+        return losses, cotangents, aux
+    inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
+    guards = [x.detach().requires_grad_() for x in guarded.leaves]
+    with torch.enable_grad():
+        losses, aux = f(*inputs, guards)
+    flat = [x for group in inputs for x in group]
+    found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
+    unseen = [
+        name
+        for name, g in zip(guarded.spec.names, found[len(flat) :], strict=True)
+        if g is not None
+    ]
+    if unseen:
+        raise unseen_use(unseen)
+    rest = iter(found)
+    return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
+
+
+def _like(losses: Tensor, cotangent: float | Tensor) -> Tensor:
+    if isinstance(cotangent, Tensor):
+        return cotangent.to(losses)
+    return torch.full_like(losses, cotangent)
+
+
+def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:
+    if isinstance(scale, Tensor) or scale == 1.0:
+        return value
+    return value / scale**degree
+
+
+def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents of primals, the zeros among them written out."""
+    pairs = zip(cotangents, primals, strict=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in pairs]
+
+
+def _adds_up(leaf: Tensor) -> bool:
+    """Whether the training gradient of a parameter may be added up in place: outside transforms
+    and compiled programs, in its own dtype."""
+    plain = not in_transform() and not symbolic(leaf)
+    return plain and leaf.is_floating_point() and wide(leaf).dtype == leaf.dtype
+
+
+def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:
+    """Whether an enclosing transform differentiates what this run returns."""
+    return any(x.requires_grad and wrapped(x) for x in tensors_of((list(leaves), batch, readers)))
