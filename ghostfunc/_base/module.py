@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import CoupledSamplesError, ParamsError
-from ghostfunc._base.torch_private import BatchNorm
+from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
 from ghostfunc._base.types import ModelFn, PyTree
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
@@ -75,10 +75,7 @@ class ModuleFn:
         first_name: dict[int, str] = {}
         self._aliases: dict[str, list[str]] = {}
         self._state: dict[str, Tensor] = {}
-        for name, x in itertools.chain(
-            module.named_parameters(remove_duplicate=False),
-            module.named_buffers(remove_duplicate=False),
-        ):
+        for name, x in _held(module):
             own = first_name.setdefault(id(x), name)
             self._aliases.setdefault(own, []).append(f"module.{name}")
 
@@ -136,6 +133,35 @@ class ModuleFn:
         return out
 
 
+def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every place of the module that holds a parameter or buffer, once, and what it holds.
+
+    A submodule that is reached by several names holds its tensors in one place: lent twice, that
+    place would be given back what was lent to it instead of its own parameter.
+    """
+    for prefix, owner in module.named_modules():
+        own = {"recurse": False, "remove_duplicate": False}
+        for name, x in itertools.chain(owner.named_parameters(**own), owner.named_buffers(**own)):
+            yield f"{prefix}.{name}" if prefix else name, x
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    """Raise for what `torch.compile` made of a module: it would be traced inside our passes."""
+    if uncompiled(module) is not module:
+        raise ParamsError(
+            "from_module got a compiled module (torch.compile(module)). Give it the module itself "
+            "(compiled._orig_mod) and compile the function that calls ghostfunc instead: "
+            "torch.compile(lambda params, batch: gf.ghost_norm(model_fn, params, batch))."
+        )
+    for name, part in module.named_modules():
+        if compiled_in_place(part) or uncompiled(part) is not part:
+            raise ParamsError(
+                f"{name or 'the module'!r} in {type(module).__name__} has been compiled "
+                "(module.compile(), torch.compile(submodule)). Give from_module a module that has "
+                "not, and compile the function that calls ghostfunc instead."
+            )
+
+
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
     """Make a pure `model_fn(params, batch) -> losses[n]` of a module and a per-sample loss.
 
@@ -151,8 +177,10 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
         are closed over: not tracked, never touched.
 
     Raises:
-        ParamsError: no parameter requires a gradient.
+        ParamsError: no parameter requires a gradient, or the module or a part of it has been
+            compiled.
     """
+    _refuse_compiled(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ParamsError(

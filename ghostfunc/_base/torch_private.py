@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +33,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BatchNorm = batchnorm._BatchNorm
 """Batch normalisation of any number of dimensions, the synchronised one included."""
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` made of it; the module itself if it made nothing."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # not loaded: it has made nothing
+    if compiler is not None and isinstance(module, compiler.OptimizedModule):
+        inside: nn.Module = module._orig_mod
+        return inside
+    return module
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` has been called."""
+    return module._compiled_call_impl is not None
+
 
 # --- torch.func ---------------------------------------------------------------------------------
 # torch.func does not say whether a transform is active, nor what a wrapped tensor wraps.

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ghostfunc.hf._losses import (
     causal_lm,
     image_classification,
     masked_lm,
+    seq2seq_lm,
     sequence_classification,
 )
 from ghostfunc.hf._memory import disable_remat, enable_remat
 
 if TYPE_CHECKING:
+    from ghostfunc.hf._scored import GhostMixin
+    from ghostfunc.hf._trained import SampleLoss
     from ghostfunc.hf._trainer import GhostTrainer
 
 __all__ = [
+    "GhostMixin",
     "GhostTrainer",
+    "SampleLoss",
     "causal_lm",
     "disable_remat",
     "enable_remat",
     "image_classification",
     "masked_lm",
+    "seq2seq_lm",
     "sequence_classification",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Only the Trainer needs transformers, accelerate and pyarrow.
-    if name == "GhostTrainer":
-        from ghostfunc.hf._trainer import GhostTrainer
+_LAZY = {
+    "GhostMixin": "ghostfunc.hf._scored",
+    "GhostTrainer": "ghostfunc.hf._trainer",
+    "SampleLoss": "ghostfunc.hf._trained",
+}
+"""What needs transformers, accelerate and pyarrow, imported when it is asked for."""
 
-        return GhostTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""Scores on disk, written whole or not at all."""
+"""Files that are written whole or not at all; the table of scores."""
 
 from __future__ import annotations
 
@@ -10,32 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
-from ghostfunc._base.errors import OptionError
 from ghostfunc.shapley import Scores
-
-
-def save_state(state: Mapping[str, Tensor], path: Path) -> None:
-    """A state of `gf.shapley`, for `load_state`."""
-    _atomically(path, lambda temporary: torch.save(dict(state), temporary))
-
-
-def load_state(path: Path, num_sets: int) -> dict[str, Tensor]:
-    """What `save_state` wrote."""
-    if not path.is_file():
-        raise OptionError(
-            f"There are no scores in this checkpoint: {path} does not exist. It was written by "
-            "another Trainer; scores cannot be resumed from it. Start a new run from its weights."
-        )
-    state: dict[str, Tensor] = torch.load(path, weights_only=True)
-    if state["values"].shape[1] != num_sets:
-        raise OptionError(
-            f"{path} holds scores for {state['values'].shape[1]} score datasets; {num_sets} are "
-            "given. Resume with the score datasets the run was started with."
-        )
-    return state
 
 
 def write_table(
@@ -48,10 +24,10 @@ def write_table(
     columns = {"sample_id": scores.ids.numpy(), "steps": scores.counts.numpy()}
     columns |= {f"value_{k}": x.numpy() for k, x in zip(names, scores.values.T, strict=True)}
     table = pa.table(columns).replace_schema_metadata({"ghostfunc": json.dumps(facts)})
-    _atomically(path, lambda temporary: pq.write_table(table, temporary))
+    atomically(path, lambda temporary: pq.write_table(table, temporary))
 
 
-def _atomically(path: Path, write: Callable[[str], None]) -> None:
+def atomically(path: Path, write: Callable[[str], None]) -> None:
     """Written to a file beside `path`, brought to the disk, and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -64,3 +40,15 @@ def _atomically(path: Path, write: Callable[[str], None]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system can (Windows cannot open a folder)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,13 +7,15 @@ the model's `forward` takes. The model's own loss, which averages over the batch
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import BatchError
+from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.module import from_module
 from ghostfunc._base.types import ModelFn
+from ghostfunc.hf._heads import head_counts, head_losses, head_of
 from ghostfunc.hf._logits import IGNORED, check_head, chunked_token_means, token_losses
 
 Batch = dict[str, Tensor]
@@ -42,8 +44,14 @@ def causal_lm(
 
     Raises:
         OptionError: `logit_chunks` is no positive integer, or the model does more between its
-            hidden states and its logits than to apply its output embeddings (scaling, a soft cap).
+            hidden states and its logits than to apply its output embeddings (scaling, a soft cap);
+            the model is an encoder-decoder (`gf.hf.seq2seq_lm`).
     """
+    if _is_encoder_decoder(model):
+        raise OptionError(
+            f"{type(model).__name__} is an encoder-decoder model: its labels are targets of the "
+            "decoder, not the input shifted by one. Use gf.hf.seq2seq_lm(model)."
+        )
     if logit_chunks is not None:
         check_head(model, logit_chunks)
 
@@ -51,14 +59,13 @@ def causal_lm(
         inputs = dict(batch)
         labels = inputs.pop("labels", None)
         if labels is None:
-            labels = _need(inputs, "input_ids")
+            labels = need(inputs, "input_ids")
             if "attention_mask" in inputs:
                 labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORED)
         if logit_chunks is not None:
             return chunked_token_means(module, inputs, labels, logit_chunks)
         logits = module(**inputs, use_cache=False).logits
-        # The labels are shifted, not the logits: a slice of those is copied, forward and backward.
-        return token_means(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+        return token_means(logits, next_tokens(labels, logits.shape[1]))
 
     return from_module(model, loss)
 
@@ -82,39 +89,93 @@ def masked_lm(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
     return from_module(model, loss)
 
 
+def seq2seq_lm(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
+    """Encoder-decoder models: each sample's mean over its own labelled target tokens.
+
+        losses[i] = sum_t [y_it != -100] CE(logits_it, y_it) / sum_t [y_it != -100]
+
+    Args:
+        model: a `...ForConditionalGeneration` of text (T5, BART, ...).
+
+    Returns:
+        `(model_fn, params)`. The batch is `dict(input_ids [n, S], labels [n, T],
+        attention_mask [n, S]?, decoder_input_ids [n, T]?, ...)`, labels -100 where nothing is to be
+        predicted. Without `decoder_input_ids` they are the labels shifted by one, as in the model.
+
+    Raises:
+        OptionError: the model is no encoder-decoder.
+    """
+    if not _is_encoder_decoder(model):
+        raise OptionError(
+            f"{type(model).__name__} is no encoder-decoder model (config.is_encoder_decoder is not "
+            "True). Use gf.hf.causal_lm or gf.hf.masked_lm."
+        )
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        labels = need(batch, "labels")
+        return token_means(seq2seq_logits(module, batch), labels)
+
+    return from_module(model, loss)
+
+
+def seq2seq_logits(module: nn.Module, batch: Batch) -> Tensor:
+    """The decoder's logits `[n, T, V]`, aligned with the labels of the batch."""
+    inputs = {k: x for k, x in batch.items() if k != "labels"}
+    if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+        try:
+            shifted = cast(Any, module).prepare_decoder_input_ids_from_labels
+        except AttributeError:  # the model shifts them itself, on its way to a loss of its own
+            return cast(Any, module)(**batch, use_cache=False).logits
+        inputs["decoder_input_ids"] = shifted(need(batch, "labels"))
+    return cast(Any, module)(**inputs, use_cache=False).logits
+
+
 def sequence_classification(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
-    """Cross-entropy of one label per sequence; squared error for a single regression output.
+    """The loss of a sequence classifier's own head, sample by sample.
+
+    As in the model: `config.problem_type` decides, and where it is None `num_labels` and the dtype
+    of the labels do.
+
+    | problem | chosen for | loss of sample i | labels |
+    | --- | --- | --- | --- |
+    | `regression` | `num_labels=1` | mean squared error over outputs | `[n]` `[n, 1]` `[n, L]` |
+    | `single_label_classification` | integer labels | cross-entropy | `[n]` `[n, 1]` |
+    | `multi_label_classification` | other labels | mean of binary CE over labels | `[n, L]` |
 
     Args:
         model: a `...ForSequenceClassification`.
 
     Returns:
-        `(model_fn, params)`. The batch is `dict(input_ids [n, T], labels [n], ...)`; integer labels
-        are classes, floating-point labels targets of a regression (mean over its outputs).
+        `(model_fn, params)`. The batch is `dict(input_ids [n, T], labels, ...)`. A sample whose
+        label is -100 has no loss and is refused (`NonFiniteLossError`).
+
+    Raises:
+        BatchError: labels that the head's own loss refuses (their shape, their dtype).
+        OptionError: a `problem_type` that does not exist.
     """
     return _classification(model)
 
 
 def image_classification(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
-    """Cross-entropy of one label per image.
+    """The loss of an image classifier's own head, as in `sequence_classification`.
 
     Args:
         model: a `...ForImageClassification`.
 
     Returns:
-        `(model_fn, params)`. The batch is `dict(pixel_values [n, C, H, W], labels [n])`.
+        `(model_fn, params)`. The batch is `dict(pixel_values [n, C, H, W], labels)`.
     """
     return _classification(model)
 
 
 def _classification(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:
+    head_of(model)
+
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         inputs = dict(batch)
         labels = _pop_labels(inputs)
-        logits = module(**inputs).logits
-        if labels.is_floating_point():
-            return (logits - labels.reshape(logits.shape)).square().mean(1)
-        return F.cross_entropy(wide(logits), labels, reduction="none")
+        head = head_of(model)
+        return head_losses(head, module(**inputs).logits, labels) / head_counts(head, labels)
 
     return from_module(model, loss)
 
@@ -129,13 +190,34 @@ def token_means(logits: Tensor, labels: Tensor) -> Tensor:
     return token_losses(logits, labels).sum(1) / (labels != IGNORED).sum(1)
 
 
+def next_tokens(labels: Tensor, positions: int) -> Tensor:
+    """What each of `positions` logits is to predict, `[n, positions]`.
+
+    The labels are shifted, not the logits: a slice of those is copied, forward and backward. Where
+    there are more positions than labels, the first ones are virtual tokens (PEFT's prompt tuning),
+    the last of which predicts the first label.
+    """
+    virtual = positions - labels.shape[1]
+    if virtual:
+        return F.pad(labels, (virtual - 1, 1), value=IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    try:
+        return bool(cast(Any, model).config.is_encoder_decoder)
+    except AttributeError:  # no config, or that of something else
+        return False
+
+
 def _pop_labels(inputs: Batch) -> Tensor:
-    labels = _need(inputs, "labels")
+    labels = need(inputs, "labels")
     del inputs["labels"]
     return labels
 
 
-def _need(inputs: Batch, name: str) -> Tensor:
+def need(inputs: Batch, name: str) -> Tensor:
+    """A tensor of the batch, by name."""
     if name not in inputs:
         raise BatchError(f"the batch has no {name!r}; it has {sorted(inputs)}.")
     return inputs[name]

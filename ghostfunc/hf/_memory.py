@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -43,9 +44,7 @@ def enable_remat(model: nn.Module) -> None:
             "gf.hf.disable_remat(model) undoes it."
         )
     for layer in layers:
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
-        # A method, so that a deep copy of the layer has one of its own.
-        layer.forward = types.MethodType(_without_cache(remat(type(layer).forward)), layer)
+        _enable(layer)
 
 
 def disable_remat(model: nn.Module) -> None:
@@ -59,6 +58,31 @@ def disable_remat(model: nn.Module) -> None:
         raise OptionError(f"gf.hf.enable_remat has not been called on this {type(model).__name__}.")
     for layer in layers:
         del layer.forward
+
+
+@contextmanager
+def checkpoints_as_remat(model: nn.Module) -> Iterator[int]:
+    """The layers that transformers would checkpoint now run under `gf.remat` instead.
+
+    `torch.utils.checkpoint` does not run inside our passes. Afterwards the model is as it was:
+    whoever switches its checkpoints on or off in the course of a training is heard at the next
+    pass. Yields how many layers there are.
+    """
+    layers = [m for m in _layers(model) if m.gradient_checkpointing and not _enabled([m])]
+    for layer in layers:
+        _enable(layer)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.forward
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _enable(layer: nn.Module) -> None:
+    layer.gradient_checkpointing = False  # type: ignore[assignment]
+    # A method, so that a deep copy of the layer has one of its own.
+    layer.forward = types.MethodType(_without_cache(remat(type(layer).forward)), layer)
 
 
 def _without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:

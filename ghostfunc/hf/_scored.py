@@ -1,0 +1,349 @@
+"""A `transformers.Trainer` whose training step also scores its samples, as a mixin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.torch_private import uncompiled
+from ghostfunc.hf._checkpoints import LAST_WRITTEN
+from ghostfunc.hf._divisor import TOLERANCE, compare, divisor_of, loss_of
+from ghostfunc.hf._files import write_table
+from ghostfunc.hf._kept import KeptScores, recipe_of
+from ghostfunc.hf._memory import checkpoints_as_remat
+from ghostfunc.hf._metrics import Metrics, StepTaken
+from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
+from ghostfunc.hf._pure_step import pure_step
+from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
+from ghostfunc.hf._scoring import Form, Pieces, Scoring, Values, evaluating, trainable
+from ghostfunc.hf._settings import refuse_settings
+from ghostfunc.hf._trained import SampleLoss, one_item_each, trained_loss
+from ghostfunc.shapley import Scores, finalize
+
+TABLE_FILE = "scores.parquet"
+
+
+@dataclass
+class _Run:
+    """What a run needs from one micro-batch to the next."""
+
+    metrics: Metrics
+    scoring: Scoring | None = None
+    directions: dict[str, Any] | None = None
+    gradients: dict[str, Any] = field(default_factory=dict)
+    pending: list[Values] = field(default_factory=list)
+    """Of the step that the optimizer has not taken yet."""
+
+
+class GhostMixin(Trainer):
+    """Scores for any trainer that is a `transformers.Trainer`: `class Mine(GhostMixin, Theirs)`.
+
+    Arguments, results and errors are those of `gf.hf.GhostTrainer`, which is
+    `GhostMixin` before `Trainer`. A trainer with a loss of its own overrides `sample_loss`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        score_dataset: Any,
+        score_form: Form = "sgd",
+        score_order: Literal[1, 2] = 1,
+        score_batch_size: int | None = None,
+        sample_loss: SampleLoss | Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
+        id_column: str | None = None,
+        compile: bool = False,
+        log_gradients: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _check_options(score_form, score_order, score_batch_size)
+        sets = score_sets(score_dataset)
+        super().__init__(*args, **self.with_score_sets(args, kwargs, sets))
+        self.score_sets: dict[str, ScoreSet] = self.prepared_score_sets(sets)
+        refuse_settings(self, second_order=score_order == 2)
+        self.score_form, self.score_order = score_form, score_order
+        self.score_batch_size, self.id_column = score_batch_size, id_column
+        self._compiled = compile or self.args.torch_compile
+        after_gradient = score_form == "exact" or score_order == 2
+        if self._compiled and after_gradient:
+            raise OptionError(
+                "compile=True and torch_compile=True are for the forms of one pass: score_form="
+                '"sgd" or "previous_state", score_order=1.'
+            )
+        self._after_gradient, self._log_gradients = after_gradient, log_gradients
+        self._given_loss = sample_loss
+        self._loss = self.sample_loss()
+        self._kept = KeptScores(len(self.score_sets), {})
+        self._run = _Run(Metrics(list(self.score_sets)))
+        self.add_callback(StepTaken(self._step_taken))
+
+    # --- for trainers with a loss of their own ---
+
+    def sample_loss(self) -> SampleLoss:
+        """The loss that this trainer trains, as sums and counts per sample."""
+        given = self._given_loss
+        if given is None:
+            smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+            return trained_loss(cast(nn.Module, self.model), smoothing, self.compute_loss_func)
+        return given if isinstance(given, SampleLoss) else one_item_each(given)
+
+    def with_score_sets(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], sets: dict[str, ScoreSet]
+    ) -> dict[str, Any]:
+        """The trainer's own keyword arguments; score datasets may be put among them."""
+        return kwargs
+
+    def prepared_score_sets(self, sets: dict[str, ScoreSet]) -> dict[str, ScoreSet]:
+        """The score datasets as the trainer's collator takes them."""
+        return sets
+
+    def inputs_of(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The collated batch with whatever else `sample_loss` takes."""
+        return dict(inputs)
+
+    # --- what a run yields ---
+
+    @property
+    def scores(self) -> Scores:
+        """The scores so far: `ids`, `values [s, sets]` (negative helps), `counts`."""
+        return finalize(self._kept.state)
+
+    def save_scores(self, path: str | Path) -> None:
+        """Write the table of scores as Parquet, whole or not at all."""
+        facts = {
+            "values": "what the sample changed the validation loss by; negative helps",
+            "form": self.score_form,
+            "order": self.score_order,
+            "global_step": self.state.global_step,
+            "scored_from_step": self._kept.scored_from,
+        }
+        write_table(self.scores, list(self.score_sets), facts, Path(path))
+
+    # --- Trainer's own methods ---
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `Trainer.train`; scores go on from the checkpoint too, and are written at the end,
+        also where an exception ends it."""
+        resume_from_checkpoint = self._begin(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.save_scores(Path(cast(str, self.args.output_dir)) / TABLE_FILE)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a checkpoint gets the scores first and what marks it as whole,
+        `trainer_state.json`, last."""
+        if _internal_call and output_dir is not None:
+            folder = Path(output_dir)
+            # A folder of an earlier run is not whole while it is written over.
+            (folder / LAST_WRITTEN).unlink(missing_ok=True)
+            self._kept.save(folder, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; where a training loss is logged, what the scores were since the last
+        time stands beside it."""
+        if "loss" in logs:
+            logs.update(self._run.metrics.taken())
+        super().log(logs, start_time)
+
+    def get_train_dataloader(self) -> Any:
+        """As `Trainer.get_train_dataloader`, with a number beside every sample."""
+        dataset, collate = self.train_dataset, self.data_collator
+        key = self.id_column or SAMPLE_ID
+        self._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        # For the time of this call: validation batches carry no numbers.
+        self._signature_columns = cast(Any, [*columns, key])
+        self.data_collator = NumberedCollator(collate, key)
+        if self.id_column is None and dataset is not None:
+            if isinstance(dataset, torch.utils.data.IterableDataset):
+                raise OptionError(
+                    "An iterable train_dataset has no indices: give every sample an integer id and "
+                    "name its column with id_column."
+                )
+            self.train_dataset = Numbered(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collate
+            self._signature_columns = columns
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; adds to `.grad` and to the scores."""
+        module = uncompiled(model)
+        module.train()
+        inputs = dict(self._prepare_inputs(inputs))
+        ids = inputs.pop(SAMPLE_ID).cpu()
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        with checkpoints_as_remat(module) as layers:
+            scoring = self._scoring_of(module, inputs, len(ids), num_items_in_batch)
+            batch = scoring.training_batch(
+                self.inputs_of(module, inputs),
+                len(ids),
+                num_items_in_batch,
+                self.current_gradient_accumulation_steps,
+                scale,
+            )
+            scoring.look(batch, layers)
+            losses = self._losses_and_values(scoring, ids, batch, scale)
+        return losses.sum().detach() / scale
+
+    # --- how values are made ---
+
+    def _losses_and_values(
+        self, scoring: Scoring, ids: Tensor, batch: dict[str, Any], scale: float
+    ) -> Tensor:
+        last = self.accelerator.sync_gradients
+        if not self._after_gradient:
+            if self._run.directions is None:
+                self._run.directions = self._directions_at(scoring, None)
+            losses, values = scoring.one_pass(ids, batch, self._run.directions, scale)
+            self._run.pending.append(values)
+        else:
+            losses = scoring.keep(ids, batch)
+            if last:
+                named = dict(scoring.module.named_parameters())
+                grads = {k: cast(Tensor, named[k].grad) / scale for k in scoring.params}
+                self._run.directions = self._directions_at(scoring, grads)
+                self._run.pending += scoring.kept_values(self._run.directions, scale)
+        if last:
+            if self._log_gradients:
+                self._run.metrics.cosines(scoring.module, self._run.gradients)
+            self._run.directions = None
+        return losses
+
+    def _directions_at(self, scoring: Scoring, grads: dict[str, Tensor] | None) -> dict[str, Any]:
+        step = pure_step(self, scoring.module, self.score_form)
+        pieces = self._score_pieces(scoring.module)
+        with evaluating(scoring.module):
+            if self._log_gradients:
+                self._run.gradients = scoring.gradients(pieces)
+            return scoring.directions(pieces, step, grads)
+
+    def _score_pieces(self, module: nn.Module) -> Pieces:
+        """The samples of every score dataset that this step is scored against."""
+        step, size = self.state.global_step, self.args.eval_batch_size
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="score")
+        out = {}
+        for name, dataset in self.score_sets.items():
+            pieces = collated(
+                dataset.samples(step, size),
+                collate,
+                self.args.seed + step,
+                self.score_batch_size,
+                name,
+            )
+            out[name] = [(self.inputs_of(module, self._without_id(x)), n) for x, n in pieces]
+        return out
+
+    def _without_id(self, batch: Any) -> dict[str, Any]:
+        inputs = dict(self._prepare_inputs(batch))
+        inputs.pop(self.id_column or SAMPLE_ID, None)
+        return inputs
+
+    def _scoring_of(
+        self, module: nn.Module, inputs: dict[str, Any], n: int, counted: Any
+    ) -> Scoring:
+        """The run's `Scoring`; made, and held against Trainer's own losses, at the first step."""
+        scoring = self._run.scoring
+        if scoring is None or scoring.module is not module:
+            divisor = None
+        elif scoring.trainable == trainable(module):
+            return scoring
+        else:
+            divisor = scoring.divisor
+        scoring = Scoring(
+            module=module,
+            loss=self._loss,
+            divisor=divisor,
+            order=self.score_order,
+            after_gradient=self._after_gradient,
+            compiled=self._compiled,
+            norms=self._log_gradients,
+        )
+        if divisor is None:
+            with evaluating(module):
+                self._hold_against_trainer(scoring, inputs, n, counted)
+        self._run.scoring = scoring
+        return scoring
+
+    def _hold_against_trainer(
+        self, scoring: Scoring, inputs: dict[str, Any], n: int, counted: Any
+    ) -> None:
+        """Raise unless the samples' losses add up to Trainer's, in training and in score sets."""
+        module, tolerance = scoring.module, TOLERANCE[self.accelerator.mixed_precision]
+        micro_batches = self.current_gradient_accumulation_steps
+
+        def loss_with(number: Any, of: dict[str, Any] = inputs) -> float:
+            with torch.no_grad():
+                return loss_of(self, module, of, number)
+
+        divisor = divisor_of(self, loss_with, counted, tolerance)
+        scoring.divisor = divisor
+        batch = scoring.training_batch(
+            self.inputs_of(module, inputs), n, counted, micro_batches, 1.0
+        )
+        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
+        compare(scoring.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        pieces = self._score_pieces(module)
+        for name, parts in pieces.items():
+            for inputs_of_piece, size in parts:
+                (batch,) = scoring.score_batches({name: [(inputs_of_piece, size)]})[name]
+                ours = scoring.sum_of(batch) / size
+                items = scoring.items_of(batch) if divisor.counted else None
+                theirs = loss_with(items, inputs_of_piece)
+                compare(ours, theirs, tolerance, f"a batch of score_dataset {name!r}")
+
+    # --- what is kept ---
+
+    def _begin(self, resume_from: str | bool | None) -> str | bool | None:
+        """A run begins: nothing is scored yet, except by the checkpoint that is resumed from."""
+        settings = {
+            "score_form": self.score_form,
+            "score_order": self.score_order,
+            "id_column": self.id_column,
+        }
+        recipe = recipe_of(settings, self.score_sets, self.train_dataset, self.args.seed)
+        self._kept = KeptScores(len(self.score_sets), recipe)
+        self._run = _Run(Metrics(list(self.score_sets)))
+        if not resume_from:
+            return resume_from
+        folder, weights_alone = Path(cast(str, self.args.output_dir)), self.args.save_only_model
+        return self._kept.resume(resume_from, folder, weights_alone=weights_alone)
+
+    def _step_taken(self) -> None:
+        """After the optimizer: values count if its step was taken (a loss scaler may skip it)."""
+        if not self.accelerator.optimizer_step_was_skipped:
+            for values in self._run.pending:
+                self._kept.add(values)
+                self._run.metrics.add(values)
+        self._run.pending = []
+
+
+def _check_options(form: object, order: object, batch_size: object) -> None:
+    one_of("score_form", form, ("sgd", "previous_state", "exact"))
+    if order not in (1, 2) or (order, form) == (2, "previous_state"):
+        raise OptionError(
+            f"score_order={order!r} with score_form={form!r} is not an option. Use "
+            'order 1, or order 2 with "sgd" or "exact".'
+        )
+    if batch_size is None:
+        return
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise OptionError(f"score_batch_size must be a positive integer; got {batch_size!r}.")

@@ -1,0 +1,195 @@
+"""Scores of one micro-batch: what is run, how it is weighed, what it is scored against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.types import ModelFn
+from ghostfunc._quantities.quantity import Dot, Quantity, SqNorm
+from ghostfunc._transforms.factored import FactoredGrads, factored_grads
+from ghostfunc.hf._divisor import Divisor
+from ghostfunc.hf._trained import SampleLoss
+from ghostfunc.hf._warm import look_first, one_pass
+from ghostfunc.shapley import Optimizer, directions
+
+Form: TypeAlias = Literal["sgd", "previous_state", "exact"]
+Pieces: TypeAlias = Mapping[str, Sequence[tuple[dict[str, Tensor], int]]]
+"""By score set: batches as the trainer collates them, and how many samples each has."""
+
+NORMS = "norms of samples"
+"""The quantity beside the dot products; no score set can have this name in a table."""
+
+
+@dataclass
+class Values:
+    """Of the samples of some micro-batches: their ids, values and, where read, norms."""
+
+    ids: Tensor
+    columns: Tensor
+    norms: Tensor | None = None
+
+
+@dataclass
+class Scoring:
+    """A module as a function of its parameters, and the loss it is trained with.
+
+    Attributes:
+        module: without a compiler's wrapper.
+        loss: sums and counts per sample.
+        divisor: what the trainer divides by, for training.
+        second_order, after_gradient: whether values need the gradient of the whole step first.
+        compiled: whether the pass of the one-pass forms is compiled.
+        norms: whether norms of samples are read too.
+    """
+
+    module: nn.Module
+    loss: SampleLoss
+    divisor: Divisor | None
+    order: Literal[1, 2]
+    after_gradient: bool
+    compiled: bool
+    norms: bool
+    model_fn: ModelFn = field(init=False)
+    params: dict[str, Tensor] = field(init=False)
+    trainable: tuple[int, ...] = field(init=False)
+    looked_at: set[Hashable] = field(default_factory=set)
+    books: list[tuple[Tensor, FactoredGrads]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model_fn, self.params = from_module(self.module, self._weighted)
+        self.trainable = trainable(self.module)
+        run = torch.compile(one_pass, fullgraph=True) if self.compiled else one_pass
+        self._run: Callable[..., Any] = run
+
+    def _weighted(self, module: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return self.loss.sums(module, batch["inputs"]) * batch["weight"]
+
+    # --- one description, two uses: training and score sets are weighed here ---
+
+    def training_batch(
+        self, inputs: Mapping[str, Tensor], n: int, counted: Any, micro_batches: int, scale: float
+    ) -> dict[str, Any]:
+        """A micro-batch whose losses add up to what Trainer trains, times a loss scale."""
+        assert self.divisor is not None
+        by_sample = self.loss.by_sample(inputs, n)
+        own = self.loss.counts(by_sample).sum()
+        items = self.divisor.items(own, counted, micro_batches)
+        return {"inputs": by_sample, "weight": (scale / items).expand(n)}
+
+    def score_batches(self, pieces: Pieces) -> dict[str, list[dict[str, Any]]]:
+        """Batches whose mean losses add up to the score set's loss: the mean over its items."""
+        out: dict[str, list[dict[str, Any]]] = {}
+        for name, parts in pieces.items():
+            sampled = [(self.loss.by_sample(inputs, n), n) for inputs, n in parts]
+            items = [self.loss.counts(inputs).sum().float() for inputs, _ in sampled]
+            total = torch.stack(items).sum()
+            out[name] = [
+                {"inputs": inputs, "weight": (n / total).expand(n)} for inputs, n in sampled
+            ]
+        return out
+
+    def sum_of(self, batch: dict[str, Any]) -> float:
+        """The sum of a batch's weighted losses, without gradient."""
+        with torch.no_grad():
+            return float(self._weighted(self.module, batch).sum())
+
+    def items_of(self, batch: dict[str, Any]) -> Tensor:
+        """The number of items of a batch of either kind."""
+        return self.loss.counts(batch["inputs"]).sum()
+
+    # --- values ---
+
+    def look(self, batch: dict[str, Any], way: Hashable) -> None:
+        """Trace and prove what is new, with draws that are not training's."""
+        look_first(self.model_fn, self.params, batch, way, self.looked_at)
+
+    def one_pass(
+        self, ids: Tensor, batch: dict[str, Any], us: Mapping[str, Any], scale: float
+    ) -> tuple[Tensor, Values]:
+        """Losses; gradients to `.grad`; values against directions that are known."""
+        read: dict[str, Quantity] = {name: Dot(u) for name, u in us.items()}
+        if self.norms:
+            read[NORMS] = SqNorm()
+        out = self._run(self.model_fn, self.params, batch, read)
+        accumulate_grads(self.module, out.grads or {})
+        sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
+        norms = sums.pop(NORMS).sqrt() / scale if self.norms else None
+        columns = torch.stack(list(sums.values()), dim=1) / scale
+        return out.losses, Values(ids, columns, norms)
+
+    def keep(self, ids: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Losses; gradients to `.grad`; factors are kept until the step's gradient is there."""
+        book = factored_grads(self.model_fn, self.params, batch, randomness="different")
+        accumulate_grads(self.module, book.weighted_sum(torch.ones_like(book.losses)))
+        self.books.append((ids, book))
+        return book.losses
+
+    def kept_values(self, us: Mapping[str, Any], scale: float) -> list[Values]:
+        """Values of all that is kept, which then is kept no longer."""
+        found = []
+        for ids, book in self.books:
+            columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / scale
+            norms = book.norms() / scale if self.norms else None
+            found.append(Values(ids, columns, norms))
+        self.books = []
+        return found
+
+    def gradients(self, pieces: Pieces) -> dict[str, Any]:
+        """The gradient of every score set's loss."""
+        plain = Optimizer(lambda grads, params: grads, linear=True, gain=1.0)
+        return self._added_up(pieces, plain, None, 1)
+
+    def directions(
+        self, pieces: Pieces, optimizer: Optimizer, grads: dict[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """What samples' weighted gradients are dotted with, by score set."""
+        return self._added_up(pieces, optimizer, grads, self.order)
+
+    def _added_up(
+        self,
+        pieces: Pieces,
+        optimizer: Optimizer,
+        grads: dict[str, Tensor] | None,
+        order: Literal[1, 2],
+    ) -> dict[str, Any]:
+        batches = self.score_batches(pieces)
+        names = [(name, i) for name, parts in batches.items() for i in range(len(parts))]
+        us = directions(
+            self.model_fn,
+            self.params,
+            {f"{name} {i}": batches[name][i] for name, i in names},
+            optimizer=optimizer,
+            grads=grads,
+            order=order,
+        )
+        total: dict[str, Any] = {}
+        for name, i in names:  # pieces of one set add up
+            u = us[f"{name} {i}"]
+            before = total.get(name)
+            total[name] = u if before is None else {k: before[k] + x for k, x in u.items()}
+        return total
+
+
+def trainable(module: nn.Module) -> tuple[int, ...]:
+    """Which parameters are trained, by identity: freezing and unfreezing make another function."""
+    return tuple(id(p) for p in module.parameters() if p.requires_grad)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the same random numbers afterwards."""
+    flags = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

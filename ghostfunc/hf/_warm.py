@@ -1,0 +1,43 @@
+"""One micro-batch through the taps, and what is done before the first of a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.remembered import structure
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import ModelFn
+from ghostfunc._quantities.quantity import Quantity
+from ghostfunc._taps.uses import use_shapes
+from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
+
+Batch = dict[str, Any]
+
+
+def one_pass(
+    model_fn: ModelFn, params: dict[str, Tensor], batch: Batch, read: Mapping[str, Quantity]
+) -> GhostVjp:
+    """Losses, gradient and values of a micro-batch."""
+    return ghost_vjp(model_fn, params, batch, dict(read), grads=True, randomness="different")
+
+
+def look_first(
+    model_fn: ModelFn,
+    params: dict[str, Tensor],
+    batch: Batch,
+    way: Hashable,
+    looked_at: set[Hashable],
+) -> None:
+    """Have the model traced and proved now, so that its own draws are all that is drawn in
+    training: the same as without scores. `way` is what else a trace depends on."""
+    leaves, spec = flatten_params(params)
+    key = (structure(model_fn, spec, leaves, batch, "different"), way)
+    with torch.random.fork_rng():
+        if key not in looked_at:
+            ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")
+            looked_at.add(key)
+        use_shapes(model_fn, leaves, spec, batch, randomness="different", exact=True)
