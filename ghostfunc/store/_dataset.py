@@ -142,7 +142,7 @@ def _jobs(
 ) -> Iterator[_Job]:
     skipped = 0
     for chunk in chunks:
-        ids = store.missing(checkpoint, [chunk]).tolist()
+        ids = [i for run in store.missing(checkpoint, [chunk]) for i in run]
         skipped += len(store.chunk(chunk)) - len(ids)
         order = list(range(len(ids)))
         if length is not None:
