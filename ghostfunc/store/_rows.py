@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostfunc._errors import OptionError
 from ghostfunc.projection import Projection
-from ghostfunc.store import _checkpoints, _dtypes
+from ghostfunc.store import _checkpoints, _dtypes, _recipe
 from ghostfunc.store._errors import (
     Damaged,
     DamagedRowsError,
@@ -25,6 +25,7 @@ from ghostfunc.store._errors import (
 )
 from ghostfunc.store._files import Files
 from ghostfunc.store._meta import Meta
+from ghostfunc.store._recipe import Recipe
 from ghostfunc.store._stored import StoredChunks
 
 
@@ -84,6 +85,16 @@ class StoredRows:
                 "lost, or a removal was interrupted. Put it back, or call store.remove_checkpoint. "
                 "Until then, name the checkpoints to ask: query={checkpoint: [q, k]}."
             )
+
+    def check_recipe(self, checkpoint: str, recipe: Recipe, *, write: bool) -> Recipe | None:
+        """The recipe on record; `IncompatibleStoreError` if `recipe` makes other rows.
+
+        With `write`, the first recipe is put on record.
+        """
+        if write:
+            self._need_writable()
+        _checkpoints.read(self._files, checkpoint)
+        return _recipe.settle(self._files, checkpoint, recipe, write=write)
 
     def _chunks_of(self, name: str) -> StoredChunks:
         if name not in self._opened:
