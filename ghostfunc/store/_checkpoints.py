@@ -148,7 +148,7 @@ def add(files: Files, meta: Meta, checkpoint: Checkpoint) -> None:
 def remove(files: Files, name: str) -> None:
     """Remove a checkpoint, or what is left of one; gone with the first write."""
     folder = folder_of(name)
-    if not _is_name(name) or not any(True for _ in files.names(folder)):
+    if not _is_name(name) or name not in files.names(FOLDER):
         raise OptionError(
             f"there is no checkpoint {name!r}; the store has {names(files) or 'none'}."
         )

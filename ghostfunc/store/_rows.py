@@ -64,7 +64,12 @@ class StoredRows:
 
     @property
     def checkpoints(self) -> dict[str, float | None]:
-        """Names of the checkpoints and their learning rates."""
+        """Names of the checkpoints and their learning rates.
+
+        Raises:
+            StoreError: a checkpoint's metadata is damaged, or it has rows and no metadata.
+        """
+        self.check_whole()
         return {name: _checkpoints.read(self._files, name).lr for name in self.checkpoint_names}
 
     @property
@@ -80,10 +85,12 @@ class StoredRows:
         """Raise `StoreError` if a checkpoint has rows but has lost its document."""
         lost = _checkpoints.bereft(self._files)
         if lost:
+            key = f"{_checkpoints.folder_of(lost[0])}/{_checkpoints.DOCUMENT}"
             raise StoreError(
-                f"the checkpoints {lost} at {self._files} have rows but no zarr.json: the file is "
-                "lost, or a removal was interrupted. Put it back, or call store.remove_checkpoint. "
-                "Until then, name the checkpoints to ask: query={checkpoint: [q, k]}."
+                f"{self._files}/{key} is not there, but rows of checkpoint {lost[0]!r} are: the "
+                "file is lost, or a removal was interrupted. Put it back, or call "
+                f"store.remove_checkpoint({lost[0]!r}). Until then, name the checkpoints to ask: "
+                "query={checkpoint: [q, k]}."
             )
 
     def check_recipe(self, checkpoint: str, recipe: Recipe, *, write: bool) -> Recipe | None:

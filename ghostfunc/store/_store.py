@@ -220,6 +220,7 @@ class Store(StoredRows):
         """Make room for `count` more samples; returns their ids. While nobody writes."""
         self._need_writable()
         grown = self._meta.grown(_meta.check_count("count", count))
+        self.check_whole()  # a checkpoint that is left out could not be put back
         for name in self.checkpoint_names:
             _checkpoints.check_documents(self._files, self._meta, name)
             _checkpoints.write_documents(self._files, grown, name)
