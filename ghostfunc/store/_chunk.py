@@ -84,9 +84,12 @@ class Mark:
             raise Damaged("is that of another chunk, or of another checkpoint")
         return cls(*ENTRIES.unpack(entries))
 
-    def check(self, rows: NDArray[Any]) -> None:
-        """`Damaged` unless `rows`, those that are done, are the ones that were marked."""
-        if crc(rows) != self.crc:
+    def check(self, rows: NDArray[Any], known: int | None) -> None:
+        """`Damaged` unless `rows`, those that are done, are the ones that were marked.
+
+        `known`: their crc32c, where it has been computed.
+        """
+        if (crc(rows) if known is None else known) != self.crc:
             raise Damaged("holds other rows than were marked as done")
 
 

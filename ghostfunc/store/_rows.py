@@ -28,6 +28,9 @@ from ghostfunc.store._meta import Meta
 from ghostfunc.store._recipe import Recipe
 from ghostfunc.store._stored import StoredChunks
 
+FEW = 64
+"""Reading so many marks takes less time than listing the names of a large store."""
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -133,26 +136,40 @@ class StoredRows:
 
         Args:
             checkpoint: its name.
-            chunks: numbers of chunks to look at, one mark each. None looks at all: the names of
-                all marks are read, and the marks themselves only of chunks that an `append` cut.
+            chunks: numbers of the chunks to look at; None for all. Of a few, the marks are read; of
+                more, the names of all marks, and marks only of chunks that an `append` cut.
 
         Raises:
             DamagedRowsError: a mark that was read is damaged.
         """
-        if chunks is not None:
-            return _joined(self._undone(checkpoint, number) for number in sorted(set(chunks)))
-        marked = self._chunks_of(checkpoint).marked()
-        marked = marked[marked < self.n_chunks]
-        ends = np.concatenate([[-1], marked, [self.n_chunks]])
-        gaps = np.flatnonzero(np.diff(ends) > 1)
-        runs = [
-            range((int(ends[i]) + 1) * self.chunk_rows, int(ends[i + 1]) * self.chunk_rows)
-            for i in gaps
-        ]
+        numbers = None if chunks is None else self._numbers(chunks)
+        if numbers is not None and len(numbers) <= FEW:
+            return _joined(self._undone(checkpoint, number) for number in numbers.tolist())
+        marked = self.finished(checkpoint)
+        if numbers is None:
+            lacking = self._gaps(marked)
+        else:
+            lacking = [self.chunk(c) for c in np.setdiff1d(numbers, marked).tolist()]
+            marked = np.intersect1d(numbers, marked)
         cut = {edge // self.chunk_rows for edge in self._meta.edges}
         parts = [self._undone(checkpoint, c) for c in cut.intersection(marked.tolist())]
-        whole = [range(run.start, min(run.stop, self.n_samples)) for run in runs]
-        return _joined(sorted([*whole, *parts], key=lambda run: run.start))
+        return _joined(sorted([*lacking, *parts], key=lambda run: run.start))
+
+    def _numbers(self, chunks: Iterable[int]) -> NDArray[np.int64]:
+        """Numbers of chunks, sorted, each once; `OptionError` for one that is not there."""
+        numbers = np.unique(np.fromiter(chunks, np.int64))
+        for number in numbers[[0, -1]].tolist() if len(numbers) else ():
+            self.chunk(number)
+        return numbers
+
+    def _gaps(self, marked: NDArray[np.int64]) -> list[range]:
+        """The samples of all chunks but these."""
+        ends = np.concatenate([[-1], marked, [self.n_chunks]])
+        rows = self.chunk_rows
+        return [
+            range((int(ends[i]) + 1) * rows, min(int(ends[i + 1]) * rows, self.n_samples))
+            for i in np.flatnonzero(np.diff(ends) > 1)
+        ]
 
     def finished(self, checkpoint: str) -> NDArray[np.int64]:
         """Numbers of the chunks that have a mark, sorted; only names are read."""

@@ -116,12 +116,12 @@ def files(root: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_killed_at_20_random_moments_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    n = 1200
+def test_killed_at_random_moments_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    n, kills = 480, 8
     whole, store = make_store(tmp_path / "whole", n), make_store(tmp_path / "s", n)
     assert fill(whole, n) == n
-    ends = run(HERE / "kill_server.py", tmp_path / "s", str(n), "20", "0").split()
-    assert ends == ["killed"] * 20
+    ends = run(HERE / "kill_server.py", tmp_path / "s", str(n), str(kills), "0").split()
+    assert ends == ["killed"] * kills
     left = sum(map(len, store.missing("final")))
     assert 0 < left < n  # they did get to work
     assert fill(store, n) == left
@@ -167,7 +167,7 @@ def test_ranks_of_torchrun_share_the_work(tmp_path: Path) -> None:
     )
     written = json.loads(out.splitlines()[-1])
     store = Store.open(tmp_path / "s")
-    assert written == [[list(store.chunk(i)) for i in own] for own in ((0, 2, 4), (1, 3))]
+    assert written == [[list(store.chunk(i)) for i in own] for own in ((0, 4), (2,))]
     assert store.check() == []
     torch.testing.assert_close(store.read(range(40), "final"), expected(40), rtol=1e-4, atol=1e-5)
 

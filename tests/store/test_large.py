@@ -101,6 +101,22 @@ def test_missing_reads_names_and_the_marks_that_appending_cut(tmp_path: Path) ->
     assert counting.counts["fstat"] == 3  # marks that are read
 
 
+def test_many_chunks_are_looked_up_together(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", 1604, chunk_rows=4)  # 401 chunks
+    some = [i for i in range(400) if i % 3]
+    for number in some:
+        store.write(store.chunk(number), rows_of(4), "final")
+    store.write(range(1600, 1604), rows_of(4), "final")
+    store.append(2)  # whole chunks: none is cut
+    store.append(5)  # the last but one is
+    everything = [i for run in store.missing("final") for i in run]
+    odd = list(range(1, store.n_chunks, 2))
+    for chunks in (odd, odd[:5], odd[::-1]):
+        ids = [i for run in store.missing("final", chunks) for i in run]
+        assert ids == [i for i in everything if i // 4 in set(chunks)]
+    assert [i for i in range(1611) if i // 4 not in {*some, 400}] == everything
+
+
 def query() -> torch.Tensor:
     return rows_of(5, seed=1).round()
 
