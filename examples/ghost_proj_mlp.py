@@ -63,10 +63,13 @@ def main() -> None:
         params, rank_total=arguments.rank, rank_min=4, kind="orthonormal", seed=0
     )
     print(projection)
-    store = Store.create(
-        arguments.out / "store", projection=projection, n_samples=len(corpus), dtype="float32"
-    )
-    store.add_checkpoint("final", params)
+    place = arguments.out / "store"
+    if (place / "zarr.json").exists():  # killed while projecting: go on
+        store = Store.open(place, projection=projection, writable=True)
+    else:
+        store = Store.create(place, projection=projection, n_samples=len(corpus), dtype="float32")
+    if "final" not in store.checkpoints:
+        store.add_checkpoint("final", params)
     project_dataset(
         model_fn,
         params,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import ghostfunc as gf
+from examples.graddotprod_lm import atomic
 from examples.gradproj_lm.config import parse
 from examples.gradproj_lm.data import collate, load_model, samples
 from examples.gradproj_lm.project import fill
@@ -20,8 +21,9 @@ def main() -> None:
         gf.ghost_project(model_fn, params, collate(queries[i : i + config.batch_size]), projection)
         for i in range(0, len(queries), config.batch_size)
     ]
-    torch.save(torch.cat(rows), config.full_dir / "queries.pt")
-    print(f"{len(queries)} queries written to {config.full_dir / 'queries.pt'}")
+    path = config.full_dir / "queries.pt"
+    atomic.write(path, lambda file: torch.save(torch.cat(rows), file))
+    print(f"{len(queries)} queries written to {path}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ghostfunc.store import Store, project_dataset
 
 
 def fill(config: Config, path: Path, projection: gf.Projection) -> Store:
-    """Complete the store at `path`, made first if it is not there."""
+    """Complete the store at `path`, made first if it is not there or was not made to the end."""
     model_fn, params = load_model(config)
     train, _ = samples(config)
     if (path / "zarr.json").exists():
@@ -24,6 +24,7 @@ def fill(config: Config, path: Path, projection: gf.Projection) -> Store:
             dtype=config.proj_dtype,
             tokenizer="bytes",
         )
+    if "final" not in store.checkpoints:
         store.add_checkpoint("final", params)
     written = project_dataset(
         model_fn,

@@ -83,6 +83,10 @@ class ModuleFn:
     def module(self) -> nn.Module:
         return self._bound.module
 
+    @property
+    def loss(self) -> Loss:
+        return self._bound.loss
+
     def training_flags(self) -> tuple[bool, ...]:
         """Training or evaluation, module by module: a trace holds for one setting of them."""
         return tuple(m.training for m in self.module.modules())

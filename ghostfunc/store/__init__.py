@@ -17,8 +17,10 @@ from ghostfunc.store._errors import (
 )
 from ghostfunc.store._faiss import SearchIndex
 from ghostfunc.store._fingerprint import fingerprint
-from ghostfunc.store._query import Preconditioner, TopK
-from ghostfunc.store._store import Damage, Store
+from ghostfunc.store._metric import Preconditioner
+from ghostfunc.store._rows import Damage
+from ghostfunc.store._store import Store
+from ghostfunc.store._topk import TopK, merge_topk
 
 __all__ = [
     "Damage",
@@ -31,5 +33,6 @@ __all__ = [
     "StoreError",
     "TopK",
     "fingerprint",
+    "merge_topk",
     "project_dataset",
 ]

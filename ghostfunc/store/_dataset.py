@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import optree
 import torch
-from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.trees import flatten_params
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
-from ghostfunc._transforms.grads import per_sample_grads
-from ghostfunc.projection import Projection, ghost_project
+from ghostfunc._base.types import (ModelFn, PyTree, Randomness)
+from ghostfunc.projection import Projection
+from ghostfunc.store._again import Comparison
+from ghostfunc.store._jobs import ahead, deal, jobs_of, progress_bar, shard_of
 from ghostfunc.store._store import Store
-
-
-class Dataset(Protocol):
-    """A map-style dataset."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
+from ghostfunc.store._work import Dataset, Work
 
 
 def project_dataset(
@@ -44,6 +32,7 @@ def project_dataset(
     shard: tuple[int, int] | None = None,
     randomness: Randomness = "error",
     progress: bool = True,
+    tolerance: float | None = None,
 ) -> int:
     """Project the gradients of every sample that the store has no row of.
 
@@ -52,6 +41,11 @@ def project_dataset(
     Stop it at any moment and call it again: work is done chunk by chunk of the store, and a chunk
     is written as a whole. What is computed depends on the chunk alone, so a resumed run writes what
     an uninterrupted one would have, bit for bit.
+
+    Rows of different recipes are not mixed. The first call writes down what the rows are made with;
+    a later one is refused if its frozen tensors, `transform` or `randomness` are others. Every call
+    computes one finished batch of rows again and compares, which finds another loss and another
+    order of samples (not with `randomness="different"`, where rows do not come twice).
 
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
@@ -67,15 +61,19 @@ def project_dataset(
         transform: of per-sample gradients, before the projection: for what is not linear, such as
             `adam_scaled`. Per-sample gradients are then formed, `batch_size` models large.
         shard: `(rank, world_size)`: this process makes every world_size-th chunk. By default that
-            of torchrun (`RANK` and `WORLD_SIZE`), else `(0, 1)`.
+            of the process group, in which rank 0 deals out what is missing; else of torchrun
+            (`RANK` and `WORLD_SIZE`); else `(0, 1)`.
         randomness: "error" or "different".
         progress: show a progress bar, on rank 0 (needs tqdm).
+        tolerance: by how much of its norm a row may differ when it is computed again. By default
+            0.005, or 16 units in the last place of the least precise dtype of parameters and store;
+            `math.inf` accepts all.
 
     Returns:
         The number of rows that were written.
 
     Raises:
-        IncompatibleStoreError: another projection or model than the store's.
+        IncompatibleStoreError: another projection, model or recipe than the store's.
         OptionError: a dataset of another size, or a bad option.
     """
     store.check_projection(projection)
@@ -87,112 +85,58 @@ def project_dataset(
         )
     if batch_size < 1:
         raise OptionError(f"batch_size={batch_size} must be at least 1.")
-    rank, world = _shard(shard)
-    device = flatten_params(params)[0][0].device
+    if tolerance is not None and not tolerance > 0:
+        raise OptionError(f"tolerance={tolerance} must be positive, or None.")
+    work = Work(
+        model_fn=model_fn,
+        params=params,
+        dataset=dataset,
+        projection=projection,
+        collate=collate,
+        batch_size=batch_size,
+        length=length,
+        transform=transform,
+        randomness=randomness,
+    )
+    ranks = shard_of(shard)
+    own = deal(store, checkpoint, shard, work.device)
+    comparison = Comparison(store, checkpoint, work, ranks, tolerance)
+    bar = progress_bar(sum(len(store.chunk(c)) for c in own), shown=progress and ranks[0] == 0)
+    with bar as advance:
+        return _fill(comparison, own, advance)
 
-    def rows_of(batch: PyTree) -> Tensor:
-        if transform is None:
-            return ghost_project(model_fn, params, batch, projection, randomness=randomness)
-        grads = per_sample_grads(model_fn, params, batch, mode="ghost", randomness=randomness)
-        return projection.apply(transform(grads))
 
-    def load(ids: Sequence[int]) -> PyTree:
-        batch = collate([dataset[i] for i in ids])
-        return optree.tree_map(lambda x: x.to(device), batch)
-
-    own = range(rank, store.n_chunks, world)
-    jobs = _jobs(store, checkpoint, own, dataset, length, batch_size)
-    bar = _bar(sum(len(store.chunk(c)) for c in own), shown=progress and rank == 0)
+def _fill(comparison: Comparison, own: list[int], advance: Callable[[int], object]) -> int:
+    """Make the missing rows of the chunks `own`; returns how many."""
+    store, checkpoint, work = comparison.store, comparison.checkpoint, comparison.work
+    recipe = work.recipe()
     written = 0
-    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as writer, bar as advance:
+    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as writer:
+
+        def load(ids: list[int]) -> PyTree:
+            return loader.submit(work.load, ids).result()
+
+        known = store.check_recipe(checkpoint, recipe, write=False)
+        compared = comparison.run(load, known)
+        if own:
+            store.check_recipe(checkpoint, recipe, write=True)
         writing: Future[None] | None = None
-        for job, batch in _ahead(loader, jobs, load):
+        for job, batch in ahead(loader, jobs_of(store, checkpoint, own, work), work.load):
             if job.first:
-                rows = torch.empty(len(job.ids), projection.k)
+                rows = torch.empty(len(job.ids), work.projection.k)
                 advance(job.skipped)
-            rows[job.at] = rows_of(batch).detach().float().cpu()
+            rows[job.at] = work.rows_of(batch)
             advance(len(job.at))
-            if job.last:
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(store.write, job.ids, rows, checkpoint)
-                written += len(job.ids)
+            if not job.last:
+                continue
+            if writing is None:
+                # Others may have begun at the same time.
+                known = store.check_recipe(checkpoint, recipe, write=True)
+                compared = compared or comparison.run(load, known)
+            else:
+                writing.result()
+            writing = writer.submit(store.write, job.ids, rows, checkpoint)
+            written += len(job.ids)
         if writing is not None:
             writing.result()
     return written
-
-
-class _Job(NamedTuple):
-    """One batch of a chunk: samples `ids[at]` of the chunk's missing samples `ids`."""
-
-    ids: list[int]
-    at: list[int]
-    first: bool
-    last: bool
-    skipped: int
-
-
-def _jobs(
-    store: Store,
-    checkpoint: str,
-    chunks: Sequence[int],
-    dataset: Dataset,
-    length: Callable[[Any], int] | None,
-    batch_size: int,
-) -> Iterator[_Job]:
-    skipped = 0
-    for chunk in chunks:
-        ids = store.missing(checkpoint, [chunk]).tolist()
-        skipped += len(store.chunk(chunk)) - len(ids)
-        order = list(range(len(ids)))
-        if length is not None:
-            lengths = [length(dataset[i]) for i in ids]
-            order.sort(key=lengths.__getitem__)  # stable: the same order every time
-        for start in range(0, len(ids), batch_size):
-            at = order[start : start + batch_size]
-            first, last = start == 0, start + batch_size >= len(ids)
-            yield _Job(ids, at, first, last, skipped if first else 0)
-        skipped = 0 if ids else skipped
-
-
-def _ahead(
-    loader: ThreadPoolExecutor, jobs: Iterator[_Job], load: Callable[[Sequence[int]], PyTree]
-) -> Iterator[tuple[_Job, PyTree]]:
-    """Every job with its batch; the next batch is made meanwhile."""
-
-    def submit(job: _Job) -> tuple[_Job, Future[PyTree]]:
-        return job, loader.submit(load, [job.ids[i] for i in job.at])
-
-    pending = [submit(job) for job in islice(jobs, 1)]
-    while pending:
-        job, batch = pending.pop()
-        pending += [submit(following) for following in islice(jobs, 1)]
-        yield job, batch.result()
-
-
-def _shard(shard: tuple[int, int] | None) -> tuple[int, int]:
-    if shard is None:
-        if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-            raise OptionError(
-                "only one of the environment variables RANK and WORLD_SIZE is set; torchrun sets "
-                "both. Pass shard=(rank, world_size)."
-            )
-        if "RANK" not in os.environ:
-            return 0, 1
-        shard = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rank, world = shard
-    if not 0 <= rank < world:
-        raise OptionError(f"shard={shard} must be (rank, world_size) with 0 <= rank < world_size.")
-    return rank, world
-
-
-@contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar's way to advance."""
-    if not shown:
-        yield lambda count: None
-        return
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=total, unit="sample", desc="projecting") as bar:
-        yield bar.update

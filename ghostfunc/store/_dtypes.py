@@ -14,8 +14,9 @@ from ghostfunc.store._errors import StoreError
 
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-UNWRITTEN: dict[str, Any] = {"float32": float("nan"), "float16": float("nan"), "bfloat16": 0x7FC0}
-"""NaN, in the stored type: what a chunk that is not there reads as."""
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+UNWRITTEN: dict[str, Any] = {"float32": "NaN", "float16": "NaN", "bfloat16": 0x7FC0}
+"""NaN, as zarr writes it in the stored type: the fill value, of what is not written."""
 
 
 def check_dtype(dtype: str) -> None:

@@ -12,7 +12,7 @@ class StoreError(GhostError, RuntimeError):
 
 
 class IncompatibleStoreError(StoreError):
-    """Rows of another projection or another model than the store's."""
+    """Rows of another projection, another model or another recipe than the store's."""
 
 
 class IncompleteStoreError(StoreError):
@@ -29,21 +29,20 @@ class DamagedRowsError(StoreError):
     def __init__(self, checkpoint: str, rows: range, why: str) -> None:
         super().__init__(
             f"rows {rows.start} to {rows.stop - 1} of checkpoint {checkpoint!r} are damaged: "
-            f"{why}. "
+            f"{why} "
             "store.check() lists all damage; store.discard(damage) marks such rows as missing, and "
             "project_dataset then makes them again."
         )
         self.checkpoint = checkpoint
         self.rows = rows
+        self.why = why
 
 
-def ranges(ids: Sequence[int]) -> str:
-    """Sorted ids as text: `0-4, 7, 9-12`, cut short where there are many."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    shown = [f"{a}-{b}" if b > a else str(a) for a, b in runs[:8]]
+class Damaged(Exception):
+    """A chunk is not what was written; never leaves the package."""
+
+
+def text_of(runs: Sequence[range]) -> str:
+    """Ranges as text: `0-4, 7, 9-12`, cut short where there are many."""
+    shown = [f"{r.start}-{r.stop - 1}" if len(r) > 1 else str(r.start) for r in runs[:8]]
     return ", ".join(shown) + (", ..." if len(runs) > 8 else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
-from ghostfunc.store._query import Preconditioner, RowView, TopK, unit
-
-if TYPE_CHECKING:
-    from ghostfunc.store._store import Store
+from ghostfunc.store._metric import Preconditioner, RowView, unit
+from ghostfunc.store._rows import StoredRows
+from ghostfunc.store._topk import TopK
 
 
 class SearchIndex:
@@ -61,7 +60,7 @@ class SearchIndex:
 
 
 def build(
-    store: Store,
+    store: StoredRows,
     checkpoint: str,
     *,
     factory: str,
@@ -70,7 +69,7 @@ def build(
     precondition: Preconditioner | None,
     train_rows: int,
 ) -> SearchIndex:
-    """What `Store.index` returns."""
+    """The index that `Store.index` returns."""
     one_of("normalize", normalize, ("none", "cosine"))
     if train_rows < 1:
         raise OptionError(f"train_rows={train_rows} must be at least 1.")
@@ -90,6 +89,7 @@ def build(
             f"{str(error).splitlines()[-1].strip()}. Use 'Flat' (exact), 'HNSW32,Flat' or "
             "'IVF256,SQ8', say."
         ) from error
+    store.need(checkpoint, None)
     if not index.is_trained:
         index.train(prepared(_spread(store, checkpoint, train_rows)))
     for _, rows in store.chunks(checkpoint):
@@ -97,7 +97,7 @@ def build(
     return SearchIndex(index, view, store.projection.k, cosine=normalize == "cosine")
 
 
-def _spread(store: Store, checkpoint: str, most: int) -> Tensor:
+def _spread(store: StoredRows, checkpoint: str, most: int) -> Tensor:
     """At most `most` rows (a chunk more at the worst), from chunks all over the store."""
     wanted = max(1, min(store.n_chunks, most // store.chunk_rows))
     step = store.n_chunks / wanted

@@ -1,10 +1,15 @@
-"""Which model rows belong to."""
+"""Fingerprints of tensors and of functions: what made the rows of a store."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import PyTree
@@ -15,7 +20,44 @@ def fingerprint(params: PyTree) -> str:
     leaves, spec = flatten_params(params)
     digest = hashlib.sha256()
     for name, x in sorted(zip(spec.names, leaves, strict=True), key=lambda pair: pair[0]):
-        digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
-        values = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(values.numpy().tobytes())
+        _add(digest, name, x)
     return digest.hexdigest()
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The fingerprint of every tensor by itself: its shape, dtype and values."""
+    out = {}
+    for name, x in tensors.items():
+        digest = hashlib.sha256()
+        _add(digest, "", x)
+        out[name] = digest.hexdigest()[:32]
+    return out
+
+
+def _add(digest: Any, name: str, x: Tensor) -> None:
+    digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
+    digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def description(function: Callable[..., Any]) -> str:
+    """A function as text: its name, and a hash of its code where Python has it.
+
+    It tells two functions apart for a message. Equal ones may be described differently, by another
+    version of Python say, and different ones alike if they differ in what they close over.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, types.MethodType):
+        function = function.__func__
+    if isinstance(function, types.FunctionType):
+        code = _code(function.__code__)
+        return f"{function.__module__}.{function.__qualname__} (code {code})"
+    return f"{type(function).__module__}.{type(function).__qualname__}"
+
+
+def _code(code: types.CodeType) -> str:
+    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
+    for constant in code.co_consts:
+        inner = _code(constant) if isinstance(constant, types.CodeType) else repr(constant)
+        digest.update(inner.encode())
+    return digest.hexdigest()[:8]

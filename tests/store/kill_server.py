@@ -25,7 +25,7 @@ def work(path: str, n: int) -> None:
 def written(path: str) -> int:
     """Chunks whose rows are there."""
     try:
-        return len(os.listdir(f"{path}/checkpoints/final/rows/c"))
+        return len(os.listdir(f"{path}/checkpoints/final/rows"))
     except FileNotFoundError:
         return 0
 

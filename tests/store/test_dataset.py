@@ -45,7 +45,7 @@ def test_append_and_damage_are_completed(tmp_path: Path) -> None:
     store.append(9)
     assert fill(store, 30) == 9
     store.discard(store.check())
-    (tmp_path / "s/checkpoints/final/rows/c/1/0").write_bytes(b"torn")
+    (tmp_path / "s/checkpoints/final/rows/c.1.0").write_bytes(b"torn")
     store.discard(store.check())
     assert fill(store, 30) == 8
     torch.testing.assert_close(store.read(range(30), "final"), expected(30), rtol=1e-4, atol=1e-5)
@@ -54,7 +54,7 @@ def test_append_and_damage_are_completed(tmp_path: Path) -> None:
 def test_shards_are_disjoint_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path / "s", 21)
     assert fill(store, 21, shard=(1, 2)) == 8
-    assert store.missing("final").tolist() == [*range(8), *range(16, 21)]
+    assert store.missing("final") == [range(8), range(16, 21)]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert fill(store, 21) == 13
@@ -116,13 +116,13 @@ def files(root: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_killed_at_20_random_moments_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    n = 1200
+def test_killed_at_random_moments_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    n, kills = 480, 8
     whole, store = make_store(tmp_path / "whole", n), make_store(tmp_path / "s", n)
     assert fill(whole, n) == n
-    ends = run(HERE / "kill_server.py", tmp_path / "s", str(n), "20", "0").split()
-    assert ends == ["killed"] * 20
-    left = len(store.missing("final"))
+    ends = run(HERE / "kill_server.py", tmp_path / "s", str(n), str(kills), "0").split()
+    assert ends == ["killed"] * kills
+    left = sum(map(len, store.missing("final")))
     assert 0 < left < n  # they did get to work
     assert fill(store, n) == left
     assert store.check() == []
@@ -133,8 +133,8 @@ def test_what_a_killed_write_left_is_swept_up(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", 9)
     fill(store, 9)
     before = files(tmp_path / "s")
-    rows = tmp_path / "s/checkpoints/final/rows/c/0"
-    (rows / "0.0123456789abcdef.partial").write_bytes(b"half a ch")
+    rows = tmp_path / "s/checkpoints/final/rows"
+    (rows / "c.0.0.partial").write_bytes(b"half a ch")
     store.discard([Damage("final", store.chunk(0), "")])
     assert fill(store, 9) == 8
     assert files(tmp_path / "s") == before
@@ -146,7 +146,7 @@ def test_a_flipped_byte_in_every_chunk_file_is_found_and_its_rows_made_again(
     store = make_store(tmp_path / "s", 21)
     fill(store, 21)
     before = files(tmp_path / "s")
-    chunks = [p for p in before if "c" in p.parts]
+    chunks = [p for p in before if p.name.startswith("c.")]
     assert len(chunks) == 6  # rows and marks of three chunks
     chance = random.Random(0)
     for path in chunks:
@@ -154,7 +154,7 @@ def test_a_flipped_byte_in_every_chunk_file_is_found_and_its_rows_made_again(
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         (tmp_path / "s" / path).write_bytes(data)
         damage = store.check()
-        assert [d.rows for d in damage] == [store.chunk(int(path.parts[path.parts.index("c") + 1]))]
+        assert [d.rows for d in damage] == [store.chunk(int(path.name.split(".")[1]))]
         store.discard(damage)
         assert fill(store, 21) == len(damage[0].rows)
         assert files(tmp_path / "s") == before
@@ -167,7 +167,7 @@ def test_ranks_of_torchrun_share_the_work(tmp_path: Path) -> None:
     )
     written = json.loads(out.splitlines()[-1])
     store = Store.open(tmp_path / "s")
-    assert written == [[list(store.chunk(i)) for i in own] for own in ((0, 2, 4), (1, 3))]
+    assert written == [[list(store.chunk(i)) for i in own] for own in ((0, 4), (2,))]
     assert store.check() == []
     torch.testing.assert_close(store.read(range(40), "final"), expected(40), rtol=1e-4, atol=1e-5)
 
@@ -228,4 +228,4 @@ def test_the_progress_bar_counts_samples(
     fill(store, 21, shard=(1, 3), progress=True)
     assert capsys.readouterr().err == ""  # only rank 0 shows one
     fill(store, 21, progress=True)
-    assert "21/21" in capsys.readouterr().err
+    assert "13/13" in capsys.readouterr().err
