@@ -6,7 +6,7 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import hf, projection, select, shapley, testing
+from ghostfunc import curvature, hf, projection, select, shapley, testing
 from ghostfunc._book import FactoredGrads, factored_grads
 from ghostfunc._clipping import ClippedGrad, ghost_clipped_grad
 from ghostfunc._errors import (
@@ -81,6 +81,7 @@ __all__ = [
     "UntrackedUseError",
     "VerificationError",
     "accumulate_grads",
+    "curvature",
     "direction",
     "explain",
     "factored_grads",

@@ -24,9 +24,9 @@ from ghostfunc import _bundles, _factors
 from ghostfunc._factors import Dense, Factor, OneHot, Outer
 from ghostfunc._functorch import in_transform
 from ghostfunc._layout import Layout, StaleLayout
-from ghostfunc._quantities import BesideReader, DotReader, Reader
+from ghostfunc._quantities import BesideReader, DotReader, PositionsReader, Reader
 from ghostfunc._rules import BroadcastRule
-from ghostfunc._rules._registry import ArgName, op_name, rows
+from ghostfunc._rules._registry import ArgName, ByPosition, op_name, rows
 from ghostfunc._several import dots_and_total
 from ghostfunc._trace import SWITCH, CallTrace, Trace, pattern
 from ghostfunc._tracked import CallArgs, ReaderKey, Tracked, real, shaped
@@ -123,13 +123,24 @@ class Use:
         out: list[Tensor | None] = []
         for (name, target), own in zip(self.targets, readers, strict=True):
             if own or target.wants_grad:
-                out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
+                by_position = any(isinstance(r, PositionsReader) for r in own)
+                factor = self.factor(name, target, b, saved[:n_args], by_position=by_position)
+                out += _read_all(factor, target, own)
         if self.collect_tap is not None:
             out.append(b)
         return out
 
-    def factor(self, name: ArgName, target: Tracked, b: Tensor, args: Sequence[Tensor]) -> Factor:
-        """The factor of one target, given the output's cotangent."""
+    def factor(
+        self,
+        name: ArgName,
+        target: Tracked,
+        b: Tensor,
+        args: Sequence[Tensor],
+        *,
+        by_position: bool = False,
+    ) -> Factor:
+        """The factor of one target, given the output's cotangent; `by_position`, no rule may form
+        the gradient because that is smaller."""
         layout = self.call.out
         if isinstance(self.call.rule, BroadcastRule):
             g = b.movedim(layout.sample_axis, 0)
@@ -137,7 +148,10 @@ class Use:
         call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
         assert self.call.rule is not None  # tracing saw to it
         factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
-        return fitted(factors[name](), target)
+        make = factors[name]
+        if by_position and isinstance(make, ByPosition):
+            make = make.outer
+        return fitted(make(), target)
 
 
 def fitted(factor: Factor, target: Tracked) -> Factor:
