@@ -43,6 +43,7 @@ from ghostfunc._transforms import (
 from ghostfunc._types import GhostStep
 from ghostfunc._verify import Report, verify
 from ghostfunc._vjp import GhostVjp, ghost_vjp
+from ghostfunc.curvature import influence
 from ghostfunc.projection import Project, Projection, ghost_project, kronecker_projection
 
 __version__ = "0.1.0"
@@ -95,6 +96,7 @@ __all__ = [
     "ghost_value_and_grad",
     "ghost_vjp",
     "hf",
+    "influence",
     "kronecker_projection",
     "per_sample_grads",
     "projection",
