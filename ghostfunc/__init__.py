@@ -6,7 +6,7 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import curvature, hf, projection, select, shapley, testing
+from ghostfunc import curvature, hf, projection, select, shapley, testing, unrolled
 from ghostfunc._book import FactoredGrads, factored_grads
 from ghostfunc._clipping import ClippedGrad, ghost_clipped_grad
 from ghostfunc._errors import (
@@ -105,5 +105,6 @@ __all__ = [
     "select",
     "shapley",
     "testing",
+    "unrolled",
     "verify",
 ]

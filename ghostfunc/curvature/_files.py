@@ -1,4 +1,4 @@
-"""Curvatures on disk: tensors and a JSON text in one safetensors file."""
+"""Tensors and a JSON text in one safetensors file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._errors import GhostError
 from ghostfunc.curvature._errors import CurvatureError
 
 FORMAT = 1
@@ -29,12 +30,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
     os.replace(aside, path)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and its JSON text.
-
-    Raises:
-        CurvatureError: it is no such file, or it is cut short.
-    """
+def read(
+    path: str | os.PathLike[str], raised: type[GhostError] = CurvatureError
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and its JSON text; `raised` if it is no such file or is cut short."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -42,18 +41,18 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CurvatureError(
+        raise raised(
             f"{os.fspath(path)!r} is no whole safetensors file ({error}): it was cut short, or is "
-            "something else. Make the curvature again, or copy the file again."
+            "something else. Copy it again, or delete it and make it again."
         ) from error
     if "ghostfunc" not in metadata:
-        raise CurvatureError(
-            f"{os.fspath(path)!r} was not written by ghostfunc.curvature: it has no entry "
+        raise raised(
+            f"{os.fspath(path)!r} was not written by ghostfunc: it has no entry "
             f"'ghostfunc' in its metadata {sorted(metadata)}."
         )
     about = json.loads(metadata["ghostfunc"])
     if about["format"] != FORMAT:
-        raise CurvatureError(
+        raise raised(
             f"{os.fspath(path)!r} has format {about['format']!r}; this version reads {FORMAT}."
         )
     return tensors, about

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc import _bundles, _factors
-from ghostfunc._factors import Dense, Factor, Grouped, OneHot, Outer, wide
+from ghostfunc._factors import Factor, Grouped, OneHot, Outer, wide
 from ghostfunc._quantities import PositionsReader, Push
 from ghostfunc.curvature._blocks import Block, Form
 
@@ -218,6 +218,3 @@ def _numel(block: Block) -> int:
 def _slices(n: int, step: int) -> Iterator[slice]:
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
-
-
-__all__ = ["Dense", "EigenvalueReader", "FormReader", "SideReader", "VectorReader"]
