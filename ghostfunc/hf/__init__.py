@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ghostfunc.hf._likelihoods import (
+    causal_lm_likelihood,
+    classification_likelihood,
+    masked_lm_likelihood,
+)
 from ghostfunc.hf._losses import (
     causal_lm,
     image_classification,
@@ -18,10 +23,13 @@ if TYPE_CHECKING:
 __all__ = [
     "GhostTrainer",
     "causal_lm",
+    "causal_lm_likelihood",
+    "classification_likelihood",
     "disable_remat",
     "enable_remat",
     "image_classification",
     "masked_lm",
+    "masked_lm_likelihood",
     "sequence_classification",
 ]
 
