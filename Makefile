@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) hatchling editables
-	$(PIP) --no-build-isolation -e ".[hf,store,faiss,examples,dev]"
+	$(PIP) --no-build-isolation -e ".[curvature,hf,store,faiss,examples,dev]"
 	@touch $@
 
 demo: $(STAMP) ## Run examples/demo.py.

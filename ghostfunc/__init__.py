@@ -6,7 +6,7 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import hf, projection, select, shapley, testing
+from ghostfunc import curvature, hf, projection, select, shapley, testing, unrolled
 from ghostfunc._base.errors import (
     BatchError,
     ControlFlowError,
@@ -45,6 +45,7 @@ from ghostfunc._transforms.gram import ghost_gram
 from ghostfunc._transforms.norms import ghost_norm
 from ghostfunc._transforms.verify import Report, verify
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
+from ghostfunc.curvature import influence
 from ghostfunc.projection import Project, Projection, ghost_project, kronecker_projection
 
 __version__ = "0.1.0"
@@ -84,6 +85,7 @@ __all__ = [
     "UntrackedUseError",
     "VerificationError",
     "accumulate_grads",
+    "curvature",
     "direction",
     "explain",
     "factored_grads",
@@ -97,6 +99,7 @@ __all__ = [
     "ghost_value_and_grad",
     "ghost_vjp",
     "hf",
+    "influence",
     "kronecker_projection",
     "materialize",
     "per_sample_grads",
@@ -106,5 +109,6 @@ __all__ = [
     "select",
     "shapley",
     "testing",
+    "unrolled",
     "verify",
 ]

@@ -36,6 +36,10 @@ class Reader(Protocol):
     def plus(self, other: Any) -> Any: ...
 
 
+class PositionsReader:
+    """Base of readers that read the positions of a factor, not only the gradient they add up to."""
+
+
 class Push(NamedTuple):
     """How directions travel from parameters to a tensor derived from them.
 

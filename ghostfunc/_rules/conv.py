@@ -3,12 +3,13 @@
 A convolution gathers: `g_i = sum_t b_it patch(x)_it^T` over output positions t. A transposed
 convolution scatters: `g_i = sum_t x_it patch(b)_it^T` over input positions. Groups of channels are
 groups of products. A kernel's gradient that is smaller than its factors is formed at once, sample
-by sample, with torch's own kernel.
+by sample, with torch's own kernel, unless its positions are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense, Factor, Grouped, Outer
-from ghostfunc._rules.registry import Factors, register_rule
+from ghostfunc._rules.registry import ByPosition, Factors, register_rule
 
 
 def _kernel_factor(
@@ -26,6 +27,7 @@ def _kernel_factor(
     groups: int,
     patches: Callable[[Tensor], Tensor],
     dense: Callable[[], Tensor],
+    outer: bool,
 ) -> Factor:
     """The factor of a kernel `[rows, columns / groups, *kernel]`, in whichever form is smallest.
 
@@ -34,12 +36,13 @@ def _kernel_factor(
         columns: `[n, batch, columns, *spatial]`, of which `patches` makes
             `[n, batch, columns, *kernel, *positions]`.
         dense: makes the gradient itself, `[n, *shape]`.
+        outer: never form the gradient.
     """
     dims = rows.ndim - 3
     left = _grouped(rows, groups, 0, dims)
     kernel = patches(columns[:1]).shape[3 : 3 + dims].numel()
     t, p, d = left.shape[2], left.shape[3], columns.shape[2] // groups * kernel
-    if p * d <= t * (p + d):
+    if not outer and p * d <= t * (p + d):
         return Dense(dense())
     right = _grouped(patches(columns), groups, dims, dims)
     return Outer(left[:, 0], right[:, 0]) if groups == 1 else Grouped(left, right)
@@ -115,11 +118,12 @@ def _each(x: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-def _factors(dims: int, b: Tensor, of_weight: Callable[[], Factor]) -> Factors:
+def _factors(dims: int, b: Tensor, of_weight: Callable[..., Factor]) -> Factors:
     def of_bias() -> Dense:
         return Dense(wide(_batched(b, dims)).flatten(3).sum((1, 3)))
 
-    return {"weight": of_weight, "bias": of_bias}
+    by_position = ByPosition(of_weight, partial(of_weight, outer=True))
+    return {"weight": by_position, "bias": of_bias}
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:
@@ -151,7 +155,7 @@ def conv(
     kernel = weight.shape[3:]
     dims = len(kernel)
 
-    def of_weight() -> Factor:
+    def of_weight(outer: bool = False) -> Factor:
         rows, x = _batched(b, dims), _batched(input, dims)
         step, spread = _each(stride, dims), _each(dilation, dims)
         sides = _sides(padding, kernel, spread)
@@ -163,7 +167,7 @@ def conv(
             return _sample_by_sample(rows, padded, weight, step, pad, spread, None, groups)
 
         patches = _patches(kernel, step, spread, sides, rows.shape[3:])
-        return _kernel_factor(rows, x, groups, patches, dense)
+        return _kernel_factor(rows, x, groups, patches, dense, outer)
 
     return _factors(dims, b, of_weight)
 
@@ -183,7 +187,7 @@ def conv_transpose(
     kernel = weight.shape[3:]
     dims = len(kernel)
 
-    def of_weight() -> Factor:
+    def of_weight(outer: bool = False) -> Factor:
         rows, columns = _batched(input, dims), _batched(b, dims)
         step, spread, pad = (_each(x, dims) for x in (stride, dilation, padding))
 
@@ -192,6 +196,6 @@ def conv_transpose(
             return _sample_by_sample(columns, rows, weight, step, pad, spread, extra, groups)
 
         patches = _patches(kernel, step, spread, [(x, x) for x in pad], rows.shape[3:])
-        return _kernel_factor(rows, columns, groups, patches, dense)
+        return _kernel_factor(rows, columns, groups, patches, dense, outer)
 
     return _factors(dims, b, of_weight)

@@ -29,6 +29,18 @@ RuleFn: TypeAlias = Callable[..., Factors]
 
 
 @dataclass(frozen=True)
+class ByPosition:
+    """Makes a factor in one of two forms: called, in the smaller one; `outer` makes it position by
+    position, however large. Readers of the positions themselves ask for the latter."""
+
+    smaller: Callable[[], Factor]
+    outer: Callable[[], Factor]
+
+    def __call__(self) -> Factor:
+        return self.smaller()
+
+
+@dataclass(frozen=True)
 class FactorRule:
     """An op whose per-sample gradient follows from its inputs and its output's cotangent."""
 

@@ -20,8 +20,8 @@ from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
-from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader
-from ghostfunc._rules.registry import ArgName, BroadcastRule, rows
+from ghostfunc._quantities.readers import DotReader, OneRunReader, PositionsReader, Reader
+from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, rows
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, real, shaped
 
@@ -121,13 +121,24 @@ class Use:
         with unrounded(b):
             for (name, target), own in zip(self.targets, readers, strict=True):
                 if own or target.wants_grad:
-                    out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
+                    by_position = any(isinstance(r, PositionsReader) for r in own)
+                    factor = self.factor(name, target, b, saved[:n_args], by_position=by_position)
+                    out += _read_all(factor, target, own)
         if self.collect_tap is not None:
             out.append(b)
         return out
 
-    def factor(self, name: ArgName, target: Tracked, b: Tensor, args: Sequence[Tensor]) -> Factor:
-        """The factor of one target, given the output's cotangent."""
+    def factor(
+        self,
+        name: ArgName,
+        target: Tracked,
+        b: Tensor,
+        args: Sequence[Tensor],
+        *,
+        by_position: bool = False,
+    ) -> Factor:
+        """The factor of one target, given the output's cotangent; `by_position`, no rule may form
+        the gradient because that is smaller."""
         layout = self.call.out
         if isinstance(self.call.rule, BroadcastRule):
             g = b.movedim(self.axis, 0)
@@ -135,7 +146,10 @@ class Use:
         call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
         assert self.call.rule is not None  # tracing saw to it
         factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
-        return as_param_shape(factors[name](), target)
+        make = factors[name]
+        if by_position and isinstance(make, ByPosition):
+            make = make.outer
+        return as_param_shape(make(), target)
 
 
 def as_param_shape(factor: Factor, target: Tracked) -> Factor:

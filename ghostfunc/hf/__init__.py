@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ghostfunc.hf._likelihoods import (
+    causal_lm_likelihood,
+    classification_likelihood,
+    masked_lm_likelihood,
+)
 from ghostfunc.hf._losses import (
     causal_lm,
     image_classification,
@@ -24,11 +29,14 @@ __all__ = [
     "GhostTrainer",
     "SampleLoss",
     "causal_lm",
+    "causal_lm_likelihood",
+    "classification_likelihood",
     "disable_remat",
     "enable_remat",
     "image_classification",
     "masked_lm",
     "seq2seq_lm",
+    "masked_lm_likelihood",
     "sequence_classification",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.types import (ModelFn, PyTree, Randomness)
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.projection import Projection
 from ghostfunc.store._again import Comparison
 from ghostfunc.store._jobs import ahead, deal, jobs_of, progress_bar, shard_of

@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from ghostfunc._base.errors import (GhostError, OptionError)
+from ghostfunc._base.errors import GhostError, OptionError
 from ghostfunc.projection import Projection, projection_from_spec
 from ghostfunc.store import _documents, _dtypes
 from ghostfunc.store._errors import StoreError

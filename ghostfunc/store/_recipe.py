@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc._base.module import ModuleFn
-from ghostfunc._base.types import (ModelFn, PyTree)
+from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.store import _checkpoints, _documents
 from ghostfunc.store._errors import IncompatibleStoreError, StoreError
 from ghostfunc.store._files import PARTIAL, Files

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc._base.trees import flatten_params
-from ghostfunc._base.types import (ModelFn, PyTree, Randomness)
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc.projection import Projection, ghost_project
 from ghostfunc.store._recipe import Recipe
 

@@ -1,0 +1,68 @@
+"""Tensors and a JSON text in one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._errors import GhostError
+from ghostfunc.curvature._errors import CurvatureError
+
+FORMAT = 1
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Any) -> None:
+    """Write a file, which appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".writing")
+    text = json.dumps({"format": FORMAT, **about})
+    save_file({k: x.contiguous() for k, x in tensors.items()}, aside, {"ghostfunc": text})
+    os.replace(aside, path)
+
+
+def read(
+    path: str | os.PathLike[str], raised: type[GhostError] = CurvatureError
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and its JSON text; `raised` if it is no such file or is cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise raised(
+            f"{os.fspath(path)!r} is no whole safetensors file ({error}): it was cut short, or is "
+            "something else. Copy it again, or delete it and make it again."
+        ) from error
+    if "ghostfunc" not in metadata:
+        raise raised(
+            f"{os.fspath(path)!r} was not written by ghostfunc: it has no entry "
+            f"'ghostfunc' in its metadata {sorted(metadata)}."
+        )
+    about = json.loads(metadata["ghostfunc"])
+    if about["format"] != FORMAT:
+        raise raised(
+            f"{os.fspath(path)!r} has format {about['format']!r}; this version reads {FORMAT}."
+        )
+    return tensors, about
+
+
+def fingerprint(names: Sequence[str], leaves: Sequence[Tensor]) -> str:
+    """SHA-256 of the names, shapes, dtypes and values of parameters."""
+    digest = hashlib.sha256()
+    for name, x in sorted(zip(names, leaves, strict=True), key=lambda pair: pair[0]):
+        digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
+        values = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

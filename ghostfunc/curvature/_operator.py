@@ -1,0 +1,330 @@
+"""Curvature operators: symmetric matrices of the size of the parameters, never formed."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghostfunc._errors import ParamsError
+from ghostfunc._factors import wide
+from ghostfunc._tree import ParamSpec, flatten_params
+from ghostfunc._types import PyTree
+from ghostfunc.curvature import _files
+from ghostfunc.curvature._blocks import Block
+from ghostfunc.curvature._errors import CurvatureError, check_damping
+
+
+class Operator(ABC):
+    """A symmetric operator C on directions, pytrees like `params`."""
+
+    @abstractmethod
+    def matvec(self, direction: PyTree) -> PyTree:
+        """`C u`."""
+
+
+class Basis(NamedTuple):
+    """`C = (left (x) right) diag(eigenvalues) (left (x) right)^T` of one block.
+
+    Attributes:
+        left, right: `[groups, k, k]`, eigenvectors in columns; None is the identity.
+        eigenvalues: `[groups, rows, columns]`.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    eigenvalues: Tensor
+
+
+class BlockReport(NamedTuple):
+    """One parameter in a curvature.
+
+    Attributes:
+        path, shape, kind: as in the block: "matrix", "vector", "unused" or "identity".
+        sides: how both sides are seen, such as `"64 x 32*"`; a star stands for own axes.
+        trace: sum of the eigenvalues.
+        mean, largest: of the eigenvalues.
+        half: the least number of eigenvalues that make half of the trace.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    kind: str
+    sides: str
+    trace: float
+    mean: float
+    largest: float
+    half: int
+
+
+@dataclass(frozen=True)
+class CurvatureReport:
+    """What a curvature holds, parameter by parameter; prints as a table."""
+
+    rows: tuple[BlockReport, ...]
+    samples: int
+    fisher: str
+
+    def __str__(self) -> str:
+        header = ("parameter", "kind", "sides", "trace", "mean", "largest", "half in")
+        cells = [header] + [
+            (
+                r.path,
+                r.kind,
+                r.sides,
+                *(f"{x:.3g}" for x in (r.trace, r.mean, r.largest)),
+                str(r.half),
+            )
+            for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        rule = "-" * max(map(len, lines))
+        title = f"EK-FAC of {self.samples} samples, {self.fisher} Fisher"
+        return "\n".join([title, rule, lines[0], rule, *lines[1:]])
+
+
+class EKFAC(Operator):
+    """An eigenvalue-corrected Kronecker-factored curvature; made by `gf.curvature.ekfac`.
+
+    A direction `u` of one parameter goes through its eigenbases and back:
+
+        matvec         U (L * (U^T u))
+        solve          U ((U^T u) / (L + damping))
+        inverse_sqrt   U ((U^T u) / sqrt(L + damping))
+
+    Attributes:
+        blocks: how every parameter is seen.
+        samples: how many samples it was made of.
+        fisher: whose second moment it is.
+        fingerprint: of the parameters it was made at.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        bases: Sequence[Basis],
+        *,
+        samples: int,
+        fisher: str,
+        fingerprint: str,
+    ) -> None:
+        self.blocks, self._bases = tuple(blocks), tuple(bases)
+        self.samples, self.fisher, self.fingerprint = samples, fisher, fingerprint
+
+    def matvec(self, direction: PyTree) -> PyTree:
+        """`C u`, a pytree like `direction`, float32 or wider."""
+        return self._spectral(direction, lambda x: x)
+
+    def solve(self, direction: PyTree, damping: float, *, relative: bool = False) -> PyTree:
+        """`(C + damping I)^-1 u`, a pytree like `direction`, float32 or wider.
+
+        Args:
+            direction: a pytree like `params`.
+            damping: positive. It is in the units of the eigenvalues, loss^2 per parameter^2.
+            relative: multiply the damping of every parameter by the mean of its eigenvalues.
+
+        Raises:
+            OptionError: the damping is not positive.
+            CurvatureError: the direction is not one of these parameters; or a relative damping of a
+                parameter whose eigenvalues are all zero.
+        """
+        return self._spectral(direction, self._damped(damping, relative, -1.0))
+
+    def inverse_sqrt(self, direction: PyTree, damping: float, *, relative: bool = False) -> PyTree:
+        """`(C + damping I)^-1/2 u`: inner products of such rows are `<u, (C + damping I)^-1 v>`.
+
+        Arguments and errors are those of `solve`.
+        """
+        return self._spectral(direction, self._damped(damping, relative, -0.5))
+
+    def solve_each(
+        self, stacked: Sequence[Tensor], damping: float, *, relative: bool = False
+    ) -> list[Tensor]:
+        """`solve` of several directions, `[k, *shape]` per parameter, in the order of `blocks`."""
+        f = self._damped(damping, relative, -1.0)
+        return [
+            _through(u, block, basis, f)
+            for u, block, basis in zip(stacked, self.blocks, self._bases, strict=True)
+        ]
+
+    def report(self) -> CurvatureReport:
+        """What is held of every parameter; prints as a table."""
+        return CurvatureReport(
+            tuple(map(_report, self.blocks, self._bases)), self.samples, self.fisher
+        )
+
+    def check(self, params: PyTree) -> None:
+        """Raise `CurvatureError` unless `params` are those that the curvature was made at."""
+        leaves, spec = flatten_params(params)
+        self._check_names(spec, leaves)
+        if _files.fingerprint(spec.names, leaves) != self.fingerprint:
+            raise CurvatureError(
+                "the curvature was made at other values of these parameters: a curvature belongs "
+                "to one checkpoint. Make it again at this one."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a safetensors file, which appears whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for i, basis in enumerate(self._bases):
+            tensors |= {
+                f"{i}.{name}": x.cpu() for name, x in basis._asdict().items() if x is not None
+            }
+        _files.write(
+            path,
+            tensors,
+            {
+                "kind": "ekfac",
+                "samples": self.samples,
+                "fisher": self.fisher,
+                "params": self.fingerprint,
+                "blocks": [asdict(b) for b in self.blocks],
+            },
+        )
+
+    def to(self, device: torch.device | str) -> EKFAC:
+        """The same curvature on another device."""
+        bases = [
+            Basis(
+                None if b.left is None else b.left.to(device),
+                None if b.right is None else b.right.to(device),
+                b.eigenvalues.to(device),
+            )
+            for b in self._bases
+        ]
+        return EKFAC(
+            self.blocks,
+            bases,
+            samples=self.samples,
+            fisher=self.fisher,
+            fingerprint=self.fingerprint,
+        )
+
+    def _damped(self, damping: float, relative: bool, power: float) -> Callable[[Tensor], Tensor]:
+        damping = check_damping(damping)
+
+        def f(eigenvalues: Tensor) -> Tensor:
+            by = damping * eigenvalues.mean() if relative else damping
+            return (eigenvalues + by) ** power
+
+        if relative:
+            for block, basis in zip(self.blocks, self._bases, strict=True):
+                if not bool(basis.eigenvalues.any()):
+                    raise CurvatureError(
+                        f"parameter {block.path!r} has no curvature at all (it is {block.kind}), "
+                        "so no damping relative to it. Use relative=False."
+                    )
+        return f
+
+    def _spectral(self, direction: PyTree, f: Callable[[Tensor], Tensor]) -> PyTree:
+        leaves, spec = flatten_params(direction)
+        self._check_names(spec, leaves)
+        return spec.unflatten(
+            [
+                _through(u[None], block, basis, f)[0]
+                for u, block, basis in zip(leaves, self.blocks, self._bases, strict=True)
+            ]
+        )
+
+    def _check_names(self, spec: ParamSpec, leaves: Sequence[Tensor]) -> None:
+        own = {b.path: b.shape for b in self.blocks}
+        given = {name: tuple(x.shape) for name, x in zip(spec.names, leaves, strict=True)}
+        if list(own) != list(given):
+            missing = [x for x in own if x not in given]
+            extra = [x for x in given if x not in own]
+            raise CurvatureError(
+                "the curvature is one of other parameters. Missing here: "
+                f"{missing or 'nothing'}; not in the curvature: {extra or 'nothing'}."
+            )
+        for path, shape in own.items():
+            if given[path] != shape:
+                raise CurvatureError(
+                    f"the curvature was made for parameter {path!r} of shape {shape}, but it has "
+                    f"shape {given[path]} here."
+                )
+
+
+def load(path: str | os.PathLike[str], params: PyTree | None = None) -> EKFAC:
+    """Read what `EKFAC.save` wrote.
+
+    Args:
+        path: the file.
+        params: if given, the parameters that the curvature must have been made at; it is put on
+            their device.
+
+    Raises:
+        CurvatureError: the file is cut short or another one, or the parameters are others.
+    """
+    tensors, about = _files.read(path)
+    if about.get("kind") != "ekfac":
+        raise CurvatureError(
+            f"{os.fspath(path)!r} holds {about.get('kind')!r}, the state of a computation; "
+            "expected what EKFAC.save writes."
+        )
+    blocks = [Block(**{**b, "shape": tuple(b["shape"])}) for b in about["blocks"]]
+    bases = [
+        Basis(tensors.get(f"{i}.left"), tensors.get(f"{i}.right"), tensors[f"{i}.eigenvalues"])
+        for i in range(len(blocks))
+    ]
+    out = EKFAC(
+        blocks,
+        bases,
+        samples=about["samples"],
+        fisher=about["fisher"],
+        fingerprint=about["params"],
+    )
+    if params is None:
+        return out
+    out.check(params)
+    return out.to(flatten_params(params)[0][0].device)
+
+
+def _through(u: Tensor, block: Block, basis: Basis, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """`U f(L) U^T u` of directions `[k, *shape]`."""
+    left, right, eigenvalues = basis
+    if u.device != eigenvalues.device:
+        raise ParamsError(
+            f"direction leaf {block.path!r} is on {u.device}, the curvature on "
+            f"{eigenvalues.device}. Move one: curvature.to(device)."
+        )
+    x = wide(u)
+    dtype = torch.promote_types(x.dtype, eigenvalues.dtype)
+    x = x.to(dtype).reshape(-1, *block.sizes)
+    left, right = (None if v is None else v.to(dtype) for v in (left, right))
+    x = x if left is None else left.mT @ x
+    x = x if right is None else x @ right
+    x = x * f(eigenvalues.to(dtype))
+    x = x if left is None else left @ x
+    x = x if right is None else x @ right.mT
+    return x.reshape(u.shape)
+
+
+def _report(block: Block, basis: Basis) -> BlockReport:
+    values = basis.eigenvalues.double().flatten()
+    trace = float(values.sum())
+    ordered = values.sort(descending=True).values.cumsum(0)
+    half = int((ordered < trace / 2).sum()) + 1 if trace > 0 else 0
+    groups, rows, columns = block.sizes
+    sides = " x ".join(
+        f"{size}{'' if has_basis or size == 1 else '*'}"
+        for size, has_basis in ((rows, block.left), (columns, block.right))
+    )
+    return BlockReport(
+        block.path,
+        block.shape,
+        block.kind,
+        sides if groups == 1 else f"{groups} of {sides}",
+        trace,
+        float(values.mean()),
+        float(values.max()),
+        half,
+    )

@@ -1,0 +1,285 @@
+"""Two passes over a data set: sums over positions, whose eigenvectors are the bases; then second
+moments of the gradients in these bases. Resumable, and summed over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghostfunc import _chunks
+from ghostfunc._errors import OptionError
+from ghostfunc._quantities import Prepared, Quantity
+from ghostfunc._tree import ParamSpec, batch_size, take
+from ghostfunc._types import PyTree
+from ghostfunc._vjp import run
+from ghostfunc.curvature import _files
+from ghostfunc.curvature._blocks import Block, Limits, block_of
+from ghostfunc.curvature._errors import CurvatureError
+from ghostfunc.curvature._fisher import Gradients
+from ghostfunc.curvature._operator import Basis
+from ghostfunc.curvature._readers import EigenvalueReader, FormReader, SideReader, VectorReader
+
+Batches: TypeAlias = Iterable[PyTree]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Parameters, and the batches that are gone through twice.
+
+    Attributes:
+        chunk_size: the most samples to run at one time.
+        progress: show a progress bar.
+        group: the processes to sum over, each with batches of its own; None: this one alone.
+    """
+
+    leaves: list[Tensor]
+    spec: ParamSpec
+    batches: Batches
+    chunk_size: int | None
+    progress: bool
+    group: Any
+
+    @property
+    def params(self) -> PyTree:
+        return self.spec.unflatten(self.leaves)
+
+
+@dataclass
+class State:
+    """How far a computation has come.
+
+    Attributes:
+        phase: "bases" or "eigenvalues".
+        batches: how many batches of this phase are done.
+        samples: in those batches.
+        sums: of this phase, by name, float64.
+        bases: eigenbases by name, once they are known.
+        first: samples of the first phase.
+    """
+
+    phase: str = "bases"
+    batches: int = 0
+    samples: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)
+    first: int = 0
+
+    def add(self, name: str, x: Tensor) -> None:
+        x = x.double()
+        self.sums[name] = self.sums[name] + x if name in self.sums else x
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Keeps a state in a file, every few batches.
+
+    Attributes:
+        path: the file; None keeps nothing.
+        every: how many batches apart.
+        about: what the computation is one of; a state of another one is refused.
+    """
+
+    path: str | os.PathLike[str] | None
+    every: int
+    about: dict[str, Any]
+
+    def load(self, device: torch.device) -> State:
+        """The state that was kept, or the first one."""
+        if self.path is None or not os.path.exists(self.path):
+            return State()
+        tensors, about = _files.read(self.path)
+        found = {key: about.get(key) for key in self.about}
+        if found != self.about:
+            differing = sorted(key for key in self.about if found[key] != self.about[key])
+            raise CurvatureError(
+                f"{os.fspath(self.path)!r} is the state of another computation: it differs in "
+                f"{', '.join(differing)}. Delete the file, or give another checkpoint path."
+            )
+        tensors = {name: x.to(device) for name, x in tensors.items()}
+        sums, bases = (
+            {name[len(part) :]: x for name, x in tensors.items() if name.startswith(part)}
+            for part in ("sums ", "bases ")
+        )
+        return State(
+            about["phase"], about["batches"], about["samples"], sums, bases, about["first"]
+        )
+
+    def keep(self, state: State, *, now: bool = False) -> None:
+        if self.path is None or not (now or state.batches % self.every == 0):
+            return
+        tensors = {f"sums {k}": x for k, x in state.sums.items()}
+        tensors |= {f"bases {k}": x for k, x in state.bases.items()}
+        counts = {k: getattr(state, k) for k in ("phase", "batches", "samples", "first")}
+        _files.write(self.path, tensors, {**self.about, **counts})
+
+
+def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
+    """How every parameter is seen, from the factors of two samples of the first batch."""
+    first = next(iter(data.batches), None)
+    if first is None:
+        raise OptionError("batches is empty: a curvature needs at least one batch.")
+    few = take(first, range(min(2, batch_size(first))))
+    gradients.check(data.params, few)
+    readers = [FormReader() for _ in data.leaves]
+    model_fn, scored = next(gradients.runs(data.params, few, 0))
+    run(model_fn, data.leaves, data.spec, scored, [Prepared(readers, degree=1)])
+    return [
+        block_of(name, tuple(x.shape), reader.forms, limits)
+        for name, x, reader in zip(data.spec.names, data.leaves, readers, strict=True)
+    ]
+
+
+def find_bases(
+    gradients: Gradients,
+    data: Data,
+    blocks: Sequence[Block],
+    reduce: bool,
+    state: State,
+    keeper: Keeper,
+) -> None:
+    """Fill `state.bases`."""
+    left = [SideReader(b, True, reduce) if b.kind == "matrix" and b.left else None for b in blocks]
+    right = [
+        SideReader(b, False, reduce) if b.kind == "matrix" and b.right else None for b in blocks
+    ]
+    vector = [VectorReader(b) if b.kind == "vector" and b.right else None for b in blocks]
+    # What is read at the uses of one side adds up; a vector's uses are taken together.
+    quantities = [Prepared(left, 1), Prepared(right, 1), Prepared(vector, 2)]
+    _pass(gradients, data, blocks, quantities, ("left", "right", "right"), state, keeper)
+    bases = {}
+    for name in sorted(state.sums):
+        bases[name] = _eigenvectors(state.sums[name])
+        _broadcast(bases[name], data.group)
+    state.bases = bases
+    state.phase, state.first = "eigenvalues", state.samples
+    state.batches, state.samples, state.sums = 0, 0, {}
+    keeper.keep(state, now=True)
+
+
+def find_eigenvalues(
+    gradients: Gradients, data: Data, blocks: Sequence[Block], state: State, keeper: Keeper
+) -> list[Basis]:
+    """The bases with their eigenvalues, from the second pass."""
+    readers: list[EigenvalueReader | None] = []
+    for i, (block, leaf) in enumerate(zip(blocks, data.leaves, strict=True)):
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        left, right = (
+            state.bases[key].to(dtype) if (key := f"{i} {side}") in state.bases else None
+            for side in ("left", "right")
+        )
+        met = block.kind in ("matrix", "vector")
+        readers.append(EigenvalueReader(block, left, right) if met else None)
+    _pass(gradients, data, blocks, [Prepared(readers, 2)], ("eigenvalues",), state, keeper)
+    if state.samples != state.first:
+        raise CurvatureError(
+            f"batches held {state.first} samples the first time and {state.samples} the second. "
+            "Both passes must see the same samples: switch off whatever drops or repeats some."
+        )
+    out = []
+    for i, (block, leaf, reader) in enumerate(zip(blocks, data.leaves, readers, strict=True)):
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        if reader is None:
+            fill = torch.ones if block.kind == "identity" else torch.zeros
+            out.append(Basis(None, None, fill(block.sizes, dtype=dtype, device=leaf.device)))
+            continue
+        mean = state.sums[f"{i} eigenvalues"] / (state.samples * gradients.draws)
+        out.append(Basis(reader.left, reader.right, mean.to(dtype)))
+    return out
+
+
+def _pass(
+    gradients: Gradients,
+    data: Data,
+    blocks: Sequence[Block],
+    quantities: Sequence[Quantity],
+    names: Sequence[str],
+    state: State,
+    keeper: Keeper,
+) -> None:
+    """Add what is read in all batches that are left to the state."""
+    params = data.params
+    with _bar(data, state) as advance:
+        for number, batch in enumerate(data.batches):
+            if number < state.batches:
+                continue
+            for _, chunk in _chunks.chunks(batch, data.chunk_size):
+                # A chunk has draws of its own, by its place in the data set.
+                for model_fn, scored in gradients.runs(params, chunk, state.samples):
+                    taken = run(model_fn, data.leaves, data.spec, scored, quantities)
+                    for name, values in zip(names, taken.values, strict=True):
+                        _add(state, name, values, blocks, number)
+                state.samples += batch_size(chunk)
+            state.batches += 1
+            keeper.keep(state)
+            advance()
+    _all_reduce(state, data.group)
+
+
+def _add(
+    state: State, name: str, values: Sequence[Tensor | None], blocks: Sequence[Block], number: int
+) -> None:
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        if not bool(value.isfinite().all()):
+            raise CurvatureError(
+                f"the statistics of parameter {blocks[i].path!r} are not finite in batch {number}: "
+                "its activations or gradients overflow there. Look at this batch, or run the model "
+                "in a wider dtype."
+            )
+        state.add(f"{i} {name}", value)
+
+
+def _eigenvectors(sums: Tensor) -> Tensor:
+    """Eigenvectors in columns, for every group, of sums made exactly symmetric."""
+    return torch.linalg.eigh((sums + sums.mT) / 2).eigenvectors.contiguous()
+
+
+def _all_reduce(state: State, group: Any) -> None:
+    if group is None:
+        return
+    device = next(iter(state.sums.values())).device if state.sums else torch.device("cpu")
+    count = torch.tensor([state.samples], device=device)
+    torch.distributed.all_reduce(count, group=group)
+    state.samples = int(count)
+    for name in sorted(state.sums):
+        state.sums[name] = state.sums[name].contiguous()
+        torch.distributed.all_reduce(state.sums[name], group=group)
+
+
+def _broadcast(x: Tensor, group: Any) -> None:
+    """Eigenvectors are unique up to signs and rotations: all processes take one's."""
+    if group is not None:
+        source = torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast(x, source, group=group)
+
+
+@contextmanager
+def _bar(data: Data, state: State) -> Iterator[Any]:
+    if not data.progress:
+        yield lambda: None
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    total = len(data.batches) if isinstance(data.batches, Sequence) else None
+    with tqdm(total=total, initial=state.batches, unit="batch", desc=state.phase) as bar:
+        yield bar.update
+
+
+def about_of(gradients: Gradients, data: Data, limits: Limits, reduce: bool) -> dict[str, Any]:
+    """What tells one computation from another, ready for JSON."""
+    return {
+        "kind": "state",
+        "params": _files.fingerprint(data.spec.names, data.leaves),
+        "fisher": gradients.fisher,
+        "draws": gradients.draws,
+        "seed": gradients.seed,
+        "sharing": "reduce" if reduce else "expand",
+        "limits": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(limits).items()},
+    }

@@ -1,0 +1,31 @@
+"""Several processes, each with batches of its own, make the curvature of all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from processes import model, problem
+
+import ghostfunc as gf
+
+
+def test_two_processes_make_one_curvature(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("processes.py")
+    root = str(Path(gf.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    running = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], env=env)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    params, batches = problem()
+    expected = gf.curvature.ekfac(model, params, batches, fisher="empirical").solve(params, 0.1)
+    for rank in range(2):
+        made = gf.curvature.load(tmp_path / f"{rank}.safetensors", params)
+        assert made.samples == 18
+        for name, x in made.solve(params, 0.1).items():
+            torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-12)
