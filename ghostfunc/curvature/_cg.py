@@ -9,10 +9,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
-from ghostfunc._factors import wide
-from ghostfunc._tree import ParamSpec, flatten_params
-from ghostfunc._types import PyTree
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.trees import ParamSpec, flatten_params
+from ghostfunc._base.types import PyTree
 from ghostfunc.curvature._errors import ConvergenceError, check_count, check_damping
 from ghostfunc.curvature._operator import EKFAC, Operator
 

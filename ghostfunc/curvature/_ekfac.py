@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
-from ghostfunc._chunks import check_chunk_size
-from ghostfunc._errors import OptionError, one_of
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import ModelFn, PyTree
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_chunk_size, one_of
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._blocks import Limits, patterns
 from ghostfunc.curvature._errors import check_count

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import GhostError
+from ghostfunc._base.errors import GhostError
 from ghostfunc.curvature._errors import CurvatureError
 
 FORMAT = 1

@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _chunks
-from ghostfunc._errors import OptionError
-from ghostfunc._factors import wide
-from ghostfunc._quantities import SampleGrad
-from ghostfunc._transforms import ghost_dot_prod
-from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
-from ghostfunc._vjp import run
+from ghostfunc._base.batches import chunks, joined
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._quantities.quantity import SampleGrad
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.dot_prods import ghost_dot_prod
 from ghostfunc.curvature._cg import CG
 from ghostfunc.curvature._errors import check_count
 from ghostfunc.curvature._matvecs import DataOperator
@@ -94,7 +95,7 @@ def influence(
         2023.
     """
     check_count("directions_at_once", directions_at_once)
-    _chunks.check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size)
     leaves, spec = flatten_params(params)
     solve = _solver(curvature, params, spec, damping, relative)
     fns, sides = (model_fn, query_fn or model_fn), (train, queries)
@@ -120,8 +121,8 @@ def influence(
             )
             leaves_of = [optree.tree_leaves(scores[name]) for name in named]
             rows.append([torch.stack(x, 1) for x in zip(*leaves_of, strict=True)])
-        columns.append(_chunks.joined(rows))
-    parts = _chunks.joined(columns, axis=1)
+        columns.append(joined(rows))
+    parts = joined(columns, axis=1)
     if fewer == 0:
         parts = [x.mT for x in parts]
     return spec.unflatten(parts) if per_param else parts[0]
@@ -184,5 +185,5 @@ def _parts(side: Any, most: int | None, what: str) -> Iterator[PyTree]:
             "the data loader itself."
         )
     for batch in [side] if _is_pytree(side) else side:
-        for _, chunk in _chunks.chunks(batch, most, what):
+        for _, chunk in chunks(batch, most, what):
             yield chunk

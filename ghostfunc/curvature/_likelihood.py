@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from ghostfunc._errors import BatchError, OptionError, one_of
-from ghostfunc._factors import wide
-from ghostfunc._types import PyTree
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.types import PyTree
 
 Outputs: TypeAlias = Callable[[PyTree, PyTree], Tensor]
 """`outputs(params, batch) -> z [n, ...]`, pure."""

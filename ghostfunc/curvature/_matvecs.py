@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghostfunc import _chunks
-from ghostfunc._errors import OptionError, TransformError, one_of
-from ghostfunc._factors import wide
-from ghostfunc._oracles import ReverseModeConstants
-from ghostfunc._tracking import FORWARD_MODE
-from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._types import ModelFn, PyTree
+from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError, TransformError
+from ghostfunc._base.options import check_chunk_size, one_of
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import CurvatureError
 from ghostfunc.curvature._fisher import Gradients
 from ghostfunc.curvature._likelihood import Likelihood
@@ -38,7 +37,7 @@ class DataOperator(Operator):
         self, params: PyTree, batches: Iterable[PyTree], hvp: Hvp, chunk_size: int | None
     ) -> None:
         one_of("hvp", hvp, ("forward", "reverse"))
-        _chunks.check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size)
         if isinstance(batches, Iterator):
             raise OptionError(
                 f"batches is a {type(batches).__name__}, which can be gone through once; products "
@@ -81,7 +80,7 @@ class DataOperator(Operator):
         us = [u.detach().to(x.dtype) for u, x in zip(us, self._leaves, strict=True)]
         sums, samples = [torch.zeros_like(wide(x)) for x in self._leaves], 0
         for batch in batches:
-            for _, chunk in _chunks.chunks(batch, self._chunk_size):
+            for _, chunk in batches.chunks(batch, self._chunk_size):
                 n = batch_size(chunk)
                 for out, x in zip(sums, self._product(chunk, us), strict=True):
                     out.add_(x, alpha=n)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import ParamsError
-from ghostfunc._factors import wide
-from ghostfunc._tree import ParamSpec, flatten_params
-from ghostfunc._types import PyTree
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import ParamsError
+from ghostfunc._base.trees import ParamSpec, flatten_params
+from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._errors import CurvatureError, check_damping

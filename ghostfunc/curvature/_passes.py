@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc import _chunks
-from ghostfunc._errors import OptionError
-from ghostfunc._quantities import Prepared, Quantity
-from ghostfunc._tree import ParamSpec, batch_size, take
-from ghostfunc._types import PyTree
-from ghostfunc._vjp import run
+from ghostfunc._base.batches import chunks
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.trees import ParamSpec, batch_size, take
+from ghostfunc._base.types import PyTree
+from ghostfunc._quantities.quantity import Prepared, Quantity
+from ghostfunc._taps.run import run
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._blocks import Block, Limits, block_of
 from ghostfunc.curvature._errors import CurvatureError
@@ -208,7 +208,7 @@ def _pass(
         for number, batch in enumerate(data.batches):
             if number < state.batches:
                 continue
-            for _, chunk in _chunks.chunks(batch, data.chunk_size):
+            for _, chunk in chunks(batch, data.chunk_size):
                 # A chunk has draws of its own, by its place in the data set.
                 for model_fn, scored in gradients.runs(params, chunk, state.samples):
                     taken = run(model_fn, data.leaves, data.spec, scored, quantities)

@@ -24,9 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _bundles, _factors
-from ghostfunc._factors import Factor, Grouped, OneHot, Outer, wide
-from ghostfunc._quantities import PositionsReader, Push
+from ghostfunc._base.dtypes import wide
+from ghostfunc._factors import bundles, contract
+from ghostfunc._factors.factor import Factor, Grouped, OneHot, Outer
+from ghostfunc._quantities.readers import PositionsReader, Push
 from ghostfunc.curvature._blocks import Block, Form
 
 ELEMENTS = 1 << 22
@@ -42,14 +43,14 @@ class _OneParameter(PositionsReader):
         if push.derivation == "cast":
             return self
         if push.derivation == "transpose":
-            return replace(self, transposed=not self.transposed)  # type: ignore[type-var]
+            return replace(self, transposed=not self.transposed)
         return None
 
     def plus(self, other: object) -> _OneParameter:
         raise TypeError("a second moment travels through casts and transposes of one tensor only")
 
     def _turned(self, factor: Factor) -> Factor:
-        return _factors.transpose(factor) if self.transposed else factor
+        return contract.transpose(factor) if self.transposed else factor
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class FormReader(_OneParameter):
     def read(self, factor: Factor) -> Tensor:
         factor = self._turned(factor)
         self.forms.append(Form(type(factor).__name__, tuple(factor.shape)))
-        return wide(_bundles.values(factor)).new_zeros(())
+        return wide(bundles.values(factor)).new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class VectorReader(_OneParameter):
         return self.read_all([factor])
 
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
-        return _gram(_factors.add_up([as_matrices(f, self.block) for f in factors]))
+        return _gram(contract.add_up([as_matrices(f, self.block) for f in factors]))
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,12 @@ class EigenvalueReader(_OneParameter):
                 return self._rank_one(factors[0])[None]
             if all(isinstance(f, OneHot) for f in factors) and self.left is None:
                 return self._look_ups(factors)[None]
-        n = _bundles.samples(factors)
+        n = bundles.samples(factors)
         parts = [
-            _factors.add_up([self._rotated(_bundles.take(f, some)) for f in factors])
-            .square()
-            .sum(0)
+            contract.add_up([self._rotated(bundles.take(f, some)) for f in factors]).square().sum(0)
             for some in _slices(n, max(1, ELEMENTS // max(1, _numel(self.block))))
         ]
-        return _factors.add_up(parts)
+        return contract.add_up(parts)
 
     def _rank_one(self, factor: Outer) -> Tensor:
         """One position per sample: `(l r^T)^2 = l^2 (r^2)^T`."""
@@ -186,9 +185,9 @@ class EigenvalueReader(_OneParameter):
         match factor:
             case Outer() | OneHot() if factor.shape == (block.rows, block.columns):
                 left, right = (None if u is None else u[0] for u in (self.left, self.right))
-                like = wide(_bundles.values(factor))
+                like = wide(bundles.values(factor))
                 left, right = (None if u is None else u.to(like) for u in (left, right))
-                return _factors.project(factor, left, right)[:, None]
+                return contract.project(factor, left, right)[:, None]
             case Grouped(left, right) if factor.shape == block.sizes:
                 left, right = wide(left), wide(right)
                 left = left if self.left is None else left @ self.left.to(left)
@@ -201,7 +200,7 @@ class EigenvalueReader(_OneParameter):
 
 def as_matrices(factor: Factor, block: Block) -> Float[Tensor, "n g p d"]:
     """The gradients themselves, as the block sees them."""
-    return _factors.materialize(factor).reshape(-1, *block.sizes)
+    return contract.materialize(factor).reshape(-1, *block.sizes)
 
 
 def _gram(x: Float[Tensor, "n g t k"]) -> Float[Tensor, "g k k"]:

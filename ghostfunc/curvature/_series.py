@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
-from ghostfunc._factors import wide
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import PyTree
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import PyTree
 from ghostfunc.curvature._cg import Solution, Vector, added, check_tolerance, norm
 from ghostfunc.curvature._errors import ConvergenceError, check_count, check_damping
 from ghostfunc.curvature._matvecs import DataOperator

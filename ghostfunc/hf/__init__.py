@@ -35,8 +35,8 @@ __all__ = [
     "enable_remat",
     "image_classification",
     "masked_lm",
-    "seq2seq_lm",
     "masked_lm_likelihood",
+    "seq2seq_lm",
     "sequence_classification",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ghostfunc._module import from_module
+from ghostfunc._base.module import from_module
 from ghostfunc.curvature import Likelihood, softmax
 from ghostfunc.hf._logits import IGNORED
 from ghostfunc.hf._losses import Batch

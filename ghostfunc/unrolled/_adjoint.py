@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghostfunc._errors import TransformError
-from ghostfunc._oracles import ReverseModeConstants
-from ghostfunc._tracking import FORWARD_MODE
+from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
+from ghostfunc._base.errors import TransformError
 from ghostfunc.unrolled._training import State, Training
 
 Hvp: TypeAlias = Literal["forward", "reverse"]

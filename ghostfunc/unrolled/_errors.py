@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ghostfunc._errors import GhostError
+from ghostfunc._base.errors import GhostError
 
 
 class UnrolledError(GhostError, RuntimeError):

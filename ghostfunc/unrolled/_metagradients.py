@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ghostfunc._errors import OptionError, one_of
-from ghostfunc._purity import check_losses
-from ghostfunc._tree import batch_size
-from ghostfunc._types import ModelFn, PyTree
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.purity import check_losses
+from ghostfunc._base.trees import batch_size
+from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._files import fingerprint
 from ghostfunc.shapley import Scores

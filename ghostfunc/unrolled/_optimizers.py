@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 from ghostfunc.shapley._optimizers import adam_change, sgd_change
 
 Leaves: TypeAlias = list[Tensor]

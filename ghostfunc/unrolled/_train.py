@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._types import PyTree
+from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._errors import check_count
 from ghostfunc.unrolled._errors import UnrolledError
