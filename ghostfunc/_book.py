@@ -62,7 +62,7 @@ def collect(
     batch: PyTree,
     *,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""

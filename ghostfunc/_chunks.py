@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import optree
 import torch
 from torch import Tensor
 
 from ghostfunc._errors import NonFiniteLossError, OptionError
-from ghostfunc._tree import batch_size
+from ghostfunc._tree import batch_size, map_leaves
 from ghostfunc._types import PyTree
 
 T = TypeVar("T")
@@ -91,4 +90,4 @@ class Sums:
 def _cut(batch: PyTree, start: int, stop: int) -> PyTree:
     """Some samples of a batch. Leaves that are one tensor stay one, as in `take`."""
     cut: dict[int, Tensor] = {}
-    return optree.tree_map(lambda x: cut.setdefault(id(x), x[start:stop]), batch)
+    return map_leaves(lambda x: cut.setdefault(id(x), x[start:stop]), batch)

@@ -41,7 +41,7 @@ def ghost_clipped_grad(
     normalize: bool = False,
     weights: Float[Tensor, " n"] | None = None,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> ClippedGrad:
     """The sum of clipped per-sample gradients, from one forward and one backward pass.
@@ -81,7 +81,8 @@ def ghost_clipped_grad(
         normalize: scale every gradient to the norm C, small ones up (automatic clipping).
         weights: `[n]`, multiplied on after clipping; ones by default.
         mode: "ghost" (book-keeping) or "materialized" (`vmap(grad)`, as large as n models).
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         randomness: "error" or "different".
 
     Returns:

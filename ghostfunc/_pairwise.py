@@ -28,7 +28,7 @@ def ghost_norm(
     *,
     per_param: bool = False,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -48,7 +48,8 @@ def ghost_norm(
         batch: pytree of tensors `[n, ...]`.
         per_param: return the norm of every parameter's gradient; their squares add up.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
             it, as in `ghost_dot_prod`. Squares are sums of T x T terms that may cancel, so a norm
             can lose more digits than each term does.
@@ -98,7 +99,7 @@ def ghost_gram(
     normalize: bool = False,
     mode: Mode = "ghost",
     memory_budget: int | None = None,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Inner products of all pairs of per-sample gradients.
@@ -119,7 +120,8 @@ def ghost_gram(
             `k (k + 1) / 2` forward and backward passes of one block (with `other`, one for every
             pair of blocks and one for every block of it). By default everything is run at once.
             What a sample takes is measured, on two of them, at the first call with given shapes.
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         randomness: "error" or "different" (not with a budget: every block would draw anew).
 
     Returns:
@@ -178,7 +180,7 @@ def ghost_cosine(
     reduction: Reduction = "mean",
     per_param: bool = False,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -202,7 +204,8 @@ def ghost_cosine(
         per_param: cosines parameter by parameter, each between the gradients of that parameter
             alone. They do not sum to the total.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n + m models).
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
             it, in dot products and in norms, as in `ghost_dot_prod` and `ghost_norm`.
         chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.

@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +36,7 @@ from ghostfunc._rules._registry import op_name
 from ghostfunc._taps import TapMode, unfold_all
 from ghostfunc._trace import CallTrace
 from ghostfunc._tracked import CallArgs, ReaderKey, constants, shaped
-from ghostfunc._tree import ParamSpec, batch_size, take
+from ghostfunc._tree import ParamSpec, batch_size, map_leaves, take, tensors_of
 from ghostfunc._types import ModelFn, PyTree, Randomness
 from ghostfunc._vjp import Traced, filled, on_trace, pull_back
 
@@ -252,9 +251,7 @@ def _find_axes(model: Traced, length: int) -> tuple[list[int], int]:
     few = take(model.batch, range(min(model.n, 2)))
     whole = _seen(model, few)
     try:
-        cut = _seen(
-            model, optree.tree_map(lambda x: x[:, :-1].contiguous() if x.ndim > 1 else x, few)
-        )
+        cut = _seen(model, map_leaves(lambda x: x[:, :-1].contiguous() if x.ndim > 1 else x, few))
     except (RuntimeError, ValueError, TypeError, LookupError, StaleLayout) as error:
         raise PositionAxisError(
             "per_position=True sees where positions lie by running samples that are one position "
@@ -293,7 +290,7 @@ def _seen(model: Traced, batch: PyTree) -> list[tuple[str, tuple[int, ...], int]
 
 def _length(batch: PyTree) -> int:
     """The number of positions of the batch: the size of axis 1 of all tensors that have one."""
-    sizes = {x.shape[1] for x in optree.tree_leaves(batch) if x.ndim > 1}
+    sizes = {x.shape[1] for x in tensors_of(batch) if x.ndim > 1}
     if len(sizes) != 1 or min(sizes) < 2:
         raise PositionAxisError(
             "per_position=True takes batches with positions on axis 1 of every tensor that has "

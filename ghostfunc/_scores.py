@@ -62,7 +62,7 @@ class Scores:
     reduction: Reduction
     per_param: bool
     normalize: bool
-    vectorize: bool
+    vectorize: bool | None
     contract_dtype: ContractDtype
     chunk_size: int | None
     randomness: Randomness
@@ -378,7 +378,7 @@ def ask(
     reduction: Reduction,
     per_param: bool,
     normalize: bool,
-    vectorize: bool,
+    vectorize: bool | None,
     contract_dtype: ContractDtype,
     chunk_size: int | None,
     randomness: Randomness,

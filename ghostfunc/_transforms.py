@@ -27,7 +27,7 @@ def ghost_dot_prod(
     per_param: bool = False,
     per_position: bool = False,
     normalize: bool = False,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -60,8 +60,8 @@ def ghost_dot_prod(
             (see below). Ghost mode only, and not for `reduction="none"`.
         normalize: cosines instead, `s_i / (||g_i|| ||u||)`; 0 where a gradient is zero. Not for
             `mode="jvp"`.
-        vectorize: for `mode="materialized"`, False loops over samples where vmap cannot run the
-            model.
+        vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
+            the loop where vmap cannot run the model; `verify` says which it was.
         contract_dtype: torch.bfloat16 or torch.float16: the two operands of every matrix product of
             a contraction (of factors with each other, with `u`, or into the `u` of `val`) are
             rounded to it; products are added up in float32, and their sum is rounded once more.
@@ -135,7 +135,7 @@ def ghost_value_and_grad(
     reduction: Reduction = "mean",
     per_param: bool = False,
     normalize: bool = False,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -225,7 +225,7 @@ def per_sample_grads(
     batch: PyTree,
     *,
     mode: Mode = "materialized",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Every sample's gradient itself: as large as n models.
@@ -236,7 +236,8 @@ def per_sample_grads(
         batch: pytree of tensors `[n, ...]`.
         mode: "materialized" (`vmap(grad)`, the definition) or "ghost" (from the factors, in one
             batched backward pass: how op rules are tested, and a way for models vmap cannot run).
-        vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
+            the loop where vmap cannot run the model.
         randomness: "error" or "different".
 
     Returns:
