@@ -291,7 +291,7 @@ def draw_domains(axes: Axes, results: Results) -> None:
     names = list(results.dots)
     means = results.mean_cosines()
     limit = float(means.abs().max())
-    axes.imshow(means, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    axes.imshow(means.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)
     for i, row in enumerate(means.tolist()):
         for j, value in enumerate(row):
             color = "white" if abs(value) > 0.65 * limit else "black"
