@@ -6,7 +6,7 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import hf, projection, select, shapley, testing
+from ghostfunc import data, hf, projection, select, shapley, testing
 from ghostfunc._book import FactoredGrads, factored_grads
 from ghostfunc._clipping import ClippedGrad, ghost_clipped_grad
 from ghostfunc._errors import (
@@ -43,6 +43,7 @@ from ghostfunc._transforms import (
 from ghostfunc._types import GhostStep
 from ghostfunc._verify import Report, verify
 from ghostfunc._vjp import GhostVjp, ghost_vjp
+from ghostfunc.data import Scores, score_dataset
 from ghostfunc.projection import Project, Projection, ghost_project, kronecker_projection
 
 __version__ = "0.1.0"
@@ -75,12 +76,14 @@ __all__ = [
     "Report",
     "SampleAxisError",
     "SampleGrad",
+    "Scores",
     "SqNorm",
     "TransformError",
     "UnsupportedOpError",
     "UntrackedUseError",
     "VerificationError",
     "accumulate_grads",
+    "data",
     "direction",
     "explain",
     "factored_grads",
@@ -99,6 +102,7 @@ __all__ = [
     "projection",
     "register_rule",
     "remat",
+    "score_dataset",
     "select",
     "shapley",
     "testing",

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ghostfunc import _bundles, _chunks, _cost, _oracles
 from ghostfunc._book import FactoredGrads
+from ghostfunc._errors import BatchError
 from ghostfunc._factors import Factor, speed, times, wide
 from ghostfunc._purity import prove_independent
 from ghostfunc._quantities import DotReader, PairReader, Prepared, TotalReader, TurnReader
-from ghostfunc._tree import ParamSpec, batch_size
+from ghostfunc._tree import ParamSpec, batch_size, yields_batches
 from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._vjp import meetings, run
 
@@ -133,15 +134,32 @@ def dense_direction(
     chunk_size: int | None,
     randomness: Randomness,
 ) -> list[Tensor]:
-    """The gradient of the mean or summed validation losses, a few samples at a time."""
-    m = batch_size(val, "val")
+    """The gradient of the mean or summed validation losses, a few samples at a time. `val` is a
+    batch or an iterable of batches."""
 
-    def gradient(chunk: PyTree) -> list[Tensor]:
-        prove_independent(model_fn, leaves, spec, chunk, randomness)
-        return _oracles.val_gradient(model_fn, leaves, spec, chunk, 1 / m if mean else 1.0)
+    def gradient(batch: PyTree, scale: float) -> list[Tensor]:
+        def of_chunk(chunk: PyTree) -> list[Tensor]:
+            prove_independent(model_fn, leaves, spec, chunk, randomness)
+            return _oracles.val_gradient(model_fn, leaves, spec, chunk, scale)
 
-    sums = _chunks.Sums()
-    for grads in _chunks.each(gradient, val, chunk_size, "val"):
-        sums.add(grads)
-        del grads
-    return sums.result()
+        sums = _chunks.Sums()
+        for grads in _chunks.each(of_chunk, batch, chunk_size, "val"):
+            sums.add(grads)
+            del grads
+        return sums.result()
+
+    if not yields_batches(val):
+        return gradient(val, 1 / batch_size(val, "val") if mean else 1.0)
+    total, whole = 0, _chunks.Sums()
+    for batch in val:
+        m = batch_size(batch, "val")
+        total += m
+        # Means, so that half precision does not overflow, weighed in float32 or wider.
+        whole.add([wide(g) * m for g in gradient(batch, 1 / m)])
+    if not total:
+        raise BatchError(
+            f"val is a {type(val).__name__} that yields no batches. An iterator can be used once: "
+            "make a new one, or pass a list by iter(batches)."
+        )
+    sums = whole.result()
+    return [(x / total if mean else x).to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)]

@@ -192,8 +192,9 @@ def direction(
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses`.
         params: pytree of floating-point tensors.
-        val: pytree of tensors `[m, ...]`.
-        reduction: "mean" or "sum" over the m validation samples.
+        val: pytree of tensors `[m, ...]`; or an iterable of such batches, a loader or a generator,
+            which is gone through once. A list is a pytree: of a list of batches pass `iter(list)`.
+        reduction: "mean" or "sum" over the m validation samples, those of all batches.
         chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
 
@@ -201,6 +202,7 @@ def direction(
         A pytree like `params`.
 
     Raises:
+        BatchError: the iterable yields no batches.
         OptionError: another reduction. `reduction="none"` would be m models large: use
             `ghost_dot_prod(..., reduction="none")`, which never forms it.
     """

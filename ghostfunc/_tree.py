@@ -181,6 +181,15 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
     return n
 
 
+def yields_batches(val: object) -> bool:
+    """Whether this is an iterable of batches (a loader, a generator) rather than one batch: a list
+    of tensors is a batch, and so is every tree that optree looks into."""
+    if isinstance(val, (Tensor, Mapping, str, bytes)) or not isinstance(val, Iterable):
+        return False
+    leaves, treedef = flatten(val)
+    return treedef.is_leaf() and leaves[0] is val
+
+
 def take(batch: PyTree, index: Sequence[int]) -> PyTree:
     """The samples `index` of `batch`, as a new batch. Leaves that are one tensor stay one:
     attention asks whether its key is its value."""

@@ -1,0 +1,21 @@
+"""Data sets: batches under a token budget, scores of every sample, and the table they make.
+
+scores = gf.score_dataset(model_fn, params, dataset, val=batches(targets, ...), collate=padded(0))
+scores.top(100).to_parquet("best.parquet")
+"""
+
+from ghostfunc.data._batches import Dataset, batches, padded
+from ghostfunc.data._budget import find_token_budget
+from ghostfunc.data._errors import ResumeError
+from ghostfunc.data._score import score_dataset
+from ghostfunc.data._scores import Scores
+
+__all__ = [
+    "Dataset",
+    "ResumeError",
+    "Scores",
+    "batches",
+    "find_token_budget",
+    "padded",
+    "score_dataset",
+]
