@@ -21,7 +21,7 @@ from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import Dense, Factor, add_up
 from ghostfunc._purity import check_losses, prove_independent
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, brief
 from ghostfunc._vjp import Taken, run
 
 T = TypeVar("T")
@@ -97,6 +97,9 @@ class FactoredGrads:
     _made: dict[tuple[str, int, float], Any] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __repr__(self) -> str:
+        return brief("FactoredGrads", losses=self.losses, params=self.leaves)
 
     @staticmethod
     def of(taken: Taken, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:

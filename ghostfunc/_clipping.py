@@ -15,7 +15,7 @@ from ghostfunc._book import check_weights, collect
 from ghostfunc._capture import compilable
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params
-from ghostfunc._types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._types import Mode, ModelFn, PyTree, Randomness, brief
 
 
 class ClippedGrad(NamedTuple):
@@ -28,6 +28,9 @@ class ClippedGrad(NamedTuple):
 
     grads: PyTree
     norms: PyTree
+
+    def __repr__(self) -> str:
+        return brief("ClippedGrad", **self._asdict())
 
 
 @compilable(ClippedGrad)

@@ -11,7 +11,7 @@ from ghostfunc._cost import Meeting
 from ghostfunc._errors import OptionError, one_of
 from ghostfunc._factors import speed, wide
 from ghostfunc._tree import batch_size, flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._types import ModelFn, PyTree, Randomness, preformatted
 from ghostfunc._vjp import meetings
 
 PlannedQuantity: TypeAlias = Literal["dot_prod", "norm", "gram", "clipped_grad"]
@@ -63,6 +63,15 @@ class Plan:
     def materialized(self) -> int:
         """Operations if every `g_i` were formed."""
         return sum(row.materialized for row in self.rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.quantity!r}, n={self.n}, m={self.m}, cost={self.cost:.3g}, "
+            f"{len(self.rows)} parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        return preformatted(self)
 
     def __str__(self) -> str:
         table = [("parameter", "shape", "uses", "representation", "operations", "share")]

@@ -7,9 +7,11 @@ Index letters, used in every shape comment of this package:
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
+import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +30,28 @@ ContractDtype: TypeAlias = torch.dtype | None
 """What operands of a contraction's matrix products are rounded to; None: not at all."""
 
 
+def brief(name: str, **fields: object) -> str:
+    """A result in one line: shapes and dtypes of tensors, sizes of trees; no numbers."""
+    return f"{name}({', '.join(f'{key}={_outline(x)}' for key, x in fields.items())})"
+
+
+def _outline(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    leaves: list[Any] = optree.tree_leaves(cast(Any, x))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        return repr(x)
+    if len(tensors) == 1:
+        return f"{{{_outline(tensors[0])}}}"
+    return f"{{{len(tensors)} tensors, {sum(t.numel() for t in tensors):,} numbers}}"
+
+
+def preformatted(text: object) -> str:
+    """A table of text for a notebook."""
+    return f"<pre>{html.escape(str(text))}</pre>"
+
+
 class GhostStep(NamedTuple):
     """What one training step with scores returns.
 
@@ -41,3 +65,6 @@ class GhostStep(NamedTuple):
     losses: Float[Tensor, " n"]
     grads: PyTree
     dot_prods: PyTree
+
+    def __repr__(self) -> str:
+        return brief("GhostStep", **self._asdict())

@@ -11,7 +11,7 @@ from ghostfunc._errors import VerificationError
 from ghostfunc._oracles import vmap_runs
 from ghostfunc._transforms import ghost_dot_prod
 from ghostfunc._tree import flatten_params
-from ghostfunc._types import ContractDtype, Mode, ModelFn, PyTree, Randomness
+from ghostfunc._types import ContractDtype, Mode, ModelFn, PyTree, Randomness, preformatted
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ class Report:
                 f"Ghost and materialized dot products differ by more than {self.tolerance:.1e} for "
                 f"{', '.join(worst)}.\n{self}"
             )
+
+    def __repr__(self) -> str:
+        found = "ok" if self.ok else "NOT OK"
+        return (
+            f"Report({found}, max_error={self.max_error:.1e}, tolerance={self.tolerance:.1e}, "
+            f"{len(self.rows)} parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        return preformatted(self)
 
     def __str__(self) -> str:
         width = max(len(r.name) for r in (*self.rows, self.total))

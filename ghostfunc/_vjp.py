@@ -36,7 +36,7 @@ from ghostfunc._tracing import pairs_to_trace, trace_model
 from ghostfunc._tracked import ReaderKey, constants
 from ghostfunc._tracking import gradients
 from ghostfunc._tree import ParamSpec, batch_size, flatten_params, take, tensors_of
-from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness
+from ghostfunc._types import ContractDtype, ModelFn, PyTree, Randomness, brief
 
 T = TypeVar("T")
 
@@ -56,6 +56,9 @@ class GhostVjp(NamedTuple):
     losses: Tensor
     values: Any
     grads: PyTree | None
+
+    def __repr__(self) -> str:
+        return brief("GhostVjp", **self._asdict())
 
 
 @compilable(GhostVjp)

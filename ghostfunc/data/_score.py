@@ -75,7 +75,7 @@ def score_dataset(
     val: PyTree | None = None,
     direction: PyTree | None = None,
     quantities: Sequence[str] = ("dot", "loss"),
-    collate: Collate = default_collate,
+    collate: Collate | None = None,
     length: Length | None = None,
     token_budget: int | None = None,
     batch_size: int | None = None,
@@ -100,7 +100,8 @@ def score_dataset(
             each of which gets columns of its own.
         direction: instead, a pytree like `params`; or a dict of those.
         quantities: which columns: "dot", "cosine", "norm", "loss".
-        collate: makes a batch, a pytree of tensors `[n, ...]`, of a list of samples.
+        collate: makes a batch, a pytree of tensors `[n, ...]`, of a list of samples; by default
+            `torch.utils.data.default_collate`.
         length: tokens of a sample, for batches of like length; 1 by default.
         token_budget: the most tokens of a batch, padding included. By default found from what a
             sample takes (`gf.data.find_token_budget`), and told in `facts`.
@@ -139,7 +140,17 @@ def score_dataset(
         raise OptionError(f"{len(ids)} ids for {n} samples; expected one each.")
     us = _directions(model_fn, params, val, direction, quantities, randomness)
     wanted = tuple(dict.fromkeys(quantities))
-    run = _Run(model_fn, params, dataset, us, wanted, collate, length, batch_size, randomness)
+    run = _Run(
+        model_fn,
+        params,
+        dataset,
+        us,
+        wanted,
+        collate or default_collate,
+        length,
+        batch_size,
+        randomness,
+    )
     folder = None if resume is None else Path(resume)
     if token_budget is None:
         token_budget = _budget(run, folder)

@@ -18,7 +18,7 @@ from ghostfunc._factors import add_up, wide
 from ghostfunc._purity import prove_independent
 from ghostfunc._quantities import Dot, Prepared, Quantity
 from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._types import ModelFn, PyTree, Randomness, brief
 from ghostfunc._vjp import run
 from ghostfunc.shapley._curvature import Hvp, grad_and_hvp
 from ghostfunc.shapley._optimizers import Optimizer
@@ -40,6 +40,9 @@ class ShapleyStep(NamedTuple):
     losses: Float[Tensor, " n"]
     grads: PyTree
     values: Float[Tensor, "n sets"]
+
+    def __repr__(self) -> str:
+        return brief("ShapleyStep", **self._asdict())
 
 
 def step(
