@@ -7,21 +7,21 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(total: int, what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A function that is told of samples and tokens that are done."""
     if not shown:
         yield lambda samples, tokens: None
         return
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    with tqdm(total=total, unit="sample", desc="scoring") as bar:
+    with tqdm(total=total, unit=" samples", desc=what) as bar:
         seen = 0
 
         def advance(samples: int, tokens: int) -> None:
             nonlocal seen
             seen += tokens
             elapsed = bar.format_dict["elapsed"]
-            if elapsed:
+            if elapsed and seen:
                 bar.set_postfix_str(f"{seen / elapsed:,.0f} tokens/s", refresh=False)
             bar.update(samples)
 

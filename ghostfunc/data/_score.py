@@ -156,7 +156,7 @@ def score_dataset(
         token_budget = _budget(run, folder)
     facts = {"samples": n, "token_budget": token_budget, "quantities": list(wanted)}
     parts = None if folder is None else Parts(folder, _recipe(run, facts, recipe or {}))
-    with progress_bar(n, shown=progress) as advance:
+    with progress_bar(n, "scoring", shown=progress) as advance:
         done = [
             _part(run, number, range(start, min(start + PART, n)), token_budget, parts, advance)
             for number, start in enumerate(range(0, n, PART))
