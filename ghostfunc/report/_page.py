@@ -115,6 +115,7 @@ def _data(
 
 def _label(name: str) -> str:
     base, _, rest = name.partition(HELPS)
+    base = {"dot": "dot product"}.get(base, base)
     return f"{base}{rest}".replace("_", " ").replace("/", ": ")
 
 

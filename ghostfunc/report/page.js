@@ -25,7 +25,7 @@
   const number = (x) => {
     if (x === 0) return "0";
     const size = Math.abs(x);
-    const text = size >= 1e4 || size < 1e-3 ? x.toExponential(2) : x.toPrecision(4);
+    const text = size >= 1e4 || size < 1e-3 ? x.toExponential(2) : x.toPrecision(3);
     return text.replace("-", "−");
   };
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
@@ -163,7 +163,7 @@
     const middle = ranked[Math.floor(n / 2)];
     by("tiles").append(tile(whole(n), "samples"), tile(Math.round((100 * above) / n) + "%", "above zero"),
       tile(signed(scores[ranked[0]]), "highest"), tile(signed(scores[middle]), "median"), tile(signed(scores[ranked[n - 1]]), "lowest"));
-    by("about").textContent = `Each sample is scored by its ${label}: the agreement of its gradient with that of the target. ` +
+    by("about").textContent = `A sample's score is the ${label} of its loss's gradient with the gradient of the target's loss. ` +
       "Above zero, a training step on the sample lowers the target's loss, to first order.";
     document.querySelectorAll(".by").forEach((e) => { e.textContent = label; });
     for (const [name, value] of Object.entries(data.facts)) {
@@ -240,7 +240,12 @@
     state.sort = key;
     arrange();
   });
-  by("table").addEventListener("scroll", () => requestAnimationFrame(render), { passive: true });
+  let drawing = false; // several events of one frame are drawn once
+  by("table").addEventListener("scroll", () => {
+    if (drawing) return;
+    drawing = true;
+    requestAnimationFrame(() => { drawing = false; render(); });
+  }, { passive: true });
   by("rows").addEventListener("click", (event) => {
     const row = event.target.closest(".row");
     if (row) pick(Number(row.dataset.at));
