@@ -89,7 +89,7 @@ def main(config: Config) -> None:
         losses = train(model, corpus, config, generator, progress)
         model_fn, params = gf.hf.causal_lm(model.eval())
         scores = score(model_fn, params, batches, val, progress)
-        dots, norms = score_every_domain(model_fn, params, batches, vals, progress)
+        dots, norms, val_norms = score_every_domain(model_fn, params, batches, vals, progress)
         verification = gf.verify(model_fn, params, one_of_each, val)
         seconds = time_methods(model_fn, params, batches[0], val, config.timing_rounds, progress)
 
@@ -101,6 +101,7 @@ def main(config: Config) -> None:
         scores=scores,
         dots=dots,
         norms=norms,
+        val_norms=val_norms,
         verification=verification,
         seconds=seconds,
         n_timed=len(batches[0]["input_ids"]),
@@ -131,18 +132,24 @@ def score_every_domain(
     batches: list[Batch],
     vals: dict[str, Batch],
     progress: Progress,
-) -> tuple[dict[str, Float[Tensor, " n"]], Float[Tensor, " n"]]:
-    """`<g_i, g_val>` for every validation batch, and `||g_i||`, all from one backward pass."""
-    dots: dict[str, gf.Quantity] = {
-        domain: gf.Dot(gf.direction(model_fn, params, val)) for domain, val in vals.items()
-    }
+) -> tuple[dict[str, Float[Tensor, " n"]], Float[Tensor, " n"], dict[str, float]]:
+    """`<g_i, g_val>` for every validation batch and `||g_i||`, from one backward pass over the
+    pool; and `||g_val||` of every validation batch."""
+    directions = {domain: gf.direction(model_fn, params, val) for domain, val in vals.items()}
+    dots: dict[str, gf.Quantity] = {domain: gf.Dot(u) for domain, u in directions.items()}
     parts = []
     for batch in progress.track(batches, description="score for every domain"):
         read = gf.ghost_vjp(model_fn, params, batch, {**dots, "square": gf.SqNorm()}).values
         parts.append({name: sum(by_param.values()) for name, by_param in read.items()})
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     norms = whole.pop("square").sqrt()
-    return whole, norms
+    val_norms = {domain: norm_of(u) for domain, u in directions.items()}
+    return whole, norms, val_norms
+
+
+def norm_of(u: Params) -> float:
+    """`||u||` of a pytree of tensors."""
+    return float(torch.stack([x.square().sum() for x in u.values()]).sum().sqrt())
 
 
 def time_methods(

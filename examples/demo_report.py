@@ -67,6 +67,7 @@ class Results:
         scores: `<g_i, g_val>` for the target.
         dots: the same for every domain in its turn.
         norms: `||g_i||`.
+        val_norms: `||g_val||` of every domain.
         verification: of `gf.verify`.
         seconds: of every method, on `n_timed` training and `n_val` validation chunks.
     """
@@ -78,10 +79,21 @@ class Results:
     scores: Float[Tensor, " n"]
     dots: dict[str, Float[Tensor, " n"]]
     norms: Float[Tensor, " n"]
+    val_norms: dict[str, float]
     verification: gf.Report
     seconds: dict[str, float]
     n_timed: int
     n_val: int
+
+    def cosines(self, domain: str) -> Float[Tensor, " n"]:
+        """`<g_i, g_val> / (||g_i|| ||g_val||)` of every chunk, with a domain as the target."""
+        return self.dots[domain] / (self.norms * self.val_norms[domain])
+
+    def mean_cosines(self) -> Float[Tensor, "targets domains"]:
+        """The mean cosine of every domain's chunks, with every domain as the target."""
+        members = [self.pool.members(domain) for domain in self.dots]
+        cosines = [self.cosines(target) for target in self.dots]
+        return torch.stack([torch.stack([c[m].mean() for m in members]) for c in cosines])
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def ranking_table(results: Results) -> Table:
     """The chunks with the highest and the lowest scores."""
     order = results.scores.argsort(descending=True).tolist()
     ranks = [*range(SHOWN), *range(len(order) - SHOWN, len(order))]
-    cosines = results.scores / results.norms
+    cosines = results.cosines(results.target)
     table = Table(box=None, expand=True)
     for name in ("rank", "score", "cosine"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -191,7 +203,7 @@ def grades_table(results: Results) -> Table:
     pool, target = results.pool, results.target
     rows = {
         "dot product": Grade.of(results.scores, pool, target),
-        "cosine": Grade.of(results.scores / results.norms, pool, target),
+        "cosine": Grade.of(results.cosines(target), pool, target),
         "gradient norm alone": Grade.of(results.norms, pool, target),
         "chance": Grade(pool.size / len(pool.domains), 0.5),
     }
@@ -213,7 +225,7 @@ def every_domain_table(results: Results) -> Table:
     table.add_column("what it is")
     for domain, dots in results.dots.items():
         dot = Grade.of(dots, results.pool, domain).auroc
-        cosine = Grade.of(dots / results.norms, results.pool, domain).auroc
+        cosine = Grade.of(results.cosines(domain), results.pool, domain).auroc
         table.add_row(domain, f"{dot:.2f}", f"{cosine:.2f}", DOMAINS[domain].about)
     return table
 
@@ -277,16 +289,9 @@ def draw_distributions(axes: Axes, results: Results) -> None:
 def draw_domains(axes: Axes, results: Results) -> None:
     """Mean cosine of every domain's chunks with every domain's validation gradient."""
     names = list(results.dots)
-    means = torch.stack(
-        [
-            torch.stack(
-                [(results.dots[v] / results.norms)[results.pool.members(d)].mean() for d in names]
-            )
-            for v in names
-        ]
-    )
+    means = results.mean_cosines()
     limit = float(means.abs().max())
-    axes.imshow(means, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    axes.imshow(means.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)
     for i, row in enumerate(means.tolist()):
         for j, value in enumerate(row):
             color = "white" if abs(value) > 0.65 * limit else "black"

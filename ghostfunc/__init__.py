@@ -6,7 +6,7 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import curvature, hf, projection, select, shapley, testing, unrolled
+from ghostfunc import curvature, data, hf, projection, select, shapley, testing, unrolled
 from ghostfunc._base.errors import (
     BatchError,
     ControlFlowError,
@@ -46,6 +46,7 @@ from ghostfunc._transforms.norms import ghost_norm
 from ghostfunc._transforms.verify import Report, verify
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 from ghostfunc.curvature import influence
+from ghostfunc.data import Scores, score_dataset
 from ghostfunc.projection import Project, Projection, ghost_project, kronecker_projection
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "Report",
     "SampleAxisError",
     "SampleGrad",
+    "Scores",
     "SqNorm",
     "TransformError",
     "UnsupportedOpError",
@@ -86,6 +88,7 @@ __all__ = [
     "VerificationError",
     "accumulate_grads",
     "curvature",
+    "data",
     "direction",
     "explain",
     "factored_grads",
@@ -106,6 +109,7 @@ __all__ = [
     "projection",
     "register_rule",
     "remat",
+    "score_dataset",
     "select",
     "shapley",
     "testing",

@@ -500,10 +500,10 @@ def test_a_model_that_vmap_cannot_run() -> None:
         return linear(p, x) * (2 if bool((x.abs() < 100).all()) else 1)
 
     with pytest.raises(gf.TransformError, match=r"vmap cannot run this model.*vectorize=False"):
-        dot_prod(model_fn, mode="materialized")
-    assert_close(
-        dot_prod(model_fn, mode="materialized", vectorize=False), dot_prod(model_fn), 1e-10
-    )
+        dot_prod(model_fn, mode="materialized", vectorize=True)
+    for vectorize in (False, None):
+        loop = dot_prod(model_fn, mode="materialized", vectorize=vectorize)
+        assert_close(loop, dot_prod(model_fn), 1e-10)
 
 
 # --- uses that are not seen -------------------------------------------------------------------

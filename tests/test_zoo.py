@@ -67,6 +67,13 @@ def test_dot_products(name: str, m: int) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
+def test_verify_runs_as_it_is_called_first(name: str) -> None:
+    x = grown(name)
+    report = gf.verify(x.model_fn, x.params, first(x.train, 2), first(x.val, 1), tolerance=1e-4)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_gradients_and_norms(name: str) -> None:
     x, tolerance = grown(name), ZOO[name].tolerance
     floor = 0.1 if ZOO[name].single else 1e-4

@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import optree
 import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.options import check_chunk_size
-from ghostfunc._base.trees import batch_size
+from ghostfunc._base.trees import batch_size, map_leaves
 from ghostfunc._base.types import PyTree
 
 T = TypeVar("T")
@@ -82,4 +81,4 @@ class Sums:
 def _cut(batch: PyTree, start: int, stop: int) -> PyTree:
     """Some samples of a batch. Leaves that are one tensor stay one, as in `take`."""
     cut: dict[int, Tensor] = {}
-    return optree.tree_map(lambda x: cut.setdefault(id(x), x[start:stop]), batch)
+    return map_leaves(lambda x: cut.setdefault(id(x), x[start:stop]), batch)

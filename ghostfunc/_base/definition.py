@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import (
-    RandomnessError,
-    TransformError,
-)
+from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.purity import (
     check_finite,
@@ -178,36 +174,96 @@ def materialize(
     spec: ParamSpec,
     batch: PyTree,
     *,
-    vectorize: bool,
+    vectorize: bool | None,
     randomness: Randomness,
 ) -> list[Tensor]:
-    """Every sample's gradient by itself, `[n, *shape]` per parameter."""
-    n = batch_size(batch)
+    """Every sample's gradient by itself, `[n, *shape]` per parameter.
+
+    `vectorize` is True for `vmap(grad)`, False for a loop over samples, and None for vmap where it
+    runs the model and the loop elsewhere. A model that vmap cannot run is tried once.
+    """
+    args = model_fn, leaves, spec, batch
+    batch_size(batch)
+    if vectorize is not None:
+        return _by_vmap(*args, randomness) if vectorize else _by_loop(*args)
+    remembered = memory(model_fn)
+    key = ("loop", structure(model_fn, spec, leaves, batch, randomness))
+    if key not in remembered:
+        try:
+            return _by_vmap(*args, randomness)
+        except RuntimeError as error:
+            if not _of_vmap(error):
+                raise
+    grads = _by_loop(*args)  # an error of the model itself is raised here, in its own words
+    remembered[key] = True
+    return grads
+
+
+def vmap_runs(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> bool:
+    """Whether vmap runs the model. It shows a model the shapes of samples and no values, so one
+    sample tells for all of a batch."""
+    try:
+        _by_vmap(model_fn, leaves, spec, take(batch, [0]), randomness)
+    except RuntimeError as error:
+        if not _of_vmap(error):
+            raise
+        return False
+    return True
+
+
+class _VmapError(TransformError):
+    """torch.vmap cannot run the model."""
+
+
+def _of_vmap(error: RuntimeError) -> bool:
+    """Whether the loop may run where vmap raised this: torch has many ways to say no, while errors
+    of this package are about the model."""
+    if isinstance(error, _VmapError):
+        return True
+    return not isinstance(error, (GhostError, torch.OutOfMemoryError))
+
+
+def _by_vmap(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> list[Tensor]:
+    samples, treedef = flatten(batch)
     rounding = autocasting(leaves[0].device.type)
 
-    def loss(p: list[Tensor], sample: PyTree) -> Tensor:
+    def loss(p: list[Tensor], sample: list[Tensor]) -> Tensor:
+        one = unflatten(treedef, [x[None] for x in sample])
         with DenseGradients(), cast_as(rounding):
-            losses = model_fn(spec.unflatten(p), optree.tree_map(lambda x: x[None], sample))
-        return _one_loss(losses)
+            return _one_loss(model_fn(spec.unflatten(p), one))
 
-    grad_and_value = torch.func.grad_and_value(loss)
-    if not vectorize:
-        rows, values = [], []
-        for i in range(n):
-            row, value = _gradient_of_one(model_fn, leaves, spec, take(batch, [i]))
-            rows.append(row)
-            values.append(value)
-        check_finite(torch.stack(values))
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-    samples, treedef = flatten(batch)
-
-    def of_flat(flat: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        return grad_and_value(list(leaves), unflatten(treedef, flat))
+    def of_sample(sample: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        grads, value = torch.func.grad_and_value(loss)(list(leaves), sample)
+        return grads, value
 
     with _vectorized(), unrounded(leaves[0]):
-        grads, losses = torch.vmap(of_flat, randomness=randomness)(samples)
+        grads, losses = torch.vmap(of_sample, randomness=randomness)(samples)
     check_finite(losses)
     return grads
+
+
+def _by_loop(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
+) -> list[Tensor]:
+    rows, values = [], []
+    for i in range(batch_size(batch)):
+        row, value = _gradient_of_one(model_fn, leaves, spec, take(batch, [i]))
+        rows.append(row)
+        values.append(value)
+    check_finite(torch.stack(values))
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _gradient_of_one(
@@ -262,7 +318,7 @@ def _vectorized() -> Iterator[None]:
                 'pass randomness="different" to give every sample its own draws.'
             ) from error
         if "vmap" in said:
-            raise TransformError(
+            raise _VmapError(
                 "torch.vmap cannot run this model: its control flow or masks depend on data. Pass "
                 f"vectorize=False to loop over samples instead. torch said: {said.splitlines()[0]}"
             ) from error

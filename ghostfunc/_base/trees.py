@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,22 @@ from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
 from ghostfunc._base.types import PyTree
 
+NAMESPACE = "ghostfunc"
+"""Where optree keeps types of mappings, so that nobody else's trees change."""
+
+_registering = threading.Lock()
+_registered: set[type] = set()
+
 
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Leaves and structure of any pytree; None is a leaf."""
-    leaves, treedef = optree.tree_flatten(tree, none_is_leaf=True)
+    leaves, treedef = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return leaves, treedef
+
+
+def map_leaves(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """The same tree with every leaf x replaced by `function(x)`."""
+    return optree.tree_map(function, tree, namespace=NAMESPACE)
 
 
 def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
@@ -123,9 +135,37 @@ def flatten_like(
     return got
 
 
+def _know_mappings(batch: PyTree) -> None:
+    """Have optree look into mappings that are no dict, such as `UserDict` and the `BatchEncoding`
+    of tokenizers; `model_fn` gets mappings of the same type."""
+    while unknown := {
+        type(x) for x in flatten(batch)[0] if isinstance(x, Mapping) and type(x) not in _registered
+    }:
+        with _registering:
+            for cls in unknown - _registered:
+                _register(cls)
+
+
+def _register(cls: type) -> None:
+    def unflatten_mapping(keys: Any, values: Iterable[Any]) -> Any:
+        return cls(dict(zip(keys, values, strict=True)))
+
+    def flatten_mapping(x: Any) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+        # In one order, as dicts are flattened: batches with the same keys have one structure.
+        keys = tuple(sorted(x, key=str))
+        return [x[k] for k in keys], keys, keys
+
+    optree.register_pytree_node(cls, flatten_mapping, unflatten_mapping, namespace=NAMESPACE)
+    _registered.add(cls)
+
+
 def batch_size(batch: PyTree, what: str = "batch") -> int:
-    """The number of samples in `batch`; `BatchError` unless every leaf agrees on it."""
-    paths, leaves, _ = optree.tree_flatten_with_path(batch)
+    """The number of samples in `batch`; `BatchError` unless every leaf agrees on it.
+
+    Every public function begins here: from then on all mappings in the batch are known.
+    """
+    _know_mappings(batch)
+    paths, leaves, _ = optree.tree_flatten_with_path(batch, namespace=NAMESPACE)
     if not leaves:
         raise BatchError(f"{what} has no tensors in it; expected a pytree of [n, ...] tensors.")
     sizes: dict[str, int] = {}
@@ -154,6 +194,15 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
     return n
 
 
+def yields_batches(val: object) -> bool:
+    """Whether this is an iterable of batches (a loader, a generator) rather than one batch: a list
+    of tensors is a batch, and so is every tree that optree looks into."""
+    if isinstance(val, (Tensor, Mapping, str, bytes)) or not isinstance(val, Iterable):
+        return False
+    leaves, treedef = flatten(val)
+    return treedef.is_leaf() and leaves[0] is val
+
+
 def take(batch: PyTree, index: Sequence[int]) -> PyTree:
     """The samples `index` of `batch`, as a new batch. Leaves that are one tensor stay one:
     attention asks whether its key is its value."""
@@ -164,4 +213,4 @@ def take(batch: PyTree, index: Sequence[int]) -> PyTree:
             taken[id(x)] = x[torch.tensor(list(index), device=x.device)]
         return taken[id(x)]
 
-    return optree.tree_map(of_leaf, batch)
+    return map_leaves(of_leaf, batch)

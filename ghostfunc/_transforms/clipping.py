@@ -13,6 +13,7 @@ from torch import Tensor
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
+from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -30,6 +31,9 @@ class ClippedGrad(NamedTuple):
     grads: PyTree
     norms: PyTree
 
+    def __repr__(self) -> str:
+        return brief("ClippedGrad", **self._asdict())
+
 
 @compilable(ClippedGrad)
 def ghost_clipped_grad(
@@ -42,7 +46,7 @@ def ghost_clipped_grad(
     normalize: bool = False,
     weights: Float[Tensor, " n"] | None = None,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> ClippedGrad:
     """The sum of clipped per-sample gradients, from one forward and one backward pass.
@@ -82,7 +86,8 @@ def ghost_clipped_grad(
         normalize: scale every gradient to the norm C, small ones up (automatic clipping).
         weights: `[n]`, multiplied on after clipping; ones by default.
         mode: "ghost" (book-keeping) or "materialized" (`vmap(grad)`, as large as n models).
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         randomness: "error" or "different".
 
     Returns:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
+from ghostfunc._base.reprs import brief
 from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._transforms.scores.question import ask
 
@@ -26,6 +27,9 @@ class GhostStep(NamedTuple):
     grads: PyTree
     dot_prods: PyTree
 
+    def __repr__(self) -> str:
+        return brief("GhostStep", **self._asdict())
+
 
 @compilable()
 def ghost_dot_prod(
@@ -40,7 +44,7 @@ def ghost_dot_prod(
     per_param: bool = False,
     per_position: bool = False,
     normalize: bool = False,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -73,8 +77,8 @@ def ghost_dot_prod(
             (see below). Ghost mode only, and not for `reduction="none"`.
         normalize: cosines instead, `s_i / (||g_i|| ||u||)`; 0 where a gradient is zero. Not for
             `mode="jvp"`.
-        vectorize: for `mode="materialized"`, False loops over samples where vmap cannot run the
-            model.
+        vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
+            the loop where vmap cannot run the model; `verify` says which it was.
         contract_dtype: torch.bfloat16 or torch.float16: the two operands of every matrix product of
             a contraction (of factors with each other, with `u`, or into the `u` of `val`) are
             rounded to it; products are added up in float32, and their sum is rounded once more.
@@ -148,7 +152,7 @@ def ghost_value_and_grad(
     reduction: Reduction = "mean",
     per_param: bool = False,
     normalize: bool = False,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -199,7 +203,7 @@ def ghost_cosine(
     reduction: Reduction = "mean",
     per_param: bool = False,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -223,7 +227,8 @@ def ghost_cosine(
         per_param: cosines parameter by parameter, each between the gradients of that parameter
             alone. They do not sum to the total.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n + m models).
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
             it, in dot products and in norms, as in `ghost_dot_prod` and `ghost_norm`.
         chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
+from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import cost
@@ -69,6 +70,15 @@ class Plan:
     def materialized(self) -> int:
         """Operations if every `g_i` were formed."""
         return sum(row.materialized for row in self.rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.quantity!r}, n={self.n}, m={self.m}, cost={self.cost:.3g}, "
+            f"{len(self.rows)} parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        return preformatted(self)
 
     def __str__(self) -> str:
         table = [("parameter", "shape", "uses", "representation", "operations", "share")]

@@ -19,6 +19,7 @@ from ghostfunc._base import definition
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
 from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
@@ -66,7 +67,7 @@ def collect(
     batch: PyTree,
     *,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     outlives: bool = False,
     randomness: Randomness = "error",
 ) -> FactoredGrads:
@@ -109,6 +110,9 @@ class FactoredGrads:
     _made: dict[tuple[str, int, float], Any] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __repr__(self) -> str:
+        return brief("FactoredGrads", losses=self.losses, params=self.leaves)
 
     @staticmethod
     def of(taken: RunResult, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:

@@ -63,7 +63,7 @@ def per_sample_grads(
     batch: PyTree,
     *,
     mode: Mode = "materialized",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Every sample's gradient itself: as large as n models.
@@ -74,7 +74,8 @@ def per_sample_grads(
         batch: pytree of tensors `[n, ...]`.
         mode: "materialized" (`vmap(grad)`, the definition) or "ghost" (from the factors, in one
             batched backward pass: how op rules are tested, and a way for models vmap cannot run).
-        vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
+            the loop where vmap cannot run the model.
         randomness: "error" or "different".
 
     Returns:

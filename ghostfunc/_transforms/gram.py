@@ -34,7 +34,7 @@ def ghost_gram(
     normalize: bool = False,
     mode: Mode = "ghost",
     chunk_size: int | None = None,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     randomness: Randomness = "error",
 ) -> PyTree:
     """Inner products of all pairs of per-sample gradients.
@@ -54,7 +54,8 @@ def ghost_gram(
             other: k chunks take `k (k + 1) / 2` forward and backward passes of one chunk (with
             `other`, one for every pair of chunks and one for every chunk of it). The factors of two
             chunks are in memory at one time. By default everything is run at once.
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         randomness: "error" or "different" (not with chunks: every pass would draw anew).
 
     Returns:

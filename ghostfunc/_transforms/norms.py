@@ -26,7 +26,7 @@ def ghost_norm(
     *,
     per_param: bool = False,
     mode: Mode = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -46,7 +46,8 @@ def ghost_norm(
         batch: pytree of tensors `[n, ...]`.
         per_param: return the norm of every parameter's gradient; their squares add up.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
-        vectorize: for "materialized", False loops over samples.
+        vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
+            loop where vmap cannot run the model.
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
             it, as in `ghost_dot_prod`. Squares are sums of T x T terms that may cancel, so a norm
             can lose more digits than each term does.

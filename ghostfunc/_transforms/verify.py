@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ghostfunc._base.definition import vmap_runs
 from ghostfunc._base.errors import VerificationError
+from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._transforms.dot_prods import ghost_dot_prod
@@ -34,6 +36,8 @@ class Report:
         unused: parameters the losses do not depend on; their scores are zero.
         tolerance: the largest relative error that passes.
         contract_dtype: what ghost mode rounded the operands of matrix products to.
+        vectorized: whether the materialized gradients were made by vmap; if not, by a loop over
+            samples.
     """
 
     rows: tuple[Row, ...]
@@ -41,6 +45,7 @@ class Report:
     unused: tuple[str, ...]
     tolerance: float
     contract_dtype: ContractDtype = None
+    vectorized: bool = True
 
     @property
     def max_error(self) -> float:
@@ -60,6 +65,16 @@ class Report:
                 f"Ghost and materialized dot products differ by more than {self.tolerance:.1e} for "
                 f"{', '.join(worst)}.\n{self}"
             )
+
+    def __repr__(self) -> str:
+        found = "ok" if self.ok else "NOT OK"
+        return (
+            f"Report({found}, max_error={self.max_error:.1e}, tolerance={self.tolerance:.1e}, "
+            f"{len(self.rows)} parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        return preformatted(self)
 
     def __str__(self) -> str:
         width = max(len(r.name) for r in (*self.rows, self.total))
@@ -81,6 +96,7 @@ class Report:
             within = "within" if self.ok else "NOT WITHIN"
             verdict = f"contractions in {self.contract_dtype}: {within}"
         lines.append(f"{verdict} a tolerance of {self.tolerance:.1e}")
+        lines.append(f"materialized by {'vmap' if self.vectorized else 'a loop over samples'}")
         return "\n".join(lines)
 
 
@@ -91,7 +107,7 @@ def verify(
     val: PyTree,
     *,
     tolerance: float | None = None,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     randomness: Randomness = "error",
     check: bool = False,
@@ -109,7 +125,8 @@ def verify(
             n + m models: verify with a few samples.
         tolerance: largest relative error that passes; by default 1e-10 for float64 parameters, 1e-4
             for float32, 5e-2 for less and for a `contract_dtype`.
-        vectorize: False loops over samples, for models torch.vmap cannot run.
+        vectorize: True for vmap, False for a loop over samples. None takes vmap where it runs the
+            model on both batches, and the loop elsewhere; the report says which it was.
         contract_dtype: as in `ghost_dot_prod`, for ghost mode alone: the errors are what it costs.
         randomness: "error"; a random model cannot be compared with itself.
         check: raise `VerificationError` at once if the comparison fails.
@@ -119,7 +136,9 @@ def verify(
     """
     leaves, spec = flatten_params(params)
 
-    def scores(mode: Mode, contract_dtype: ContractDtype) -> list[Tensor]:
+    def scores(
+        mode: Mode, contract_dtype: ContractDtype, vectorize: bool | None = None
+    ) -> list[Tensor]:
         dots = ghost_dot_prod(
             model_fn,
             params,
@@ -133,7 +152,13 @@ def verify(
         )
         return flatten_params(dots)[0]
 
-    ghost, exact = scores("ghost", contract_dtype), scores("materialized", None)
+    # Ghost mode goes first: it proves that the model is one that has per-sample gradients.
+    ghost = scores("ghost", contract_dtype)
+    if vectorize is None:
+        vectorize = all(
+            vmap_runs(model_fn, leaves, spec, batch, randomness) for batch in (train, val)
+        )
+    exact = scores("materialized", None, vectorize)
     ghost_total, exact_total = torch.stack(ghost).sum(0), torch.stack(exact).sum(0)
     dtypes = [x.dtype for x in leaves] + ([contract_dtype] if contract_dtype else [])
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -150,7 +175,7 @@ def verify(
     )
     if tolerance is None:
         tolerance = 1e-10 if eps < 1e-12 else 1e-4 if eps < 1e-5 else 5e-2
-    report = Report(rows, total, unused, tolerance, contract_dtype)
+    report = Report(rows, total, unused, tolerance, contract_dtype, vectorize)
     if check:
         report.check()
     return report

@@ -12,6 +12,7 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_contract_dtype, one_of
+from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
@@ -30,6 +31,9 @@ class GhostVjp(NamedTuple):
     losses: Tensor
     values: Any
     grads: PyTree | None
+
+    def __repr__(self) -> str:
+        return brief("GhostVjp", **self._asdict())
 
 
 @compilable(GhostVjp)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ghostfunc._base.batches import chunks
 from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, TransformError
@@ -80,7 +81,7 @@ class DataOperator(Operator):
         us = [u.detach().to(x.dtype) for u, x in zip(us, self._leaves, strict=True)]
         sums, samples = [torch.zeros_like(wide(x)) for x in self._leaves], 0
         for batch in batches:
-            for _, chunk in batches.chunks(batch, self._chunk_size):
+            for _, chunk in chunks(batch, self._chunk_size):
                 n = batch_size(chunk)
                 for out, x in zip(sums, self._product(chunk, us), strict=True):
                     out.add_(x, alpha=n)

@@ -43,7 +43,7 @@ class _OneParameter(PositionsReader):
         if push.derivation == "cast":
             return self
         if push.derivation == "transpose":
-            return replace(self, transposed=not self.transposed)
+            return replace(self, transposed=not self.transposed)  # type: ignore[type-var]
         return None
 
     def plus(self, other: object) -> _OneParameter:

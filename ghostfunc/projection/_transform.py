@@ -54,7 +54,7 @@ def ghost_project(
     projection: Projection,
     *,
     mode: str = "ghost",
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
@@ -70,7 +70,8 @@ def ghost_project(
         projection: made by `kronecker_projection`.
         mode: "ghost" (from factors, in one backward pass without weight gradients) or
             "materialized" (`projection.apply(per_sample_grads(...))`, the definition).
-        vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
+            the loop where vmap cannot run the model.
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products,
             projection matrices among them, to it, as in `ghost_dot_prod`.
         chunk_size: the most samples to run at one time; by default all of them.

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.reprs import brief
 
 State: TypeAlias = dict[str, Tensor]
 """`ids [s]` in ascending order, `values [s, sets]` and `counts [s]`: plain tensors."""
@@ -28,6 +29,9 @@ class Scores(NamedTuple):
     ids: Int[Tensor, " s"]
     values: Float[Tensor, "s sets"]
     counts: Int[Tensor, " s"]
+
+    def __repr__(self) -> str:
+        return brief("Scores", **self._asdict())
 
 
 def init(num_sets: int = 1) -> State:

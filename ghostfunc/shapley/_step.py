@@ -15,6 +15,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
 from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
@@ -42,6 +43,9 @@ class ShapleyStep(NamedTuple):
     losses: Float[Tensor, " n"]
     grads: PyTree
     values: Float[Tensor, "n sets"]
+
+    def __repr__(self) -> str:
+        return brief("ShapleyStep", **self._asdict())
 
 
 def step(

@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +31,7 @@ from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import in_transform
-from ghostfunc._base.trees import ParamSpec, batch_size, take
+from ghostfunc._base.trees import ParamSpec, batch_size, map_leaves, take, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.readers import DotReader, Reader
@@ -269,9 +268,7 @@ def _find_axes(model: TracedModel, length: int) -> tuple[list[int], int]:
     few = take(model.batch, range(min(model.n, 2)))
     whole = _seen(model, few)
     try:
-        cut = _seen(
-            model, optree.tree_map(lambda x: x[:, :-1].contiguous() if x.ndim > 1 else x, few)
-        )
+        cut = _seen(model, map_leaves(lambda x: x[:, :-1].contiguous() if x.ndim > 1 else x, few))
     except (RuntimeError, ValueError, TypeError, LookupError, StaleLayout) as error:
         raise PositionAxisError(
             "per_position=True sees where positions lie by running samples that are one position "
@@ -310,7 +307,7 @@ def _seen(model: TracedModel, batch: PyTree) -> list[tuple[str, tuple[int, ...],
 
 def _length(batch: PyTree) -> int:
     """The number of positions of the batch: the size of axis 1 of all tensors that have one."""
-    sizes = {x.shape[1] for x in optree.tree_leaves(batch) if x.ndim > 1}
+    sizes = {x.shape[1] for x in tensors_of(batch) if x.ndim > 1}
     if len(sizes) != 1 or min(sizes) < 2:
         raise PositionAxisError(
             "per_position=True takes batches with positions on axis 1 of every tensor that has "

@@ -74,7 +74,7 @@ class Question:
     reduction: Reduction
     per_param: bool
     normalize: bool
-    vectorize: bool
+    vectorize: bool | None
     contract_dtype: ContractDtype
     chunk_size: int | None
     randomness: Randomness
@@ -395,7 +395,7 @@ def ask(
     reduction: Reduction,
     per_param: bool,
     normalize: bool,
-    vectorize: bool,
+    vectorize: bool | None,
     contract_dtype: ContractDtype,
     chunk_size: int | None,
     randomness: Randomness,

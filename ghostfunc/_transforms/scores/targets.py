@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 from torch import Tensor
 
 from ghostfunc._base.errors import BatchError, OptionError
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_like
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_like, map_leaves
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads
 
@@ -116,7 +115,7 @@ def _several_batches(val: PyTree, train: PyTree) -> bool:
 
 def _alike(x: PyTree, train: PyTree) -> bool:
     """Whether two trees agree in what they have in common, and have something in common."""
-    if isinstance(x, dict) and isinstance(train, dict):
+    if isinstance(x, Mapping) and isinstance(train, Mapping):
         common = x.keys() & train.keys()
         return bool(common) and all(_alike(x[k], train[k]) for k in common)
     if isinstance(x, Tensor) or isinstance(train, Tensor):
@@ -125,7 +124,7 @@ def _alike(x: PyTree, train: PyTree) -> bool:
 
 
 def _outline(tree: PyTree) -> str:
-    outlined = optree.tree_map(lambda x: _Shape(x), tree)
+    outlined = map_leaves(lambda x: _Shape(x), tree)
     return repr(outlined)
 
 

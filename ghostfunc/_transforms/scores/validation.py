@@ -14,14 +14,20 @@ from torch import Tensor
 
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import BatchError
 from ghostfunc._base.purity import prove_independent
-from ghostfunc._base.trees import ParamSpec, batch_size
+from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import bundles, cost
 from ghostfunc._factors.factor import Factor, times
 from ghostfunc._factors.matmul import speed
 from ghostfunc._quantities.quantity import Prepared
-from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader, TotalReader
+from ghostfunc._quantities.readers import (
+    DeferredReader,
+    DotReader,
+    PairReader,
+    TotalReader,
+)
 from ghostfunc._taps.run import run
 from ghostfunc._taps.uses import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
@@ -139,15 +145,32 @@ def dense_direction(
     chunk_size: int | None,
     randomness: Randomness,
 ) -> list[Tensor]:
-    """The gradient of the mean or summed validation losses, a few samples at a time."""
-    m = batch_size(val, "val")
+    """The gradient of the mean or summed validation losses, a few samples at a time. `val` is a
+    batch or an iterable of batches."""
 
-    def gradient(chunk: PyTree) -> list[Tensor]:
-        prove_independent(model_fn, leaves, spec, chunk, randomness)
-        return definition.val_gradient(model_fn, leaves, spec, chunk, 1 / m if mean else 1.0)
+    def gradient(batch: PyTree, scale: float) -> list[Tensor]:
+        def of_chunk(chunk: PyTree) -> list[Tensor]:
+            prove_independent(model_fn, leaves, spec, chunk, randomness)
+            return definition.val_gradient(model_fn, leaves, spec, chunk, scale)
 
-    sums = batches.Sums()
-    for grads in batches.each(gradient, val, chunk_size, "val"):
-        sums.add(grads)
-        del grads
-    return sums.result()
+        sums = batches.Sums()
+        for grads in batches.each(of_chunk, batch, chunk_size, "val"):
+            sums.add(grads)
+            del grads
+        return sums.result()
+
+    if not yields_batches(val):
+        return gradient(val, 1 / batch_size(val, "val") if mean else 1.0)
+    total, whole = 0, batches.Sums()
+    for batch in val:
+        m = batch_size(batch, "val")
+        total += m
+        # Means, so that half precision does not overflow, weighed in float32 or wider.
+        whole.add([wide(g) * m for g in gradient(batch, 1 / m)])
+    if not total:
+        raise BatchError(
+            f"val is a {type(val).__name__} that yields no batches. An iterator can be used once: "
+            "make a new one, or pass a list by iter(batches)."
+        )
+    sums = whole.result()
+    return [(x / total if mean else x).to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)]

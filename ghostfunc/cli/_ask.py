@@ -1,0 +1,174 @@
+"""The commands that look again: select, report, verify, explain, project, query."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ghostfunc._transforms import explain as plans
+from ghostfunc._transforms import verify as verification
+from ghostfunc.cli import _data
+from ghostfunc.cli._errors import UNVERIFIED, CommandError
+from ghostfunc.cli._model import load
+from ghostfunc.cli._options import Explain, Project, Query, Report, Select, Verify
+from ghostfunc.data import Rows, Scores, write_rows
+from ghostfunc.projection import kronecker_projection
+from ghostfunc.report import write_report
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+def select(options: Select) -> int:
+    """Run the command."""
+    _data.check_out(options.out, JSON_LINES)
+    rows, scores = _scored(options.scores, options.pool)
+    if not 1 <= options.top <= len(scores):
+        raise CommandError(f"--top {options.top}: expected between 1 and all {len(scores):,} rows.")
+    best = (scores.bottom if options.lowest else scores.top)(options.top, by=options.by)
+    write_rows(options.out, rows, best)
+    print(f"{len(best):,} of {len(scores):,} rows written to {options.out}")
+    return 0
+
+
+def report(options: Report) -> int:
+    """Run the command."""
+    _data.check_out(options.out, (".html",))
+    rows, scores = _scored(options.scores, options.pool)
+    write_report(options.out, scores, rows, group=options.group)
+    print(f"page to look at: {options.out}")
+    return 0
+
+
+def verify(options: Verify) -> int:
+    """Run the command."""
+    model = load(options.model, options.loading)
+    _, samples = _data.read(options.pool, model, options.loading, None, quiet=True)
+    batch = _data.batch_of(model, samples, options.count)
+    found = verification.verify(model.model_fn, model.params, batch, batch)
+    print(found)
+    return 0 if found.ok else UNVERIFIED
+
+
+def explain(options: Explain) -> int:
+    """Run the command."""
+    model = load(options.model, options.loading)
+    _, samples = _data.read(options.pool, model, options.loading, None, quiet=True)
+    batch = _data.batch_of(model, samples, options.count)
+    print(plans.explain(model.model_fn, model.params, batch, batch))
+    return 0
+
+
+def project(options: Project) -> int:
+    """Run the command."""
+    from ghostfunc.store import Store, project_dataset
+
+    model = load(options.model, options.loading)
+    _, samples = _data.read(options.pool, model, options.loading, None, quiet=options.quiet)
+    projection = kronecker_projection(
+        model.params,
+        rank_total=options.columns,
+        rank_min=4,
+        kind="orthonormal",
+        seed=options.seed,
+        compress=options.columns,
+    )
+    notes = {"pool": _data.content_of(options.pool), "max_length": model.max_length}
+    if options.store.exists():
+        store = Store.open(options.store, projection=projection, writable=True)
+        if store.notes != notes:
+            raise CommandError(
+                f"{options.store} was made of other rows, or with another --max-length. Give "
+                "those, or choose another folder."
+            )
+        store.check_model(CHECKPOINT, model.params)
+    else:
+        store = Store.create(
+            options.store,
+            projection=projection,
+            n_samples=len(samples),
+            dtype="float32",
+            notes=notes,
+        )
+        store.add_checkpoint(CHECKPOINT, model.params)
+    written = project_dataset(
+        model.model_fn,
+        model.params,
+        samples,
+        projection,
+        store,
+        checkpoint=CHECKPOINT,
+        collate=model.collate,
+        batch_size=options.batch_size,
+        length=samples.length,
+        progress=not options.quiet,
+    )
+    print(f"{written:,} rows projected to {projection.k:,} numbers each; {options.store} is whole")
+    return 0
+
+
+CHECKPOINT = "model"
+"""The name of the only checkpoint in a store."""
+
+
+def query(options: Query) -> int:
+    """Run the command."""
+    from ghostfunc.projection import ghost_project
+    from ghostfunc.store import Store
+
+    _data.check_out(options.out, JSON_LINES)
+    if not options.store.exists():
+        raise CommandError(f"{options.store}: there is no such store; ghostfunc project makes one.")
+    store = Store.open(options.store)
+    rows = Rows.open(options.pool)
+    if store.notes.get("pool") != _data.content_of(options.pool):
+        raise CommandError(f"{options.store} was not made of the rows of {options.pool}.")
+    if not 1 <= options.top <= store.n_samples:
+        raise CommandError(f"--top {options.top}: expected between 1 and all {store.n_samples:,}.")
+    model = load(options.model, options.loading)
+    store.check_model(CHECKPOINT, model.params)
+    _, target = _data.read(options.target, model, options.loading, None, quiet=True)
+    parts = [
+        ghost_project(model.model_fn, model.params, batch, store.projection)
+        for batch in _data.target_batches(model, target)
+    ]
+    asked = torch.cat(parts).mean(0, keepdim=True)
+    normalize = "cosine" if options.score == "cosine" else "none"
+    found = store.topk(asked, options.top, normalize=normalize)
+    columns = {f"{options.score}_higher_helps": found.scores[0]}
+    write_rows(options.out, rows, Scores(found.ids[0].tolist(), columns))
+    print(f"{options.top:,} of {store.n_samples:,} rows written to {options.out}, best first")
+    return 0
+
+
+def _scored(path: Path, pool: Path) -> tuple[Rows, Scores]:
+    """The rows, and their scores from a Parquet file."""
+    rows = Rows.open(pool)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CommandError(f"{path}: no readable Parquet file: {error}.") from error
+    if "id" not in table.column_names:
+        raise CommandError(
+            f"{path} has the columns {table.column_names}; expected those that --scores writes, "
+            "with id among them."
+        )
+    ids = table["id"].to_pylist()
+    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < len(rows)]
+    if wrong:
+        raise CommandError(
+            f"{path} has the id {wrong[0]!r}; {pool} has rows 0 to {len(rows) - 1}. Are these the "
+            "rows that were scored?"
+        )
+    columns = {
+        name: torch.tensor(table[name].to_pylist(), dtype=torch.float64)
+        for name in table.column_names
+        if name != "id"
+    }
+    metadata: dict[bytes, bytes] = table.schema.metadata or {}
+    facts: dict[str, Any] = json.loads(metadata.get(b"ghostfunc", b"{}"))
+    return rows, Scores(ids, columns, facts)

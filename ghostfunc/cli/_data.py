@@ -1,0 +1,79 @@
+"""Files to samples, and rows that cannot be used to a file beside the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ghostfunc._base.types import PyTree
+from ghostfunc.cli._errors import CommandError
+from ghostfunc.cli._model import Loaded
+from ghostfunc.cli._options import Loading
+from ghostfunc.cli._say import say
+from ghostfunc.data import Encoded, Fault, Rows, batches, encode
+from ghostfunc.data._files import write_whole
+
+
+def read(
+    path: Path, model: Loaded, options: Loading, aside: Path | None, *, quiet: bool
+) -> tuple[Rows, Encoded]:
+    """The rows of a file, and their tokens. With `--bad-rows set-aside`, rows that cannot be used
+    are written to `aside`."""
+    rows = Rows.open(path)
+    faults: list[Fault] | None = [] if options.bad_rows == "set-aside" else None
+    encoded = encode(
+        rows, model.tokenizer, max_length=model.max_length, faults=faults, progress=not quiet
+    )
+    if faults:
+        if aside is None:
+            raise CommandError("\n".join(f"{fault.where}: {fault.why}" for fault in faults[:10]))
+        _set_aside(faults, aside)
+        say(f"{len(faults):,} of {len(rows):,} rows of {path} cannot be used: see {aside}")
+    if not len(encoded):
+        raise CommandError(f"{path}: no row can be used.")
+    if encoded.truncated:
+        say(f"{encoded.truncated:,} rows of {path} are cut to {model.max_length:,} tokens")
+    return rows, encoded
+
+
+def _set_aside(faults: list[Fault], path: Path) -> None:
+    lines = [json.dumps({"where": f.where, "row": f.row, "why": f.why}) + "\n" for f in faults]
+    write_whole(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+
+
+def batch_of(model: Loaded, samples: Encoded, count: int) -> PyTree:
+    """The first samples as one batch, on the model's device."""
+    device = next(iter(model.params.values())).device
+    batch = model.collate([samples[i] for i in range(min(count, len(samples)))])
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def target_batches(model: Loaded, target: Encoded) -> Any:
+    """The batches of the target, on the model's device."""
+    device = next(iter(model.params.values())).device
+    made = batches(target, collate=model.collate, length=target.length)
+    return ({name: x.to(device) for name, x in batch.items()} for batch in made)
+
+
+def content_of(path: Path) -> str:
+    """SHA-256 of a file, or of the files in a folder."""
+    sha = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    sha.update(block)
+    return sha.hexdigest()
+
+
+def check_out(path: Path, endings: tuple[str, ...]) -> None:
+    """Raise unless a file of that kind can be written there."""
+    if path.suffix not in endings:
+        raise CommandError(f"{path}: expected a name that ends with {' or '.join(endings)}.")
+    folder = path.parent
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{path}: {folder} is no folder.")
+    if path.is_dir():
+        raise CommandError(f"{path} is a folder; expected a file to write.")

@@ -1,0 +1,121 @@
+"""A folder to a model, a tokenizer and a model function."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostfunc._base.types import ModelFn
+from ghostfunc.cli._errors import CommandError
+from ghostfunc.cli._options import Loading
+from ghostfunc.data import padded
+from ghostfunc.data._batches import Collate
+from ghostfunc.hf import causal_lm
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All that the commands need of a model.
+
+    Attributes:
+        max_length: tokens of a sample: what was asked for, or the model's positions if fewer.
+    """
+
+    folder: Path
+    tokenizer: Any
+    model_fn: ModelFn
+    params: dict[str, Tensor]
+    collate: Collate
+    max_length: int
+
+
+def load(folder: Path, options: Loading) -> Loaded:
+    """The model of a folder, in evaluation mode.
+
+    Raises:
+        CommandError: the folder is not that of a causal language model with a fast tokenizer.
+    """
+    config = _config(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = _device(options.device)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CommandError(
+            f"{folder}: transformers cannot load a causal language model and its tokenizer from "
+            f"it: {_first_line(error)}"
+        ) from error
+    model = model.to(device).eval()
+    _restrict(model, options.parameters)
+    model_fn, params = causal_lm(model)
+    pad = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    longest = options.max_length if positions is None else min(options.max_length, positions)
+    return Loaded(folder, tokenizer, model_fn, params, padded(pad), longest)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CommandError(
+            f"{folder}: there is no such folder. Give the local folder of a Hugging Face model, as "
+            "save_pretrained or `hf download` makes it."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise CommandError(
+            f"{folder} holds an adapter. Merge it into its model first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
+        )
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: {_first_line(error)}. Expected a model's folder.") from error
+    if not isinstance(config, dict):
+        raise CommandError(f"{path}: expected a JSON object.")
+    return config
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {name}: {_first_line(error)}") from error
+    return device
+
+
+def _restrict(model: nn.Module, pattern: str) -> None:
+    """Freeze the parameters whose names do not match."""
+    try:
+        matching = re.compile(pattern)
+    except re.error as error:
+        raise CommandError(
+            f"--parameters {pattern!r} is no regular expression: {error}."
+        ) from error
+    names = [name for name, _ in model.named_parameters()]
+    if not any(map(matching.search, names)):
+        raise CommandError(
+            f"--parameters {pattern!r} matches none of {len(names)} parameters, such as "
+            f"{', '.join(names[:3])}."
+        )
+    for name, p in model.named_parameters():
+        p.requires_grad_(bool(matching.search(name)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

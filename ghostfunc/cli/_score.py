@@ -1,0 +1,174 @@
+"""`ghostfunc score`: the rows of a pool that lower the loss of a target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ghostfunc._base.errors import PositionAxisError
+from ghostfunc._transforms.verify import verify
+from ghostfunc.cli import _data
+from ghostfunc.cli._errors import UNVERIFIED, CommandError
+from ghostfunc.cli._model import load
+from ghostfunc.cli._options import Score
+from ghostfunc.cli._plan import Inputs, plan, shares
+from ghostfunc.cli._say import say
+from ghostfunc.data import Scores, find_token_budget, score_dataset, write_rows
+from ghostfunc.data._files import write_whole
+from ghostfunc.data._parts import read_recipe
+from ghostfunc.report import Heat, write_report
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+def score(options: Score) -> int:
+    """Run the command."""
+    folder = options.out.with_suffix(".run")
+    _check(options, folder)
+    inputs = _read(options, folder)
+    if options.verify and not _verified(inputs, options.verify):
+        return UNVERIFIED
+    if options.dry_run:
+        print(plan(inputs, options))
+        return 0
+    config = _as_json(options)
+    _write_text(folder / "config.json", config)
+    scores = _score(inputs, options, folder)
+    best = scores.top(options.top, by=f"{options.score}_higher_helps")
+    write_rows(options.out, inputs.rows, best)
+    if options.scores is not None:
+        scores.to_parquet(options.scores)
+    if options.report is not None:
+        _report(inputs, scores, options)
+    _write_text(options.out.with_suffix(".config.json"), config)
+    shutil.rmtree(folder)
+    print(_summary(scores, best, options))
+    return 0
+
+
+def _check(options: Score, folder: Path) -> None:
+    _data.check_out(options.out, JSON_LINES)
+    if options.scores is not None:
+        _data.check_out(options.scores, (".parquet",))
+    if options.report is not None:
+        _data.check_out(options.report, (".html",))
+    if options.out.resolve() in (options.pool.resolve(), options.target.resolve()):
+        raise CommandError(f"--out {options.out} is one of the inputs. Choose another name.")
+    if options.top < 1:
+        raise CommandError(f"--top {options.top}: expected at least 1.")
+    if options.verify < 0:
+        raise CommandError(f"--verify {options.verify}: expected a number of rows, 0 for none.")
+    started = (folder / "run.json").exists()
+    if started and not (options.resume or options.dry_run):
+        raise CommandError(
+            f"{folder} holds a run that was stopped. Add --resume to go on with it, or remove the "
+            "folder to start anew."
+        )
+    if options.resume and not started:
+        raise CommandError(
+            f"--resume: there is no stopped run in {folder}. Leave --resume out to start one."
+        )
+
+
+def _read(options: Score, folder: Path) -> Inputs:
+    model = load(options.model, options.loading)
+    quiet = options.quiet
+    aside = options.out.with_suffix(".set-aside.jsonl")
+    rows, pool = _data.read(options.pool, model, options.loading, aside, quiet=quiet)
+    aside = options.out.with_suffix(".target-set-aside.jsonl")
+    _, target = _data.read(options.target, model, options.loading, aside, quiet=quiet)
+    if options.top > len(pool):
+        raise CommandError(
+            f"--top {options.top}: {options.pool} has {len(pool):,} rows to choose from."
+        )
+    budget = options.token_budget
+    if budget is None and (folder / "run.json").exists():
+        budget = int(read_recipe(folder)["token_budget"])  # memory may be another now
+    if budget is None:
+        few = _data.batch_of(model, pool, 2)
+        tokens = few["input_ids"].numel()
+        budget = find_token_budget(model.model_fn, model.params, few, tokens=tokens)
+        say(f"batches of up to {budget:,} tokens (--token-budget {budget})")
+    return Inputs(model, rows, pool, target, budget)
+
+
+def _verified(inputs: Inputs, count: int) -> bool:
+    model = inputs.model
+    train, val = (_data.batch_of(model, x, count) for x in (inputs.pool, inputs.target))
+    report = verify(model.model_fn, model.params, train, val)
+    say(str(report))
+    return report.ok
+
+
+def _score(inputs: Inputs, options: Score, folder: Path) -> Scores:
+    model = inputs.model
+    recipe = {
+        "pool": _data.content_of(options.pool),
+        "max_length": model.max_length,
+        "rows": len(inputs.pool),
+    }
+    scores = score_dataset(
+        model.model_fn,
+        model.params,
+        inputs.pool,
+        val=_data.target_batches(model, inputs.target),
+        quantities=(options.score, "loss"),
+        collate=model.collate,
+        length=inputs.pool.length,
+        token_budget=inputs.token_budget,
+        ids=inputs.pool.rows,
+        resume=folder,
+        recipe=recipe,
+        progress=not options.quiet,
+    )
+    facts = {"model": str(options.model), "pool": str(options.pool), "target": str(options.target)}
+    return Scores(
+        scores.ids, scores.columns, {**facts, "target_rows": len(inputs.target), **scores.facts}
+    )
+
+
+def _report(inputs: Inputs, scores: Scores, options: Score) -> None:
+    """The page, with the shares of tokens for a few samples of either end."""
+    assert options.report is not None
+    ends = [*scores.top(min(options.heat, len(scores))).ids] if options.heat else []
+    ends += scores.bottom(min(options.heat, len(scores))).ids if options.heat else []
+    heat: dict[int, Heat] = {}
+    if options.score == "dot" and ends:
+        try:
+            heat = shares(inputs, [int(str(row)) for row in dict.fromkeys(ends)])
+        except PositionAxisError as error:
+            say(f"the page shows no shares of tokens: {error}")
+    write_report(options.report, scores, inputs.rows, heat=heat, group=options.group)
+
+
+def _summary(scores: Scores, best: Scores, options: Score) -> str:
+    column = scores.columns[best.ranking]
+    lines = [
+        f"{len(best):,} of {len(scores):,} rows written to {options.out}, best first",
+        f"{best.ranking}: {float(column.min()):.4g} to {float(column.max()):.4g}; of those chosen "
+        f"{float(best[best.ranking].min()):.4g} and above; "
+        f"{float((column > 0).double().mean()):.0%} of the pool above zero",
+    ]
+    if options.scores is not None:
+        lines.append(f"scores of all rows: {options.scores}")
+    if options.report is not None:
+        lines.append(f"page to look at: {options.report}")
+    lines.append(
+        f"to run this again: ghostfunc score --config {options.out.with_suffix('.config.json')}"
+    )
+    return "\n".join(lines)
+
+
+def _as_json(options: Score) -> str:
+    """The options as `--config` reads them, without those that are about one run only."""
+    found: dict[str, Any] = asdict(options)
+    for name in ("resume", "dry_run", "verify"):
+        del found[name]
+    return json.dumps(found, indent=1, default=str) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,106 @@
+"""A run on disk: what it is made of, and the parts that are done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc.data._errors import ResumeError
+from ghostfunc.data._files import write_whole
+
+Columns = dict[str, NDArray[Any]]
+
+
+class Parts:
+    """A folder of a run: `run.json`, and one file per part, each written whole.
+
+    The recipe says all that decides the numbers. A folder with another recipe is refused.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        self.folder = folder
+        path = folder / "run.json"
+        if not path.exists():
+            text = json.dumps(dict(recipe), indent=1, sort_keys=True)
+            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            return
+        before = read_recipe(folder)
+        now = json.loads(json.dumps(dict(recipe)))
+        if before != now:
+            differing = sorted(k for k in before | now if before.get(k) != now.get(k))
+            told = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in differing)
+            raise ResumeError(
+                f"{folder} holds another run, which differs in {told}. Resume it with what it was "
+                "started with, or choose another folder."
+            )
+
+    def load(self, part: int) -> Columns | None:
+        """The columns of a part; None if it is not done."""
+        path = self._path(part)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:  # checks its checksums
+                return {name: file[name] for name in file.files}
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+            raise ResumeError(
+                f"{path} is damaged ({error}). Delete this file: its samples are scored again."
+            ) from error
+
+    def save(self, part: int, columns: Columns) -> None:
+        """Write a part."""
+        write_whole(
+            self._path(part),
+            lambda temporary: np.savez(temporary, allow_pickle=False, **columns),
+        )
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:06d}.npz"
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What `run.json` of a folder says."""
+    path = folder / "run.json"
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResumeError(f"{path} is damaged ({error}). Choose another folder.") from error
+    if not isinstance(recipe, dict):
+        raise ResumeError(f"{path} does not describe a run. Choose another folder.")
+    return recipe
+
+
+def digest(tree: PyTree) -> str:
+    """SHA-256 of the names, shapes, dtypes and values of a pytree of tensors."""
+    leaves, spec = flatten_params(tree)
+    return digest_of(dict(zip(spec.names, leaves, strict=True)))
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, in order of names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
+        sha.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def closed_over(model_fn: ModelFn, params: PyTree) -> str:
+    """A digest of a module's frozen parameters and buffers; "" for other functions, whose constants
+    nobody can see."""
+    if not isinstance(model_fn, ModuleFn):
+        return ""
+    return digest_of(model_fn.closed_over(params))

@@ -1,0 +1,265 @@
+"""Scores of every sample of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.trees import flatten, flatten_like, flatten_params, map_leaves, yields_batches
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._transforms.grads import direction as gradient_of
+from ghostfunc.data._batches import Collate, Dataset, Length, check_limits, group
+from ghostfunc.data._budget import find_token_budget, padded_tokens
+from ghostfunc.data._columns import check_wanted, columns_of, named
+from ghostfunc.data._errors import ResumeError
+from ghostfunc.data._parts import Columns, Parts, closed_over, digest, read_recipe
+from ghostfunc.data._progress import progress_bar
+from ghostfunc.data._scores import Scores
+
+PART = 1024
+"""Samples of a part: what is written at once, and within which samples are sorted by length."""
+
+SAME = 1e-3
+"""How far a score that is computed again may be from the stored one, relative to the largest."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that decides the numbers."""
+
+    model_fn: ModelFn
+    params: PyTree
+    dataset: Dataset
+    directions: Mapping[str, PyTree]
+    quantities: tuple[str, ...]
+    collate: Collate
+    length: Length | None
+    batch_size: int | None
+    randomness: Randomness
+
+    def lengths(self, rows: range) -> list[int]:
+        return [1 if self.length is None else self.length(self.dataset[i]) for i in rows]
+
+    def batch(self, rows: Sequence[int]) -> PyTree:
+        device = flatten_params(self.params)[0][0].device
+        batch = self.collate([self.dataset[i] for i in rows])
+        return map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+    def columns(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        try:
+            return columns_of(
+                self.model_fn,
+                self.params,
+                self.batch(rows),
+                self.directions,
+                self.quantities,
+                self.randomness,
+            )
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"Among the samples {list(rows)}, in order: {error}") from None
+
+
+def score_dataset(
+    model_fn: ModelFn,
+    params: PyTree,
+    dataset: Dataset,
+    *,
+    val: PyTree | None = None,
+    direction: PyTree | None = None,
+    quantities: Sequence[str] = ("dot", "loss"),
+    collate: Collate | None = None,
+    length: Length | None = None,
+    token_budget: int | None = None,
+    batch_size: int | None = None,
+    ids: Sequence[Hashable] | None = None,
+    resume: str | Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    randomness: Randomness = "error",
+) -> Scores:
+    """Score every sample of a data set against a validation gradient.
+
+        dot_i = <g_i, u>,  cosine_i = dot_i / (||g_i|| ||u||),  u = mean_j d loss_val[j] / d params
+
+    Samples of like length share a batch, within parts of 1,024 samples; the batches depend on the
+    data and the options alone. Only one batch is in memory at a time.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        dataset: map-style.
+        val: a batch, or an iterable of batches such as `gf.data.batches(...)`; or a dict of those,
+            each of which gets columns of its own.
+        direction: instead, a pytree like `params`; or a dict of those.
+        quantities: which columns: "dot", "cosine", "norm", "loss".
+        collate: makes a batch, a pytree of tensors `[n, ...]`, of a list of samples; by default
+            `torch.utils.data.default_collate`.
+        length: tokens of a sample, for batches of like length; 1 by default.
+        token_budget: the most tokens of a batch, padding included. By default found from what a
+            sample takes (`gf.data.find_token_budget`), and told in `facts`.
+        batch_size: the most samples of a batch.
+        ids: of the samples; by default their indices.
+        resume: a folder. Parts that are done are written to it, and read from it by a later call
+            with the same model, data and options: a run that was stopped gives the same bits.
+        recipe: what else decides the numbers (a hash of the data), to be the same at a resumption.
+        progress: show a bar with tokens per second and the time left (needs tqdm).
+        randomness: "error" or "different".
+
+    Returns:
+        `Scores`: columns `dot_higher_helps`, `cosine_higher_helps`, `gradient_norm`, `loss`, as
+        asked for; of several directions `dot_higher_helps/name`. Units: dots are loss^2 per
+        parameter^2, norms loss per parameter.
+
+    Raises:
+        BatchError: the data set is empty, or a batch is not one.
+        NonFiniteLossError: a sample has no finite loss; the message lists the batch.
+        OptionError: an option has a value that does not exist.
+        ResumeError: the folder holds another run, or is damaged.
+
+    Example:
+        scores = gf.score_dataset(model_fn, params, pool, val=target, collate=gf.data.padded(0))
+        best = scores.top(100).ids
+    """
+    check_wanted(quantities)
+    check_limits(token_budget, batch_size)
+    one_of("randomness", randomness, ("error", "different"))
+    n = len(dataset)
+    if not n:
+        raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
+    if ids is None:
+        ids = range(n)
+    if len(ids) != n:
+        raise OptionError(f"{len(ids)} ids for {n} samples; expected one each.")
+    us = _directions(model_fn, params, val, direction, quantities, randomness)
+    wanted = tuple(dict.fromkeys(quantities))
+    run = _Run(
+        model_fn,
+        params,
+        dataset,
+        us,
+        wanted,
+        collate or default_collate,
+        length,
+        batch_size,
+        randomness,
+    )
+    folder = None if resume is None else Path(resume)
+    if token_budget is None:
+        token_budget = _budget(run, folder)
+    facts = {"samples": n, "token_budget": token_budget, "quantities": list(wanted)}
+    parts = None if folder is None else Parts(folder, _recipe(run, facts, recipe or {}))
+    with progress_bar(n, "scoring", shown=progress) as advance:
+        done = [
+            _part(run, number, range(start, min(start + PART, n)), token_budget, parts, advance)
+            for number, start in enumerate(range(0, n, PART))
+        ]
+    columns = {
+        name: torch.from_numpy(np.concatenate([part[name] for part in done])) for name in done[0]
+    }
+    return Scores(ids, columns, facts)
+
+
+def _directions(
+    model_fn: ModelFn,
+    params: PyTree,
+    val: PyTree,
+    direction: PyTree,
+    quantities: Sequence[str],
+    randomness: Randomness,
+) -> dict[str, PyTree]:
+    """Every direction, by the end of its columns' names."""
+    if val is None and direction is None and not {"dot", "cosine"} & set(quantities):
+        return {}
+    if (val is None) == (direction is None):
+        given = "both" if val is not None else "neither"
+        raise OptionError(f"Give exactly one of val and direction; {given} was given.")
+    if val is not None:
+        several = isinstance(val, Mapping) and all(
+            isinstance(x, Mapping) or yields_batches(x) for x in val.values()
+        )
+        return {
+            name: gradient_of(model_fn, params, batch, randomness=randomness)
+            for name, batch in named(val, alone=not several).items()
+        }
+    leaves, spec = flatten_params(params)
+    several = isinstance(direction, Mapping) and flatten(direction)[1] != flatten(params)[1]
+    us = named(direction, alone=not several)
+    for name, u in us.items():
+        flatten_like(u, leaves, spec, f"direction{name}")
+    return us
+
+
+def _budget(run: _Run, folder: Path | None) -> int:
+    """What the folder says, or what a sample says."""
+    if folder is not None and (folder / "run.json").exists():
+        found = read_recipe(folder).get("token_budget")
+        if not isinstance(found, int):
+            raise ResumeError(f"{folder}/run.json has no token_budget. Choose another folder.")
+        return found
+    lengths = run.lengths(range(min(len(run.dataset), 2)))
+    batch = run.batch(range(len(lengths)))
+    return find_token_budget(run.model_fn, run.params, batch, tokens=padded_tokens(lengths))
+
+
+def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **facts,
+        "batch_size": run.batch_size,
+        "part": PART,
+        "params": digest(run.params),
+        "frozen": closed_over(run.model_fn, run.params),
+        "directions": {name: digest(u) for name, u in run.directions.items()},
+        **more,
+    }
+
+
+def _part(
+    run: _Run,
+    number: int,
+    rows: range,
+    token_budget: int,
+    parts: Parts | None,
+    advance: Callable[[int, int], None],
+) -> Columns:
+    lengths = run.lengths(rows)
+    groups = group(lengths, token_budget, run.batch_size)
+    found = None if parts is None else parts.load(number)
+    if found is not None:
+        if number == 0:
+            _check_same(run, found, [rows[i] for i in groups[-1]], groups[-1])
+        advance(len(rows), 0)
+        return found
+    columns: Columns = {}
+    for at in groups:
+        for name, x in run.columns([rows[i] for i in at]).items():
+            if name not in columns:
+                columns[name] = np.empty(len(rows), dtype=x.numpy().dtype)
+            columns[name][at] = x.numpy()
+        advance(len(at), padded_tokens([lengths[i] for i in at]))
+    if parts is not None:
+        parts.save(number, columns)
+    return columns
+
+
+def _check_same(run: _Run, found: Columns, rows: Sequence[int], at: list[int]) -> None:
+    """Raise unless the samples of one batch get the scores that are stored."""
+    for name, x in run.columns(rows).items():
+        if name not in found:
+            raise ResumeError(f"the finished part has no column {name!r}. Choose another folder.")
+        stored = torch.from_numpy(found[name])
+        off = float((x.double() - stored[at].double()).abs().max())
+        if off > SAME * float(stored.abs().max()):
+            raise ResumeError(
+                f"samples {list(rows)[:5]} were computed again, and {name} differs from what is "
+                f"stored by {off:.3g}: the data, the model or its code have changed since. Choose "
+                "another folder."
+            )

@@ -1,0 +1,117 @@
+"""select, report, verify, explain, project, query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import ghostfunc as gf
+from ghostfunc.cli import _ask
+from ghostfunc.data import Rows, batches, encode, padded
+
+Run = Callable[..., tuple[int, str]]
+LINE = "score MODEL --pool pool.jsonl --target target.jsonl --top 7 --out sel.jsonl"
+
+
+def rows_of(path: Path) -> list[int]:
+    return [json.loads(line)["ghostfunc"]["row"] for line in path.read_text().splitlines()]
+
+
+def test_select_chooses_as_score_does(run: Run, files: Path) -> None:
+    assert run(LINE + " --scores s.parquet")[0] == 0
+    code, said = run("select s.parquet --pool pool.jsonl --top 7 --out again.jsonl")
+    assert code == 0, said
+    assert (files / "again.jsonl").read_bytes() == (files / "sel.jsonl").read_bytes()
+    run("select s.parquet --pool pool.jsonl --top 40 --lowest --out low.jsonl")
+    assert rows_of(files / "low.jsonl")[-7:][::-1] == rows_of(files / "sel.jsonl")
+    run("select s.parquet --pool pool.jsonl --top 1 --by loss --out loss.jsonl")
+    (row,) = (files / "loss.jsonl").read_text().splitlines()
+    losses = json.loads(row)["ghostfunc"]["loss"]
+    code, said = run("select s.parquet --pool pool.jsonl --top 41 --out x.jsonl")
+    assert (code, losses > 0) == (2, True)
+    assert "between 1 and all 40" in said
+
+
+def test_report(run: Run, files: Path) -> None:
+    assert run(LINE + " --scores s.parquet")[0] == 0
+    code, said = run("report s.parquet --pool pool.jsonl --out r.html --group source")
+    assert code == 0, said
+    assert "Question 3?" in (files / "r.html").read_text()
+    code, said = run("report s.parquet --pool pool.jsonl --out r.html --group nothing")
+    assert code == 2
+    assert "no row has a column 'nothing'" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("select no.parquet --pool pool.jsonl --out x.jsonl", "no readable Parquet"),
+        ("select pool.jsonl --pool pool.jsonl --out x.jsonl", "no readable Parquet"),
+        ("select s.parquet --pool target.jsonl --out x.jsonl", "has the id 3"),
+        ("select s.parquet --pool pool.jsonl --by no --out x.jsonl --top 2", "no column 'no'"),
+        ("query MODEL --store no --pool pool.jsonl --target target.jsonl --out x.jsonl", "no such"),
+    ],
+)
+def test_wrong_files(run: Run, files: Path, line: str, said: str) -> None:
+    if "s.parquet" in line:
+        assert run(LINE + " --scores s.parquet")[0] == 0
+    code, found = run(line)
+    assert code == 2
+    assert said in found
+
+
+def test_verify(run: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = run("verify MODEL --pool pool.jsonl --count 3")
+    assert code == 0
+    assert "exact to a tolerance" in said
+    assert "materialized by" in said
+    monkeypatch.setattr(gf.Report, "ok", False)
+    assert run("verify MODEL --pool pool.jsonl")[0] == 3
+
+
+def test_explain(run: Run, files: Path) -> None:
+    code, said = run("explain MODEL --pool pool.jsonl --count 3")
+    assert code == 0
+    assert "transformer.wte.weight" in said
+    assert "forming every g_i" in said
+
+
+def test_a_projected_pool_finds_what_the_gradients_find(run: Run, files: Path, model: Path) -> None:
+    pytest.importorskip("zarr")
+    make = "project MODEL --pool pool.jsonl --store store --columns 512"
+    code, said = run(make)
+    assert code == 0, said
+    assert "40 rows projected to 512 numbers" in said
+    assert "0 rows projected" in run(make)[1]
+    ask = "query MODEL --store store --pool pool.jsonl --target target.jsonl --top 40 --out q.jsonl"
+    code, said = run(ask)
+    assert code == 0, said
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    model_fn, params = gf.hf.causal_lm(lm)
+    pool, target = (
+        encode(Rows.open(f"{name}.jsonl"), tokenizer, max_length=96) for name in ("pool", "target")
+    )
+    how = {"collate": padded(0), "length": pool.length}
+    exact = gf.score_dataset(
+        model_fn, params, pool, val=batches(target, **how), quantities=("cosine",), **how
+    )["cosine_higher_helps"]
+    found = {
+        row["ghostfunc"]["row"]: row["ghostfunc"]["cosine_higher_helps"]
+        for row in map(json.loads, (files / "q.jsonl").read_text().splitlines())
+    }
+    both = torch.stack([exact, torch.tensor([found[i] for i in range(40)])])
+    assert torch.corrcoef(both)[0, 1] > 0.95
+    (files / "pool.jsonl").write_text('{"text": "other"}\n')
+    code, said = run(ask)
+    assert code == 2
+    assert "was not made of the rows" in said
+    code, said = run(make)
+    assert code == 2
+    assert "made of other rows" in said
+    assert _ask.CHECKPOINT in repr(list((files / "store").rglob("*")))

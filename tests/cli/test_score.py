@@ -1,0 +1,245 @@
+"""`ghostfunc score` from files to files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+
+import ghostfunc as gf
+from ghostfunc.data import Rows, batches, encode, padded, write_rows
+from ghostfunc.data import _score as score_module
+
+Run = Callable[..., tuple[int, str]]
+LINE = "score MODEL --pool pool.jsonl --target target.jsonl --top 7 --out sel.jsonl"
+
+
+def test_the_newcomers_command(run: Run, files: Path) -> None:
+    code, said = run(LINE + " --report r.html --scores s.parquet")
+    assert code == 0, said
+    chosen = [json.loads(line) for line in (files / "sel.jsonl").read_text().splitlines()]
+    pool = [json.loads(line) for line in (files / "pool.jsonl").read_text().splitlines()]
+    assert len(chosen) == 7
+    for rank, row in enumerate(chosen, 1):
+        added = row.pop("ghostfunc")
+        assert added["rank"] == rank
+        assert pool[added["row"]] == row
+    table = pq.read_table(files / "s.parquet")
+    assert table.column_names == ["id", "dot_higher_helps", "loss"]
+    assert table["id"].to_pylist() == list(range(40))
+    assert json.loads(table.schema.metadata[b"ghostfunc"])["target_rows"] == 3
+    assert (files / "r.html").stat().st_size > 10_000
+    assert not (files / "sel.run").exists()
+    assert "7 of 40 rows written to sel.jsonl" in said
+    assert "tokens/s" in said
+
+
+def test_ten_lines_of_python_give_the_same_file(run: Run, files: Path, model: Path) -> None:
+    assert run(LINE)[0] == 0
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    model_fn, params = gf.hf.causal_lm(lm)
+    rows = Rows.open("pool.jsonl")
+    pool = encode(rows, tokenizer, max_length=96)
+    target = encode(Rows.open("target.jsonl"), tokenizer, max_length=96)
+    how: Any = {"collate": padded(tokenizer.eos_token_id), "length": pool.length}
+    scores = gf.score_dataset(model_fn, params, pool, val=batches(target, **how), **how)
+    write_rows("python.jsonl", rows, scores.top(7))
+    assert (files / "python.jsonl").read_bytes() == (files / "sel.jsonl").read_bytes()
+
+
+def test_scores_are_those_of_single_calls(run: Run, files: Path, model: Path) -> None:
+    """The numbers of the file, held against gradients by definition of samples by hand."""
+    assert run(LINE + " --score cosine --scores s.parquet --dtype float64")[0] == 0
+    found = torch.tensor(pq.read_table(files / "s.parquet")["cosine_higher_helps"].to_pylist())
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    model_fn, params = gf.hf.causal_lm(lm)
+
+    def gradient(row: dict[str, Any]) -> torch.Tensor:
+        question, answer = (message["content"] for message in row["messages"])
+        before = tokenizer(f"<|user|>{question}<|end|><|assistant|>")["input_ids"]
+        after = tokenizer(f"{answer}<|end|>")["input_ids"]
+        batch = {
+            "input_ids": torch.tensor([before + after]),
+            "labels": torch.tensor([[-100] * len(before) + after]),
+        }
+        grads = gf.per_sample_grads(model_fn, params, batch)
+        return torch.cat([g.flatten() for g in grads.values()])
+
+    u = torch.stack([gradient(row) for row in Rows.open("target.jsonl")]).mean(0)
+    for i in (0, 1, 17, 38):
+        g = gradient(Rows.open("pool.jsonl")[i])
+        expected = torch.nn.functional.cosine_similarity(g, u, dim=0)
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-6, atol=1e-9)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_a_killed_run_goes_on_and_gives_the_same_bits(
+    run: Run, files: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(score_module, "PART", 8)
+    assert run(LINE)[0] == 0
+    whole = (files / "sel.jsonl").read_bytes()
+    (files / "sel.jsonl").unlink()
+    part, left = score_module._part, [after]
+
+    def dying(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return part(*args)
+
+    monkeypatch.setattr(score_module, "_part", dying)
+    code, said = run(LINE)
+    assert code == 130
+    assert "--resume" in said
+    assert not (files / "sel.jsonl").exists()
+    monkeypatch.setattr(score_module, "_part", part)
+    code, said = run(LINE)
+    assert code == 2
+    assert "sel.run holds a run that was stopped. Add --resume" in said
+    assert run(LINE + " --resume")[0] == 0
+    assert (files / "sel.jsonl").read_bytes() == whole
+
+
+def test_another_pool_is_not_resumed(run: Run, files: Path, monkeypatch: Any) -> None:
+    def dying(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "_part", dying)
+        assert run(LINE)[0] == 130
+    with (files / "pool.jsonl").open("a") as file:
+        file.write('{"text": "one more row"}\n')
+    code, said = run(LINE + " --resume")
+    assert code == 2
+    assert "pool" in said
+    assert "holds another run" in said
+
+
+def test_dry_run_writes_nothing(run: Run, files: Path) -> None:
+    before = sorted(files.iterdir())
+    code, said = run(LINE + " --dry-run")
+    assert code == 0
+    for word in ("40 rows", "parameters that count", "tokens", "time", "would write"):
+        assert word in said
+    assert sorted(files.iterdir()) == before
+
+
+def test_verify_goes_first(run: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = run(LINE + " --verify 2")
+    assert code == 0
+    assert "exact to a tolerance" in said
+    (files / "sel.jsonl").unlink()
+    monkeypatch.setattr(gf.Report, "ok", False)
+    code, said = run(LINE + " --verify 2")
+    assert code == 3
+    assert not (files / "sel.jsonl").exists()
+
+
+def test_a_config_replays_a_run(run: Run, files: Path) -> None:
+    assert run(LINE + " --score cosine --max-length 40")[0] == 0
+    first = (files / "sel.jsonl").read_bytes()
+    (files / "sel.jsonl").unlink()
+    code, said = run("score --config sel.config.json")
+    assert code == 0, said
+    assert (files / "sel.jsonl").read_bytes() == first
+    assert run("score --config sel.config.json --top 2 --out two.jsonl")[0] == 0
+    assert (files / "two.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "--config bad.json"),
+        ("[]", "expected an object"),
+        ('{"nothing": 1}', "there is no option ['nothing']"),
+        ('{"model": "m"}', "are missing"),
+        ('{"model": "m", "pool": "p", "target": "t", "out": "o", "top": "x"}', "'x' is no int"),
+    ],
+)
+def test_bad_configs(run: Run, files: Path, content: str, said: str) -> None:
+    (files / "bad.json").write_text(content)
+    code, found = run("score --config bad.json")
+    assert code == 2
+    assert said in found
+
+
+def test_parameters_can_be_chosen(run: Run, files: Path) -> None:
+    code, said = run(LINE + " --parameters h\\.0\\.mlp --dry-run")
+    assert code == 0, said
+    assert "552 parameters that count" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--out sel.txt", "ends with .jsonl"),
+        ("--out pool.jsonl", "is one of the inputs"),
+        ("--out pool.jsonl/x.jsonl", "is no folder"),
+        ("--report r.pdf", "ends with .html"),
+        ("--scores s.csv", "ends with .parquet"),
+        ("--top 0", "at least 1"),
+        ("--top 41", "has 40 rows to choose from"),
+        ("--verify -1", "expected a number of rows"),
+        ("--resume", "there is no stopped run"),
+        ("--pool nothing.jsonl", "there is no such file"),
+        ("--pool MODEL", "without state.json"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--device tpus", "--device tpus"),
+        ("--parameters (", "is no regular expression"),
+        ("--parameters nothing", "matches none of"),
+        ("--max-length 1", "at least 2 tokens"),
+        ("--score dots", "dots"),
+        ("--dtype int8", "int8"),
+        ("--token-budget 0", "token_budget=0"),
+        ("--nonsense", "nonsense"),
+        ("--config", "--config needs"),
+    ],
+)
+def test_wrong_options(run: Run, files: Path, more: str, said: str) -> None:
+    code, found = run(f"{LINE} {more}")
+    assert code == 2
+    assert said in found
+    assert "Traceback" not in found
+    assert not (files / "sel.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no such folder"),
+        ({}, "config.json"),
+        ({"config.json": "{"}, "config.json"),
+        ({"config.json": "[]"}, "expected a JSON object"),
+        ({"config.json": '{"model_type": "vit"}'}, "cannot load a causal language model"),
+        ({"adapter_config.json": "{}"}, "holds an adapter"),
+    ],
+)
+def test_folders_that_are_no_model(run: Run, files: Path, content: Any, said: str) -> None:
+    if content is not None:
+        (files / "m").mkdir()
+        for name, text in content.items():
+            (files / "m" / name).write_text(text)
+    code, found = run(LINE.replace("MODEL", "m"))
+    assert code == 2
+    assert said in found
+    assert "Traceback" not in found
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, said = run("--help")
+    assert code == 0
+    for name in ("score", "select", "report", "verify", "explain", "project", "query"):
+        assert name in said
