@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
+from types import FrameType
 
 import pytest
 import torch
@@ -78,3 +84,87 @@ def compiled_in_place() -> nn.Module:
 def test_compiled_modules_are_refused_at_once(make: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(gf.ParamsError, match=said):
         gf.from_module(make(), loss)
+
+
+def lines_of_lending(raise_at: int) -> tuple[Callable[..., object], list[int]]:
+    """A trace function that interrupts at the k-th line of torch's code that swaps tensors."""
+    count = [0]
+
+    def local(frame: FrameType, event: str, arg: object) -> Callable[..., object]:
+        if event == "line":
+            count[0] += 1
+            if count[0] == raise_at:
+                raise KeyboardInterrupt
+        return local
+
+    def start(frame: FrameType, event: str, arg: object) -> Callable[..., object] | None:
+        name = frame.f_code.co_filename
+        swaps = name.endswith(("_named_member_accessor.py", "stateless.py"))
+        return local if swaps else None
+
+    return start, count
+
+
+def test_an_interrupt_anywhere_leaves_the_module_its_own_tensors() -> None:
+    """Every line of torch's code that lends tensors and puts them back is interrupted once."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    model_fn, params = gf.from_module(module, loss)
+    held = {name: id(x) for name, x in [*module.named_parameters(), *module.named_buffers()]}
+    others = {name: torch.randn_like(x) for name, x in params.items()}
+    x = torch.randn(3, 2)
+    interrupted = 0
+    for line in range(1, 2000):
+        start, count = lines_of_lending(line)
+        before = sys.gettrace()
+        sys.settrace(start)
+        try:
+            model_fn(others, x)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(before)
+        now = {name: id(x) for name, x in [*module.named_parameters(), *module.named_buffers()]}
+        assert now == held, line
+        if count[0] < line:
+            break
+    assert interrupted == line - 1 > 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_during_a_call_has_free_locks_and_its_own_tensors() -> None:
+    module = nn.Linear(2, 2)
+    entered, release = threading.Event(), threading.Event()
+
+    def slow_loss(module: nn.Module, x: Tensor) -> Tensor:
+        entered.set()
+        release.wait(30)
+        return module(x).square().sum(1)
+
+    model_fn, params = gf.from_module(module, slow_loss)
+    quick_fn, _ = gf.from_module(module, loss)
+    held = {name: id(x) for name, x in module.named_parameters()}
+    x = torch.randn(3, 2)
+    quick = gf.ghost_norm(quick_fn, params, x)
+    thread = threading.Thread(target=model_fn, args=({k: v + 1 for k, v in params.items()}, x))
+    thread.start()
+    assert entered.wait(30)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            same = {name: id(x) for name, x in module.named_parameters()} == held
+            code = 0 if same and torch.equal(gf.ghost_norm(quick_fn, params, x), quick) else 2
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 60
+    done = 0
+    while not done and time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.02)
+    release.set()
+    thread.join()
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for a lock of a thread that it does not have")
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -5,7 +5,6 @@ They know no op rules and no taps, so what they agree on with ghost mode is righ
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
+from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.purity import (
     check_finite,
@@ -31,9 +31,6 @@ from ghostfunc._base.remembered import memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
-
-FORWARD_MODE = threading.RLock()
-"""The levels of torch's forward-mode AD are shared by all threads of a process."""
 
 
 def val_gradient(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import threading
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import CoupledSamplesError, ParamsError
+from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -33,37 +31,6 @@ class _Bound(nn.Module):
 
     def forward(self, run: Callable[[Callable[[PyTree], Tensor]], T]) -> T:
         return run(lambda batch: self.loss(self.module, batch))
-
-
-_numbers = itertools.count()
-_locks: weakref.WeakKeyDictionary[nn.Module, tuple[int, AbstractContextManager[bool]]]
-_locks = weakref.WeakKeyDictionary()
-_locks_within: weakref.WeakKeyDictionary[nn.Module, list[AbstractContextManager[bool]]]
-_locks_within = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-@contextmanager
-def alone_with(module: nn.Module) -> Iterator[None]:
-    """Keep other threads from a module, and from all modules in it, while it has lent parameters.
-
-    A thread may come back to a module that it has. Locks are taken in one order everywhere, so that
-    threads with overlapping modules do not wait for each other for ever.
-    """
-    if torch.compiler.is_compiling():  # by one thread at a time
-        yield
-        return
-    with _locks_lock:
-        if module not in _locks_within:
-            numbered = {
-                _locks.setdefault(m, (next(_numbers), threading.RLock())) for m in module.modules()
-            }
-            _locks_within[module] = [lock for _, lock in sorted(numbered, key=lambda x: x[0])]
-        locks = _locks_within[module]
-    with ExitStack() as stack:
-        for lock in locks:
-            stack.enter_context(lock)
-        yield
 
 
 class ModuleFn:
@@ -133,7 +100,18 @@ class ModuleFn:
         named = {**self._state, **params}
         tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         with alone_with(self.module):
-            out: T = torch.func.functional_call(self._bound, tensors, (run,), tie_weights=False)
+            if torch.compiler.is_compiling():
+                return self._called(tensors, run)
+            loan = Loan(self.module, tensors.values())
+            try:
+                return self._called(tensors, run)
+            finally:
+                loan.give_back()
+
+    def _called(
+        self, tensors: dict[str, Tensor], run: Callable[[Callable[[PyTree], Tensor]], T]
+    ) -> T:
+        out: T = torch.func.functional_call(self._bound, tensors, (run,), tie_weights=False)
         return out
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghostfunc._base.batches import chunks
-from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
+from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, TransformError
+from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import check_chunk_size, one_of
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
+from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.errors import TransformError
+from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import one_of
 from ghostfunc._base.purity import check_losses
 from ghostfunc._base.trees import ParamSpec, batch_size

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
+from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.errors import TransformError
+from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc.unrolled._training import State, Training
 
 Hvp: TypeAlias = Literal["forward", "reverse"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.module import alone_with
+from ghostfunc._base.locks import alone_with
 from ghostfunc._base.torch_private import tensors_of_module
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 
