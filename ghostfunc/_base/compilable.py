@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import SymInt
 
+from ghostfunc._base.options import check_model_fn
 from ghostfunc._base.torch_private import _pytree
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +54,7 @@ def compilable(returns: Callable[..., Any] | None = None) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def captured(model_fn: Any, *args: Any, **kwargs: Any) -> Any:
+            check_model_fn(model_fn)
             if torch.compiler.is_dynamo_compiling():
                 # Imported here since it loads the compiler; nobody else pays for that.
                 from ghostfunc._base import captured as compiler

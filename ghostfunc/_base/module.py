@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -97,6 +97,7 @@ class ModuleFn:
     ) -> T:
         """`run` a function of `losses(batch)` while the module has `params`: what calls the module
         later, as a checkpoint does in the backward pass, finds the module's own."""
+        self._check(params)
         named = {**self._state, **params}
         tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         with alone_with(self.module):
@@ -107,6 +108,22 @@ class ModuleFn:
                 return self._called(tensors, run)
             finally:
                 loan.give_back()
+
+    def _check(self, params: object) -> None:
+        """Raise unless these are tensors under names of the module's."""
+        if not isinstance(params, Mapping):
+            raise ParamsError(
+                f"params is a {type(params).__name__}; model_fn of from_module takes a dict from "
+                f"the names of {type(self.module).__name__}'s parameters to tensors, such as "
+                "from_module returns."
+            )
+        unknown = [name for name in params if name not in self._aliases]
+        if unknown:
+            raise ParamsError(
+                f"params has names that {type(self.module).__name__} does not: {unknown}. Its "
+                f"names are {sorted(self._aliases)[:8]} and so on; a tied parameter goes by the "
+                "first of them. Layers added later need a new from_module."
+            )
 
     def _called(
         self, tensors: dict[str, Tensor], run: Callable[[Callable[[PyTree], Tensor]], T]
@@ -192,6 +209,11 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             then.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not isinstance(grads, Mapping):
+        raise ParamsError(
+            f"grads is a {type(grads).__name__}; expected a dict from names of parameters to "
+            "gradients, such as the field grads of what gf.ghost_value_and_grad returns."
+        )
     if grads.keys() != trainable.keys():
         missing = sorted(trainable.keys() - grads.keys())
         extra = sorted(grads.keys() - trainable.keys())

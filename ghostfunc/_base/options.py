@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ghostfunc._base.errors import OptionError
 
@@ -20,6 +21,21 @@ def check_contract_dtype(contract_dtype: object, mode: str = "ghost") -> None:
         raise OptionError(
             f"contract_dtype={contract_dtype} is about the contraction of factors, and "
             f'mode={mode!r} contracts none. Drop it, or use mode="ghost".'
+        )
+
+
+def check_model_fn(model_fn: object) -> None:
+    """Raise `OptionError` unless it may be a function of parameters and a batch."""
+    if isinstance(model_fn, nn.Module):
+        raise OptionError(
+            f"model_fn is a {type(model_fn).__name__}, a module: expected a pure function "
+            "model_fn(params, batch) -> losses [n]. Make one of it by "
+            "model_fn, params = gf.from_module(module, loss)."
+        )
+    if not callable(model_fn):
+        raise OptionError(
+            f"model_fn is a {type(model_fn).__name__}; expected a function "
+            "model_fn(params, batch) -> losses [n]."
         )
 
 

@@ -76,7 +76,9 @@ def prove_independent(
                 "model_fn calls torch.cond, while_loop or another operator that takes functions, "
                 "which no mode sees into. Write it with if and while, or with torch.where."
             ) from error
-        _refuse_kept(check_losses(out, batch_size(data)), leaves, params, spec)
+        check_losses(out, batch_size(data))
+        _refuse_unreached(out)
+        _refuse_kept(out, leaves, params, spec)
         return out.detach()
 
     def compare(company: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -173,6 +175,17 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
         known.add(node)
         yield node
         todo += [parent for parent, _ in node.next_functions]
+
+
+def _refuse_unreached(losses: Tensor) -> None:
+    """Raise `UntrackedUseError` if no parameter reaches the losses: all scores would be zero."""
+    if in_transform() or losses.requires_grad:
+        return
+    raise UntrackedUseError(
+        "No parameter reaches the losses: autograd has no graph of them, so every gradient would "
+        "be zero. Usual causes: model_fn runs under torch.no_grad() or torch.inference_mode(), "
+        "detaches what it returns, or does not use the params that it is given."
+    )
 
 
 def _refuse_kept(

@@ -132,6 +132,11 @@ def flatten_like(
                 f"{what} leaf {name!r} must have the shape of the parameter, "
                 f"{tuple(param.shape)}, but is {found}."
             )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise ParamsError(
+                f"{what} leaf {name!r} has dtype {leaf.dtype}; expected a floating-point dtype "
+                f"such as the parameter's, {param.dtype}. Convert it: x.to({param.dtype})."
+            )
     return got
 
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import check_model_fn, one_of
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -162,6 +162,7 @@ def explain(
         raise OptionError('quantity="dot_prod" needs val, the batch to dot with.')
     if quantity in ("norm", "clipped_grad") and val is not None:
         raise OptionError(f"quantity={quantity!r} is about one batch; drop val.")
+    check_model_fn(model_fn)
     leaves, spec = flatten_params(params)
     ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=True)
     theirs: list[list[UseShape]] = [[] for _ in leaves]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ghostfunc._base import definition
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import check_model_fn, one_of
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
@@ -56,6 +56,7 @@ def factored_grads(
         Bu et al., "Differentially Private Optimization on Large Model at Small Cost", ICML 2023.
     """
     one_of("randomness", randomness, ("error", "different"))
+    check_model_fn(model_fn)
     leaves, spec = flatten_params(params)
     return collect(model_fn, leaves, spec, batch, outlives=True, randomness=randomness)
 
