@@ -138,10 +138,10 @@ def test_dtype_of_the_losses(dtype: torch.dtype, options: Any) -> None:
 
 
 @everywhere
-def test_losses_without_parameters_score_zero(options: Any) -> None:
+def test_losses_without_parameters(options: Any) -> None:
     x = draw(3, 4)
-    scores = gf.ghost_dot_prod(lambda p, x: energy(x), params(), x, x, **options)
-    assert torch.equal(scores, torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(gf.UntrackedUseError, match="No parameter reaches the losses"):
+        gf.ghost_dot_prod(lambda p, x: energy(x), params(), x, x, **options)
 
 
 # --- parameters that come by another way ------------------------------------------------------
@@ -545,9 +545,9 @@ def tiled(p: Any, x: Tensor) -> Tensor:
     ],
 )
 def test_folds_that_show_in_longer_batches(f: ModelFn, short: Any, long: Any) -> None:
+    """Samples between two other axes: with one row before them they look sample-major."""
     check_exact(f, params(), draw(*short))
-    with pytest.raises(gf.GhostError, match=r"(?s)rows.*Ways out"):
-        ghost(f, params(), draw(*long))
+    check_exact(f, params(), draw(*long))
 
 
 def test_an_order_of_ones_own() -> None:
