@@ -135,7 +135,7 @@ def _one(data: dict[str, Tensor], i: int) -> dict[str, Tensor]:
 def asked(program: Program, number: int, count: int) -> list[str]:
     """The quantities that are asked for in a setting, the first ones always."""
     rng = Random(100 * program.seed + number)
-    others = [name for name in (*GHOST, *GHOST, *OTHER_MODES, "vmap_over_directions")]
+    others = [*GHOST, *GHOST, *OTHER_MODES, "vmap_over_directions"]
     names = [*ALWAYS, *rng.sample(others, min(count, len(others)))] if count else list(QUANTITIES)
     names = [x for x in dict.fromkeys(names) if x not in ("grad_of_scores", "jvp_of_scores")]
     rng.shuffle(names)

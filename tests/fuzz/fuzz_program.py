@@ -1,10 +1,9 @@
 """Random programs, as data.
 
-A program is a list of steps on one tensor `h`, which begins as the batch's `x` of shape `[n, t, d]`,
-a loss of what `h` is in the end, penalties on parameters, and the settings that it is asked in, one
-after the other: other numbers of samples, lengths and kinds of batches. `fuzz_source` writes it as
-a Python function. A step that does not fit where it stands writes nothing, so any step may be left
-out.
+A program is a list of steps on one tensor `h`, which begins as the batch's `x`, `[n, t, d]`; a loss
+of what `h` is in the end; penalties on parameters; and the settings that it is asked in, one after
+the other: other numbers of samples, lengths and kinds of batches. `fuzz_source` writes it as a
+Python function. A step that does not fit where it stands writes nothing, so any may be left out.
 """
 
 from __future__ import annotations
@@ -150,6 +149,7 @@ def _leaf(rng: Random, kind: str) -> Step:
     args: dict[str, Any] = {"spelling": rng.randrange(SPELLINGS), "slot": rng.choice([0, 0, 0, 1])}
     if kind == "product":
         args |= {"chain": _chain(rng), "out": rng.choice([3, 4, 5, 6])}
+        args |= {"bias": rng.random() < 0.3, "by linear": rng.random() < 0.3}
     elif kind in ("scale", "norm"):
         args |= {"vector": rng.choice(VECTORS)}
     elif kind == "layout":

@@ -76,7 +76,13 @@ def _fewer(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
         for k in range(len(chain)):
             shorter = {**step.args, "chain": chain[:k] + chain[k + 1 :]}
             yield (*before, replace(step, args=shorter), *after)
-        for key, plain in (("vector", "plain"), ("slot", 0), ("when", ""), ("fold", False)):
+        for key, plain in (
+            ("vector", "plain"),
+            ("slot", 0),
+            ("when", ""),
+            ("fold", False),
+            ("bias", False),
+        ):
             if step.args.get(key, plain) != plain:
                 yield (*before, replace(step, args={**step.args, key: plain}), *after)
 

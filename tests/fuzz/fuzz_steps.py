@@ -8,35 +8,38 @@ from fuzz_source import VOCABULARY, Writer, vector_of, weight_of, writes
 
 @writes("product")
 def product(to: Writer, step: Step) -> None:
-    out, spelling = step.args["out"], step.args["spelling"]
-    d = to.width
-    two_axes, three_axes = to.axes.count(" ") == 1, to.axes.count(" ") == 2
-    if spelling % 4 == 1 or spelling == 6:
+    d, out = to.width, step.args["out"]
+    bias = to.param(0, out) if step.args["bias"] else None
+    if step.args["by linear"]:
         w = weight_of(to, step, out, d)
-        b = to.param(0, out)
-        to.chosen(
-            Step("", {"spelling": spelling // 4}),
-            f"F.linear(h, {w})",
-            f"F.linear(input=h, weight={w}, bias={b})",
-            f"F.linear(h, {w}, {b})",
-        )
+        b = f", {bias}" if bias else ""
+        by_keyword = f", bias={bias}" if bias else ""
+        to.chosen(step, f"F.linear(h, {w}{b})", f"F.linear(input=h, weight={w}{by_keyword})")
     else:
         w = weight_of(to, step, d, out)
-        spellings = [
-            f"h @ {w}",
-            f"torch.matmul(h, {w})",
-            f"torch.einsum('...d,dp->...p', h, {w})",
-            f"({w}.t() @ h.mT).mT",
-            f"torch.tensordot(h, {w}, 1)",
-            f"torch.matmul(input=h, other={w})",
-        ]
-        if two_axes:
-            b = to.param(0, out)
-            spellings += [f"torch.addmm({b}, h, {w})", f"torch.mm(input=h, mat2={w})"]
-        elif three_axes:
-            spellings += [f"torch.bmm(h, {w}.expand(h.shape[0], -1, -1))"]
-        to.chosen(step, *spellings)
+        if bias and to.axes.count(" ") == 1 and step.args["spelling"] % 2:
+            to.h(f"torch.addmm({bias}, h, {w})")
+        else:
+            to.chosen(step, *_products(to, w))
+            if bias:
+                to.h(f"h + {bias}")
     to.width = out
+
+
+def _products(to: Writer, w: str) -> list[str]:
+    spellings = [
+        f"h @ {w}",
+        f"torch.matmul(h, {w})",
+        f"torch.einsum('...d,dp->...p', h, {w})",
+        f"({w}.t() @ h.mT).mT",
+        f"torch.tensordot(h, {w}, 1)",
+        f"torch.matmul(input=h, other={w})",
+    ]
+    if to.axes.count(" ") == 1:
+        return [*spellings, f"torch.mm(h, {w})", f"torch.mm(input=h, mat2={w})"]
+    if to.axes.count(" ") == 2:
+        return [*spellings, f"torch.bmm(h, {w}.expand(h.shape[0], -1, -1))"]
+    return spellings
 
 
 @writes("scale")
