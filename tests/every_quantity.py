@@ -556,7 +556,7 @@ ESSENTIAL = (
     "dots_in_chunks", "norms", "gram_with_others", "one_pass", "clipped_sums",
     "projections_gaussian", "projections_dense",
 )  # fmt: skip
-"""One of every family: dense directions, factored ones, pairs, chunks, kept factors, projections."""
+"""One of every family: directions dense and factored, pairs, chunks, kept factors, projections."""
 
 
 class Verdict(NamedTuple):
