@@ -32,8 +32,8 @@ from ghostfunc._base.purity import (
     refuse_checkpoints,
 )
 from ghostfunc._base.remembered import memory, structure
-from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, unrounded
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, unflatten
+from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, tensors_of, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
 FORWARD_MODE = threading.RLock()
@@ -49,6 +49,35 @@ def val_gradient(
     with unrounded(losses):
         (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
     return list(map(dense, grads))
+
+
+def weighted_gradient(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, weights: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone."""
+    n = batch_size(batch)
+    if in_transform():
+        losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
+        with unrounded(losses):
+            (grads,) = pullback(weights.to(losses), retain_graph=False, create_graph=False)
+        return losses, list(map(dense, grads))
+    inputs = [x.detach().requires_grad_() for x in leaves]
+
+    def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad(), DenseGradients():
+            losses = check_losses(losses_of(batch), n)
+        if not losses.requires_grad:
+            return losses, [torch.zeros_like(x) for x in leaves]
+        with unrounded(losses):
+            grads = torch.autograd.grad(
+                losses, inputs, weights.to(losses), allow_unused=True, materialize_grads=True
+            )
+        return losses.detach(), list(map(dense, grads))
+
+    params = spec.unflatten(inputs)
+    if isinstance(model_fn, ModuleFn):
+        return model_fn.lending(params, gradient)
+    return gradient(lambda data: model_fn(params, data))
 
 
 def val_gradients(
@@ -197,7 +226,10 @@ def materialize(
             row, value = _gradient_of_one(model_fn, leaves, spec, take(batch, [i]))
             rows.append(row)
             values.append(value)
-        check_finite(torch.stack(values))
+        alone = torch.stack(values)
+        check_finite(alone)
+        if randomness == "error":
+            _compare_alone(model_fn, leaves, spec, batch, alone)
         return [torch.stack(column) for column in zip(*rows, strict=True)]
     samples, treedef = flatten(batch)
 
@@ -207,7 +239,26 @@ def materialize(
     with _vectorized(), unrounded(leaves[0]):
         grads, losses = torch.vmap(of_flat, randomness=randomness)(samples)
     check_finite(losses)
+    if randomness == "error":
+        _compare_alone(model_fn, leaves, spec, batch, losses)
     return grads
+
+
+def _compare_alone(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, alone: Tensor
+) -> None:
+    """Raise `CoupledSamplesError` unless samples have the same losses beside each other as by
+    themselves."""
+    n = batch_size(batch)
+    if n == 1 or any(map(symbolic, tensors_of(batch))):
+        return
+    with torch.no_grad():
+        together = check_losses(model_fn(spec.unflatten(list(leaves)), batch), n)
+    if not close(alone, together):
+        raise coupled_samples(
+            f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "
+            f"have {together[:8].tolist()}"
+        )
 
 
 def _gradient_of_one(

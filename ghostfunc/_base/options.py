@@ -23,6 +23,10 @@ def check_contract_dtype(contract_dtype: object, mode: str = "ghost") -> None:
         )
 
 
+CHECKS = ("new", "always", "never")
+"""What `check` may be: see `_taps/proof.py`."""
+
+
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise `OptionError` unless `value` is one of `allowed`."""
     if value not in allowed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
 def tensors_of(tree: PyTree) -> list[Tensor]:
     """The tensors among the leaves of any pytree."""
     return [x for x in flatten(tree)[0] if isinstance(x, Tensor)]
+
+
+def map_tensors(f: Callable[[Tensor], Tensor], batch: PyTree) -> PyTree:
+    """`f` of every leaf of a batch."""
+    return optree.tree_map(f, batch)
 
 
 def first_tensor(args: PyTree, kwargs: PyTree) -> Tensor | None:

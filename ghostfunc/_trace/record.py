@@ -29,7 +29,14 @@ from ghostfunc._rules.reordering import MAY_REORDER, SCANS, reorders, sorted_dim
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.trace import CallTrace, Kind, Shape
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
-from ghostfunc._trace.watch import ALIKE, CONSTANTS, TrackingMode, decomposed, writes
+from ghostfunc._trace.watch import (
+    ALIKE,
+    CONSTANTS,
+    TrackingMode,
+    decomposed,
+    reads_attribute,
+    writes,
+)
 
 _NUMBERS: set[Callable[..., Any]] = {
     Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
@@ -134,6 +141,8 @@ class Recorder(TrackingMode):
         self._reordered_at: int | None = None
         self.statistics = False
         self.reads = False
+        self.reads_at: set[int] = set()
+        self._number = -1  # of the call, reads of attributes not counted
         self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.seen: list[RecordedCall] = []
 
@@ -158,6 +167,7 @@ class Recorder(TrackingMode):
         if func is SET_GRAD_ENABLED:
             return func(*args)
         self._entry += 1
+        self._number += not reads_attribute(func)
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
                 f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
@@ -200,7 +210,9 @@ class Recorder(TrackingMode):
     ) -> None:
         values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
         if any(id(x) in self._of_batch for x in values):
-            self.reads |= func in _READS
+            if func in _READS:
+                self.reads = True
+                self.reads_at.add(self._number)
             self._of_batch.update((id(x), x) for x in tensors_of(out))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import CHECKS, one_of
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params
-from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.scores.validation import dense_direction
@@ -64,6 +64,7 @@ def per_sample_grads(
     *,
     mode: Mode = "materialized",
     vectorize: bool = True,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Every sample's gradient itself: as large as n models.
@@ -75,6 +76,8 @@ def per_sample_grads(
         mode: "materialized" (`vmap(grad)`, the definition) or "ghost" (from the factors, in one
             batched backward pass: how op rules are tested, and a way for models vmap cannot run).
         vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -82,10 +85,13 @@ def per_sample_grads(
     """
     one_of("mode", mode, ("materialized", "ghost"))
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     leaves, spec = flatten_params(params)
     batch_size(batch)
     if mode == "ghost":
-        taken = run(model_fn, leaves, spec, batch, [SampleGrad()], randomness=randomness)
+        taken = run(
+            model_fn, leaves, spec, batch, [SampleGrad()], check=check, randomness=randomness
+        )
         return spec.unflatten(taken.values[0])
     prove_independent(model_fn, leaves, spec, batch, randomness)
     return spec.unflatten(

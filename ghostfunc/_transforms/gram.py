@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import CHECKS, one_of
 from ghostfunc._base.trees import flatten_params
-from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._transforms.factored import collect
@@ -26,6 +26,7 @@ def ghost_gram(
     mode: Mode = "ghost",
     memory_budget: int | None = None,
     vectorize: bool = True,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Inner products of all pairs of per-sample gradients.
@@ -47,6 +48,8 @@ def ghost_gram(
             pair of blocks and one for every block of it). By default everything is run at once.
             What a sample takes is measured, on two of them, at the first call with given shapes.
         vectorize: for "materialized", False loops over samples.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different" (not with a budget: every block would draw anew).
 
     Returns:
@@ -59,6 +62,7 @@ def ghost_gram(
     """
     one_of("mode", mode, _MODES)
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     if memory_budget is not None and (mode, randomness) != ("ghost", "error"):
         raise OptionError(
             'memory_budget needs mode="ghost" and randomness="error": it runs samples in blocks, '
@@ -71,7 +75,7 @@ def ghost_gram(
         )
     leaves, spec = flatten_params(params)
     if mode == "ghost":
-        blocks = GramBlocks(model_fn, leaves, spec, per_param, memory_budget, randomness)
+        blocks = GramBlocks(model_fn, leaves, spec, per_param, memory_budget, check, randomness)
         grams = blocks.within(batch) if other is None else blocks.between(batch, other)
         if normalize:
             squares = [[g.diagonal() for g in grams]]
@@ -81,7 +85,14 @@ def ghost_gram(
     else:
         books = [
             collect(
-                model_fn, leaves, spec, b, mode=mode, vectorize=vectorize, randomness=randomness
+                model_fn,
+                leaves,
+                spec,
+                b,
+                mode=mode,
+                vectorize=vectorize,
+                check=check,
+                randomness=randomness,
             )
             for b in ([batch] if other is None else [batch, other])
         ]

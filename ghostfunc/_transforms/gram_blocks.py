@@ -8,7 +8,7 @@ to grow on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.remembered import memory, shapes_key, structure
 from ghostfunc._base.trees import ParamSpec, batch_size, take
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors import cost
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Gram, Prepared, Quantity, SqNorm
@@ -48,6 +48,7 @@ class GramBlocks:
     spec: ParamSpec
     per_param: bool
     budget: int | None
+    check: Check
     randomness: Randomness
 
     def within(self, batch: PyTree) -> list[Tensor]:
@@ -84,7 +85,14 @@ class GramBlocks:
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
     def _collect(self, batch: PyTree) -> FactoredGrads:
-        return collect(self.model_fn, self.leaves, self.spec, batch, randomness=self.randomness)
+        return collect(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            check=self.check,
+            randomness=self.randomness,
+        )
 
     def _alone(self, batch: PyTree, workspace: int) -> list[Tensor]:
         return self._run(batch, Gram(workspace=workspace))
@@ -97,7 +105,13 @@ class GramBlocks:
 
     def _run(self, batch: PyTree, quantity: Quantity) -> list[Tensor]:
         taken = run(
-            self.model_fn, self.leaves, self.spec, batch, [quantity], randomness=self.randomness
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            [quantity],
+            check=self.check,
+            randomness=self.randomness,
         )
         return self._kept(taken.values[0])
 
@@ -156,11 +170,12 @@ class GramBlocks:
     def _count(self, batch: PyTree, other: PyTree) -> tuple[int, int]:
         """Bytes at the peak: a block by itself, and one beside the factors of another."""
         self._collect(other)  # so that nothing is traced while bytes are counted
+        trusted = replace(self, check="never")
         alone, pair = LiveBytes(), LiveBytes()
         with alone:
-            self._alone(batch, _SMALLEST_WORKSPACE)
+            trusted._alone(batch, _SMALLEST_WORKSPACE)
         with pair:
-            self._against(self._collect(other), batch, _SMALLEST_WORKSPACE)
+            trusted._against(trusted._collect(other), batch, _SMALLEST_WORKSPACE)
         return alone.peak, pair.peak
 
 

@@ -19,7 +19,7 @@ from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.remembered import memory, shapes_key
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, unflatten
-from ghostfunc._base.types import ContractDtype, ModelFn, PyTree
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree
 from ghostfunc._factors import bundles
 from ghostfunc._factors.beside_total import RunningTotal, dots_and_total
 from ghostfunc._factors.bundles import Bundle
@@ -63,6 +63,7 @@ def in_one_run(
     mean: bool,
     grads: bool,
     contract_dtype: ContractDtype,
+    check: Check,
 ) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where that takes two.
 
@@ -96,7 +97,9 @@ def in_one_run(
     batch = unflatten(treedef, _joined(ours, theirs))
     reader = OneRunReader(n, contract_dtype)
     try:
-        found = _run(model_fn, leaves, spec, batch, reader, shared, weights, grads=grads)
+        found = _run(
+            model_fn, leaves, spec, batch, reader, shared, weights, grads=grads, check=check
+        )
     except NonFiniteLossError:
         return None  # two runs say whose it is
     except Exception:  # whatever it is (a mask made for n samples, no memory), two runs may do
@@ -117,6 +120,7 @@ def _run(
     weights: Tensor,
     *,
     grads: bool,
+    check: Check,
 ) -> OneRunResult | None:
     """One run of a batch of both. The parameters `shared` are read at its end; None if the program
     went another way than expected, where samples could be told by their company."""
@@ -131,6 +135,7 @@ def _run(
         grads=single if grads else (),
         collect=shared,
         scale=weights,
+        check=check,
     )
     if _depends_on_other_samples(taken.trace):
         return None

@@ -16,10 +16,11 @@ from ghostfunc._base import batches, definition
 from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_chunk_size, check_contract_dtype, one_of
+from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
 from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.remembered import shapes_key
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
-from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense
@@ -77,6 +78,7 @@ class Question:
     vectorize: bool
     contract_dtype: ContractDtype
     chunk_size: int | None
+    check: Check
     randomness: Randomness
 
     def scores(self) -> PyTree:
@@ -122,6 +124,7 @@ class Question:
                 train,
                 us,
                 per_param=self.per_param,
+                check=self.check,
                 randomness=self.randomness,
             )
             return _flat(parts)
@@ -191,6 +194,7 @@ class Question:
                 quantities,
                 grads=range(len(self.leaves)) if grads else (),
                 scale=1 / batch_size(self.train) if grads else 1.0,
+                check=self.check,
                 randomness=self.randomness,
             )
             dots = taken.values[: len(readers)]
@@ -230,6 +234,7 @@ class Question:
             mean=self.reduction == "mean",
             grads=grads,
             contract_dtype=self.contract_dtype,
+            check=self.check,
         )
         if found is None:
             return None
@@ -259,6 +264,7 @@ class Question:
             reduction=self.reduction,
             grads=grads,
             contract_dtype=self.contract_dtype,
+            check=self.check,
             randomness=self.randomness,
         )
 
@@ -284,7 +290,14 @@ class Question:
         return self._unflat(flat, len(pieces))
 
     def _prove(self, batch: PyTree) -> None:
-        prove_independent(self.model_fn, self.leaves, self.spec, batch, self.randomness)
+        prove_independent(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            self.randomness,
+            route=shapes_key(batch) if self.mode == "jvp" else None,
+        )
 
     def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
         columns = [
@@ -398,12 +411,14 @@ def ask(
     vectorize: bool,
     contract_dtype: ContractDtype,
     chunk_size: int | None,
+    check: Check,
     randomness: Randomness,
 ) -> Question:
     """Validate a call of one of the public functions."""
     one_of("mode", mode, _MODES)
     one_of("reduction", reduction, ("mean", "sum", "none"))
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
     check_chunk_size(chunk_size)
     if normalize and mode == "jvp":
@@ -432,6 +447,7 @@ def ask(
         vectorize,
         contract_dtype,
         chunk_size,
+        check,
         randomness,
     )
 

@@ -16,7 +16,7 @@ from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size
-from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import bundles, cost
 from ghostfunc._factors.factor import Factor, times
 from ghostfunc._factors.matmul import speed
@@ -37,6 +37,7 @@ def validation_readers(
     reduction: Reduction,
     grads: bool,
     contract_dtype: ContractDtype = None,
+    check: Check,
     randomness: Randomness,
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
@@ -81,6 +82,7 @@ def validation_readers(
         collect=factored,
         defer=deferred,
         scale=1.0 if apart else mean,
+        check=check,
         randomness=randomness,
     )
     after = mean if apart else 1.0
