@@ -44,11 +44,8 @@ def val_gradient(
     model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, scale: float
 ) -> list[Tensor]:
     """The gradient of the summed validation losses, scaled, by reverse mode alone."""
-    m = batch_size(val, "val")
-    losses, pullback = _vjp(model_fn, leaves, spec, val, m)
-    with unrounded(losses):
-        (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
-    return list(map(dense, grads))
+    weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
+    return weighted_gradient(model_fn, leaves, spec, val, weights)[1]
 
 
 def weighted_gradient(

@@ -4,7 +4,7 @@ that depends on no other sample. Every mode asks for it once per structure."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,22 +42,23 @@ def prove_independent(
     batch: PyTree,
     randomness: Randomness,
     *,
-    route: Hashable = None,
+    anew: bool = False,
 ) -> None:
     """Raise unless losses are the same in any company: those of two samples that differ beside each
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
-    Remembered by structure. With a `route` (the exact shapes, say), what has been proved of the
-    structure is proved of the route by halves alone. Where all samples are the same, another is
-    made of them, and nothing is remembered.
+    Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
+    its halves alone. Where all samples are the same, another is made of them, and nothing is
+    remembered.
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
     remembered = memory(model_fn)
-    key = ("independent", route, structure(model_fn, spec, leaves, batch, randomness))
-    if key in remembered:
+    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    compiling = any(map(symbolic, tensors_of(batch)))
+    if key in remembered and (compiling or not anew):
         return
-    if any(map(symbolic, tensors_of(batch))):
+    if compiling:
         raise not_captured()
     if isinstance(model_fn, ModuleFn):
         model_fn.refuse_batch_norm()
@@ -100,11 +101,9 @@ def prove_independent(
         )
         return torch.cat([lower[:half], upper[half - start :]])
 
-    if route is not None and (*key[:1], None, *key[2:]) in remembered:
+    if key in remembered:
         if randomness == "error" and n > 1:
             compare({"in a half of the batch": (in_halves(), losses(batch))})
-        if n == 1 or other is not None:
-            remembered[key] = True
         return
     draws = Draws()
     with draws:

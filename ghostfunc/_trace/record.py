@@ -25,7 +25,14 @@ from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
 from ghostfunc._rules.registry import REASONS, ArgName, BroadcastRule, FactorRule, lookup
-from ghostfunc._rules.reordering import MAY_REORDER, SCANS, reorders, sorted_dim
+from ghostfunc._rules.reordering import (
+    MAY_REORDER,
+    NORMS_OF_SLICES,
+    SCANS,
+    mixes_slices,
+    reorders,
+    sorted_dim,
+)
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.trace import CallTrace, Kind, Shape
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
@@ -176,13 +183,15 @@ class Recorder(TrackingMode):
             )
         if func is torch.randperm and self._reordered_at is None:
             self._reordered_at = len(self.seen)
-        if func in MAY_REORDER or func in SCANS:
+        if func in MAY_REORDER or func in SCANS or func in NORMS_OF_SLICES:
             before = next((s for s in self._log.calls[self._entry - 1][1] if s is not None), ())
             given = first_tensor(args, kwargs)
             now = () if given is None else given.shape
             axes = [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]
             if func in SCANS:
                 self.statistics |= bool(axes) and sorted_dim(func, args, kwargs) % len(now) in axes
+            elif func in NORMS_OF_SLICES:
+                self.statistics |= mixes_slices(args, kwargs, axes)
             elif self._reordered_at is None and any(
                 reorders(func, args, kwargs, axis, len(now)) for axis in axes
             ):

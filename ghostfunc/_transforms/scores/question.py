@@ -13,12 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base import batches, definition
-from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
-from ghostfunc._base.purity import check_losses, prove_independent
-from ghostfunc._base.remembered import shapes_key
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
@@ -296,7 +294,7 @@ class Question:
             self.spec,
             batch,
             self.randomness,
-            route=shapes_key(batch) if self.mode == "jvp" else None,
+            anew=self.mode == "jvp" and self.check != "never",
         )
 
     def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
@@ -351,14 +349,11 @@ class Question:
         n = batch_size(self.train)
 
         def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
-            def share(p: list[Tensor]) -> tuple[Tensor, Tensor]:
-                with DenseGradients():
-                    losses = self.model_fn(self.spec.unflatten(p), train)
-                losses = check_losses(losses, batch_size(train))
-                return losses.sum() / n, losses
-
-            grads, losses = torch.func.grad(share, has_aux=True)(list(self.leaves))
-            return list(map(dense, grads)), losses
+            weights = torch.full((batch_size(train),), 1 / n, dtype=torch.float64)
+            losses, grads = definition.weighted_gradient(
+                self.model_fn, self.leaves, self.spec, train, weights
+            )
+            return grads, losses
 
         rows, sums = [], batches.Sums()
         for grads, losses in batches.each(of_chunk, self.train, self.chunk_size, "train"):
