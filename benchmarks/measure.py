@@ -12,7 +12,7 @@ from exact import error
 from flops import CountFlops
 from torch import Tensor
 
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 Answer = Tensor | dict[str, Tensor]
 LEAST, MOST = 3, 11

@@ -20,7 +20,7 @@ import torch
 import transformers as hf
 
 import ghostfunc as gf
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 
 def model(options: argparse.Namespace, *, remat: bool) -> hf.GPT2LMHeadModel:

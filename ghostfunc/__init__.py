@@ -7,9 +7,7 @@ scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
 from ghostfunc import hf, projection, select, shapley, testing
-from ghostfunc._book import FactoredGrads, factored_grads
-from ghostfunc._clipping import ClippedGrad, ghost_clipped_grad
-from ghostfunc._errors import (
+from ghostfunc._base.errors import (
     BatchError,
     ControlFlowError,
     CoupledSamplesError,
@@ -27,22 +25,25 @@ from ghostfunc._errors import (
     UntrackedUseError,
     VerificationError,
 )
-from ghostfunc._explain import Plan, explain
-from ghostfunc._factors import Dense, OneHot, Outer
-from ghostfunc._module import accumulate_grads, from_module
-from ghostfunc._pairwise import ghost_cosine, ghost_gram, ghost_norm
-from ghostfunc._quantities import Dot, Gram, Quantity, SampleGrad, SqNorm
-from ghostfunc._remat import remat
-from ghostfunc._rules import register_rule
-from ghostfunc._transforms import (
-    direction,
+from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._factors.factor import Dense, OneHot, Outer
+from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, SqNorm
+from ghostfunc._rules.registry import register_rule
+from ghostfunc._taps.remat.remat import remat
+from ghostfunc._transforms.clipping import ClippedGrad, ghost_clipped_grad
+from ghostfunc._transforms.dot_prods import (
+    GhostStep,
+    ghost_cosine,
     ghost_dot_prod,
     ghost_value_and_grad,
-    per_sample_grads,
 )
-from ghostfunc._types import GhostStep
-from ghostfunc._verify import Report, verify
-from ghostfunc._vjp import GhostVjp, ghost_vjp
+from ghostfunc._transforms.explain import Plan, explain
+from ghostfunc._transforms.factored import FactoredGrads, factored_grads
+from ghostfunc._transforms.grads import direction, per_sample_grads
+from ghostfunc._transforms.gram import ghost_gram
+from ghostfunc._transforms.norms import ghost_norm
+from ghostfunc._transforms.verify import Report, verify
+from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 from ghostfunc.projection import Project, Projection, ghost_project, kronecker_projection
 
 __version__ = "0.1.0"

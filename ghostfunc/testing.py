@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Generator, Tensor
 
-from ghostfunc._errors import OptionError, VerificationError
-from ghostfunc._pairwise import ghost_gram
-from ghostfunc._rules import DECOMPOSITIONS
-from ghostfunc._rules._registry import canonical, op_name
-from ghostfunc._transforms import ghost_dot_prod, ghost_value_and_grad, per_sample_grads
-from ghostfunc._tree import flatten_params
-from ghostfunc._vjp import traced
+from ghostfunc._base.errors import OptionError, VerificationError
+from ghostfunc._base.refusals import op_name
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._rules.registry import DECOMPOSITIONS, canonical
+from ghostfunc._trace.find import trace_of
+from ghostfunc._transforms.dot_prods import ghost_dot_prod, ghost_value_and_grad
+from ghostfunc._transforms.grads import per_sample_grads
+from ghostfunc._transforms.gram import ghost_gram
 from ghostfunc.projection import ghost_project, kronecker_projection
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -128,7 +129,7 @@ def _check_called(
     batch: Tensors,
 ) -> None:
     leaves, spec = flatten_params(params)
-    calls = traced(model_fn, leaves, spec, batch, randomness="error").calls
+    calls = trace_of(model_fn, leaves, spec, batch, randomness="error").calls
     met = [canonical(call.func) for call in calls if call.kind == "use"]
     if canonical(op) not in met and op not in DECOMPOSITIONS:
         names = ", ".join(sorted({op_name(x) for x in met})) or "nothing"

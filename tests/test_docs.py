@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 import ghostfunc as gf
-from ghostfunc._rules import DECOMPOSITIONS, REFUSED, RULES
+from ghostfunc._base.refusals import REFUSED
+from ghostfunc._rules.registry import DECOMPOSITIONS, RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

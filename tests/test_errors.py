@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.overrides import wrap_torch_function
 
 import ghostfunc as gf
-from ghostfunc._rules import RULES
+from ghostfunc._rules.registry import RULES
 
 ModelFn = Callable[[Any, Any], Any]
 

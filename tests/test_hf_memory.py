@@ -16,7 +16,7 @@ from test_memory import Allocations
 from torch import nn
 
 import ghostfunc as gf
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 CALLS: dict[str, Callable[..., Any]] = {
     "none": lambda f, p, train, val: gf.ghost_dot_prod(f, p, train, val, reduction="none"),

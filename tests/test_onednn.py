@@ -18,11 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
-from ghostfunc import _cost, _factors, _products
-from ghostfunc._factors import Outer, add_total, dot, materialize, total
-from ghostfunc._memory import LiveBytes
-from ghostfunc._products import add_product, product
-from ghostfunc._several import dots_and_total
+from ghostfunc._factors import cost
+from ghostfunc._factors import matmul as matmul_room
+from ghostfunc._factors.beside_total import dots_and_total
+from ghostfunc._factors.contract import add_total, dot, materialize, total
+from ghostfunc._factors.factor import Outer
+from ghostfunc._factors.matmul import SPEED, _made_by_amd, add_product, chosen, product, speed
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda x: x.contiguous(),
@@ -55,10 +57,10 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any product of float32 matrices by oneDNN, on any processor, however small."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(_products, "_is_faster", lambda: True)
-    monkeypatch.setattr(_products, "LEAST", 1)
-    monkeypatch.setattr(_products, "NARROW", 1)
-    monkeypatch.setattr(_products, "COPIED", 0)
+    monkeypatch.setattr(matmul_room, "_is_faster", lambda: True)
+    monkeypatch.setattr(matmul_room, "LEAST", 1)
+    monkeypatch.setattr(matmul_room, "NARROW", 1)
+    monkeypatch.setattr(matmul_room, "COPIED", 0)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -129,8 +131,8 @@ def test_factors(onednn: None) -> None:
 def test_dots_beside_a_total(
     into: bool, rows: int, onednn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cost, "share_dots", lambda *_, **__: True)
-    monkeypatch.setattr(_cost, "ROWS_ELEMENTS", rows * 30)
+    monkeypatch.setattr(cost, "share_dots", lambda *_, **__: True)
+    monkeypatch.setattr(cost, "ROWS_ELEMENTS", rows * 30)
     factor = Outer(torch.randn(3, 20, 40), torch.randn(3, 20, 30))
     us = [torch.randn(40, 30) for _ in range(2)]
     g = factor.left.double().mT @ factor.right.double()
@@ -225,10 +227,10 @@ def test_small_ones_and_narrow_ones(onednn: None, monkeypatch: pytest.MonkeyPatc
     x, y = torch.randn(20, 30), torch.randn(30, 40)
     for name, least in [("LEAST", 20 * 30 * 40), ("NARROW", 20)]:
         with monkeypatch.context() as patch, Ops() as ops:
-            patch.setattr(_products, name, least)
+            patch.setattr(matmul_room, name, least)
             product(x, y)
             assert ops.count == 1
-            patch.setattr(_products, name, least + 1)
+            patch.setattr(matmul_room, name, least + 1)
             product(x, y)
             assert ops.count == 1
 
@@ -241,13 +243,13 @@ def test_copies_must_pay(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
         y, work = torch.randn(30, n), len(x) * 30 * n
         for limit, count in [(work // copied, 1), (work // copied + 1, 0)]:
             with monkeypatch.context() as patch, Ops() as ops:
-                patch.setattr(_products, "COPIED", limit)
+                patch.setattr(matmul_room, "COPIED", limit)
                 found = product(LAYOUTS["columns"](x), y)
             assert ops.count == count
             assert found.is_contiguous()
             assert close(found, x.double() @ y.double())
             with monkeypatch.context() as patch, Ops() as ops:
-                patch.setattr(_products, "COPIED", limit)
+                patch.setattr(matmul_room, "COPIED", limit)
                 product(LAYOUTS["rows with gaps"](x), y)
             assert ops.count == 1
 
@@ -255,7 +257,7 @@ def test_copies_must_pay(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_results_are_put_in_place_by_blocks(
     onednn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cost, "ROWS_ELEMENTS", 3 * 40)
+    monkeypatch.setattr(cost, "ROWS_ELEMENTS", 3 * 40)
     x, y = torch.randn(20, 30), torch.randn(30, 40)
     with Ops() as ops, LiveBytes() as memory:
         out = product(x, y, out=torch.empty(20, 40))
@@ -322,11 +324,11 @@ def test_methods_of_kept_gradients_are_compiled() -> None:
     torch.testing.assert_close(compiled(), book.gram())
 
 
-def test_autocast_is_left_its_say(onednn: None) -> None:
+def test_autocast_rounds_no_contraction(onednn: None) -> None:
     x, y = torch.randn(20, 30), torch.randn(30, 40)
     with torch.autocast("cpu", torch.bfloat16), Ops() as ops:
-        assert product(x, y).dtype == torch.bfloat16
-    assert not ops.count
+        assert product(x, y).dtype == torch.float32
+    assert ops.count == 1
 
 
 def test_sizes_that_do_not_fit_are_told_by_torch(onednn: None) -> None:
@@ -339,24 +341,24 @@ def test_sizes_that_do_not_fit_are_told_by_torch(onednn: None) -> None:
 
 def test_what_costs_are_made_of(onednn: None) -> None:
     x = torch.randn(3, 4)
-    assert _factors.speed(x) == _products.SPEED
-    assert _factors.speed(x.bfloat16()) == _products.SPEED  # widened first
-    assert _factors.speed(x, torch.bfloat16) == _cost.BFLOAT16_SPEED
-    assert _factors.speed(x, torch.float16) == _factors.speed(x.double()) == 1
-    assert torch.vmap(lambda row: row * _factors.speed(row))(x).equal(x)
+    assert speed(x) == SPEED
+    assert speed(x.bfloat16()) == SPEED  # widened first
+    assert speed(x, torch.bfloat16) == cost.BFLOAT16_SPEED
+    assert speed(x, torch.float16) == speed(x.double()) == 1
+    assert torch.vmap(lambda row: row * speed(row))(x).equal(x)
     with FakeTensorMode():
-        assert _factors.speed(torch.empty(3, 4)) == 1
+        assert speed(torch.empty(3, 4)) == 1
 
 
 def test_where_it_is_the_faster_one() -> None:
     """It is chosen on the machines it was measured on, and its speed is what costs are made of."""
-    chosen = _products.chosen()
-    assert _products.speed(torch.empty(1)) == (_products.SPEED if chosen else 1)
-    assert _products.speed(torch.empty(1, dtype=torch.float64)) == 1
+    by_onednn = chosen()
+    assert speed(torch.empty(1)) == (SPEED if by_onednn else 1)
+    assert speed(torch.empty(1, dtype=torch.float64)) == 1
     known = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert chosen == (known and wide and _products._made_by_amd())
+    assert by_onednn == (known and wide and _made_by_amd())
     x, y = torch.randn(512, 512), torch.randn(512, 512)
     with Ops() as ops:
         product(x, y)
-    assert ops.count == chosen
+    assert ops.count == by_onednn

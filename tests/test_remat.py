@@ -14,7 +14,7 @@ from problems import Problem, next_token, tokens
 from torch import Tensor, nn
 
 import ghostfunc as gf
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 VOCABULARY = 11
 

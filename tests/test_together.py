@@ -14,8 +14,8 @@ from torch import Tensor
 
 import ghostfunc as gf
 from ghostfunc import NonFiniteLossError
-from ghostfunc._memory import LiveBytes
-from ghostfunc._tree import batch_size
+from ghostfunc._base.trees import batch_size
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 TWO_RUNS = {
     "a parameter with several large uses, or of derived tensors": {

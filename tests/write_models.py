@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo import ZOO, Animal
 
 import ghostfunc as gf
-from ghostfunc._errors import WAYS_OUT
+from ghostfunc._base.errors import WAYS_OUT
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/models.md"
 HEAD = """# Models

@@ -14,52 +14,43 @@ It returns, for every argument that may be a parameter, a function that makes th
 of arguments that are parameters are called. One layout holds everywhere: every tensor is stacked
 over samples, `[n, *shape]`, where `shape` is what a call with one sample would have, whatever the
 model does with its axes. See `docs/adding_a_rule.md`.
+
+Importing this room registers every rule. Read: registry, products, contraction, and any rule file.
 """
 
 from ghostfunc._rules import (
-    activation,
-    composite,
-    conv,
-    distance,
-    elementwise,
-    embedding,
-    gradients,
-    inplace,
-    linear,
-    norm,
-    recurrent,
-    routed,
+    activation as activation,
 )
-from ghostfunc._rules._registry import (
-    DECOMPOSITIONS,
-    REFUSED,
-    RULES,
-    BroadcastRule,
-    FactorRule,
-    Rule,
-    lookup,
-    register_rule,
+from ghostfunc._rules import (
+    broadcasting as broadcasting,
 )
-
-__all__ = [
-    "DECOMPOSITIONS",
-    "REFUSED",
-    "RULES",
-    "BroadcastRule",
-    "FactorRule",
-    "Rule",
-    "activation",
-    "composite",
-    "conv",
-    "distance",
-    "elementwise",
-    "embedding",
-    "gradients",
-    "inplace",
-    "linear",
-    "lookup",
-    "norm",
-    "recurrent",
-    "register_rule",
-    "routed",
-]
+from ghostfunc._rules import (
+    composite as composite,
+)
+from ghostfunc._rules import (
+    conv as conv,
+)
+from ghostfunc._rules import (
+    dense as dense,
+)
+from ghostfunc._rules import (
+    inplace as inplace,
+)
+from ghostfunc._rules import (
+    look_up as look_up,
+)
+from ghostfunc._rules import (
+    norm as norm,
+)
+from ghostfunc._rules import (
+    products as products,
+)
+from ghostfunc._rules import (
+    recurrent as recurrent,
+)
+from ghostfunc._rules import (
+    refusals as refusals,
+)
+from ghostfunc._rules import (
+    reordering as reordering,
+)

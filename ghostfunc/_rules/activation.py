@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._factors import Dense, wide
-from ghostfunc._rules._registry import Factors, register_rule
+from ghostfunc._base.dtypes import wide
+from ghostfunc._factors.factor import Dense
+from ghostfunc._rules.registry import Factors, register_rule
 
 
 @register_rule(F.prelu)

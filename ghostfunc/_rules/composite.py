@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._rules._registry import register_decomposition
+from ghostfunc._rules.registry import register_decomposition
 
 
 def _nobody_overrides(*args: object) -> bool:
@@ -44,6 +44,7 @@ for _function in (
     F.smooth_l1_loss,
     F.huber_loss,
     F.gaussian_nll_loss,
+    F.normalize,
 ):
     register_decomposition(_function)(body_of(_function))
 

@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc._factors import Dense, Factor, Grouped, Outer, wide
-from ghostfunc._rules._registry import Factors, unsupported
+from ghostfunc._base.dtypes import wide
+from ghostfunc._factors.factor import Dense, Factor, Grouped, Outer
+from ghostfunc._rules.registry import Factors, unsupported
 
 Indices: TypeAlias = Sequence[str]
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._factors import Dense, Factor, Grouped, Outer, wide
-from ghostfunc._rules._registry import Factors, register_rule
+from ghostfunc._base.dtypes import wide
+from ghostfunc._factors.factor import Dense, Factor, Grouped, Outer
+from ghostfunc._rules.registry import Factors, register_rule
 
 
 def _kernel_factor(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ghostfunc._rules._registry import constant, register_decomposition
+from ghostfunc._rules.registry import constant, register_decomposition
 
 
 def _adds(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:

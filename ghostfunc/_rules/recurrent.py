@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._rules._registry import constant, register_decomposition
+from ghostfunc._base.torch_private import in_transform
+from ghostfunc._rules.registry import constant, register_decomposition
 
 State: TypeAlias = tuple[Tensor, ...]
 Gates: TypeAlias = Callable[[Tensor, Tensor, State], State]
@@ -107,8 +108,7 @@ def _zeros(seen: Sequence[Tensor], weights: Sequence[Any], held: Sequence[Any]) 
 def _values_only() -> AbstractContextManager[object]:
     """That the zeros depend on the states matters to second derivatives alone, which only a
     transform around us can take."""
-    inside_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    return nullcontext() if inside_transform else torch.no_grad()
+    return nullcontext() if in_transform() else torch.no_grad()
 
 
 def _network(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 from ghostfunc.shapley import Scores
 
 

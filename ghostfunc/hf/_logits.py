@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghostfunc._errors import OptionError
-from ghostfunc._factors import wide
-from ghostfunc._remat import remat
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._taps.remat.remat import remat
 
 IGNORED = -100
 """The label of positions that do not count, as everywhere in Hugging Face."""

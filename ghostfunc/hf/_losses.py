@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghostfunc._errors import BatchError
-from ghostfunc._factors import wide
-from ghostfunc._module import from_module
-from ghostfunc._types import ModelFn
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import BatchError
+from ghostfunc._base.module import from_module
+from ghostfunc._base.types import ModelFn
 from ghostfunc.hf._logits import IGNORED, check_head, chunked_token_means, token_losses
 
 Batch = dict[str, Tensor]

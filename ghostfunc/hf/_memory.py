@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ghostfunc._errors import OptionError
-from ghostfunc._remat import remat
+from ghostfunc._base.errors import OptionError
+from ghostfunc._taps.remat.remat import remat
 
 _CACHES = {"use_cache": False, "past_key_values": None, "layer_past": None}
 """How layers are handed a cache, and what they get instead."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ghostfunc._errors import BatchError
+from ghostfunc._base.errors import BatchError
 
 SAMPLE_ID = "ghost_sample_id"
 """The key of the numbers, in features and in batches."""

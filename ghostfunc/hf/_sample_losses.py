@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._logits import IGNORED
 from ghostfunc.hf._losses import Batch
 

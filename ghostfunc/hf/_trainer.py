@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ghostfunc._book import FactoredGrads, factored_grads
-from ghostfunc._errors import OptionError, VerificationError, one_of
-from ghostfunc._memo import structure
-from ghostfunc._module import accumulate_grads, from_module
-from ghostfunc._quantities import Dot, Quantity
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import ModelFn
-from ghostfunc._vjp import GhostVjp, ghost_vjp, meetings
+from ghostfunc._base.errors import OptionError, VerificationError
+from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.options import one_of
+from ghostfunc._base.remembered import structure
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import ModelFn
+from ghostfunc._quantities.quantity import Dot, Quantity
+from ghostfunc._taps.uses import use_shapes
+from ghostfunc._transforms.factored import FactoredGrads, factored_grads
+from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 from ghostfunc.hf._files import load_state, save_state, write_table
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
 from ghostfunc.hf._sample_losses import SampleLoss, one_item_each, sample_loss_of
@@ -239,7 +241,7 @@ class GhostTrainer(Trainer):
             if key not in self._looked_at:
                 ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")
                 self._looked_at.add(key)
-            meetings(model_fn, leaves, spec, batch, randomness="different", exact=True)
+            use_shapes(model_fn, leaves, spec, batch, randomness="different", exact=True)
 
     def _two_halves(
         self,

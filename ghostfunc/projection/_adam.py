@@ -7,9 +7,9 @@ from collections.abc import Callable
 import optree
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
-from ghostfunc._factors import wide
-from ghostfunc._types import PyTree
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.types import PyTree
 
 
 def adam_scaled(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ghostfunc._errors import OptionError, ParamsError
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import PyTree
+from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import PyTree
 from ghostfunc.projection._blocks import Block, matrix_shape, ranks, select
 from ghostfunc.projection._projection import (
     CompressedProjection,

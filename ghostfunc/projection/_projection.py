@@ -13,13 +13,12 @@ import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import register_constant, register_pytree_node
 
-from ghostfunc import _factors
-from ghostfunc._capture import at_compile_time
-from ghostfunc._errors import OptionError, ParamsError
-from ghostfunc._factors import Dense
-from ghostfunc._types import PyTree
+from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.torch_private import _pytree, constant_at_compile_time
+from ghostfunc._base.types import PyTree
+from ghostfunc._factors import contract
+from ghostfunc._factors.factor import Dense
 from ghostfunc.projection import _random
 from ghostfunc.projection._blocks import Block, select
 from ghostfunc.projection._readers import KroneckerReader, SignsReader
@@ -174,7 +173,7 @@ class KroneckerProjection(Projection):
         super().__init__(kind, seed, blocks)
         self._made: dict[tuple[str, str], Tensor] = {}
 
-    @at_compile_time
+    @constant_at_compile_time
     def make(self) -> bool:
         """Make all matrices now."""
         for block in self.blocks:
@@ -237,7 +236,7 @@ class CompressedProjection(KroneckerProjection):
         self.recipe = Recipe(type(self), kind, seed, self.blocks, compress)
         self._entries: tuple[Tensor, Tensor] | None = None
 
-    @at_compile_time
+    @constant_at_compile_time
     def make(self) -> bool:
         self._nonzeros()
         return super().make()
@@ -287,7 +286,7 @@ class DenseProjection(Projection):
         return SignsReader(_random.stream_key(self.seed, block.path, self.kind), block.k)
 
     def join_blocks(self, parts: Sequence[Tensor]) -> Tensor:
-        return _factors.add_up(parts)
+        return contract.add_up(parts)
 
     @property
     def groups(self) -> dict[str, slice]:
@@ -305,9 +304,9 @@ def _unflatten(tensors: Iterable[Tensor], recipe: Recipe) -> Projection:
     return projection
 
 
-register_constant(Recipe)
+_pytree.register_constant(Recipe)
 for _cls in (KroneckerProjection, CompressedProjection, DenseProjection):
-    register_pytree_node(_cls, _flatten, _unflatten)
+    _pytree.register_pytree_node(_cls, _flatten, _unflatten)
 
 
 def _by_path(tree: PyTree) -> dict[str, Tensor]:

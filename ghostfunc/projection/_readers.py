@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _bundles, _factors
-from ghostfunc._capture import symbolic
-from ghostfunc._errors import TransformError
-from ghostfunc._factors import Dense, Factor, OneHot, Outer, wide
-from ghostfunc._quantities import Push
-from ghostfunc._types import ContractDtype
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import TransformError
+from ghostfunc._base.torch_private import symbolic
+from ghostfunc._base.types import ContractDtype
+from ghostfunc._factors import bundles, contract
+from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
+from ghostfunc._factors.matmul import matmul
+from ghostfunc._quantities.readers import Push
 from ghostfunc.projection import _random
 
 CHUNK = 1 << 22
@@ -45,10 +47,10 @@ class KroneckerReader(NamedTuple):
     def read(self, factor: Factor) -> Float[Tensor, "n k"]:
         if self.transposed:
             seen = _as_matrix(factor, self.n_i, self.n_o)
-            turned = _factors.project(seen, self.right, self.left, self.contract_dtype)
+            turned = contract.project(seen, self.right, self.left, self.contract_dtype)
             return turned.mT.flatten(1)
         seen = _as_matrix(factor, self.n_o, self.n_i)
-        return _factors.project(seen, self.left, self.right, self.contract_dtype).flatten(1)
+        return contract.project(seen, self.left, self.right, self.contract_dtype).flatten(1)
 
     def push(self, push: Push) -> KroneckerReader | None:
         if push.derivation == "cast":
@@ -65,7 +67,7 @@ def _as_matrix(factor: Factor, p: int, d: int) -> Factor:
     """Ops may see one parameter in another shape than `[p, d]`."""
     if factor.shape == (p, d):
         return factor
-    return Dense(_factors.materialize(factor).reshape(-1, p, d))
+    return Dense(contract.materialize(factor).reshape(len(factor[0]), p, d))
 
 
 class SignsReader(NamedTuple):
@@ -84,7 +86,7 @@ class SignsReader(NamedTuple):
         return wide(param.new_zeros(())).expand(n, self.k)
 
     def read(self, factor: Factor) -> Float[Tensor, "n k"]:
-        if symbolic(_bundles.values(factor)):
+        if symbolic(bundles.values(factor)):
             raise TransformError(
                 'A projection of kind "dense" is made piece by piece while it is used, which '
                 "torch.compile cannot record. Call ghost_project uncompiled, or use another kind."
@@ -92,8 +94,8 @@ class SignsReader(NamedTuple):
         parts = []
         for start, g in _pieces(factor, max(1, CHUNK // self.k)):
             signs = torch.from_numpy(_random.rademacher(self.key, start, g.shape[1], self.k))
-            parts.append(_factors.matmul(g, signs.to(g.device, g.dtype), self.contract_dtype))
-        return _factors.add_up(parts)
+            parts.append(matmul(g, signs.to(g.device, g.dtype), self.contract_dtype))
+        return contract.add_up(parts)
 
     def push(self, push: Push) -> SignsReader | None:
         return self if push.derivation == "cast" else None
@@ -109,7 +111,7 @@ def _pieces(factor: Factor, most: int) -> Iterator[tuple[int, Float[Tensor, "n s
             d = right.shape[-1]
             step = max(1, most // d)
             for row in range(0, left.shape[-1], step):
-                g = _factors.materialize(Outer(left[..., row : row + step], right))
+                g = contract.materialize(Outer(left[..., row : row + step], right))
                 yield from _cut(row * d, g.flatten(1), most)
         case OneHot(ids, b, _):
             d = b.shape[-1]
@@ -122,12 +124,12 @@ def _pieces(factor: Factor, most: int) -> Iterator[tuple[int, Float[Tensor, "n s
                     b.masked_fill(~inside[..., None], 0),
                     min(step, len(rows) - at),
                 )
-                g = _factors.materialize(few)
+                g = contract.materialize(few)
                 for j, row in enumerate(rows[at : at + step].tolist()):
                     yield from _cut(row * d, g[:, j], most)
         case _:
-            g = _factors.materialize(factor)
-            yield from _cut(0, g.reshape(len(g), -1), most)
+            g = contract.materialize(factor)
+            yield from _cut(0, g[:, None].flatten(1), most)
 
 
 def _cut(start: int, g: Tensor, most: int) -> Iterator[tuple[int, Tensor]]:

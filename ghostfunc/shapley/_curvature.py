@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ghostfunc._errors import TransformError, one_of
-from ghostfunc._oracles import ReverseModeConstants
-from ghostfunc._purity import check_losses
-from ghostfunc._tracking import FORWARD_MODE
-from ghostfunc._tree import ParamSpec, batch_size
-from ghostfunc._types import ModelFn, PyTree
+from ghostfunc._base.definition import FORWARD_MODE, ReverseModeConstants
+from ghostfunc._base.errors import TransformError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.purity import check_losses
+from ghostfunc._base.trees import ParamSpec, batch_size
+from ghostfunc._base.types import ModelFn, PyTree
 
 Hvp: TypeAlias = Literal["forward", "reverse"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._errors import OptionError, ParamsError
-from ghostfunc._types import PyTree
+from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.types import PyTree
 from ghostfunc.shapley._optimizers import Optimizer, adam_change, sgd_change, sgd_gain
 
 Change = Callable[[Tensor, Tensor], Tensor]

@@ -9,8 +9,8 @@ import optree
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
-from ghostfunc._types import PyTree
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.types import PyTree
 
 Update = Callable[[PyTree, PyTree], PyTree]
 

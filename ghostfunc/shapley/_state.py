@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
+from ghostfunc._base.errors import OptionError
 
 State: TypeAlias = dict[str, Tensor]
 """`ids [s]` in ascending order, `values [s, sets]` and `counts [s]`: plain tensors."""

@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc import _oracles
-from ghostfunc._book import FactoredGrads
-from ghostfunc._direction import validation_readers
-from ghostfunc._errors import OptionError, one_of
-from ghostfunc._factors import add_up, wide
-from ghostfunc._purity import prove_independent
-from ghostfunc._quantities import Dot, Prepared, Quantity
-from ghostfunc._tree import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
-from ghostfunc._vjp import run
+from ghostfunc._base import definition
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
+from ghostfunc._factors.contract import add_up
+from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.factored import FactoredGrads
+from ghostfunc._transforms.scores.validation import validation_readers
 from ghostfunc.shapley._curvature import Hvp, grad_and_hvp
 from ghostfunc.shapley._optimizers import Optimizer
 
@@ -55,6 +57,7 @@ def step(
     loss_scale: float = 1.0,
     keep_factors: bool = True,
     hvp: Hvp = "forward",
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> ShapleyStep:
     """Losses and gradient of a training step, and the value of every sample in it.
@@ -92,6 +95,8 @@ def step(
             own, if it draws).
         hvp: for order 2, "forward" (`jvp` over `grad`) or "reverse" (`grad` over `grad`, for ops
             without forward-mode AD).
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -114,7 +119,7 @@ def step(
 
     if order == 1 and (optimizer.linear or form == "previous_state"):
         quantities, factor = _one_pass(
-            model_fn, leaves, spec, train, val_sets, optimizer, randomness
+            model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
         )
         taken = run(
             model_fn,
@@ -124,6 +129,7 @@ def step(
             quantities,
             grads=everything,
             scale=scale,
+            check=check,
             randomness=randomness,
         )
         values = torch.stack([add_up(dots) for dots in taken.values], dim=1) * (factor * weight)
@@ -141,6 +147,7 @@ def step(
         grads=everything,
         collect=everything if keep_factors else (),
         scale=scale,
+        check=check,
         randomness=randomness,
     )
     grads = spec.unflatten(_unscaled(taken.grads, loss_scale))
@@ -165,6 +172,7 @@ def step(
             train,
             [Dot(u) for u in us.values()],
             scale=scale,
+            check=check,
             randomness=randomness,
         )
         columns = [add_up(row) * weight for row in dots.values]
@@ -217,7 +225,7 @@ def directions(
             u, product = grad_and_hvp(model_fn, leaves, spec, val, move, hvp)
             u = [wide(x) + wide(y) for x, y in zip(u, product, strict=True)]
         else:
-            u = _oracles.val_gradient(model_fn, leaves, spec, val, 1 / batch_size(val, name))
+            u = definition.val_gradient(model_fn, leaves, spec, val, 1 / batch_size(val, name))
         out[name] = optimizer.pull_back(at, params, spec.unflatten(u))
     return out
 
@@ -229,6 +237,7 @@ def _one_pass(
     train: PyTree,
     val_sets: Mapping[str, PyTree],
     optimizer: Optimizer,
+    check: Check,
     randomness: Randomness,
 ) -> tuple[list[Quantity], float]:
     """What to read in the training step's own pass, and a factor on it."""
@@ -245,6 +254,7 @@ def _one_pass(
             val,
             reduction="mean",
             grads=True,
+            check=check,
             randomness=randomness,
         )
         for val in val_sets.values()

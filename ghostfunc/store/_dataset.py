@@ -13,10 +13,10 @@ import optree
 import torch
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
-from ghostfunc._transforms import per_sample_grads
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import ModelFn, PyTree, Randomness
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc.projection import Projection, ghost_project
 from ghostfunc.store._store import Store
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostfunc._errors import one_of
+from ghostfunc._base.options import one_of
 from ghostfunc.store._errors import StoreError
 
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ghostfunc._errors import GhostError
+from ghostfunc._base.errors import GhostError
 
 
 class StoreError(GhostError, RuntimeError):

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc._errors import OptionError, one_of
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
 from ghostfunc.store._query import Preconditioner, RowView, TopK, unit
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import hashlib
 
 import torch
 
-from ghostfunc._tree import flatten_params
-from ghostfunc._types import PyTree
+from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.types import PyTree
 
 
 def fingerprint(params: PyTree) -> str:

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ghostfunc._errors import OptionError, one_of
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
 from ghostfunc.projection import Projection
 from ghostfunc.projection._blocks import select
 

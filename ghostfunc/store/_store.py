@@ -25,8 +25,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostfunc._errors import OptionError
-from ghostfunc._types import PyTree
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.types import PyTree
 from ghostfunc.projection import Projection, projection_from_spec
 from ghostfunc.store import _arrays, _dtypes, _faiss, _query
 from ghostfunc.store._arrays import ChunkedArray, Damaged, Place

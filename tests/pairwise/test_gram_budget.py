@@ -12,8 +12,9 @@ from compare import assert_close
 from torch import Tensor, nn
 
 import ghostfunc as gf
-from ghostfunc import OptionError, _blocks
-from ghostfunc._memory import LiveBytes
+from ghostfunc import OptionError
+from ghostfunc._transforms import gram_blocks
+from ghostfunc._transforms.live_bytes import LiveBytes
 
 VOCABULARY, WIDTH, LAYERS = 50, 32, 3
 
@@ -104,7 +105,7 @@ def test_blocks_of_every_size(
     model: tuple[Any, Any], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [gf.ghost_gram(*model, *batches) for batches in FEW.values()]
-    monkeypatch.setattr(_blocks.GramBlocks, "_plan", lambda self, *batches: (size, 100))
+    monkeypatch.setattr(gram_blocks.GramBlocks, "_plan", lambda self, *batches: (size, 100))
     for batches, full in zip(FEW.values(), expected, strict=True):
         gram = gf.ghost_gram(*model, *batches)
         assert_close(gram, full, 1e-12)

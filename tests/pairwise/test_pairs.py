@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ghostfunc import _bundles, _cost, _norms, _pairs
-from ghostfunc._factors import Dense, Factor, Grouped, OneHot, Outer, materialize
+from ghostfunc._factors import bundles, cost, extreme_norms, pairs
+from ghostfunc._factors.contract import materialize
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
 
 P, D = 7, 3
 
@@ -40,7 +41,7 @@ def bundle(kinds: tuple[str, ...], n: int, seed: int) -> list[Factor]:
 
 
 def formed(factors: list[Factor]) -> Tensor:
-    n = _bundles.samples(factors)
+    n = bundles.samples(factors)
     return sum(materialize(f).reshape(n, -1) for f in factors)
 
 
@@ -59,15 +60,15 @@ BUNDLES = [
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether costs say tokens or rows; what cannot go by tokens goes by rows."""
 
-    def norms(t: _cost.Positions, *args: object) -> bool:
+    def norms(t: cost.Positions, *args: object) -> bool:
         return request.param == "tokens" and not t.dense
 
-    def gram(n: int, m: int, t: _cost.Positions, s: _cost.Positions, *a: int, same: bool) -> bool:
+    def gram(n: int, m: int, t: cost.Positions, s: cost.Positions, *a: int, same: bool) -> bool:
         return request.param == "tokens" and not t.dense and not s.dense
 
-    monkeypatch.setattr(_cost, "norms_by_tokens", norms)
-    monkeypatch.setattr(_cost, "gram_by_tokens", gram)
-    monkeypatch.setattr(_cost, "TOKENS", 3)
+    monkeypatch.setattr(cost, "norms_by_tokens", norms)
+    monkeypatch.setattr(cost, "gram_by_tokens", gram)
+    monkeypatch.setattr(cost, "TOKENS", 3)
     return request.param
 
 
@@ -76,13 +77,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_norms_and_grams(kinds: tuple[str, ...], workspace: int, way: str) -> None:
     mine = bundle(kinds, 3, seed=0)
     g = formed(mine)
-    assert_close(_pairs.sqnorms(mine, workspace=workspace), g.square().sum(1))
-    assert_close(_norms.norms(mine), g.norm(dim=1))
-    gram = _pairs.gram(mine, workspace=workspace)
+    assert_close(pairs.sqnorms(mine, workspace=workspace), g.square().sum(1))
+    assert_close(extreme_norms.norms(mine), g.norm(dim=1))
+    gram = pairs.gram(mine, workspace=workspace)
     assert_close(gram, g @ g.mT)
     assert torch.equal(gram, gram.mT)
     for theirs in (bundle(kinds, 2, seed=9), [factor("one-hot", 2, 5, 9)]):
-        assert_close(_pairs.gram(mine, theirs, workspace=workspace), g @ formed(theirs).mT)
+        assert_close(pairs.gram(mine, theirs, workspace=workspace), g @ formed(theirs).mT)
 
 
 @pytest.mark.parametrize("kinds", BUNDLES, ids="+".join)
@@ -90,17 +91,17 @@ def test_weighted_totals_and_pooling(kinds: tuple[str, ...]) -> None:
     mine = bundle(kinds, 4, seed=0)
     g = formed(mine)
     weights = torch.tensor([0.5, 0.0, -2.0, 1.0], dtype=torch.float64)
-    assert_close(_bundles.weighted_total(mine, weights).flatten(), weights @ g)
-    assert_close(formed([_bundles.pooled(f) for f in mine]), g.sum(0, keepdim=True))
+    assert_close(bundles.weighted_total(mine, weights).flatten(), weights @ g)
+    assert_close(formed([bundles.pooled(f) for f in mine]), g.sum(0, keepdim=True))
 
 
 def test_weight_zero_leaves_a_poisoned_sample_out() -> None:
     left, right = torch.randn(3, 4, P), torch.randn(3, 4, D)
     left[1], right[1] = torch.nan, torch.inf
     weights = torch.tensor([1.0, 0.0, 2.0])
-    total = _bundles.weighted_total([Outer(left, right)], weights)
+    total = bundles.weighted_total([Outer(left, right)], weights)
     assert_close(total, left[0].mT @ right[0] + 2 * left[2].mT @ right[2])
-    assert not _bundles.weighted_total([Outer(left, right)], torch.zeros(3)).any()
+    assert not bundles.weighted_total([Outer(left, right)], torch.zeros(3)).any()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30], ids=str)
@@ -108,7 +109,7 @@ def test_weight_zero_leaves_a_poisoned_sample_out() -> None:
 def test_norms_beyond_the_range_of_squares(kinds: tuple[str, ...], scale: float) -> None:
     mine = bundle(kinds, 3, seed=0)
     extreme = [in_float32(f, scale) for f in mine]
-    norms = _norms.norms(extreme)
+    norms = extreme_norms.norms(extreme)
     assert_close(norms, scale * formed(mine).norm(dim=1), rtol=1e-5, atol=0)
 
 
@@ -124,7 +125,7 @@ def in_float32(f: Factor, scale: float) -> Factor:
 
 def test_joint_norms() -> None:
     norms = torch.tensor([[3e30, 0.0, 3e-30, torch.inf, torch.nan], [4e30, 0.0, 4e-30, 1.0, 1.0]])
-    joint = _norms.joint(norms)
+    joint = extreme_norms.joint(norms)
     assert_close(joint[:3], torch.tensor([5e30, 0.0, 5e-30]))
     assert joint[3] == torch.inf
     assert joint[4].isnan()
@@ -132,16 +133,16 @@ def test_joint_norms() -> None:
 
 def test_extremes() -> None:
     squares = torch.tensor([1.0, 0.0, 1e-35, torch.inf, torch.nan, 1e30])
-    assert _norms.extremes(squares).tolist() == [False, False, True, True, True, False]
+    assert extreme_norms.extremes(squares).tolist() == [False, False, True, True, True, False]
 
 
-@pytest.mark.parametrize("t", [_cost.Positions(9, 0, 0), _cost.Positions(3, 4, 0)])
-def test_choice_by_cost(t: _cost.Positions) -> None:
+@pytest.mark.parametrize("t", [cost.Positions(9, 0, 0), cost.Positions(3, 4, 0)])
+def test_choice_by_cost(t: cost.Positions) -> None:
     """Few positions and a large parameter go by tokens; many positions and a small one by rows."""
-    assert _cost.norms_by_tokens(t, 500, 500)
-    assert not _cost.norms_by_tokens(_cost.Positions(4000, 0, 0), 16, 16)
-    assert _cost.gram_by_tokens(2, 2, t, t, 5000, 5000, same=True)
-    assert not _cost.gram_by_tokens(99, 99, t, t, 4, 4, same=True)
-    dense = _cost.Positions(1, 0, 1)
-    assert not _cost.norms_by_tokens(dense, 10**6, 10**6)
-    assert not _cost.gram_by_tokens(1, 1, t, dense, 10**6, 10**6, same=False)
+    assert cost.norms_by_tokens(t, 500, 500)
+    assert not cost.norms_by_tokens(cost.Positions(4000, 0, 0), 16, 16)
+    assert cost.gram_by_tokens(2, 2, t, t, 5000, 5000, same=True)
+    assert not cost.gram_by_tokens(99, 99, t, t, 4, 4, same=True)
+    dense = cost.Positions(1, 0, 1)
+    assert not cost.norms_by_tokens(dense, 10**6, 10**6)
+    assert not cost.gram_by_tokens(1, 1, t, dense, 10**6, 10**6, same=False)

@@ -13,8 +13,9 @@ from problems import CASES, Problem
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc import BatchError, OptionError, ParamsError, _cost, _several
-from ghostfunc._factors import Outer
+from ghostfunc import BatchError, OptionError, ParamsError
+from ghostfunc._factors import beside_total, cost
+from ghostfunc._factors.factor import Outer
 
 
 def joined(grads: list[Tensor]) -> Tensor:
@@ -221,11 +222,11 @@ def test_dots_read_off_one_gradient(
     before = torch.randn(p, d).double()
     factor = Outer(torch.randn(n, t, p).double(), torch.randn(n, t, d).double())
     us = [torch.randn(p, d).double() for _ in range(k)]
-    monkeypatch.setattr(_cost, "ROWS_ELEMENTS", rows * d)
+    monkeypatch.setattr(cost, "ROWS_ELEMENTS", rows * d)
     results = []
     for shared in (False, True):
-        monkeypatch.setattr(_cost, "share_dots", lambda *args, shared=shared, **options: shared)
-        results.append(_several.dots_and_total(factor, us, with_total=with_total))
+        monkeypatch.setattr(cost, "share_dots", lambda *args, shared=shared, **options: shared)
+        results.append(beside_total.dots_and_total(factor, us, with_total=with_total))
     g = torch.einsum("ntp,ntd->npd", *factor)
     for dots, total in results:
         assert_close(dots, [torch.einsum("npd,pd->n", g, u) for u in us], 1e-12)
@@ -234,15 +235,15 @@ def test_dots_read_off_one_gradient(
             assert_close(total, g.sum(0), 1e-12)
     if with_total:
         for shared in (False, True):
-            monkeypatch.setattr(_cost, "share_dots", lambda *args, shared=shared, **options: shared)
+            monkeypatch.setattr(cost, "share_dots", lambda *args, shared=shared, **options: shared)
             into = before.clone()
-            dots, total = _several.dots_and_total(factor, us, with_total=True, into=into)
+            dots, total = beside_total.dots_and_total(factor, us, with_total=True, into=into)
             assert total is into
             assert_close(into, before + g.sum(0), 1e-12)
             assert_close(dots, [torch.einsum("npd,pd->n", g, u) for u in us], 1e-12)
 
 
 def test_sharing_is_chosen_by_cost() -> None:
-    assert _cost.share_dots(4, 256, 384, 1536, 2, with_total=False)
-    assert _cost.share_dots(4, 256, 384, 1536, 4, with_total=True)
-    assert not _cost.share_dots(4, 1, 384, 1536, 4, with_total=False)
+    assert cost.share_dots(4, 256, 384, 1536, 2, with_total=False)
+    assert cost.share_dots(4, 256, 384, 1536, 4, with_total=True)
+    assert not cost.share_dots(4, 1, 384, 1536, 4, with_total=False)

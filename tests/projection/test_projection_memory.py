@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 from ghostfunc.projection import _readers
 
 VOCABULARY, D, H = 600, 64, 512

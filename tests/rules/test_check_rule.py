@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.overrides import wrap_torch_function
 
 import ghostfunc as gf
-from ghostfunc._rules import RULES
-from ghostfunc._rules._registry import register_decomposition
+from ghostfunc._rules.registry import RULES, register_decomposition
 from ghostfunc.testing import Case, check_rule, ids
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_rule.md"

@@ -25,7 +25,7 @@ from helpers import (
 )
 
 import ghostfunc as gf
-from ghostfunc._memory import LiveBytes
+from ghostfunc._transforms.live_bytes import LiveBytes
 from ghostfunc.projection import adam_scaled
 from ghostfunc.store import Damage, IncompatibleStoreError, Store, project_dataset
 

@@ -1,0 +1,81 @@
+"""`torch.compile` around the public functions.
+
+The compiler meets a decorated function in two ways. While it reads the caller's program it cannot
+follow this package (modes, identities, graphs of autograd), so it hands the call over as a whole,
+after `prepare` has run it once on the real tensors: that is when the model is traced and proven,
+which takes values. Then it runs the same Python again on tensors without values and records the
+torch ops, forward and backward, that come of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import SymInt
+
+from ghostfunc._base.torch_private import _pytree
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; of symbols, whether that is known without tying a compiled
+    program to it."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(a == b)
+
+
+def known(size: int) -> int:
+    """A size; where it is a symbol of a compiled program for all lengths, its value in the call at
+    hand. Costs are weighed with that, which does not tie the program to it."""
+    if not isinstance(size, SymInt):
+        return size
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # loads sympy
+
+    return optimization_hint(size)
+
+
+def compilable(returns: Callable[..., Any] | None = None) -> Callable[[F], F]:
+    """Let `torch.compile` capture a function `f(model_fn, *args, **kwargs)` of this package.
+
+    Its arguments and results are torch pytrees of tensors, numbers and strings, or of types that
+    are declared by `node` or `register_constant`; `returns` is its result's type if that is a named
+    tuple.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def captured(model_fn: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                # Imported here since it loads the compiler; nobody else pays for that.
+                from ghostfunc._base import captured as compiler
+
+                out = compiler.capture(function, model_fn, *args, **kwargs)
+                return out if returns is None else returns(*out)
+            return function(model_fn, *args, **kwargs)
+
+        return captured  # type: ignore[return-value]
+
+    return decorate
+
+
+def node(*fields: str) -> Callable[[C], C]:
+    """Declare a class, made of these keyword arguments and with attributes of the same names, to be
+    a torch pytree of them."""
+
+    def declare(cls: C) -> C:
+        _pytree.register_pytree_node(
+            cls,
+            lambda x: ([getattr(x, field) for field in fields], None),
+            lambda children, _: cls(**dict(zip(fields, children, strict=True))),
+        )
+        return cls
+
+    return declare

@@ -1,0 +1,384 @@
+"""Proof, on a few samples, that `model_fn` is what it has to be: pure, with one loss per sample
+that depends on no other sample. Every mode asks for it once per structure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.errors import (
+    CoupledSamplesError,
+    InPlaceError,
+    LossShapeError,
+    NonFiniteLossError,
+    RandomnessError,
+    TransformError,
+    UnsupportedOpError,
+    UntrackedUseError,
+)
+from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.refusals import Refusals
+from ghostfunc._base.remembered import memory, structure
+from ghostfunc._base.torch_private import (
+    TorchDispatchMode,
+    address,
+    batched,
+    in_transform,
+    symbolic,
+)
+from ghostfunc._base.trees import ParamSpec, batch_size, map_tensors, take, tensors_of
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+
+
+@torch.enable_grad()
+def prove_independent(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+    *,
+    anew: bool = False,
+) -> None:
+    """Raise unless losses are the same in any company: those of two samples that differ beside each
+    other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
+
+    Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
+    its halves alone. Where all samples are the same, another is made of them, and nothing is
+    remembered.
+    """
+    n = batch_size(batch)
+    _refuse_batched(leaves, batch)
+    remembered = memory(model_fn)
+    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    compiling = any(map(symbolic, tensors_of(batch)))
+    if key in remembered and (compiling or not anew):
+        return
+    if compiling:
+        raise not_captured()
+    if isinstance(model_fn, ModuleFn):
+        model_fn.refuse_batch_norm()
+    other = _other_sample(batch)
+    last = min(1, n - 1) if other is None else other
+
+    def losses(data: PyTree) -> Tensor:
+        params = lend(leaves)
+        try:
+            with Refusals(), _WriteGuard(_protected(model_fn, spec, leaves, data)):
+                out = model_fn(spec.unflatten(params), data)
+        except NotImplementedError as error:
+            if "HigherOrderOperator" not in str(error):
+                raise
+            raise UnsupportedOpError(
+                "model_fn calls torch.cond, while_loop or another operator that takes functions, "
+                "which no mode sees into. Write it with if and while, or with torch.where."
+            ) from error
+        _refuse_kept(check_losses(out, batch_size(data)), leaves, params, spec)
+        return out.detach()
+
+    def compare(company: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for where, (found, expected) in company.items():
+            if not close(found, expected):
+                raise coupled_samples(
+                    f"some samples have losses {expected[:8].tolist()}; {where}, they have "
+                    f"{found[:8].tolist()}"
+                )
+
+    def in_halves() -> Tensor:
+        """All losses, from two batches of two samples at least: code may treat a batch of one in
+        its own way."""
+        if n == 2:
+            return torch.cat([losses(take(batch, [i, i]))[:1] for i in range(n)])
+        half = n // 2
+        start = min(half, n - 2)
+        lower, upper = (
+            losses(take(batch, range(max(half, 2)))),
+            losses(take(batch, range(start, n))),
+        )
+        return torch.cat([lower[:half], upper[half - start :]])
+
+    if key in remembered:
+        if randomness == "error" and n > 1:
+            compare({"in a half of the batch": (in_halves(), losses(batch))})
+        return
+    draws = Draws()
+    with draws:
+        pair = losses(take(batch, [0, last])).detach()
+    if randomness == "error":
+        if draws.seen:
+            raise RandomnessError(
+                "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
+                'pass randomness="different" to give every sample its own draws.'
+            )
+        whole = losses(batch)
+        company = {
+            "with a copy of sample 0 added": (losses(take(batch, [0, last, 0]))[:2], pair),
+            "beside a copy of itself": (
+                torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
+                pair,
+            ),
+            "in the whole batch": (whole[[0, last]], pair),
+        }
+        if n > 2:
+            company["in a half of the batch"] = (in_halves(), whole)
+        compare(company)
+        if other is None:
+            beside = _beside_another(losses, batch)
+            if beside is not None:
+                compare({"beside another sample": (beside, pair[:1])})
+    if other is not None or n == 1:
+        remembered[key] = True
+
+
+def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor | None:
+    """Sample 0's loss beside a sample that is made of it, `[1]`: its values in reverse order. None
+    if that is the same sample, or none that the model takes."""
+    one = take(batch, [0])
+    two = map_tensors(lambda x: torch.cat([x, x.flip(tuple(range(1, x.ndim)))]), one)
+    if not distinct(two):
+        return None
+    try:
+        return losses(two)[:1]
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+        return None  # lengths that no longer fit, say
+
+
+def not_captured() -> TransformError:
+    """A compiled program is recorded on tensors without values."""
+    return TransformError(
+        "torch.compile can record this call only with a batch like the one it was looked at with. "
+        "Compile a function that calls ghostfunc's public functions; do not trace them by other "
+        "means (make_fx, FakeTensorMode)."
+    )
+
+
+class _Lent(torch.autograd.Function):
+    """The identity; what it returns may be written to, as far as autograd is concerned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> Tensor:
+        return b
+
+
+def lend(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Aliases of the parameters, one object each, whatever is tied outside. Outside transforms they
+    require gradients, as they do in training."""
+    if in_transform():
+        return [x.view_as(x) for x in leaves]
+    return [_Lent.apply(x.detach().requires_grad_()) for x in leaves]
+
+
+def _nodes(losses: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph."""
+    todo, known = [losses.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        yield node
+        todo += [parent for parent, _ in node.next_functions]
+
+
+def _refuse_kept(
+    losses: Tensor, leaves: Sequence[Tensor], params: Sequence[Tensor], spec: ParamSpec
+) -> None:
+    """Raise `UntrackedUseError` if the losses depend on a parameter's memory by another way than
+    these `params`."""
+    if in_transform():
+        return
+    names = {address(x): name for name, x in zip(spec.names, leaves, strict=True) if x.numel()}
+    own = {x.grad_fn.next_functions[0][0] for x in params if x.grad_fn is not None}
+    for node in _nodes(losses):
+        if node.name() != "torch::autograd::AccumulateGrad" or node in own:
+            continue
+        name = names.get(address(node.variable)) if node.variable.numel() else None
+        if name is not None:
+            raise UntrackedUseError(
+                f"The losses depend on parameter {name!r} by another way than the params that "
+                "model_fn is given: a closure, or a tensor made from it before and kept (a cache, "
+                "an attribute, torch.nn.utils.parametrize.cached() around the call). Use the "
+                "argument and make such tensors anew in every call; detach what is to be a "
+                "constant."
+            )
+
+
+def refuse_checkpoints(losses: Tensor) -> None:
+    """Raise `TransformError` for reentrant checkpoints, through which no gradient can be asked for:
+    they add theirs to `.grad` behind autograd's back."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(losses)):
+        raise TransformError(
+            "model_fn calls torch.utils.checkpoint with use_reentrant=True, whose backward "
+            "pass runs where nobody sees it. Use gf.remat instead "
+            "(gf.hf.enable_remat(model) in transformers)."
+        )
+
+
+def coupled_samples(observed: str) -> CoupledSamplesError:
+    return CoupledSamplesError(
+        f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
+        "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "
+        "negatives, a loss or an input normalised over the batch, state kept between calls."
+    )
+
+
+def check_losses(losses: object, n: int) -> Tensor:
+    """`losses`, if they are one finite float per sample."""
+    if not isinstance(losses, Tensor):
+        raise LossShapeError(
+            f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
+            f"shape [{n}]."
+        )
+    if losses.shape != (n,) or not losses.is_floating_point():
+        raise LossShapeError(
+            f"model_fn returned shape {tuple(losses.shape)} of {losses.dtype} for {n} samples; "
+            f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
+            'samples (use reduction="none", then average over each sample\'s own positions).'
+        )
+    check_finite(losses)
+    return losses
+
+
+def check_finite(losses: Tensor) -> None:
+    """Raise `NonFiniteLossError` if a loss is NaN or infinite. A compiled program does not look:
+    what it returns is not finite either."""
+    if symbolic(losses):
+        return
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(f"losses[{i}] = {losses[i].item()}" for i in bad[:5])
+        raise NonFiniteLossError(
+            f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
+            "parameters; a sample without a single labelled position has a mean loss of 0/0."
+        )
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether losses agree to the digits of their dtype, or of another one they came through.
+
+    Each is compared to itself: a large one hides no other. What is smaller than one, and than the
+    largest, is compared to that: a loss near zero is a difference of larger numbers.
+    """
+    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
+    tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
+    largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
+
+
+def distinct(batch: PyTree) -> bool:
+    """Whether not all samples of a batch are the same."""
+    return _other_sample(batch) is not None
+
+
+def _other_sample(batch: PyTree) -> int | None:
+    """The first sample that differs from sample 0."""
+    found = []
+    for x in tensors_of(batch):
+        if len(x) > 1 and x[0].numel():
+            differs = (x != x[:1]).reshape(len(x), -1).any(1)
+            found += differs.nonzero().flatten()[:1].tolist()
+    return min(found, default=None)
+
+
+def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
+    if any(batched(x) for x in (*leaves, *tensors_of(batch))):
+        raise TransformError(
+            "torch.vmap over params or batches is not supported: a model has to be looked at with "
+            "values. vmap over directions works; loop over an ensemble."
+        )
+
+
+def _protected(
+    model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree
+) -> dict[int, str]:
+    """What must not be written to, by address of its memory."""
+    named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
+    if isinstance(model_fn, ModuleFn):
+        named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]
+        named += [(f"frozen parameter {k!r}", x) for k, x in model_fn.module.named_parameters()]
+    named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
+    return {address(x): name for name, x in named if x.numel()}
+
+
+class Draws(TorchDispatchMode):
+    """Sees whether random numbers are drawn, in this thread.
+
+    Attributes:
+        seen: whether they were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.seen = self.seen or _draws(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call takes numbers from a global generator: some take them in training only."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    arguments = func._schema.arguments
+    given = {x.name: x.default_value for x in arguments if x.has_default_value()}
+    given |= {x.name: value for x, value in zip(arguments, args, strict=False)}
+    given |= kwargs
+    rates = ["dropout_p", "dropout", *(["p"] if "dropout" in func.__name__ else [])]
+    return (
+        given.get("generator") is None
+        and all(given.get(rate) != 0 for rate in rates)
+        and all(given.get(mode) is not False for mode in ("train", "training"))
+    )
+
+
+class _WriteGuard(TorchDispatchMode):
+    """Raises before an op writes to protected memory."""
+
+    def __init__(self, protected: dict[int, str]) -> None:
+        super().__init__()
+        self._protected = protected
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable:
+            given = itertools.chain(
+                zip(schema.arguments, args, strict=False),
+                ((a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs),
+            )
+            for argument, value in given:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._check(func, value)
+        return func(*args, **kwargs)
+
+    def _check(self, func: Any, value: object) -> None:
+        for x in tensors_of(value):
+            name = self._protected.get(address(x)) if x.numel() else None
+            if name is not None:
+                raise InPlaceError(
+                    f"model_fn writes to {name} in place ({func}). A pure function leaves what it "
+                    "is given as it is: use the out-of-place op, or work on a copy."
+                )

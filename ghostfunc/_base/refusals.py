@@ -1,0 +1,50 @@
+"""Calls that have no per-sample meaning, and the mode that refuses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+from torch.overrides import (
+    TorchFunctionMode,
+    resolve_name,
+)
+
+REFUSED: dict[Callable[..., Any], Callable[..., None]] = {}
+
+
+def refuse(*ops: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a check, with the op's signature, that raises for calls with no per-sample
+    meaning. It is asked before the op runs, whether a parameter is involved or not."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        REFUSED.update(dict.fromkeys(ops, check))
+        return check
+
+    return decorate
+
+
+def op_name(op: Callable[..., Any]) -> str:
+    """What an op is called in errors: `torch.nn.functional.linear`, `torch.Tensor.mul`."""
+    named = resolve_name(op)
+    if named is None and isinstance(op, FunctionType):
+        return f"{op.__module__}.{op.__qualname__}"
+    if named is None and isinstance(op, BuiltinFunctionType):
+        return f"{op.__module__ or 'torch'}.{op.__name__}"
+    return named or repr(op)
+
+
+class Refusals(TorchFunctionMode):
+    """Raises for calls that have no per-sample meaning."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in REFUSED:
+            REFUSED[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,198 @@
+"""Private names of torch, all of them, each with the reason it is needed.
+
+Other files import from here. A test asserts that every name exists, so that a new torch release
+that drops one fails in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef as CustomOpDef  # ops of torch.library
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # torch.cond and its kin
+from torch._ops import OpOverload as OpOverload  # one overload of such an op
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import batchnorm
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _pytree as _pytree  # the trees that torch.compile takes apart
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented there
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# --- modules -------------------------------------------------------------------------------------
+
+BatchNorm = batchnorm._BatchNorm
+"""Batch normalisation of any number of dimensions, the synchronised one included."""
+
+# --- torch.func ---------------------------------------------------------------------------------
+# torch.func does not say whether a transform is active, nor what a wrapped tensor wraps.
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform is active."""
+    active: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return active
+
+
+def depth() -> int:
+    """The number of active `torch.func` transforms."""
+    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
+    return 0 if interpreter is None else int(interpreter.level())
+
+
+def in_forward_mode() -> bool:
+    """Whether one of the active transforms is `torch.func.jvp`."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+def watched() -> bool:
+    """Whether an operation is derived or recorded by more than plain autograd."""
+    return (
+        in_transform()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None  # torch.jit
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
+    )
+
+
+Autocasting: TypeAlias = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def autocasting(*devices: str) -> Autocasting:
+    """Whether, and to what, `torch.autocast` rounds now."""
+    return tuple(
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in dict.fromkeys(("cpu", *devices))
+        if device == "cpu" or torch.amp.is_autocast_available(device)
+    )
+
+
+@contextmanager
+def cast_as(state: Autocasting) -> Iterator[None]:
+    """What is computed here is rounded as it was at another time."""
+    if state == autocasting(*(device for device, _, _ in state)):
+        yield
+        return
+    with ExitStack() as stack:
+        for device, enabled, dtype in state:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        yield
+
+
+def unrounded(x: Tensor) -> AbstractContextManager[None]:
+    """What is computed here, of tensors like `x`, has their own dtypes, whatever `torch.autocast`
+    the caller or the model is in."""
+    state = autocasting(x.device.type)
+    if not any(enabled for _, enabled, _ in state):
+        return nullcontext()
+    return cast_as(tuple((device, False, dtype) for device, _, dtype in state))
+
+
+def wrapped(x: Tensor) -> bool:
+    """Whether a transform has wrapped `x`."""
+    inside: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return inside
+
+
+def batched(x: Tensor) -> bool:
+    """Whether `torch.vmap` has wrapped `x`."""
+    inside: bool = torch._C._functorch.is_batchedtensor(x)
+    return inside
+
+
+def innermost(x: Tensor) -> Tensor:
+    """The tensor without the wrappers of transforms."""
+    while wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def address(x: Tensor) -> int:
+    """The address of a tensor's memory; tensors with a common one are views of each other."""
+    return innermost(x).untyped_storage().data_ptr()
+
+
+# --- modes ---------------------------------------------------------------------------------------
+# A region that runs again must know which modes watch it, and hide its own work from them.
+
+SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
+"""The function that arrives when `torch.no_grad` is entered or left, also by an exception."""
+
+
+def function_modes() -> Sequence[TorchFunctionMode]:
+    """The active torch-function modes, outermost first."""
+    return _get_current_function_mode_stack()
+
+
+def without_torch_functions() -> AbstractContextManager[None]:
+    """No mode sees what is called inside."""
+    return torch._C.DisableTorchFunction()
+
+
+def with_torch_functions() -> AbstractContextManager[None]:
+    """Inside `without_torch_functions`: modes see calls again."""
+    return torch._C._EnableTorchFunction()
+
+
+def version(x: Tensor) -> int:
+    """A number that every in-place write to the tensor raises."""
+    return x._version
+
+
+def tensors_of_module(module: nn.Module) -> list[dict[str, Any]]:
+    """The module's own dicts of parameters and buffers, for identity without copies."""
+    return [module._parameters, module._buffers]
+
+
+# --- ops that arrive in programs ----------------------------------------------------------------
+
+PACK_PADDED_SEQUENCE: Any = torch._pack_padded_sequence
+GROUPED_MM: Any = torch._grouped_mm
+"""What transformers' mixture-of-experts layers called before `F.grouped_mm`."""
+
+# --- the compiler ---------------------------------------------------------------------------------
+
+
+def symbolic(x: Tensor) -> bool:
+    """Whether `x` stands for a tensor without values, as the compiler's do."""
+    return isinstance(innermost(x), (FakeTensor, FunctionalTensor))
+
+
+def constant_at_compile_time(function: F) -> F:
+    """Have the compiler call a function while it reads the program, and take its result for a
+    constant: `torch.compiler.assume_constant_result`, without loading the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def nonstrict_trace(function: F) -> F:
+    """Have the compiler record what a function does without reading its Python. Loads it."""
+    return torch._dynamo.nonstrict_trace(function)  # type: ignore[return-value]
+
+
+# --- oneDNN ---------------------------------------------------------------------------------------
+# The only way to choose the library that multiplies two matrices; inductor takes the same op.
+
+
+def onednn_allowed() -> bool:
+    """Whether `torch.backends.mkldnn` is switched on."""
+    allowed: bool = torch._C._get_mkldnn_enabled()
+    return allowed
+
+
+def has_onednn_linear() -> bool:
+    """Whether torch was built with oneDNN's linear layer."""
+    return torch._C._dispatch_has_kernel("mkldnn::_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.mT` by oneDNN."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out

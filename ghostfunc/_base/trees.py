@@ -1,0 +1,172 @@
+"""Pytrees of parameters and batches: one place that flattens, names and validates them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dense_gradients import dense
+from ghostfunc._base.errors import BatchError, ParamsError, TransformError
+from ghostfunc._base.types import PyTree
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Leaves and structure of any pytree; None is a leaf."""
+    leaves, treedef = optree.tree_flatten(tree, none_is_leaf=True)
+    return leaves, treedef
+
+
+def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
+    """The inverse of `flatten`."""
+    return optree.tree_unflatten(treedef, leaves)
+
+
+def tensors_of(tree: PyTree) -> list[Tensor]:
+    """The tensors among the leaves of any pytree."""
+    return [x for x in flatten(tree)[0] if isinstance(x, Tensor)]
+
+
+def map_tensors(f: Callable[[Tensor], Tensor], batch: PyTree) -> PyTree:
+    """`f` of every leaf of a batch."""
+    return optree.tree_map(f, batch)
+
+
+def first_tensor(args: PyTree, kwargs: PyTree) -> Tensor | None:
+    """The first tensor that a call is given, in a list or by keyword, too."""
+    return next(iter(tensors_of((args, kwargs))), None)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """The structure of `params`: how to unflatten it, and what each leaf is called."""
+
+    treedef: optree.PyTreeSpec
+    names: tuple[str, ...]
+
+    def unflatten(self, leaves: Sequence[object]) -> PyTree:
+        return optree.tree_unflatten(self.treedef, leaves)
+
+
+def _fault(x: Tensor) -> str | None:
+    """Why no gradient can be taken with such a tensor, and what to do; None if one can."""
+    if x.is_nested:
+        return "a nested tensor: pad it (torch.nested.to_padded_tensor) and pass a mask"
+    if x.is_quantized:
+        return "quantized: pass x.dequantize()"
+    if x.layout != torch.strided:
+        return f"sparse ({x.layout}): pass x.to_dense()"
+    if x.is_meta:
+        return 'on the device "meta", where tensors have no values: materialize it first'
+    if x.is_inference():
+        return "an inference tensor, which autograd refuses: pass x.clone(), made outside of it"
+    return None
+
+
+def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
+    """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor."""
+    if torch.is_inference_mode_enabled():
+        raise TransformError(
+            "Gradients cannot be taken inside torch.inference_mode(). Leave it for this call; "
+            "torch.no_grad() is no obstacle."
+        )
+    paths, leaves, treedef = optree.tree_flatten_with_path(params)
+    names = tuple(".".join(str(k) for k in path) or "params" for path in paths)
+    if not leaves:
+        raise ParamsError(
+            "params has no tensors in it. Every quantity is about gradients with respect to "
+            "params: pass at least one tensor. (from_module tracks only parameters with "
+            "requires_grad=True.)"
+        )
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise ParamsError(
+                f"params leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
+                "out of params: close over them in model_fn."
+            )
+        if leaf.is_complex():
+            raise ParamsError(
+                f"params leaf {name!r} is complex ({leaf.dtype}); gradients are taken with respect "
+                "to real numbers. Pass torch.view_as_real(x), and have model_fn call "
+                "torch.view_as_complex."
+            )
+        if not leaf.is_floating_point():
+            raise ParamsError(
+                f"params leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
+                "dtype. Close over integer tensors in model_fn instead."
+            )
+        if (fault := _fault(leaf)) is not None:
+            raise ParamsError(f"params leaf {name!r} is {fault}.")
+    return leaves, ParamSpec(treedef, names)
+
+
+def flatten_like(
+    tree: PyTree, leaves: Sequence[Tensor], spec: ParamSpec, what: str
+) -> list[Tensor]:
+    """Leaves of `tree`, which must have the structure and the shapes of `params`."""
+    paths, got, treedef = optree.tree_flatten_with_path(tree)
+    if treedef != spec.treedef:
+        names = {".".join(str(k) for k in path) or "params" for path in paths}
+        missing = [n for n in spec.names if n not in names]
+        extra = sorted(names.difference(spec.names))
+        raise ParamsError(
+            f"{what} must be a pytree like params. Missing: {missing or 'nothing'}; "
+            f"not in params: {extra or 'nothing'}; structure given: {treedef}."
+        )
+    got = [dense(x) if isinstance(x, Tensor) else x for x in got]
+    for name, leaf, param in zip(spec.names, got, leaves, strict=True):
+        if not isinstance(leaf, Tensor) or leaf.shape != param.shape:
+            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ParamsError(
+                f"{what} leaf {name!r} must have the shape of the parameter, "
+                f"{tuple(param.shape)}, but is {found}."
+            )
+    return got
+
+
+def batch_size(batch: PyTree, what: str = "batch") -> int:
+    """The number of samples in `batch`; `BatchError` unless every leaf agrees on it."""
+    paths, leaves, _ = optree.tree_flatten_with_path(batch)
+    if not leaves:
+        raise BatchError(f"{what} has no tensors in it; expected a pytree of [n, ...] tensors.")
+    sizes: dict[str, int] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        name = what + "".join(f"[{k!r}]" for k in path)
+        if not isinstance(leaf, Tensor):
+            raise BatchError(
+                f"{name} is a {type(leaf).__name__}; every leaf of a batch must be a tensor with "
+                "a leading sample axis. Close over other things in model_fn, or drop them."
+            )
+        if (fault := _fault(leaf)) is not None:
+            raise BatchError(f"{name} is {fault}.")
+        if leaf.ndim == 0:
+            raise BatchError(
+                f"{name} is a scalar tensor: it has no sample axis. Expand it to [n], or close "
+                "over it in model_fn."
+            )
+        sizes[name] = int(leaf.shape[0])  # a number of its own in a compiled program too
+    counts = set(sizes.values())
+    if len(counts) > 1:
+        listing = ", ".join(f"{k}: {v}" for k, v in sizes.items())
+        raise BatchError(f"The leaves of {what} hold unequal numbers of samples ({listing}).")
+    n = counts.pop()
+    if n == 0:
+        raise BatchError(f"{what} is empty (its leaves have 0 samples); pass at least one sample.")
+    return n
+
+
+def take(batch: PyTree, index: Sequence[int]) -> PyTree:
+    """The samples `index` of `batch`, as a new batch. Leaves that are one tensor stay one:
+    attention asks whether its key is its value."""
+    taken: dict[int, Tensor] = {}
+
+    def of_leaf(x: Tensor) -> Tensor:
+        if id(x) not in taken:
+            taken[id(x)] = x[torch.tensor(list(index), device=x.device)]
+        return taken[id(x)]
+
+    return optree.tree_map(of_leaf, batch)

@@ -1,0 +1,321 @@
+"""Contractions of one factor: its gradient, the total over samples, dot products, projections.
+
+Contractions run in float32 or wider; a `contract_dtype` rounds the operands of their matrix
+products, see `matmul`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import singledispatch
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.types import ContractDtype
+from ghostfunc._factors import cost
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
+from ghostfunc._factors.matmul import add_product, matmul, operand, product
+
+
+def row_dots(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """`<x_i, y_i>` for every row i."""
+    return _flat(x * y).sum(1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[n, ...]` as `[n, elements]`; scalars have one."""
+    return wide(x)[:, None].flatten(1)
+
+
+def _blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
+    """Cut n samples into blocks whose temporaries stay in cache."""
+    step = cost.samples_per_block(n, elements_per_sample)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+@singledispatch
+def materialize(factor: Factor) -> Float[Tensor, "n ..."]:
+    """`g_i` for every sample, `[n, *shape]`."""
+    raise unknown_factor(factor)
+
+
+@materialize.register
+def _(factor: Outer) -> Tensor:
+    return product(wide(factor.left).mT, wide(factor.right))
+
+
+@materialize.register
+def _(factor: OneHot) -> Tensor:
+    b = wide(factor.b)
+    n, _, d = b.shape
+    rows = factor.ids + factor.rows * torch.arange(n, device=b.device)[:, None]
+    return (
+        b.new_zeros(n * factor.rows, d)
+        .index_add(0, rows.flatten(), b.flatten(0, 1))
+        .view(n, factor.rows, d)
+    )
+
+
+@materialize.register
+def _(factor: Grouped) -> Tensor:
+    return product(wide(factor.left).mT, wide(factor.right))
+
+
+@materialize.register
+def _(factor: Dense) -> Tensor:
+    return wide(factor.g)
+
+
+@singledispatch
+def total(factor: Factor, contract_dtype: ContractDtype = None) -> Float[Tensor, "..."]:
+    """`sum_i g_i`, shape `[*shape]`: the ordinary gradient of the summed losses."""
+    raise unknown_factor(factor)
+
+
+@total.register
+def _(factor: Outer, contract_dtype: ContractDtype = None) -> Tensor:
+    left, right = factor.left.flatten(0, 1), factor.right.flatten(0, 1)
+    return matmul(left.mT, right, contract_dtype)
+
+
+@total.register
+def _(factor: OneHot, contract_dtype: ContractDtype = None) -> Tensor:
+    b = wide(factor.b)
+    return torch.ops.aten.embedding_dense_backward(b, factor.ids, factor.rows, -1, False)
+
+
+@total.register
+def _(factor: Grouped, contract_dtype: ContractDtype = None) -> Tensor:
+    left, right = (x.transpose(0, 1).flatten(1, 2) for x in factor)
+    return matmul(left.mT, right, contract_dtype)
+
+
+@total.register
+def _(factor: Dense, contract_dtype: ContractDtype = None) -> Tensor:
+    return wide(factor.g).sum(0)
+
+
+def add_total(
+    factor: Factor, into: Float[Tensor, "..."], contract_dtype: ContractDtype = None
+) -> None:
+    """Add `sum_i g_i` to a tensor in place, without forming it where it can be avoided."""
+    match factor:
+        case Outer(left, right) if contract_dtype is None:
+            add_product(into, wide(left).flatten(0, 1).mT, wide(right).flatten(0, 1))
+        case OneHot(ids, b, _):
+            into.index_add_(0, ids.flatten(), wide(b).flatten(0, 1))
+        case _:
+            into.add_(total(factor, contract_dtype))
+
+
+@singledispatch
+def dot(
+    factor: Factor, u: Float[Tensor, "..."], contract_dtype: ContractDtype = None
+) -> Float[Tensor, " n"]:
+    """`<g_i, u>` for every sample; `u` has the factor's shape."""
+    raise unknown_factor(factor)
+
+
+@dot.register
+def _(factor: Outer, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    t = factor.left.shape[1]
+    return _dot_outer(factor, u, t * min(factor.shape), contract_dtype)
+
+
+@dot.register
+def _(factor: OneHot, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    return row_dots(F.embedding(factor.ids, wide(u)), wide(factor.b))
+
+
+@dot.register
+def _(factor: Grouped, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    groups, t = factor.left.shape[1:3]
+    return _dot_outer(factor, u, groups * t * min(factor.shape[1:]), contract_dtype)
+
+
+def _dot_outer(
+    factor: Outer | Grouped, u: Tensor, elements: int, contract_dtype: ContractDtype
+) -> Tensor:
+    left, right, u = wide(factor.left), wide(factor.right), operand(u, contract_dtype)
+    # The product with u is formed on the side where it is smaller.
+    if left.shape[-1] < right.shape[-1]:
+        left, right, u = right, left, u.mT
+    return torch.cat(
+        [
+            row_dots(matmul(left[s], u, contract_dtype), right[s])
+            for s in _blocks(len(left), elements)
+        ]
+    )
+
+
+@dot.register
+def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    return product(_flat(factor.g), wide(u).flatten()[:, None])[:, 0]
+
+
+def add_up(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    out = tensors[0]
+    for x in tensors[1:]:
+        out = out + x
+    return out
+
+
+@singledispatch
+def project(
+    factor: Factor,
+    left: Float[Tensor, "p k"] | None,
+    right: Float[Tensor, "d l"] | None,
+    contract_dtype: ContractDtype = None,
+) -> Float[Tensor, "n k l"]:
+    """`left^T g_i right` for every sample; None is the identity."""
+    raise unknown_factor(factor)
+
+
+@project.register
+def _(
+    factor: Outer,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    return matmul(
+        _times(wide(factor.left), left, contract_dtype).mT,
+        _times(wide(factor.right), right, contract_dtype),
+        contract_dtype,
+    )
+
+
+@project.register
+def _(
+    factor: OneHot,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    b = _times(wide(factor.b), right, contract_dtype)
+    if left is None:
+        return materialize(OneHot(factor.ids, b, factor.rows))
+    return matmul(F.embedding(factor.ids, left).to(b.dtype).mT, b, contract_dtype)
+
+
+@project.register
+def _(
+    factor: Grouped,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    return project(Dense(materialize(factor)), left, right, contract_dtype)
+
+
+@project.register
+def _(
+    factor: Dense,
+    left: Tensor | None,
+    right: Tensor | None,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    half = _times(wide(factor.g), right, contract_dtype)
+    return _times(half.mT, left, contract_dtype).mT
+
+
+def _times(x: Tensor, matrix: Tensor | None, contract_dtype: ContractDtype) -> Tensor:
+    return x if matrix is None else matmul(x, matrix.to(x.dtype), contract_dtype)
+
+
+def transpose(factor: Factor) -> Factor:
+    """The factor of `W.t()`, given that of `W`."""
+    match factor:
+        case Outer(left, right):
+            return Outer(right, left)
+        case OneHot():
+            return Dense(materialize(factor).mT)
+        case Dense(g):
+            return Dense(g.mT)
+        case _:
+            raise unknown_factor(factor)
+
+
+# --- two factors of one parameter -------------------------------------------------------------
+
+
+def pair_dots(f: Factor, g: Factor, *, each: bool, contract_dtype: ContractDtype = None) -> Tensor:
+    """`<f_i, g_j>`: `[n, m]` if `each`, else summed over j, `[n]`. Nothing is materialised
+    unless one of the two is `Dense`."""
+    if f.shape != g.shape:
+        f, g = _alike(f, g)
+    match f, g:
+        case (Dense(), Dense()):
+            gram = product(_flat(f.g), _flat(g.g).mT)
+            return gram if each else gram.sum(1)
+        case (_, Dense()):
+            if each:
+                return torch.stack([dot(f, u, contract_dtype) for u in g.g], dim=1)
+            return dot(f, g.g.sum(0), contract_dtype)
+        case (Dense(), _):
+            if each:
+                return pair_dots(g, f, each=True, contract_dtype=contract_dtype).mT
+            return dot(f, total(g))
+        case (Grouped(), Grouped()):
+            pairs = zip(f.groups(), g.groups(), strict=True)
+            return add_up(
+                [pair_dots(x, y, each=each, contract_dtype=contract_dtype) for x, y in pairs]
+            )
+    m, s = g[0].shape[:2]
+    samples = f[0]
+    out = []
+    for block in _blocks(samples.shape[0], samples.shape[1] * m * s):
+        grams = _token_grams(_take(f, block), g, contract_dtype)
+        dots = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
+        out.append(dots.sum((1, 3)) if each else dots.sum((1, 2, 3)))
+    return torch.cat(out)
+
+
+def _alike(f: Factor, g: Factor) -> tuple[Factor, Factor]:
+    """Two factors that see one parameter in several shapes, in one shape."""
+    if isinstance(g, Dense):
+        return f, Dense(g.g.reshape(len(g.g), *f.shape))
+    if isinstance(f, Dense):
+        return Dense(f.g.reshape(len(f.g), *g.shape)), g
+    return Dense(_flat(materialize(f))), Dense(_flat(materialize(g)))
+
+
+def _take(f: Factor, block: slice) -> Factor:
+    match f:
+        case Outer(left, right):
+            return Outer(left[block], right[block])
+        case OneHot(ids, b, rows):
+            return OneHot(ids[block], b[block], rows)
+        case _:
+            raise unknown_factor(f)
+
+
+def _token_grams(f: Factor, g: Factor, contract_dtype: ContractDtype) -> tuple[Tensor, Tensor]:
+    """Inner products of the two factors' left and right vectors, each `[n*t, m*s]`."""
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return matmul(x.flatten(0, 1), y.flatten(0, 1).mT, contract_dtype)
+
+    match f, g:
+        case (Outer(), Outer()):
+            return inner(f.left, g.left), inner(f.right, g.right)
+        case (Outer(), OneHot()):
+            return _rows(f.left)[:, g.ids.flatten()], inner(f.right, g.b)
+        case (OneHot(), Outer()):
+            return _rows(g.left)[:, f.ids.flatten()].mT, inner(f.b, g.right)
+        case (OneHot(), OneHot()):
+            b = inner(f.b, g.b)
+            same = f.ids.flatten()[:, None] == g.ids.flatten()[None, :]
+            return same.to(b.dtype), b
+        case _:
+            raise unknown_factor(f)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return wide(x).flatten(0, 1)

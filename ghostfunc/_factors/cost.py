@@ -1,0 +1,203 @@
+"""What a contraction costs, in floating-point operations, from shapes alone. No tensors here.
+
+Matrix products are counted as `2 x` the product of their sizes. Passes over memory are counted at
+the number of operations a matrix product does in the same time, `OPS_PER_ELEMENT` per element: on
+the CPUs this was measured on, a core does 100-130 GFLOP/s in products and moves about 2 elements a
+nanosecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ghostfunc._base.compilable import known
+
+OPS_PER_ELEMENT = 32
+"""Operations that cost as much as one pass (read or write) over one element."""
+
+
+OPS_PER_CACHED_ELEMENT = 20
+"""The same for a block that stays in cache."""
+
+
+BFLOAT16_SPEED = 3
+"""How many times as fast as in float32 by MKL a matrix product is in bfloat16, where the processor
+multiplies it. Every `speed` below is such a ratio."""
+
+
+CACHE_ELEMENTS = 1 << 19
+"""Elements of a temporary that is still at home in a core's cache (2 MiB of float32)."""
+
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of the largest temporary block of several gradients (16 MiB of float32)."""
+
+
+ROWS_ELEMENTS = 1 << 21
+"""Elements of a block of one sample's gradient that is read several times (8 MiB of float32)."""
+
+
+def samples_per_block(n: int, elements_per_sample: int) -> int:
+    """How many samples to contract at once so that their temporaries stay in cache."""
+    return max(1, min(n, CACHE_ELEMENTS // max(1, known(elements_per_sample))))
+
+
+def row_blocks(p: int, d: int) -> Iterator[slice]:
+    """Cut the rows of a `[p, d]` gradient into equal blocks of at most `ROWS_ELEMENTS`."""
+    most = max(1, ROWS_ELEMENTS // max(1, d))
+    step = -(-p // -(-p // most)) if p else 1  # few rows make a slow product
+    for start in range(0, p, step):
+        yield slice(start, min(start + step, p))
+
+
+def outer_total(n: int, t: int, p: int, d: int) -> int:
+    """`sum_i g_i` of an outer-product factor."""
+    return 2 * n * t * p * d
+
+
+@dataclass(frozen=True)
+class UseShape:
+    """One use of one parameter, seen from outside: what it costs follows from it.
+
+    Attributes:
+        kind: type of its factor: "Outer", "OneHot" or "Dense".
+        shape: shape of the factor, `(p, d)` for the first two.
+        n, positions: samples, and positions per sample.
+        direct: the parameter itself, or a mere transpose or cast of it, meets the samples.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    n: int
+    positions: int
+    direct: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.positions
+
+
+def outer_dot(n: int, t: int, p: int, d: int, speed: int = 1) -> int:
+    """`<g_i, u>` of an outer-product factor with a dense direction."""
+    return 2 * n * t * p * d // speed + 2 * OPS_PER_ELEMENT * n * t * min(p, d)
+
+
+def total_cost(use: UseShape, speed: int = 1) -> int:
+    """`sum_i g_i`, dense."""
+    p, d = use.shape
+    if use.kind == "Outer":
+        return outer_total(use.n, use.positions, p, d) // speed
+    return OPS_PER_ELEMENT * (p * d + 2 * use.tokens * d)
+
+
+def dot_cost(use: UseShape, *, with_total: bool, speed: int = 1) -> int:
+    """`<g_i, u>` with a dense direction, beyond the cost of the total where that is formed too."""
+    p, d = use.shape
+    if use.kind == "OneHot":
+        return 3 * OPS_PER_ELEMENT * use.tokens * d
+    if with_total and share_dots(use.n, use.positions, p, d, 1, with_total=True, speed=speed):
+        return shared_dots(use.n, p, d, 1, with_total=True)
+    return outer_dot(use.n, use.positions, p, d, speed)
+
+
+def pair_cost(use: UseShape, other: UseShape, speed: int = 1) -> int:
+    """`<g_i, g_j>` from the factors of two uses: inner products of all tokens, multiplied."""
+    p, d = use.shape
+    pairs = use.tokens * other.tokens
+    inner = p + d if use.kind == other.kind == "Outer" else d
+    return 2 * pairs * inner // speed + 3 * OPS_PER_ELEMENT * pairs
+
+
+def shared_dots(n: int, p: int, d: int, k: int, *, with_total: bool) -> int:
+    """`<g_i, u>` for k directions read off blocks of `g_i`: products of vectors, and a sum that a
+    single large product would not have needed. The blocks themselves are not counted."""
+    return (2 * k + 3 * with_total) * OPS_PER_CACHED_ELEMENT * n * p * d
+
+
+def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, speed: int = 1) -> bool:
+    """Whether `<g_i, u>` for k directions should be read off blocks of `g_i`, formed once: those
+    that make the total where it is wanted. Each by itself takes a product of t terms."""
+    t = known(t)
+    shared = shared_dots(n, p, d, k, with_total=with_total)
+    if not with_total:
+        shared += outer_total(n, t, p, d) // speed
+        if speed > 1:  # one of the factors is copied first
+            shared += 2 * OPS_PER_ELEMENT * n * t * p
+    return shared < k * outer_dot(n, t, p, d, speed)
+
+
+def keep_direction_factored(
+    ours: Sequence[UseShape], theirs: Sequence[UseShape], *, grads: bool, speed: int = 1
+) -> bool:
+    """Whether one parameter's validation gradient should stay factored.
+
+    Dense, it costs its own total and a dot product at every train use; factored, every train use
+    meets every validation use. `grads` says whether the training gradient is formed too.
+    """
+    uses = [*ours, *theirs]
+    if not ours or not theirs:
+        return False
+    if not all(x.direct and x.kind in ("Outer", "OneHot") for x in uses):
+        return False
+    dense = sum(total_cost(x, speed) for x in theirs)
+    dense += sum(dot_cost(x, with_total=grads, speed=speed) for x in ours)
+    return sum(pair_cost(x, y, speed) for x in ours for y in theirs) < dense
+
+
+TOKENS = 128
+"""Positions per block of a sample's token Gram matrix; of two equal blocks one is computed."""
+
+
+class Positions(NamedTuple):
+    """Positions per sample of one parameter, added up over its uses, by kind of factor.
+
+    `dense` counts the uses whose gradient is at hand as it is.
+    """
+
+    outer: int
+    one_hot: int
+    dense: int
+
+
+def token_norms(t: Positions, p: int, d: int) -> int:
+    """`||g_i||^2` of one sample from inner products of positions."""
+    tokens = t.outer + t.one_hot
+    blocks = -(-tokens // TOKENS)
+    share = (blocks + 1) / (2 * blocks)  # the block matrix is symmetric
+    products = 2 * tokens**2 * d + 2 * t.outer**2 * p
+    return round(share * (products + 6 * OPS_PER_ELEMENT * tokens**2))
+
+
+def row_norms(t: Positions, p: int, d: int) -> int:
+    """`||g_i||^2` of one sample from the gradient itself."""
+    return 2 * t.outer * p * d + OPS_PER_ELEMENT * (2 * p * d + t.one_hot * d)
+
+
+def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
+    """Whether norms come from inner products of positions rather than from rows."""
+    some = t.outer + t.one_hot > 0
+    return some and not t.dense and token_norms(t, p, d) < row_norms(t, p, d)
+
+
+def token_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int) -> int:
+    """`<g_i, g_j>` of n and m samples from inner products of positions."""
+    pairs = n * m * (t.outer + t.one_hot) * (s.outer + s.one_hot)
+    return 2 * pairs * d + 2 * n * m * t.outer * s.outer * p + 6 * OPS_PER_ELEMENT * pairs
+
+
+def row_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool) -> int:
+    """`<g_i, g_j>` of n and m samples from blocks of rows; `same` if both are one batch."""
+    sides = [(n, t)] if same else [(n, t), (m, s)]
+    form = sum(2 * k * x.outer * p * d + OPS_PER_ELEMENT * k * x.one_hot * d for k, x in sides)
+    return form + 2 * n * m * p * d + 2 * OPS_PER_ELEMENT * sum(k for k, _ in sides) * p * d
+
+
+def gram_by_tokens(
+    n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
+) -> bool:
+    """Whether a Gram matrix comes from inner products of positions rather than from rows."""
+    if t.dense or s.dense or not (t.outer + t.one_hot) * (s.outer + s.one_hot):
+        return False
+    return token_gram(n, m, t, s, p, d) < row_gram(n, m, t, s, p, d, same=same)

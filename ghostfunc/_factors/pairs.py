@@ -1,0 +1,273 @@
+"""Quantities quadratic in the per-sample gradient: norms and Gram matrices of bundles.
+
+Two ways lead to the same numbers:
+
+    by tokens   g_i is a sum of rank-one terms, one per position, and `<g_i, g_j>` the sum of
+                their `t x s` inner products. Nothing of the parameter's size is formed.
+    by rows     a block of rows of every `g_i` is formed, added up over the uses, contracted,
+                and dropped.
+
+`cost` says which is cheaper. Both work in blocks of at most `workspace` elements, so temporaries
+are bounded whatever the sizes; how many blocks there are changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce, singledispatch
+from itertools import chain, product
+from math import isqrt, prod
+from operator import add
+
+import torch
+from torch import SymInt, Tensor
+
+from ghostfunc._base.compilable import known
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.types import ContractDtype
+from ghostfunc._factors import cost
+from ghostfunc._factors.bundles import (
+    Bundle,
+    aligned,
+    matrix_shape,
+    pooled,
+    positions,
+    samples,
+    take,
+    values,
+)
+from ghostfunc._factors.contract import add_up, materialize, row_dots
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
+from ghostfunc._factors.matmul import matmul
+
+
+def sqnorms(
+    bundle: Bundle,
+    *,
+    workspace: int = cost.BLOCK_ELEMENTS,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    """`||g_i||^2` for every sample, `[n]`."""
+    n = samples(bundle)
+    folded = [
+        Outer(f.left.flatten(0, 1), f.right.flatten(0, 1)) for f in bundle if isinstance(f, Grouped)
+    ]
+    if len(folded) == len(bundle):
+        # Groups are orthogonal: their norms are those of as many samples more.
+        squares = sqnorms(folded, workspace=workspace, contract_dtype=contract_dtype)
+        return squares.view(n, -1).sum(1)
+    p, d = matrix_shape(bundle)
+    bundle = aligned(bundle, p, d)
+    if not p * d:
+        return wide(values(bundle[0])).new_zeros(n)
+    if cost.norms_by_tokens(positions(bundle), p, d):
+        workspace = min(workspace, cost.CACHE_ELEMENTS)
+        return _sqnorms_by_tokens(bundle, n, workspace, contract_dtype)
+    blocks = []
+    for block in _slices(n, workspace // max(1, p * d)):
+        parts = []
+        for rows in _slices(p, workspace // max(1, d)):
+            g = _rows(bundle, block, rows, contract_dtype)
+            parts.append(row_dots(g, g))
+        blocks.append(add_up(parts))
+    return torch.cat(blocks)
+
+
+def gram(
+    bundle: Bundle,
+    other: Bundle | None = None,
+    *,
+    workspace: int = cost.BLOCK_ELEMENTS,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    """`<g_i, g_j>` for every pair of samples: `[n, n]`, or `[n, m]` with another bundle of the
+    same parameter."""
+    groups = _groups(bundle, other, workspace)
+    if groups:
+        return add_up(
+            [gram(f, g, workspace=workspace, contract_dtype=contract_dtype) for f, g in groups]
+        )
+    p, d = matrix_shape((*bundle, *(other or ())))
+    mine = aligned(bundle, p, d)
+    theirs = mine if other is None else aligned(other, p, d)
+    ours, others = positions(mine), positions(theirs)
+    n, m, same = samples(mine), samples(theirs), other is None
+    if not p * d:
+        return wide(values(mine[0])).new_zeros(n, m)
+    if cost.gram_by_tokens(n, m, ours, others, p, d, same=same):
+        out = _gram_by_tokens(mine, theirs, n, m, workspace, contract_dtype)
+    else:
+        out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
+    # Rounding differs between a matrix product's two triangles.
+    return (out + out.mT) / 2 if same else out
+
+
+def _groups(
+    bundle: Bundle, other: Bundle | None, workspace: int
+) -> list[tuple[Bundle, Bundle | None]]:
+    """The pairs of groups whose Gram matrices add up; none where groups are small or there are
+    other factors: those are formed whole."""
+    everything = [*bundle, *(other or ())]
+    grouped = [f for f in everything if isinstance(f, Grouped)]
+    elements = sum(samples([f]) * prod(f.shape) for f in grouped)
+    if len(grouped) < len(everything) or elements <= workspace:
+        return []
+    mine = zip(*(f.groups() for f in grouped[: len(bundle)]), strict=True)
+    if other is None:
+        return [(group, None) for group in mine]
+    theirs = zip(*(f.groups() for f in grouped[len(bundle) :]), strict=True)
+    return list(zip(mine, theirs, strict=True))
+
+
+# --- by rows ----------------------------------------------------------------------------------
+
+
+def _gram_by_rows(
+    mine: Bundle,
+    theirs: Bundle,
+    p: int,
+    d: int,
+    workspace: int,
+    contract_dtype: ContractDtype,
+    *,
+    same: bool,
+) -> Tensor:
+    everyone = samples(mine) + (0 if same else samples(theirs))
+
+    def products() -> Iterator[Tensor]:
+        for rows in _slices(p, workspace // max(1, everyone * d)):
+            g = _rows(mine, slice(None), rows, contract_dtype).flatten(1)
+            h = g if same else _rows(theirs, slice(None), rows, contract_dtype).flatten(1)
+            yield matmul(g, h.mT, contract_dtype)
+
+    return reduce(add, products())
+
+
+def _rows(bundle: Bundle, block: slice, rows: slice, contract_dtype: ContractDtype) -> Tensor:
+    """The chosen rows of the gradients of the chosen samples, `[n, r, d]`."""
+    return add_up([_form_rows(take(f, block), rows, contract_dtype) for f in bundle])
+
+
+@singledispatch
+def _form_rows(factor: Factor, rows: slice, contract_dtype: ContractDtype) -> Tensor:
+    raise TypeError(f"{type(factor).__name__} is not formed row by row.")
+
+
+@_form_rows.register
+def _(factor: Outer, rows: slice, contract_dtype: ContractDtype) -> Tensor:
+    return matmul(factor.left[:, :, rows].mT, factor.right, contract_dtype)
+
+
+@_form_rows.register
+def _(factor: OneHot, rows: slice, contract_dtype: ContractDtype) -> Tensor:
+    start, stop, _ = rows.indices(factor.rows)
+    local = factor.ids - start
+    here = (local >= 0) & (local < stop - start)
+    # Positions of other rows land on a row of their own, which is cut off again.
+    local = torch.where(here, local, stop - start)
+    return materialize(OneHot(local, factor.b, stop - start + 1))[:, :-1]
+
+
+@_form_rows.register
+def _(factor: Dense, rows: slice, contract_dtype: ContractDtype) -> Tensor:
+    return wide(factor.g[:, rows])
+
+
+# --- by tokens --------------------------------------------------------------------------------
+
+
+def _sqnorms_by_tokens(
+    bundle: Bundle, n: int, workspace: int, contract_dtype: ContractDtype
+) -> Tensor:
+    def dots(f: Factor, g: Factor, block: slice) -> Tensor:
+        return _token_dots(take(f, block), take(g, block), contract_dtype).sum((1, 2))
+
+    chunks = [c for f in bundle for c in _chunks(f, min(cost.TOKENS, isqrt(workspace)))]
+    t = max(known(c[0].shape[1]) for c in chunks)
+    out = []
+    for block in _slices(n, workspace // t**2):
+        parts = []
+        for i, f in enumerate(chunks):
+            parts.append(dots(f, f, block))
+            for g in chunks[:i]:
+                parts.append(2 * dots(f, g, block))
+        out.append(add_up(parts))
+    return torch.cat(out)
+
+
+def _gram_by_tokens(
+    mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int, contract_dtype: ContractDtype
+) -> Tensor:
+    """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
+
+    def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
+        s = min(known(g[0].shape[1]), isqrt(workspace))
+        columns = min(m, max(1, isqrt(workspace) // s))
+        t = min(known(f[0].shape[1]), max(1, workspace // (s * columns)))
+        rows = min(n, max(1, workspace // (s * columns * t)))
+        for a, b in product(_chunks(f, t), _chunks(g, s)):
+            yield _token_gram(a, b, n, m, rows, columns, contract_dtype)
+
+    return reduce(add, chain.from_iterable(grams(f, g) for f in mine for g in theirs))
+
+
+def _token_gram(
+    f: Factor, g: Factor, n: int, m: int, rows: int, columns: int, contract_dtype: ContractDtype
+) -> Tensor:
+    strips = []
+    for i in _slices(n, rows):
+        strip = []
+        for j in _slices(m, columns):
+            a, b = take(f, i), take(g, j)
+            sizes = (samples([a]), -1, samples([b]), g[0].shape[1])
+            dots = _token_dots(pooled(a), pooled(b), contract_dtype)
+            strip.append(dots.view(sizes).sum((1, 3)))
+        strips.append(torch.cat(strip, 1))
+    return torch.cat(strips)
+
+
+def _token_dots(f: Factor, g: Factor, contract_dtype: ContractDtype) -> Tensor:
+    """Inner products of the rank-one terms of the same sample's gradients, `[n, t, s]`."""
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return matmul(x, y.mT, contract_dtype)
+
+    match f, g:
+        case (Outer(), Outer()):
+            return inner(f.left, g.left) * inner(f.right, g.right)
+        case (Outer(), OneHot()):
+            t = f.left.shape[1]
+            left = f.left.gather(2, g.ids.long()[:, None, :].expand(-1, t, -1))
+            return wide(left) * inner(f.right, g.b)
+        case (OneHot(), Outer()):
+            return _token_dots(g, f, contract_dtype).mT
+        case (OneHot(), OneHot()):
+            same = f.ids[:, :, None] == g.ids[:, None, :]
+            return torch.where(same, inner(f.b, g.b), 0)
+        case _:
+            raise TypeError(f"{type(f).__name__} and {type(g).__name__} do not meet by tokens.")
+
+
+# --- cutting ----------------------------------------------------------------------------------
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step`; one of all where the size is a symbol of a compiled program."""
+    if isinstance(size, SymInt):
+        yield slice(None)
+        return
+    step = max(1, step)
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _chunks(factor: Factor, positions: int) -> Iterator[Factor]:
+    """Cut a factor along its positions: the chunks add up to it."""
+    for s in _slices(factor[0].shape[1], positions):
+        match factor:
+            case Outer(left, right):
+                yield Outer(left[:, s], right[:, s])
+            case OneHot(ids, b, rows):
+                yield OneHot(ids[:, s], b[:, s], rows)
+            case _:
+                raise TypeError(f"{type(factor).__name__} is not cut along positions.")

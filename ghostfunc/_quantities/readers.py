@@ -1,0 +1,334 @@
+"""Readers: each reads one quantity of one parameter off a factor.
+
+Readers travel: `push` gives the reader of a tensor derived from the parameter, `plus` the reader of
+a sum of two such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.types import ContractDtype
+from ghostfunc._factors import bundles, contract, cost, pairs
+from ghostfunc._factors.contract import transpose
+from ghostfunc._factors.factor import Dense, Factor
+from ghostfunc._factors.matmul import speed
+
+DeriveFn: TypeAlias = Callable[..., Tensor]
+"""The computation of a derived tensor, of the tensors it derives from."""
+
+
+class Reader(Protocol):
+    """Reads one quantity of one parameter."""
+
+    def tap(self, param: Tensor, n: int) -> Tensor: ...
+
+    def read(self, factor: Factor) -> Tensor: ...
+
+    def push(self, push: Push) -> Any: ...
+
+    def plus(self, other: Any) -> Any: ...
+
+
+class Push(NamedTuple):
+    """How directions travel from parameters to a tensor derived from them.
+
+    Attributes:
+        jvp: from a tangent of the tensor in question (the others' are zero) to that of the
+            derived tensor.
+        derivation: "transpose" or "cast" where the derived tensor is just that, else "general".
+        shape: of tangents of the tensor in question, in real numbers.
+    """
+
+    jvp: Callable[[Tensor], Tensor]
+    derivation: str
+    shape: tuple[int, ...]
+
+
+class DotReader(NamedTuple):
+    """`<g_i, u>` with a dense direction: `[n]`."""
+
+    u: Tensor
+    contract_dtype: ContractDtype = None
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return contract.dot(factor, self.u.reshape(factor.shape), self.contract_dtype)
+
+    def push(self, push: Push) -> DotReader:
+        return self._replace(u=push.jvp(self.u))
+
+    def plus(self, other: DotReader) -> DotReader:
+        return self._replace(u=self.u + other.u)
+
+
+class PairReader(NamedTuple):
+    """`<g_i, g_j>` with gradients that stay factored: summed over j, `[n]`, or `[n, m]`."""
+
+    factors: tuple[Factor, ...]
+    each: bool
+    m: int
+    workspace: int = cost.BLOCK_ELEMENTS
+    contract_dtype: ContractDtype = None
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, self.m) if self.each else _zeros(param, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        if not self.factors:  # the validation losses do not depend on the parameter
+            return self.tap(bundles.values(factor), bundles.samples([factor]))
+        if self.each:
+            return pairs.gram(
+                [factor],
+                self.factors,
+                workspace=self.workspace,
+                contract_dtype=self.contract_dtype,
+            )
+        dots = [
+            contract.pair_dots(factor, g, each=False, contract_dtype=self.contract_dtype)
+            for g in self.factors
+        ]
+        return contract.add_up(dots)
+
+    def push(self, push: Push) -> PairReader:
+        if push.derivation == "cast" or not self.factors:
+            return self
+        if push.derivation == "transpose":
+            return self._replace(factors=tuple(map(transpose, self.factors)))
+        whole = [contract.materialize(f) for f in self.factors]
+        g = contract.add_up([x.reshape(self.m, *push.shape) for x in whole])
+        return self._replace(factors=(Dense(torch.vmap(push.jvp)(g)),))
+
+    def plus(self, other: PairReader) -> PairReader:
+        return self._replace(factors=self.factors + other.factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How directions of a parameter travel to a tensor derived from it; no steps, no way to go.
+
+    Attributes:
+        steps: from tensors that come before, the last step and the way to them: what they lead to
+            adds up. One tensor may lie on many ways, so the whole is taken tensor by tensor.
+        length: of the longest way.
+    """
+
+    steps: tuple[tuple[DeriveFn, Way], ...] = ()
+    length: int = 0
+
+    def then(self, step: DeriveFn) -> Way:
+        """This way and one step more."""
+        return Way(((step, self),), self.length + 1)
+
+    def beside(self, other: Way) -> Way:
+        """Both ways, which lead to one tensor."""
+        return Way(self.steps + other.steps, max(self.length, other.length))
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Where a direction of the parameter leads."""
+        reached: dict[int, Tensor] = {}
+        for way in sorted(self._tensors(), key=lambda way: way.length):
+            ends = [step(reached[id(source)]) for step, source in way.steps]
+            reached[id(way)] = contract.add_up(ends) if ends else u
+        return reached[id(self)]
+
+    def _tensors(self) -> list[Way]:
+        """The ways to all tensors on this one."""
+        found, todo = {id(self): self}, [self]
+        while todo:
+            for _, source in todo.pop().steps:
+                if id(source) not in found:
+                    found[id(source)] = source
+                    todo.append(source)
+        return list(found.values())
+
+
+class OneRunReader(NamedTuple):
+    """`<g_i, sum_j g_j>`, i among the first n samples of a batch and j among all others: `[n]`.
+
+    What reads the first samples is made of the others, when their gradient comes up. For a tensor
+    derived from the parameter that takes the way to it and back, `J J^T sum_j g_j`. As it is not
+    linear in the gradient, the uses of a parameter are to be taken together.
+
+    Attributes:
+        way: from the parameter to the tensor in question.
+        direct: whether that is the parameter itself, or a mere transpose or cast of it.
+    """
+
+    n: int
+    contract_dtype: ContractDtype = None
+    way: Way = Way()
+    direct: bool = True
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, self.n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return self.for_train_rows([factor], grads=False).read(bundles.take(factor, slice(self.n)))
+
+    def for_train_rows(
+        self,
+        factors: Sequence[Factor],
+        *,
+        grads: bool,
+        pull: DeriveFn = lambda total: total,
+    ) -> DotReader | PairReader:
+        """The reader for the first samples, in the form that is cheapest.
+
+        `pull` leads from the tensor in question to the parameter. `grads` says whether the total of
+        the first samples is formed, too.
+        """
+        theirs = [bundles.take(f, slice(self.n, None)) for f in factors]
+        if not self.direct:
+            u = pull(bundles.summed(theirs, self.contract_dtype))
+            return DotReader(self.way(u), self.contract_dtype)
+        ours = [bundles.use_shape(bundles.take(f, slice(self.n))) for f in factors]
+        met = list(map(bundles.use_shape, theirs))
+        faster = speed(bundles.values(factors[0]), self.contract_dtype)
+        if cost.keep_direction_factored(ours, met, grads=grads, speed=faster):
+            m = bundles.samples(theirs)
+            return PairReader(tuple(theirs), False, m, contract_dtype=self.contract_dtype)
+        return DotReader(bundles.summed(theirs, self.contract_dtype), self.contract_dtype)
+
+    def push(self, push: Push) -> OneRunReader:
+        direct = self.direct and push.derivation != "general"
+        return self._replace(way=self.way.then(push.jvp), direct=direct)
+
+    def plus(self, other: OneRunReader) -> OneRunReader:
+        return self._replace(way=self.way.beside(other.way), direct=False)
+
+
+class DeferredGradients(NamedTuple):
+    """A parameter's per-sample gradients, formed one at a time, when it is their turn.
+
+    Attributes:
+        factors: of the uses of tensors derived from it.
+        pull: makes of them the parameter's gradients, `[n, *shape]`.
+    """
+
+    factors: tuple[Factor, ...]
+    pull: Callable[[Sequence[Factor]], Tensor]
+
+    def gradient(self, j: int) -> Tensor:
+        """Sample j's gradient."""
+        return self.pull([bundles.take(f, slice(j, j + 1)) for f in self.factors])[0]
+
+
+class DeferredReader(NamedTuple):
+    """`<g_i, g_j>`, `[n, m]`, where derived tensors stand between the samples and the parameter:
+    no factor leads past them, so the m gradients are formed in turns."""
+
+    deferred: DeferredGradients
+    m: int
+    contract_dtype: ContractDtype = None
+    way: Way = Way()
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, self.m)
+
+    def read(self, factor: Factor) -> Tensor:
+        columns = []
+        for j in range(self.m):
+            u = self.way(self.deferred.gradient(j))
+            columns.append(contract.dot(factor, u.reshape(factor.shape), self.contract_dtype))
+        return torch.stack(columns, dim=1)
+
+    def push(self, push: Push) -> DeferredReader:
+        return self._replace(way=self.way.then(push.jvp))
+
+    def plus(self, other: DeferredReader) -> DeferredReader:
+        return self._replace(way=self.way.beside(other.way))
+
+
+class SqNormReader(NamedTuple):
+    """`||g_i||^2`, `[n]`."""
+
+    contract_dtype: ContractDtype
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return self.read_all([factor])
+
+    def read_all(self, factors: Sequence[Factor]) -> Tensor:
+        return pairs.sqnorms(factors, contract_dtype=self.contract_dtype)
+
+    def push(self, push: Push) -> SqNormReader | None:
+        return None if push.derivation == "general" else self
+
+    def plus(self, other: SqNormReader) -> SqNormReader:
+        return self
+
+
+class GramReader(NamedTuple):
+    """`<g_i, g_j>` within one batch, `[n, n]`."""
+
+    workspace: int
+    contract_dtype: ContractDtype
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, n)
+
+    def read(self, factor: Factor) -> Tensor:
+        return self.read_all([factor])
+
+    def read_all(self, factors: Sequence[Factor]) -> Tensor:
+        return pairs.gram(factors, workspace=self.workspace, contract_dtype=self.contract_dtype)
+
+    def push(self, push: Push) -> GramReader | None:
+        return None if push.derivation == "general" else self
+
+    def plus(self, other: GramReader) -> GramReader:
+        return self
+
+
+class SampleGradReader(NamedTuple):
+    """`g_i` itself, `[n, *shape]`."""
+
+    shape: tuple[int, ...]
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, n, *self.shape)
+
+    def read(self, factor: Factor) -> Tensor:
+        return contract.materialize(factor).reshape(bundles.samples([factor]), *self.shape)
+
+    def push(self, push: Push) -> None:
+        return None
+
+    def plus(self, other: SampleGradReader) -> SampleGradReader:
+        return self
+
+
+class TotalReader(NamedTuple):
+    """`sum_i g_i` in float32 or wider, `[*shape]`: a direction. (A training gradient, whose
+    products are never rounded, is the cotangent of the parameter itself.)"""
+
+    shape: tuple[int, ...]
+    contract_dtype: ContractDtype = None
+
+    def tap(self, param: Tensor, n: int) -> Tensor:
+        return _zeros(param, *self.shape)
+
+    def read(self, factor: Factor) -> Tensor:
+        return contract.total(factor, self.contract_dtype).reshape(self.shape)
+
+    def push(self, push: Push) -> None:
+        return None
+
+    def plus(self, other: TotalReader) -> TotalReader:
+        return self
+
+
+def _zeros(param: Tensor, *shape: int) -> Tensor:
+    """A zero tap: float32 or wider, one stored element whatever its shape."""
+    return wide(param.new_zeros(())).expand(shape)

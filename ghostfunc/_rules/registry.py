@@ -1,0 +1,211 @@
+"""The op registry: refuses what it does not know, and to be told twice."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import WAYS_OUT, CoupledSamplesError, OptionError, UnsupportedOpError
+from ghostfunc._base.refusals import op_name
+from ghostfunc._base.torch_private import CustomOpDef, OpOverload
+from ghostfunc._factors.factor import Factor
+
+ArgName: TypeAlias = str | tuple[str, int]
+"""An argument of an op: its name, or for one inside a list its name and position there."""
+
+
+Factors: TypeAlias = dict[Any, Callable[[], Factor]]
+"""What a rule returns: for every argument that may be a parameter, what makes its factor."""
+
+
+RuleFn: TypeAlias = Callable[..., Factors]
+
+
+@dataclass(frozen=True)
+class FactorRule:
+    """An op whose per-sample gradient follows from its inputs and its output's cotangent."""
+
+    fn: RuleFn
+    signature: inspect.Signature
+    check: Callable[..., None] | None = None
+
+    def names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, ArgName]:
+        """The rule's name for every argument; arguments are told apart by `id`.
+
+        Raises:
+            TypeError: the call does not fit the rule's signature.
+        """
+        named: dict[int, ArgName] = {}
+        for name, value in self.signature.bind(*args, **kwargs).arguments.items():
+            if isinstance(value, (list, tuple)):
+                named.update({id(x): (name, i) for i, x in enumerate(_flat(value))})
+            else:
+                named[id(value)] = name
+        return named
+
+
+@dataclass(frozen=True)
+class BroadcastRule:
+    """An op that broadcasts a parameter against samples.
+
+    It is fed a copy of the parameter expanded to the samples; autograd's cotangent of that copy is
+    the per-sample gradient.
+    """
+
+
+Rule: TypeAlias = FactorRule | BroadcastRule
+
+
+def _flat(values: Any) -> list[Any]:
+    """The elements of lists within lists."""
+    return [y for x in values for y in (_flat(x) if isinstance(x, (list, tuple)) else [x])]
+
+
+RULES: dict[Callable[..., Any], Rule] = {}
+
+
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+REASONS: dict[Callable[..., Any], str] = {}
+"""Why an op, or some calls of it, have no rule, and what to do."""
+
+
+def _add(op: Callable[..., Any], rule: Rule) -> None:
+    _check_new(op)
+    RULES[canonical(op)] = rule
+
+
+def canonical(op: Callable[..., Any]) -> Callable[..., Any]:
+    """One object for all that a custom op of `torch.library` is called by."""
+    if isinstance(op, CustomOpDef):
+        op = op._opoverload
+    if isinstance(op, OpOverload) and op._overloadname == "default":
+        return op.overloadpacket
+    return op
+
+
+def _check_new(op: Callable[..., Any]) -> None:
+    if not callable(op):
+        raise OptionError(f"Registering a rule takes the op itself (such as F.linear), not {op!r}.")
+    op = canonical(op)
+    if op in RULES or op in DECOMPOSITIONS:
+        raise OptionError(f"{op_name(op)} has a rule already; an op has exactly one.")
+
+
+def register_rule(
+    *ops: Callable[..., Any], check: Callable[..., None] | None = None
+) -> Callable[[RuleFn], RuleFn]:
+    """Teach ghostfunc an op: decorate a rule for it.
+
+    Args:
+        ops: the op as torch functions see it (`F.linear`, `torch.matmul`, `torch.Tensor.matmul`,
+            ...); several names of one op may share a rule.
+        check: called like the op, where a parameter meets samples in it, before the rule is tried:
+            the place to raise `UnsupportedOpError` for calls that have no factor.
+
+    Returns:
+        A decorator for a rule: a function `rule(b, <the op's own signature>)` that returns a dict
+        from argument name to a function that makes the factor of that argument's per-sample
+        gradient (`gf.Outer`, `gf.OneHot` or `gf.Dense`). `b`, the cotangent of the op's output, and
+        every tensor among the arguments are stacked over samples, `[n, *shape]`, where `shape` is
+        what a call with one sample would have; see `docs/adding_a_rule.md`.
+
+    Raises:
+        OptionError: an op is not callable or has a rule already.
+    """
+
+    def decorate(fn: RuleFn) -> RuleFn:
+        parameters = list(inspect.signature(fn).parameters.values())
+        rule = FactorRule(fn, inspect.Signature(parameters[1:]), check)
+        for op in dict.fromkeys(ops):  # torch has several names for one object
+            _add(op, rule)
+        return fn
+
+    return decorate
+
+
+def register_broadcasting(*ops: Callable[..., Any]) -> None:
+    """Declare ops that broadcast their tensor arguments against each other."""
+    for op in dict.fromkeys(ops):
+        _add(op, BroadcastRule())
+
+
+def register_decomposition(
+    *ops: Callable[..., Any], otherwise: str = ""
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Run a composite op by an equivalent: decorate a function of elementary torch ops.
+
+    Args:
+        ops: ops that reach torch functions whole (`torch.lstm`, `F.multi_head_attention_forward`).
+        otherwise: why it may decline a call, for the error.
+
+    Returns:
+        A decorator for a function with the op's signature. It is called instead of the op, and the
+        ops it calls are seen in their turn; `NotImplemented` says that this call is to be left as
+        it is.
+
+    Raises:
+        OptionError: an op is not callable or has a rule or a decomposition already.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        for op in dict.fromkeys(ops):
+            _check_new(op)
+            DECOMPOSITIONS[op] = fn
+            if otherwise:
+                REASONS[op] = otherwise
+        return fn
+
+    return decorate
+
+
+def no_rule_because(reason: str, *ops: Callable[..., Any]) -> None:
+    """Say why ops have no rule."""
+    REASONS.update(dict.fromkeys(ops, reason))
+
+
+def constant(x: Tensor) -> Tensor:
+    """`x`, whose use by a decomposition is accounted for elsewhere: a tracked tensor is seen no
+    further."""
+    if has_torch_function((x,)):
+        held: Tensor = handle_torch_function(constant, (x,), x)
+        return held
+    return x.view_as(x)
+
+
+def lookup(op: Callable[..., Any]) -> Rule | None:
+    """The rule of an op, or None."""
+    return RULES.get(canonical(op))
+
+
+def coupled(what: str, remedy: str) -> CoupledSamplesError:
+    return CoupledSamplesError(
+        f"{what}: the loss of one sample depends on the others, so per-sample gradients do not "
+        f"exist. {remedy}"
+    )
+
+
+def unsupported(what: str, remedy: str = "") -> UnsupportedOpError:
+    """What a rule raises for a call it has no exact factor for."""
+    return UnsupportedOpError(" ".join(x for x in (f"{what}.", remedy, WAYS_OUT) if x))
+
+
+def rows(x: Tensor) -> Tensor:
+    """`[n, ..., d]` as `[n, t, d]`: all positions of a sample on one axis (t = 1 if none)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum `[n, ...]` over the axes that broadcasting `shape` added, keeping the samples."""
+    extra = g.ndim - 1 - len(shape)
+    g = wide(g).sum(tuple(range(1, 1 + extra))) if extra else wide(g)
+    grown = tuple(i + 1 for i, s in enumerate(shape) if s == 1 and g.shape[i + 1] != 1)
+    return g.sum(grown, keepdim=True) if grown else g

@@ -1,0 +1,288 @@
+"""The mode that places a tap beside every op where a parameter meets samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghostfunc._base.compilable import known
+from ghostfunc._base.refusals import op_name
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
+from ghostfunc._base.trees import tensors_of
+from ghostfunc._rules.registry import ArgName, BroadcastRule
+from ghostfunc._taps.tap import StaleOutputs, Use, UseOutput, output_of
+from ghostfunc._trace.layout import Layout, StaleLayout
+from ghostfunc._trace.trace import CallTrace, Trace, pattern
+from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
+from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, writes
+
+
+class TapMode(TrackingMode):
+    """Runs a traced model with a tap at every use.
+
+    `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
+    `note_outputs` fills `outputs`, for shapes and costs.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        leaves: Sequence[Tracked],
+        n: int,
+        taps: dict[ReaderKey, Tensor],
+        collect: dict[int, Tensor],
+        *,
+        note_outputs: bool = False,
+    ) -> None:
+        super().__init__(leaves)
+        self._note_outputs = note_outputs
+        self._trace = trace
+        self._entry = 0
+        self._as_traced = True
+        self._n_calls = 0
+        self._elsewhere: list[Any] = []
+        self._way = 0
+        self._n = n
+        self.taps = taps
+        self.collect = collect
+        self._tapping = True
+        self.uses: list[Use] = []
+        self.outputs: list[UseOutput] = []
+
+    @property
+    def _expected(self) -> CallTrace | None:
+        """The next traced call."""
+        calls = self._trace.calls
+        return calls[self._n_calls] if self._n_calls < len(calls) else None
+
+    def fork(
+        self,
+        grads: Mapping[int, Tensor] = MappingProxyType({}),
+        taps: Mapping[ReaderKey, Tensor] = MappingProxyType({}),
+        collect: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> TapMode:
+        """Another mode in the state of this one, to watch the same part of the program again.
+
+        Args:
+            grads: by identity of tracked tensors, what their training gradients are read at.
+            taps, collect: taps to use instead.
+        """
+        other = copy.copy(self)
+        other._tracked = {
+            key: (x, replace(t, grad=grads[key], running=None) if key in grads else t)
+            for key, (x, t) in self._tracked.items()
+        }
+        other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
+        other.uses, other.outputs = list(self.uses), list(self.outputs)
+        other._stale, other._elsewhere = dict(self._stale), list(self._elsewhere)
+        return other
+
+    @contextmanager
+    def without_taps(self) -> Iterator[None]:
+        """Only watch: what is computed stays constant."""
+        self._tapping = False
+        try:
+            yield
+        finally:
+            self._tapping = True
+
+    def elementary(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func is SET_GRAD_ENABLED:
+            return func(*args)
+        if reads_attribute(func):
+            return super().elementary(func, args, kwargs)
+        entry, funcs = self._entry, self._trace.funcs
+        self._entry += 1
+        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == op_key(func)
+        expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
+        out = super().elementary(func, args, kwargs)
+        read = not self._as_traced or entry in self._trace.reads_at
+        self._way = hash((self._way, entry, op_key(func), told(args), told(kwargs.values())))
+        if read and not isinstance(out, Tensor):
+            self._way = hash((self._way, seen_by_python(out)))
+        if expected is not None:
+            inputs = [x.shape for x in tensors_of((args, kwargs))]
+            self._as_traced = pattern(func, inputs, [out.shape]) == expected
+        if not self._as_traced:
+            self._elsewhere.append((entry, op_key(func)))
+        return out
+
+    @property
+    def route(self) -> Hashable:
+        """None if all calls were those of the trace, else what tells these from others."""
+        if self._as_traced and self._entry == len(self._trace.funcs):
+            return None
+        return self._entry, hash(tuple(self._elsewhere))
+
+    @property
+    def way(self) -> Hashable:
+        """What tells this way through the program from others: its calls, what they were told
+        besides tensors, the values that Python read, and the shapes where parameters met samples.
+        """
+        return self._entry, self._way
+
+    def _check_layout(self, layout: Layout, x: Tensor) -> None:
+        """The samples must lie where they lay in the trace. Where the shape would allow other
+        places, the way to this call must have been that of the trace, op by op."""
+        layout.check(x, self._n)
+        if not self._as_traced and layout.ambiguous(x, self._n):
+            raise StaleLayout(f"a tensor of shape {tuple(x.shape)} was come by in another way")
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        expected = self._expected
+        if expected is None or op_key(func) != op_key(expected.func):
+            return self._read_attribute(func, call)
+        if (tuple(call.hits), call.numbers()) != (expected.hits, expected.numbers):
+            raise StaleLayout(f"{op_name(func)} got other parameters")
+        if torch.is_grad_enabled() != expected.grad_enabled:
+            raise StaleLayout(f"{op_name(func)} was called with gradients switched on or off")
+        self._n_calls += 1
+        if expected.kind == "derived":
+            return self.derive(func, call, pushes=expected.pushes)
+        if expected.kind == "opaque":  # a gradient that gets here has nowhere to go, and raises
+            return call.run(func, [t.shown for t in call.tracked])
+        if expected.kind == "constant":
+            return call.run(func, call.consts())
+        if isinstance(expected.rule, BroadcastRule):
+            return self._broadcast(func, call, expected)
+        return self._factor(func, call, expected)
+
+    def finish(self) -> None:
+        """Raise `StaleLayout` unless every traced call was made."""
+        if self._expected is not None:
+            raise StaleLayout(f"{op_name(self._expected.func)} was not called")
+
+    def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        """Calls that return no tensor, such as reads of shapes, are not traced."""
+        out = call.run(func, call.consts())
+        if tensors_of(out) or writes(func, call.kwargs()):
+            wanted = self._expected and op_name(self._expected.func)
+            raise StaleLayout(f"{op_name(func)} was called where {wanted} was expected")
+        return out
+
+    def _site(
+        self,
+        y: Tensor,
+        axis: int,
+        call: CallTrace,
+        targets: list[tuple[ArgName, Tracked]],
+        args: list[Any],
+        treedef: optree.PyTreeSpec,
+    ) -> Tensor:
+        self._way = hash((self._way, tuple(map(known, y.shape))))
+        tap = self.collect.get(len(self.uses))
+        if tap is not None and tap.shape != y.shape:
+            raise StaleOutputs
+        use = Use(call, self._n, targets, args, treedef, axis, tap)
+        self.uses.append(use)
+        if self._note_outputs:
+            self.outputs.append(output_of(use, y, axis))
+        if self._tapping:
+            y = use.tap(y, self.taps)
+        if tap is None:
+            use.release()
+        return y
+
+    def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+        y = call.run(func, call.consts())
+        if in_transform() and 0 in y.stride():
+            y = y.contiguous()  # forward mode writes tangents into its like
+        self._check_layout(expected.out, y)
+        for i, layout in expected.layouts:
+            self._check_layout(layout, call.leaves[i])
+        args = call.stacked(dict(expected.layouts), self._n)
+        targets = list(zip(expected.names, call.tracked, strict=True))
+        return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
+
+    def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+        layout = expected.out
+        if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
+            return self._apart(func, call, expected)
+        args = unfold_all(call, expected, self._n)
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            padded = layout.pad(tracked.const, expected.ndim)
+            shape = list(padded.shape)
+            shape[layout.sample_axis] = self._n
+            copy = padded.expand(shape)
+            if in_transform():
+                copy = copy.contiguous()  # forward mode writes tangents into its like
+            args[i] = self._site(
+                copy, layout.sample_axis, expected, [("", tracked)], [], call.treedef
+            )
+        call_args, kwargs = call.rebuild(args)
+        out = layout.merge(func(*call_args, **kwargs))
+        # A scalar does not take part in the promotion of dtypes, and its copies do.
+        return out if out.dtype == expected.dtype else out.to(expected.dtype)
+
+    def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+        """The op on every sample by itself, samples first."""
+        layouts = dict(expected.layouts)
+        for i in layouts:
+            self._check_layout(layouts[i], call.leaves[i])
+        args = call.stacked(layouts, self._n)
+        for i, x in enumerate(args):
+            if i not in layouts and isinstance(x, Tensor):  # a mask may have fewer axes
+                args[i] = x.reshape(self._n, *[1] * (expected.ndim + 1 - x.ndim), *x.shape[1:])
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            copy = args[i].contiguous() if in_transform() else args[i]
+            args[i] = self._site(copy, 0, expected, [("", tracked)], [], call.treedef)
+        call_args, kwargs = call.rebuild(args)
+        out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
+        return out
+
+
+def told(values: Iterable[Any]) -> Hashable:
+    """What a call is told besides tensors, as far as it may be another for other samples: whole
+    numbers, words, and slices of them."""
+    return tuple(map(_told, values))
+
+
+def _told(x: Any) -> Hashable:
+    kind = type(x)
+    if kind is int or kind is str or kind is bool:
+        return kind is bool, x
+    if kind is tuple or kind is list or kind is torch.Size:
+        return tuple(map(_told, x))
+    if kind is slice:
+        return _told(x.start), _told(x.stop), _told(x.step)
+    return None
+
+
+def seen_by_python(x: Any) -> Hashable:
+    """Values that left torch."""
+    if isinstance(x, (list, tuple)):
+        return tuple(map(seen_by_python, x))
+    if isinstance(x, np.ndarray):
+        return x.shape, x.tobytes()
+    return x if isinstance(x, (bool, int, float, complex, str)) else None
+
+
+def mixes_last_axes(func: Callable[..., Any]) -> bool:
+    """Whether an op broadcasts all axes but the last two, and mixes those."""
+    return func is F.scaled_dot_product_attention
+
+
+def unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
+    """The arguments, the folded sample axis as two axes in all of them."""
+    args = list(call.leaves)
+    layouts = dict(expected.layouts)
+    from_right = expected.ndim - expected.out.axis
+    for i, x in enumerate(args):
+        if i in layouts:
+            layouts[i].check(x, n)
+            args[i] = layouts[i].split(x, n)
+        elif expected.out.folds and isinstance(x, Tensor) and x.ndim >= from_right:
+            args[i] = x.unflatten(x.ndim - from_right, (*[1] * expected.out.folds, -1))
+    return args

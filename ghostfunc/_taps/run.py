@@ -1,0 +1,312 @@
+"""One run of a model under taps: taps go in, and the backward pass returns the quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import TransformError
+from ghostfunc._base.purity import check_losses
+from ghostfunc._base.torch_private import (
+    address,
+    in_transform,
+    innermost,
+    symbolic,
+    unrounded,
+    wrapped,
+)
+from ghostfunc._base.trees import ParamSpec, tensors_of
+from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
+from ghostfunc._factors.beside_total import RunningTotal
+from ghostfunc._factors.bundles import owned
+from ghostfunc._factors.factor import Factor
+from ghostfunc._quantities.quantity import Dot, Quantity
+from ghostfunc._quantities.readers import DeferredGradients
+from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.tap import StaleOutputs
+from ghostfunc._taps.uses import collecting_outputs
+from ghostfunc._trace.find import TracedModel, with_trace
+from ghostfunc._trace.probe import unseen_use
+from ghostfunc._trace.trace import Trace
+from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
+from ghostfunc._trace.watch import gradients
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run returns, parameter by parameter; None for what was not asked for.
+
+    Attributes:
+        losses: `[n]`.
+        values: per quantity, what was read.
+        grads: the gradient of `scale * sum_i losses[i]`.
+        factors: the factors of `scale * g_i`, one per use.
+        deferred: the same of the parameters `defer`, not yet pulled back to them.
+        trace: what the run followed.
+        way: what tells the way through the program from others.
+    """
+
+    losses: Tensor
+    values: list[list[Any]]
+    grads: list[Any]
+    factors: list[list[Factor]]
+    deferred: list[DeferredGradients | None]
+    trace: Trace
+    way: Hashable
+
+
+def run(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    quantities: Sequence[Quantity],
+    *,
+    grads: Collection[int] = (),
+    collect: Collection[int] = (),
+    defer: Collection[int] = (),
+    scale: float | Tensor = 1.0,
+    outlives: bool = False,
+    check: Check = "new",
+    randomness: Randomness = "error",
+) -> RunResult:
+    """Run `model_fn` under taps, tracing it first where needed.
+
+    `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
+    `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
+    for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
+    call have memory of their own.
+    """
+    asked = partial(
+        _run,
+        quantities=quantities,
+        grads=grads,
+        collect=collect,
+        scale=scale,
+        defer=defer,
+        outlives=outlives,
+    )
+
+    def use(model: TracedModel) -> RunResult:
+        try:
+            taken = asked(model)
+        except StaleOutputs:  # trimmed to its longest sample, say
+            taken = asked(model, refresh=True)
+        prove(Claim(model, taken.way, taken.losses, partial(dots, model)), check, randomness)
+        return taken
+
+    model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    if any(map(symbolic, tensors_of(batch))):
+        refuse_unproved(model)
+    return taken
+
+
+def refuse_unproved(model: TracedModel) -> None:
+    """Raise `TransformError` for what has to be proved in every run, and is being compiled."""
+    if model.trace.statistics or (model.trace.reorders and model.n > 1):
+        raise TransformError(
+            "model_fn makes numbers of several samples, or may reorder samples by their values "
+            "(sorting, routing to experts), which has to be checked in every run: torch.compile "
+            "cannot record that. Call it uncompiled."
+        )
+
+
+def dots(model: TracedModel, directions: Sequence[Tensor]) -> list[Tensor]:
+    """`<g_i, u>` per parameter."""
+    return _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
+
+
+def _run(
+    model: TracedModel,
+    quantities: Sequence[Quantity],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float | Tensor,
+    defer: Collection[int] = (),
+    *,
+    outlives: bool = False,
+    refresh: bool = False,
+) -> RunResult:
+    """`refresh` looks at the uses in a run on this very batch."""
+    leaves, spec, n = model.leaves, model.spec, model.n
+    readers = [q.readers(leaves, spec) for q in quantities]
+    keys: list[ReaderKey] = []
+    met: list[ReaderKey] = []
+    for q, row in enumerate(readers):
+        for i in (i for i, r in enumerate(row) if r is not None):
+            # Not linear in the gradient, a quantity needs all uses of a parameter together.
+            together = quantities[q].degree > 1 and model.trace.uses[i] > 1
+            (met if together else keys).append((q, i))
+    taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
+    kept = {*collect, *(i for _, i in met)}
+    collected = collecting_outputs(model, kept, refresh=refresh)
+    modes: list[TapMode] = []
+    foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
+    running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
+
+    def tapped(
+        taps: list[Tensor],
+        collect_taps: list[Tensor],
+        primals: list[Tensor],
+        guards: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        tracked = constants(leaves, spec)
+        for i, primal in zip(grads, primals, strict=True):
+            tracked[i].grad = tracked[i].shown = primal
+        for leaf, guard in zip(tracked, guards, strict=False):
+            leaf.shown = guard
+        for q, i in keys:
+            tracked[i].readers[q, i] = (readers[q][i], readers[q][i])
+        mode = TapMode(
+            model.trace,
+            tracked,
+            n,
+            dict(zip(keys, taps, strict=True)),
+            dict(zip(collected, collect_taps, strict=True)),
+        )
+        with mode:
+            losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
+        mode.finish()
+        check_losses(losses, n)
+        modes.append(mode)
+        for i, total in running.items():  # the model may have pulled something back itself
+            tracked[i].running = total
+        # An enclosing transform may differentiate what is made of them; without one they would keep
+        # the whole graph alive.
+        nested = in_transform()
+        kept_args = [mode.uses[s].arg_tensors for s in collected]
+        if outlives:  # what no tap comes before may be the caller's memory
+            foreign.update(address(x) for args in kept_args for x in args if not x.requires_grad)
+        return losses, [[x if nested else x.detach() for x in args] for args in kept_args]
+
+    collect_taps = [output.tap(n) for output in collected.values()]
+    losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
+        tapped,
+        (taps, collect_taps, [leaves[i] for i in grads]),
+        scale,
+        guarded=model,
+        differentiable=_derivative_wanted(leaves, model.batch, readers),
+    )
+
+    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
+    for (q, i), value in zip(keys, with_zeros(tap_cotangents, taps), strict=True):
+        values[q][i] = _unscaled(value, scale, quantities[q].degree)
+    out_grads: list[Any] = [None] * len(leaves)
+    for i, grad in zip(grads, param_grads, strict=True):
+        whole = running[i].value if i in running else None
+        if whole is not None:
+            whole = whole.view_as(leaves[i])
+            grad = whole if grad is None else whole.add_(grad)
+        out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+    at_once: list[tuple[Tracked, Factor]] = []
+    later: list[tuple[Tracked, Factor]] = []
+    with unrounded(losses):
+        kept_b = with_zeros(collected_b, collect_taps)
+        for number, b, tensors in zip(collected, kept_b, saved, strict=True):
+            use = modes[0].uses[number]
+            for name, target in use.targets:
+                pairs = at_once if target.leaves().isdisjoint(defer) else later
+                pairs.append((target, use.factor(name, target, b, tensors)))
+        found = at_leaves(at_once)
+        factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
+        for q, i in met:
+            value = readers[q][i].read_all(factors[i])
+            values[q][i] = _unscaled(value, scale, quantities[q].degree)
+    if outlives:
+        factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
+    deferred = [_deferred(i, later) for i in range(len(leaves))]
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].way)
+
+
+def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:
+    """A parameter's gradients, to be formed one sample at a time; None if nothing leads to it."""
+    own = [(target, factor) for target, factor in pairs if leaf in target.leaves()]
+    if not own:
+        return None
+    targets, factors = zip(*own, strict=True)
+    return DeferredGradients(factors, partial(gradient_at, leaf, targets))
+
+
+def pull_back(
+    f: Callable[..., tuple[Tensor, Any]],
+    primals: tuple[list[Tensor], ...],
+    cotangent: float | Tensor,
+    *,
+    guarded: TracedModel,
+    differentiable: bool,
+) -> tuple[Tensor, Any, Any]:
+    """`f`'s output, the cotangents of its primals for its own (None may stand for zeros), and its
+    aux output.
+
+    Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
+    same with a tenth of the overhead on every op and tap.
+    """
+    if in_transform():
+        guards = [x.view_as(x) for x in guarded.leaves]
+        out: Any = torch.func.vjp(f, *primals, guards, has_aux=True)
+        losses, pullback, aux = out
+        with unrounded(losses):
+            cotangents = pullback(
+                _like(losses, cotangent),
+                retain_graph=differentiable,
+                create_graph=differentiable,
+            )
+        *cotangents, found = cotangents
+        if not any(map(symbolic, guarded.leaves)):
+            _refuse_unseen(guarded, [g if bool(innermost(g).any()) else None for g in found])
+        return losses, cotangents, aux
+    inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
+    guards = [x.detach().requires_grad_() for x in guarded.leaves]
+    with torch.enable_grad():
+        losses, aux = f(*inputs, guards)
+    flat = [x for group in inputs for x in group]
+    with unrounded(losses):
+        found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
+    _refuse_unseen(guarded, found[len(flat) :])
+    rest = iter(found)
+    return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
+
+
+def _refuse_unseen(guarded: TracedModel, cotangents: Sequence[Tensor | None]) -> None:
+    """Raise `UntrackedUseError` if a cotangent reached a parameter past the taps."""
+    pairs = zip(guarded.spec.names, cotangents, strict=True)
+    unseen = [name for name, g in pairs if g is not None]
+    if unseen:
+        raise unseen_use(unseen)
+
+
+def _like(losses: Tensor, cotangent: float | Tensor) -> Tensor:
+    if isinstance(cotangent, Tensor):
+        return cotangent.to(losses)
+    return torch.full_like(losses, cotangent)
+
+
+def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:
+    if isinstance(scale, Tensor) or scale == 1.0:
+        return value
+    return value / scale**degree
+
+
+def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents of primals, the zeros among them written out."""
+    pairs = zip(cotangents, primals, strict=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in pairs]
+
+
+def _adds_up(leaf: Tensor) -> bool:
+    """Whether the training gradient of a parameter may be added up in place: outside transforms
+    and compiled programs, in its own dtype."""
+    plain = not in_transform() and not symbolic(leaf)
+    return plain and leaf.is_floating_point() and wide(leaf).dtype == leaf.dtype
+
+
+def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:
+    """Whether an enclosing transform differentiates what this run returns."""
+    return any(x.requires_grad and wrapped(x) for x in tensors_of((list(leaves), batch, readers)))

@@ -1,0 +1,267 @@
+"""A tap: a zero input that leaves an op's output as it is, and whose cotangent is a quantity.
+
+The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
+its input; the training gradient, where it is wanted, is one more thing read off the factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from ghostfunc._base.torch_private import in_transform, unrounded
+from ghostfunc._base.trees import flatten, unflatten
+from ghostfunc._factors import bundles, contract
+from ghostfunc._factors.beside_total import dots_and_total
+from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
+from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader
+from ghostfunc._rules.registry import ArgName, BroadcastRule, rows
+from ghostfunc._trace.trace import CallTrace
+from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, real, shaped
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on `y`; its backward hands `y`'s cotangent to the use's readers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, use: Use, *tensors: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, use, *tensors = inputs
+        ctx.use = use
+        ctx.save_for_backward(*tensors[use.n_taps :])
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return (b, None, *ctx.use.read(b, saved), *(None for _ in saved))
+
+    @staticmethod
+    def jvp(ctx: Any, y_t: Tensor, *rest: object) -> Tensor:
+        return y_t
+
+
+class _TopLevelTap(torch.autograd.Function):
+    """`_Tap` outside transforms, where the separate `setup_context` would only cost time."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, use: Use, *tensors: Tensor) -> Tensor:
+        _Tap.setup_context(ctx, (y, use, *tensors), y)
+        return y.detach()  # y itself would count as a view, which in-place ops may not touch
+
+    backward = staticmethod(_Tap.backward)
+
+
+@dataclass(eq=False)
+class Use:
+    """One place where parameters meet samples, in one run of the model.
+
+    Attributes:
+        call: what the trace knows of it.
+        n: samples in this run.
+        targets: the tracked tensors that meet samples here, with the rule's names for them.
+        args, treedef: the call's arguments, flattened, every tensor as `[n, ...]`.
+        axis: where the samples lie in what the tap stands beside.
+        collect_tap: hands out the output's cotangent too, for factors that outlive the run.
+    """
+
+    call: CallTrace
+    n: int
+    targets: list[tuple[ArgName, Tracked]]
+    args: list[Any]
+    treedef: optree.PyTreeSpec
+    axis: int = 0
+    collect_tap: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.arg_tensors, self._rest = _split_tensors(self.args)
+        readers = [
+            [root if own is None else own for own, root in target.readers.values()]
+            for _, target in self.targets
+        ]
+        reader_leaves, self._reader_spec = flatten(readers)
+        self._reader_tensors, self._reader_rest = _split_tensors(reader_leaves)
+        self.n_taps = 0
+        self.n_args = len(self.arg_tensors)
+
+    def release(self) -> None:
+        """Let go of the arguments: what the backward pass needs of them, autograd has saved."""
+        self.args, self.arg_tensors = [], []
+
+    def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
+        """`y` with the taps of all targets beside it."""
+        inputs: list[Tensor] = []
+        for _, target in self.targets:
+            inputs += [taps[key] for key in target.readers]
+            if target.wants_grad:
+                inputs.append(target.grad)
+        if self.collect_tap is not None:
+            inputs.append(self.collect_tap)
+        self.n_taps = len(inputs)
+        if not inputs:
+            return y
+        function = _Tap if in_transform() else _TopLevelTap
+        return function.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
+
+    def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
+        """The cotangents of all tap inputs, in the order of `tap`."""
+        n_args = self.n_args
+        readers = unflatten(self._reader_spec, _merge_tensors(self._reader_rest, saved[n_args:]))
+        out: list[Tensor | None] = []
+        with unrounded(b):
+            for (name, target), own in zip(self.targets, readers, strict=True):
+                if own or target.wants_grad:
+                    out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
+        if self.collect_tap is not None:
+            out.append(b)
+        return out
+
+    def factor(self, name: ArgName, target: Tracked, b: Tensor, args: Sequence[Tensor]) -> Factor:
+        """The factor of one target, given the output's cotangent."""
+        layout = self.call.out
+        if isinstance(self.call.rule, BroadcastRule):
+            g = b.movedim(self.axis, 0)
+            return Dense(real(g.reshape(self.n, *target.const.shape)))
+        call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
+        assert self.call.rule is not None  # tracing saw to it
+        factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
+        return as_param_shape(factors[name](), target)
+
+
+def as_param_shape(factor: Factor, target: Tracked) -> Factor:
+    """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
+    matrix, which may be transposed; otherwise one with the same elements in the same order. All
+    positions of a sample are on one axis."""
+    shape = tuple(target.const.shape)
+    match factor:
+        case Outer(left, right) if left.ndim != 3:
+            factor = Outer(rows(left), rows(right))
+        case OneHot(ids, b, n_rows) if ids.ndim != 2:
+            factor = OneHot(ids[:, None].flatten(1), rows(b), n_rows)
+    if factor.shape == shape or (not isinstance(factor, Dense) and len(shape) != 2):
+        return factor
+    g = contract.materialize(factor)
+    return Dense(g.reshape(len(g), *shape))
+
+
+def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
+    """What every reader of a target reads, and last the cotangent of its training gradient's input
+    if there is one: None if the gradient was added to a running total."""
+    own = [reader is not None for reader, _ in target.readers.values()]
+    pulled = {} if all(own) else leaf_factors(target, factor)
+    at_leaf = [
+        None if here else reader.read(pulled[i])
+        for (_, i), here, reader in zip(target.readers, own, readers, strict=True)
+    ]
+    readers = [reader for here, reader in zip(own, readers, strict=True) if here]
+    beside = [root for _, root in target.readers.values() if isinstance(root, OneRunReader)]
+    if beside:  # then all are
+        leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
+        readers = _readers_for_train_rows(factor, target, leaves, readers)
+        factor = bundles.take(factor, slice(beside[0].n))
+    directions = [r for r in readers if isinstance(r, DotReader)]
+    us = [r.u.reshape(factor.shape) for r in directions]
+    contract_dtype = directions[0].contract_dtype if us else None  # one call has one
+    grad: Tensor | None = None
+    if target.running is not None:
+        dots = target.running.add(factor, us, contract_dtype)
+    else:
+        dots, grad = dots_and_total(
+            factor, us, with_total=target.wants_grad, contract_dtype=contract_dtype
+        )
+    read = iter(dots)
+    here = iter([next(read) if isinstance(r, DotReader) else r.read(factor) for r in readers])
+    out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
+    if target.wants_grad:
+        out.append(None if grad is None else shaped(grad, target.const))
+    return out
+
+
+def _readers_for_train_rows(
+    factor: Factor, target: Tracked, leaves: Sequence[int], readers: Sequence[Any]
+) -> list[Reader]:
+    """What reads the first samples, made of the others."""
+
+    def at_parameter(i: int, total: Tensor) -> Tensor:
+        (g,) = contract.materialize(leaf_factors(target, Dense(total[None]))[i])
+        return g
+
+    return [
+        reader.for_train_rows([factor], grads=target.wants_grad, pull=partial(at_parameter, i))
+        for i, reader in zip(leaves, readers, strict=True)
+    ]
+
+
+def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:
+    """One factor per parameter that `target` derives from."""
+    out: dict[int, Factor] = {}
+    for leaf, factors in at_leaves([(target, factor)]).items():
+        out[leaf] = factors[0]
+        if len(factors) > 1:
+            whole = list(map(contract.materialize, factors))
+            out[leaf] = Dense(contract.add_up([x.reshape(whole[0].shape) for x in whole]))
+    return out
+
+
+def _split_tensors(leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Tensors among `leaves`, and the rest with holes where the tensors were."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return tensors, [_HOLE if isinstance(x, Tensor) else x for x in leaves]
+
+
+def _merge_tensors(rest: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    it = iter(tensors)
+    return [next(it) if x is _HOLE else x for x in rest]
+
+
+class _Hole:
+    """Stands where a tensor was."""
+
+
+_HOLE = _Hole()
+
+
+@dataclass(frozen=True)
+class UseOutput:
+    """A use as a run on `n` samples saw it.
+
+    Attributes:
+        shape, axis, dtype, device: its output, and where the samples lie in it.
+        targets: `(parameter, type of factor, shape of factor, positions, direct)`.
+    """
+
+    n: int
+    shape: tuple[int, ...]
+    axis: int
+    dtype: torch.dtype
+    device: torch.device
+    targets: tuple[tuple[int, str, tuple[int, ...], int, bool], ...]
+
+    def tap(self, n: int) -> Tensor:
+        shape = list(self.shape)
+        shape[self.axis] = shape[self.axis] // self.n * n
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+
+
+class StaleOutputs(Exception):
+    """Some outputs have other shapes than the remembered ones. Never leaves the package."""
+
+
+def output_of(use: Use, y: Tensor, axis: int) -> UseOutput:
+    targets = []
+    for name, target in use.targets:
+        factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
+        met = bundles.use_shape(factor)
+        seen = met.kind, met.shape, met.positions, target.direct(factor)
+        targets += [(leaf, *seen) for leaf in target.leaves()]
+    return UseOutput(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))

@@ -1,0 +1,103 @@
+"""The uses of every parameter in a run, and the shapes they have there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.compilable import known
+from ghostfunc._base.remembered import memory, shapes_key
+from ghostfunc._base.trees import ParamSpec, take, tensors_of
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors.cost import UseShape
+from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.tap import UseOutput
+from ghostfunc._trace.find import TracedModel, with_trace
+from ghostfunc._trace.layout import StaleLayout
+from ghostfunc._trace.tracked import constants
+
+
+def use_shapes(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    randomness: Randomness,
+    exact: bool,
+) -> list[list[UseShape]]:
+    """The uses of every parameter in a run on `batch`.
+
+    Not `exact`, the positions may be those of a batch of another length, scaled to this one.
+    """
+    exact = exact or _open(batch)
+    remembered = memory(model_fn)
+    lengths = sum(x[0].numel() for x in tensors_of(batch))
+
+    def look(model: TracedModel) -> tuple[list[UseOutput], float]:
+        key = ("sites", model.trace, shapes_key(model.leaves))
+        if exact:
+            return _outputs(model), 1.0
+        if key not in remembered:
+            remembered[key] = (lengths, _outputs(model))
+        seen_lengths, seen = remembered[key]
+        return seen, lengths / seen_lengths
+
+    model, (outputs, ratio) = with_trace(look, model_fn, leaves, spec, batch, randomness)
+    out: list[list[UseShape]] = [[] for _ in leaves]
+    for output in outputs:
+        for i, kind, shape, positions, direct in output.targets:
+            scaled = known(positions) if ratio == 1 else max(1, round(positions * ratio))
+            out[i].append(UseShape(kind, shape, model.n, scaled, direct))
+    return out
+
+
+def _outputs(model: TracedModel) -> list[UseOutput]:
+    """All uses and what their outputs look like: those of a run on two samples, remembered by
+    the exact shapes of the batch, where those are known."""
+    few = min(model.n, 2)
+    sample = take(model.batch, range(few))
+    if _open(sample):
+        return _look_at_outputs(model, few, sample)
+    remembered = memory(model.model_fn)
+    key = ("sites", model.trace, shapes_key((model.leaves, sample)))
+    if key not in remembered:
+        remembered[key] = _look_at_outputs(model, few, sample)
+    return remembered[key]
+
+
+def _open(batch: PyTree) -> bool:
+    """Whether some sizes are symbols: a compiled program for all lengths is being recorded."""
+    return any(isinstance(size, torch.SymInt) for x in tensors_of(batch) for size in x.shape)
+
+
+def _look_at_outputs(model: TracedModel, few: int, sample: PyTree) -> list[UseOutput]:
+    try:
+        return _outputs_of(model, few, sample)
+    except StaleLayout:  # the first few go another way than the batch
+        return _outputs_of(model, model.n, model.batch)
+
+
+def _outputs_of(model: TracedModel, few: int, sample: PyTree) -> list[UseOutput]:
+    tracked = constants(model.leaves, model.spec)
+    mode = TapMode(model.trace, tracked, few, {}, {}, note_outputs=True)
+    with mode, torch.enable_grad():
+        model.model_fn(model.spec.unflatten([t.shown for t in tracked]), sample)
+    mode.finish()
+    return mode.outputs
+
+
+def collecting_outputs(
+    model: TracedModel, collect: Collection[int], *, refresh: bool
+) -> dict[int, UseOutput]:
+    """The uses of the parameters `collect`, by number."""
+    if not collect:
+        return {}
+    outputs = _outputs_of(model, model.n, model.batch) if refresh else _outputs(model)
+    return {
+        number: output
+        for number, output in enumerate(outputs)
+        if any(target[0] in collect for target in output.targets)
+    }

@@ -1,0 +1,159 @@
+"""Tracing: where parameters meet samples, and where the sample axis lies there.
+
+Guessing the sample axis from one shape is how silent errors are made, so the model is run three
+times on a few samples, without keeping anything (`purity` has shown before that their losses do
+not depend on each other):
+
+1. on two samples, 0 and 1 as a rule: the shapes of every torch call;
+2. on those and the first of them again: an axis that grew holds samples, and a tensor computed from
+   parameters whose shape did not change is derived;
+3. the same, with a zero tap at every use, pulled back from one loss at a time: rows with a
+   cotangent are that sample's, which tells sample-major from position-major folding and shows
+   once more that samples do not talk. A cotangent that reaches a parameter past the taps is a use
+   that was not seen.
+
+What is learnt is kept by structure, not by length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.errors import WAYS_OUT, CoupledSamplesError, InPlaceError, SampleAxisError
+from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
+from ghostfunc._base.refusals import op_name
+from ghostfunc._base.trees import ParamSpec, batch_size, take
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._trace.probe import probe_uses
+from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
+from ghostfunc._trace.trace import CallTrace, Trace, pattern
+from ghostfunc._trace.tracked import constants
+from ghostfunc._trace.watch import op_key, reads_attribute
+
+PAIRS_TRIED = 32
+"""Samples among which one is looked for that goes the way of the batch."""
+
+
+def pairs_to_trace(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
+) -> Iterator[tuple[int, int]]:
+    """Samples that may stand for the batch: the first two, and if those go another way through the
+    program (none of them is padded, say), pairs that call the same ops. Two even of one: code may
+    treat a batch of one in its own way."""
+    n = batch_size(batch)
+    yield 0, min(1, n - 1)
+
+    def way(data: PyTree) -> list[Callable[..., Any]]:
+        log = ShapeLog()
+        with log, torch.enable_grad():
+            model_fn(spec.unflatten(lend(leaves)), data)
+        return [func for func, _, _ in log.calls]
+
+    whole = way(batch)
+    for i in range(2, min(n, PAIRS_TRIED)):
+        if way(take(batch, [0, i])) == whole:
+            yield 0, i
+
+
+@torch.enable_grad()
+def trace_model(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+    pair: tuple[int, int],
+) -> Trace:
+    """Trace `model_fn` on two samples of the batch."""
+    prove_independent(model_fn, leaves, spec, batch, randomness)
+    chosen = list(pair)
+    small, grown = take(batch, chosen), take(batch, [*chosen, chosen[0]])
+    k = len(chosen)
+
+    log = ShapeLog()
+    params = spec.unflatten(lend(leaves))
+    with log:
+        plain = model_fn(params, small)
+    plain = check_losses(plain, k).detach()
+    tracked = constants(leaves, spec)
+    recorder = Recorder(tracked, log, k, k + 1, grown)
+    with recorder:
+        losses = model_fn(spec.unflatten([t.shown for t in tracked]), grown)
+    losses = check_losses(losses, k + 1)
+    if randomness == "error" and not close(losses[:k], plain):
+        raise InPlaceError(
+            f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
+            "one: model_fn writes in place to tensors that are views of others, or depends on "
+            f"something besides its arguments. {WAYS_OUT}"
+        )
+
+    uses = [s for s in recorder.seen if s.trace.kind == "use"]
+    cotangents = probe_uses(model_fn, leaves, spec, grown, recorder.seen, uses)
+    calls = iter(
+        _settle_layout(s, b, k + 1, randomness)
+        for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
+    )
+    counts = [0] * len(leaves)
+    for use in uses:
+        for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
+            counts[leaf] += 1
+    trace = Trace(
+        tuple(op_key(func) for func, _, _ in log.calls if not reads_attribute(func)),
+        tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
+        tuple(counts),
+        tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),
+        recorder.reorders,
+        recorder.statistics,
+        recorder.reads,
+        frozenset(recorder.reads_at),
+    )
+    return trace
+
+
+def _settle_layout(
+    seen: RecordedCall, cotangents: Sequence[Tensor], n: int, randomness: Randomness
+) -> CallTrace:
+    """Choose the folding that both the cotangents and the values of the output allow."""
+    trace, y = seen.trace, seen.y
+    assert y is not None
+    owned = [
+        f for f in seen.folds if all(_only(i, f.front(b, n)) for i, b in enumerate(cotangents))
+    ]
+    what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
+    if not owned:
+        said = coupled_samples(f"at {what}, a sample's loss has a gradient at other samples' rows")
+        raise CoupledSamplesError(
+            f"{said} If those rows are its own, in an order that model_fn makes (it sorts samples "
+            "by length, say), keep the samples in their order where parameters meet them. "
+            + WAYS_OUT
+        )
+    if len(owned) > 1 and randomness == "error":
+        owned = [f for f in owned if _copy_equal(f.front(y, n))] or owned
+    ordinary = [f for f in owned if f.fold != "between"]
+    owned = ordinary or owned
+    if len(owned) > 1:
+        raise SampleAxisError(
+            f"At {what}, samples and positions share an axis, and neither values nor gradients "
+            "tell which rows belong to which sample (are all values equal?). Call it once with a "
+            "batch of ordinary values."
+        )
+    (fold,) = owned
+    layouts = tuple(
+        (i, lay if lay.fold == "none" else lay.folded_like(fold)) for i, lay in trace.layouts
+    )
+    return replace(trace, out=fold, layouts=layouts)
+
+
+def _only(i: int, b: Tensor) -> bool:
+    """Whether only sample i has a cotangent; NaN is what zero times infinity is."""
+    others = torch.cat([b[:i], b[i + 1 :]])
+    return not bool(((others != 0) & ~others.isnan()).any())
+
+
+def _copy_equal(y: Tensor) -> bool:
+    return torch.allclose(y[-1], y[0], rtol=1e-3, atol=1e-5)

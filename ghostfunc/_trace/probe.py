@@ -1,0 +1,152 @@
+"""A third run of a model, pulled back from one loss at a time: whose row is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, TransformError, UntrackedUseError
+from ghostfunc._base.purity import lend, refuse_checkpoints
+from ghostfunc._base.refusals import op_name
+from ghostfunc._base.torch_private import HigherOrderOperator, in_transform
+from ghostfunc._base.trees import ParamSpec, tensors_of
+from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._trace.record import RecordedCall
+from ghostfunc._trace.tracked import CallArgs, Tracked, constants
+from ghostfunc._trace.watch import TrackingMode, gradients
+
+
+class _Probe(torch.autograd.Function):
+    """The identity on `y`, whose cotangent is also that of `tap`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, tap: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, Tensor]:
+        return b, b
+
+
+class _TopLevelProbe(torch.autograd.Function):
+    """`_Probe` outside transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
+        return y.detach()  # a view may not be written to
+
+    backward = staticmethod(_Probe.backward)
+
+
+class Prober(TrackingMode):
+    """Runs the recorded calls on constants, with a probe on every use."""
+
+    def __init__(
+        self, leaves: Sequence[Tracked], seen: Sequence[RecordedCall], taps: Sequence[Tensor]
+    ) -> None:
+        super().__init__(leaves)
+        self._seen = iter(seen)
+        self._taps = iter(taps)
+        self._expected = next(self._seen, None)
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        expected = self._expected
+        if expected is None or (func, tuple(call.hits)) != (
+            expected.trace.func,
+            expected.trace.hits,
+        ):
+            out = call.run(func, call.consts())
+            if isinstance(func, HigherOrderOperator):
+                raise unseen_use(sorted({name for t in call.tracked for name in t.leaf_names()}))
+            if tensors_of(out):
+                raise ControlFlowError(
+                    f"model_fn calls other ops when it is run again (at {op_name(func)}): its "
+                    f"control flow depends on something besides its arguments. {WAYS_OUT}"
+                )
+            return out
+        self._expected = next(self._seen, None)
+        if expected.trace.kind == "derived":
+            return self.derive(func, call)
+        if expected.trace.kind == "opaque":
+            return call.run(func, [t.shown for t in call.tracked])
+        out = call.run(func, call.consts())
+        if expected.trace.kind != "use":
+            return out
+        probe = _Probe if in_transform() else _TopLevelProbe
+        return probe.apply(out, next(self._taps))
+
+
+def probe_uses(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    grown: PyTree,
+    seen: Sequence[RecordedCall],
+    uses: Sequence[RecordedCall],
+) -> list[list[Tensor]]:
+    """Cotangents of every use's output, for every sample's loss in turn."""
+    taps = [_zero(s.y) for s in uses]
+
+    def run(taps: list[Tensor], primals: list[Tensor]) -> Tensor:
+        tracked = constants(leaves, spec)
+        for leaf, primal in zip(tracked, primals, strict=True):
+            leaf.grad = leaf.shown = primal
+        with Prober(tracked, seen, taps):
+            return model_fn(spec.unflatten(primals), grown)
+
+    if in_transform():
+        losses, pullback = torch.func.vjp(run, taps, lend(leaves))[:2]
+        pulled = [pullback(c, create_graph=False) for c in _each(losses)]
+    else:  # plain autograd also runs functions that transforms do not
+        inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
+        losses = run(inputs[: len(taps)], inputs[len(taps) :])
+        refuse_checkpoints(losses)
+        try:
+            flats = [gradients(losses, inputs, c, again=True) for c in _each(losses)]
+        except CheckpointError as error:
+            raise TransformError(
+                "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
+                "sees it. Use gf.remat instead (gf.hf.enable_remat(model) in transformers), or "
+                'mode="materialized" with vectorize=False.'
+            ) from error
+        # A path that is there counts as a use, even if its gradient happens to vanish.
+        for name, g in zip(spec.names, flats[0][len(taps) :], strict=True):
+            if g is not None:
+                raise unseen_use([name])
+        return [
+            [torch.zeros_like(x) if g is None else g for x, g in zip(taps, flat, strict=False)]
+            for flat in flats
+        ]
+    for _, unseen in pulled:
+        for name, g in zip(spec.names, unseen, strict=True):
+            if bool((g != 0).any()):
+                raise unseen_use([name])
+    return [cotangents for cotangents, _ in pulled]
+
+
+def unseen_use(names: Sequence[str]) -> UntrackedUseError:
+    listed = ", ".join(map(repr, names))
+    return UntrackedUseError(
+        f"The losses depend on parameter {listed} on a path ghostfunc does not see: a custom "
+        f"autograd.Function, a write into a buffer, or code outside torch functions. {WAYS_OUT}"
+    )
+
+
+def _each(losses: Tensor) -> Tensor:
+    """The cotangents that ask for one loss each."""
+    return torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+
+
+def _zero(y: Tensor | None) -> Tensor:
+    assert y is not None
+    return y.new_zeros(()).expand(y.shape)

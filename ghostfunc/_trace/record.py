@@ -1,0 +1,387 @@
+"""Two runs of a model side by side, the second on one sample more: what grew holds samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.errors import (
+    WAYS_OUT,
+    ControlFlowError,
+    GhostError,
+    RandomnessError,
+    SampleAxisError,
+    UnsupportedOpError,
+)
+from ghostfunc._base.purity import Draws
+from ghostfunc._base.refusals import Refusals, op_name
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
+from ghostfunc._base.trees import first_tensor, flatten, tensors_of
+from ghostfunc._base.types import PyTree
+from ghostfunc._factors.factor import misfit
+from ghostfunc._rules.registry import REASONS, ArgName, BroadcastRule, FactorRule, lookup
+from ghostfunc._rules.reordering import (
+    MAY_REORDER,
+    NORMS_OF_SLICES,
+    SCANS,
+    mixes_slices,
+    reorders,
+    sorted_dim,
+)
+from ghostfunc._trace.layout import Layout
+from ghostfunc._trace.trace import CallTrace, Kind, Shape
+from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
+from ghostfunc._trace.watch import (
+    ALIKE,
+    CONSTANTS,
+    TrackingMode,
+    decomposed,
+    reads_attribute,
+    writes,
+)
+
+_NUMBERS: set[Callable[..., Any]] = {
+    Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
+}  # fmt: skip
+_READS: set[Callable[..., Any]] = _NUMBERS | {
+    Tensor.__bool__, Tensor.__array__, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero,
+    Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.__contains__,
+}  # fmt: skip
+"""Ops by which values of tensors come into Python."""
+
+
+class ShapeLog(Refusals):
+    """Notes the shapes of every torch call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], list[Shape | None], list[Shape | None]]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        whole = decomposed(self, func, args, kwargs or {})
+        if whole is not NotImplemented:
+            return whole
+        if func is SET_GRAD_ENABLED:
+            return func(*args)
+        entry = len(self.calls)
+        inputs = shapes((args, kwargs or {}))
+        self.calls.append((func, inputs, []))
+        out = super().__torch_function__(func, types, args, kwargs)
+        self.calls[entry] = (func, inputs, shapes(out))
+        return out
+
+
+def _has_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
+    """Whether autograd connects what an op returns with what it is given. Inside transforms, which
+    do not say, it is taken to."""
+    if in_transform():
+        return True
+    with torch.random.fork_rng():
+        out = call.run(func, [x.detach().requires_grad_() for x in call.consts()])
+    nodes = [x.grad_fn for x in tensors_of(out) if x.requires_grad]
+    return any(node is None or type(node).__name__ != "NotImplemented" for node in nodes)
+
+
+def _has_second_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
+    """Whether autograd also knows how the gradient of an op depends on the cotangent of its output.
+    Some ops raise, and some whose gradient is made behind its back take that for a constant."""
+    if in_transform():
+        return True
+    if any(x.layout != torch.strided for x in call.consts()):
+        return False
+    inputs = [x.detach().requires_grad_() for x in call.consts()]
+    with torch.random.fork_rng():
+        outs = [x for x in tensors_of(call.run(func, inputs)) if x.requires_grad]
+    if any(x.layout != torch.strided for x in outs):
+        return False
+    b = [torch.ones_like(x, requires_grad=True) for x in outs]
+    try:
+        pulled: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outs, inputs, b, create_graph=True, allow_unused=True
+        )
+        met: list[Tensor] = [g for g in pulled if g is not None]
+        moving = [g for g in met if g.requires_grad]
+        torch.autograd.grad(moving, b, list(map(torch.zeros_like, moving)), allow_unused=True)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        return False
+    return all(g.requires_grad or not bool(g.any()) for g in met)
+
+
+def shapes(tree: object) -> list[Shape | None]:
+    return [tuple(x.shape) if isinstance(x, Tensor) else None for x in flatten(tree)[0]]
+
+
+@dataclass
+class RecordedCall:
+    """A call on tracked tensors, with what is needed to classify it."""
+
+    trace: CallTrace
+    tracked: list[Tracked]
+    y: Tensor | None
+    folds: tuple[Layout, ...]
+
+
+class Recorder(TrackingMode):
+    """Runs the grown batch beside the log of the smaller one."""
+
+    def __init__(
+        self, leaves: Sequence[Tracked], log: ShapeLog, k: int, grown: int, batch: PyTree
+    ) -> None:
+        super().__init__(leaves)
+        self._log = log
+        self._k, self._grown = k, grown
+        self._of_batch = {id(x): x for x in tensors_of(batch)}  # what is made of its values
+        self._entry = 0
+        self._reordered_at: int | None = None
+        self.statistics = False
+        self.reads = False
+        self.reads_at: set[int] = set()
+        self._number = -1  # of the call, reads of attributes not counted
+        self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
+        self.seen: list[RecordedCall] = []
+
+    @property
+    def reorders(self) -> bool:
+        """Whether samples meet parameters after they may have been reordered."""
+        if self._reordered_at is None:
+            return False
+        return any(s.trace.kind == "use" for s in self.seen[self._reordered_at :])
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = decomposed(self, func, args, kwargs)
+        if out is not NotImplemented:
+            return out
+        if func is SET_GRAD_ENABLED:
+            return func(*args)
+        self._entry += 1
+        self._number += not reads_attribute(func)
+        if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
+            raise ControlFlowError(
+                f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
+                f"{op_name(func)}): its control flow depends on its data, so it cannot be traced. "
+                + WAYS_OUT
+            )
+        if func is torch.randperm and self._reordered_at is None:
+            self._reordered_at = len(self.seen)
+        if func in MAY_REORDER or func in SCANS or func in NORMS_OF_SLICES:
+            before = next((s for s in self._log.calls[self._entry - 1][1] if s is not None), ())
+            given = first_tensor(args, kwargs)
+            now = () if given is None else given.shape
+            axes = [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]
+            if func in SCANS:
+                self.statistics |= bool(axes) and sorted_dim(func, args, kwargs) % len(now) in axes
+            elif func in NORMS_OF_SLICES:
+                self.statistics |= mixes_slices(args, kwargs, axes)
+            elif self._reordered_at is None and any(
+                reorders(func, args, kwargs, axis, len(now)) for axis in axes
+            ):
+                self._reordered_at = len(self.seen)
+        inputs, judged = shapes((args, kwargs)), self._verdicts_among(args, kwargs)
+        out = self.elementary(func, args, kwargs)
+        _, inputs_before, outs_before = self._log.calls[self._entry - 1]
+        outs = shapes(out)
+        self._follow_batch(func, args, kwargs, out)
+        if judged or (inputs != inputs_before and outs == outs_before):
+            for x in tensors_of(out):
+                if differentiable(x):
+                    self.statistics = True
+                else:
+                    self._batch_wide_results[id(x)] = x
+            self.statistics |= judged and func in _NUMBERS
+        self.statistics |= any(
+            sum(a != b for a, b in zip(now or (), then or (), strict=False)) > 1
+            for now, then in zip(outs, outs_before, strict=False)
+        )
+        return out
+
+    def _follow_batch(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
+        if any(id(x) in self._of_batch for x in values):
+            if func in _READS:
+                self.reads = True
+                self.reads_at.add(self._number)
+            self._of_batch.update((id(x), x) for x in tensors_of(out))
+
+    def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return bool(self._batch_wide_results) and any(
+            id(x) in self._batch_wide_results for x in tensors_of((args, kwargs))
+        )
+
+    def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
+        _, arg_shapes, out_shapes = self._log.calls[self._entry - 1]
+        plain = self._called(func, call, "constant")
+        if func in CONSTANTS or not torch.is_grad_enabled():
+            out = call.run(func, call.consts())
+            if any(s is not None for s in out_shapes):
+                self.seen.append(RecordedCall(plain, [], None, ()))
+            return out
+        if writes(func, call.kwargs()) and call.leaves[0].shape == arg_shapes[0]:
+            self.seen.append(RecordedCall(replace(plain, kind="derived"), [], None, ()))
+            return self.derive(func, call)
+        out = call.run(func, call.consts())
+        outs = flatten(out)[0]
+        if out is None and writes(func, call.kwargs()):
+            outs, out_shapes = call.leaves[:1], arg_shapes[:1]
+        if not any(s is not None for s in out_shapes):
+            return out
+        grew = [tuple(x.shape) != s for x, s in zip(outs, out_shapes, strict=True)]
+        if not any(map(differentiable, outs)):
+            self.seen.append(RecordedCall(plain, [], None, ()))
+            return out
+        if not any(grew):
+            if not _has_derivative(func, call):
+                self.seen.append(RecordedCall(replace(plain, kind="opaque"), [], None, ()))
+                return out
+            derivation = replace(plain, kind="derived", pushes=_has_second_derivative(func, call))
+            self.seen.append(RecordedCall(derivation, [], None, ()))
+            return self.derive(func, call)
+        self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
+        return out
+
+    def _called(self, func: Callable[..., Any], call: CallArgs, kind: Kind) -> CallTrace:
+        return CallTrace(func, tuple(call.hits), call.numbers(), torch.is_grad_enabled(), kind)
+
+    def derive(self, func: Callable[..., Any], call: CallArgs, *, pushes: bool = True) -> Any:
+        with Draws() as draws:
+            out = super().derive(func, call, pushes=pushes)
+        if draws.seen:
+            raise RandomnessError(
+                f"{op_name(func)} draws random numbers for parameter {call.tracked[0].name!r}: one "
+                "draw for all samples, so the losses are not one function of the parameter for "
+                "each of them. Draw outside model_fn and close over the numbers."
+            )
+        return out
+
+    def _use(
+        self,
+        func: Callable[..., Any],
+        call: CallArgs,
+        out: Any,
+        arg_shapes: list[Shape | None],
+        out_shapes: list[Shape | None],
+    ) -> RecordedCall:
+        rule = lookup(func)
+        what = f"{op_name(func)} on parameter {', '.join(repr(t.name) for t in call.tracked)}"
+        if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
+            reason = REASONS.get(func, "no ghost rule for this op")
+            raise UnsupportedOpError(f"{what}: {reason}. {WAYS_OUT}")
+        if any(x.is_complex() for x in call.consts()) and not isinstance(rule, BroadcastRule):
+            raise UnsupportedOpError(f"{what}: no ghost rule for complex parameters. {WAYS_OUT}")
+        if isinstance(rule, FactorRule) and rule.check is not None:
+            args, kwargs = call.rebuild(call.leaves)
+            rule.check(*args, **kwargs)
+        folds = self._axis(out_shapes[0], tuple(out.shape), what)
+        layouts = []
+        for i, x in enumerate(call.leaves):
+            shape = arg_shapes[i]
+            if isinstance(x, Tensor) and shape is not None and tuple(x.shape) != shape:
+                arg_folds = self._axis(shape, tuple(x.shape), what)
+                if folds[0].fold == "none" != arg_folds[0].fold:
+                    raise SampleAxisError(
+                        f"{what}: argument {i} has shape {tuple(x.shape)} with several rows per "
+                        f"sample, the output {tuple(out.shape)} with one. {WAYS_OUT}"
+                    )
+                layouts.append((i, arg_folds[0]))
+        names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
+        if not isinstance(rule, BroadcastRule):
+            names = self._try(rule, call, out, folds[0], dict(layouts), what)
+        trace = replace(
+            self._called(func, call, "use"),
+            rule=rule,
+            names=names,
+            layouts=tuple(layouts),
+            out=folds[0],
+            ndim=out.ndim,
+            dtype=out.dtype,
+        )
+        return RecordedCall(trace, call.tracked, out, folds)
+
+    def _try(
+        self,
+        rule: FactorRule,
+        call: CallArgs,
+        out: Tensor,
+        layout: Layout,
+        layouts: dict[int, Layout],
+        what: str,
+    ) -> tuple[ArgName, ...]:
+        """The rule's names for the tracked arguments; raises unless it has factors for them."""
+        slots = [object() for _ in call.leaves]  # one tensor may be two arguments
+        try:
+            named = rule.names(*call.rebuild(slots))
+            names = tuple(named[id(slots[i])] for i in call.hits)
+            args, kwargs = call.rebuild(call.stacked(layouts, self._grown))
+            factors = rule.fn(layout.stack(out, self._grown), *args, **kwargs)
+            for name, tracked in zip(names, call.tracked, strict=True):
+                if name not in factors:
+                    raise UnsupportedOpError(f"{what}: its rule has no factor for {name!r}")
+                factor = factors[name]()
+                if wrong := misfit(factor, self._grown):
+                    raise UnsupportedOpError(f"{what}: {wrong}")
+                shape, wanted = factor.shape, tuple(tracked.const.shape)
+                if math.prod(shape) != math.prod(wanted):
+                    raise UnsupportedOpError(
+                        f"{what}: its rule makes a factor of shape {shape} for shape {wanted}"
+                    )
+        except UnsupportedOpError as error:
+            said = str(error)
+            raise UnsupportedOpError(said if WAYS_OUT in said else f"{said}. {WAYS_OUT}") from None
+        except GhostError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            raise UnsupportedOpError(
+                f"{what}: its rule cannot take this call ({type(error).__name__}: {error}). "
+                + WAYS_OUT
+            ) from error
+        return names
+
+    def _axis(self, small: Shape, grown: Shape, what: str) -> tuple[Layout, ...]:
+        """The axis that grew, as samples may be folded on it: the ordinary ways first."""
+        if len(small) != len(grown):
+            raise SampleAxisError(f"{what}: shape {small} became {grown} with one more sample.")
+        axes = [i for i, (a, b) in enumerate(zip(small, grown, strict=True)) if a != b]
+        if len(axes) != 1:
+            raise SampleAxisError(
+                f"{what}: with one more sample, shape {small} became {grown}. Samples must lie on "
+                "exactly one axis: in a table of sample pairs, compute each sample's own entries "
+                f"alone. {WAYS_OUT}"
+            )
+        (axis,) = axes
+        k, positions = self._k, small[axis] // self._k
+        if small[axis] % k or grown[axis] != self._grown * positions:
+            raise SampleAxisError(
+                f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
+                f"{self._grown}: not the same number for every sample. For transformers' experts, "
+                'model.set_experts_implementation("batched_mm") keeps a sample\'s rows together. '
+                + WAYS_OUT
+            )
+        if positions == 1:
+            return (Layout(axis),)
+        between = [
+            Layout(axis, "between", outer, positions // outer)
+            for outer in range(2, positions)
+            if positions % outer == 0
+        ]
+        return Layout(axis, "sample-major"), Layout(axis, "position-major"), *between

@@ -1,0 +1,100 @@
+"""What a trace says of one way through a model: the calls on tracked tensors, in order, and where
+the samples lie there. `make` makes traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghostfunc._rules.registry import ArgName, Rule
+from ghostfunc._trace.layout import Layout
+
+Kind = Literal["use", "derived", "constant", "opaque"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CallTrace:
+    """One torch call on tracked tensors.
+
+    Attributes:
+        func: the op; `hits`: which of its flattened arguments are tracked.
+        numbers: which tracked tensors they are; `grad_enabled`: whether gradients were taken.
+        kind: "use" where samples are met, "derived" where not yet, "constant" where autograd
+            sees no dependence, "opaque" where it has no derivative: what comes of it may be used
+            as a constant only.
+        pushes: for what derives, whether directions can be pushed through it, which takes second
+            derivatives; else factors are pulled back, which takes first ones.
+        rule, names: for uses, the op's rule and its names for the tracked arguments.
+        layouts: where samples lie in the flattened arguments that carry them.
+        out, ndim, dtype: where samples lie in the output, its number of axes, and its dtype.
+    """
+
+    func: Callable[..., Any]
+    hits: tuple[int, ...]
+    numbers: tuple[int, ...]
+    grad_enabled: bool
+    kind: Kind
+    pushes: bool = True
+    rule: Rule | None = None
+    names: tuple[ArgName, ...] = ()
+    layouts: tuple[tuple[int, Layout], ...] = ()
+    out: Layout = field(default=Layout(0))
+    ndim: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What is known of one way through the model.
+
+    Attributes:
+        funcs: every torch call but reads of attributes, in order: a run that makes others is on
+            another way.
+        calls: the calls on tracked tensors, in order.
+        uses: how often samples meet each parameter.
+        patterns: for ops that may fold samples and positions, which axes have more than one row:
+            where all axes before the samples' have one, they look as if they were not there.
+        reorders: whether an op before one of the uses may reorder samples by their values, so that
+            whose row is whose has to be checked in every run.
+        statistics: whether a number is made of several samples, so that their independence has to
+            be.
+        reads_at: the calls, by number, that hand values of the batch to Python.
+        reads: whether the program reads values of the batch out of tensors: what it then does may
+            be the same for all samples.
+    """
+
+    funcs: tuple[Callable[..., Any], ...]
+    calls: tuple[CallTrace, ...]
+    uses: tuple[int, ...]
+    patterns: tuple[Pattern | None, ...]
+    reorders: bool
+    statistics: bool
+    reads: bool
+    reads_at: frozenset[int]
+
+
+Pattern: TypeAlias = tuple[Any, ...]
+
+_FOLDS: set[Callable[..., Any]] = {
+    torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten, torch.unflatten,
+    Tensor.unflatten, Tensor.repeat, torch.tile, Tensor.tile, torch.cat, torch.concat,
+    torch.concatenate, torch.stack, torch.vstack, torch.hstack,
+}  # fmt: skip
+
+
+def pattern(
+    func: Callable[..., Any], inputs: Sequence[Shape | None], outs: Sequence[Shape | None]
+) -> Pattern | None:
+    """What tells two folds apart, however long their axes are; of the first argument."""
+    if func not in _FOLDS:
+        return None
+    shapes = [x for x in inputs if x is not None][:2]
+    return (
+        *(tuple(2 if size > 1 else int(size) for size in x) for x in shapes),
+        shapes[0] == outs[0],
+    )

@@ -1,0 +1,167 @@
+"""Sums of clipped per-sample gradients, for differentially private and for robust training."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import optree
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._base.compilable import compilable
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import CHECKS, one_of
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
+from ghostfunc._factors import extreme_norms
+from ghostfunc._transforms.factored import check_weights, collect
+
+
+class ClippedGrad(NamedTuple):
+    """What `ghost_clipped_grad` returns.
+
+    Attributes:
+        grads: `sum_i w_i c_i g_i`, a pytree like `params` and of their dtypes.
+        norms: `||g_i||` before clipping, `[n]`; for `per_layer` a pytree like `params` of those.
+    """
+
+    grads: PyTree
+    norms: PyTree
+
+
+@compilable(ClippedGrad)
+def ghost_clipped_grad(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    max_norm: float | PyTree,
+    per_layer: bool = False,
+    normalize: bool = False,
+    weights: Float[Tensor, " n"] | None = None,
+    mode: Mode = "ghost",
+    vectorize: bool = True,
+    check: Check = "new",
+    randomness: Randomness = "error",
+) -> ClippedGrad:
+    """The sum of clipped per-sample gradients, from one forward and one backward pass.
+
+        sum_i w_i c_i g_i,   c_i = min(1, C / ||g_i||)   (normalize: c_i = C / ||g_i||)
+
+    **Sensitivity.** Adding or removing one sample moves the sum by at most `C * max_i |w_i|` in
+    Euclidean norm, to rounding; replacing one by at most twice that. With `per_layer` the same
+    holds for every parameter and its own C, and for the whole with the root of the sum of their
+    squares: `max_norm` again, if that is a single number. Only the sum is bounded. `norms`, and
+    whether an exception is raised, depend on single samples without bound: publish neither.
+
+    | sample                             | contributes                   | its norm   |
+    |------------------------------------|-------------------------------|------------|
+    | `||g_i|| <= C`                     | `w_i g_i` (normalize: scaled) | finite     |
+    | `||g_i|| > C`, however large       | `w_i C g_i / ||g_i||`         | finite     |
+    | `||g_i|| = 0` (float32: < 1e-22)   | `w_i g_i` (normalize: zero)   | 0          |
+    | `g_i` has a NaN or infinite entry  | zero                          | NaN or inf |
+    | `||g_i||` is beyond the dtype      | zero                          | inf        |
+    | `w_i = 0`                          | zero: it is left out          | any        |
+    | `losses[i]` is NaN or infinite     | raises `NonFiniteLossError`   | -          |
+
+    `max_norm=0` gives zero, `max_norm=inf` the plain sum of what is finite (not with `normalize`).
+
+    **Time and memory.** Norms and sum are contracted from factors that are kept until the backward
+    pass is over (`factored_grads`): there is no second pass. What is kept grows while the
+    activations of a training step are freed, so the peak is about a step's. The sum is additive
+    over batches: to need less memory, add up the results of smaller ones.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        max_norm: the bound C. With `per_layer` it may be a pytree like `params` of numbers; a
+            single number is then split evenly, `C / sqrt(number of parameters)` for each.
+        per_layer: clip the gradient of every parameter by itself.
+        normalize: scale every gradient to the norm C, small ones up (automatic clipping).
+        weights: `[n]`, multiplied on after clipping; ones by default.
+        mode: "ghost" (book-keeping) or "materialized" (`vmap(grad)`, as large as n models).
+        vectorize: for "materialized", False loops over samples.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
+        randomness: "error" or "different".
+
+    Returns:
+        `ClippedGrad(grads, norms)`. `grads` is a sum, not a mean: divide by the (expected) batch
+        size yourself, after adding noise.
+
+    Raises:
+        OptionError: `max_norm` is negative or NaN or not like `params`; `weights` are not n finite
+            numbers.
+        NonFiniteLossError: a loss is NaN or infinite.
+        GhostError: another of its children, as for `ghost_vjp`.
+
+    Reference:
+        Abadi et al., "Deep Learning with Differential Privacy", CCS 2016; Bu et al.,
+        "Differentially Private Optimization on Large Model at Small Cost", ICML 2023; Bu et al.,
+        "Automatic Clipping", NeurIPS 2023.
+    """
+    one_of("mode", mode, ("ghost", "materialized"))
+    one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
+    leaves, spec = flatten_params(params)
+    n = batch_size(batch)
+    bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
+    if weights is not None:
+        check_weights(weights, n)
+    book = collect(
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        mode=mode,
+        vectorize=vectorize,
+        check=check,
+        randomness=randomness,
+    )
+    rows = book.param_norms()
+    joint = extreme_norms.joint(rows)
+    compared = rows if per_layer else joint[None]
+    factors = _factors_of(compared, bounds.to(rows)[:, None], normalize=normalize)
+    # A gradient with one entry that is not finite is left out as a whole.
+    factors = torch.where(rows.isfinite().all(0) & joint.isfinite(), factors, 0)
+    if weights is not None:
+        factors = factors * weights.to(factors)
+    grads = book.param_sums(list(factors.expand(len(leaves), n)))
+    return ClippedGrad(grads, spec.unflatten(list(rows)) if per_layer else joint)
+
+
+def _factors_of(norms: Tensor, bounds: Tensor, *, normalize: bool) -> Tensor:
+    """`c_i`, zero where it overflows: there the gradient is as good as zero."""
+    factors = bounds / norms
+    if not normalize:
+        return torch.where(norms > bounds, factors, 1)
+    return torch.where(factors.isfinite(), factors, 0)
+
+
+def _bounds(
+    max_norm: float | PyTree, spec: ParamSpec, *, per_layer: bool, normalize: bool
+) -> Float[Tensor, " k"]:
+    """One bound for every norm that is compared: one in all, or one per parameter."""
+    if isinstance(max_norm, (int, float)):
+        count = len(spec.names) if per_layer else 1
+        bounds = [max_norm / math.sqrt(count)] * count
+    elif per_layer:
+        bounds, treedef = optree.tree_flatten(max_norm)
+        if treedef != spec.treedef or not all(isinstance(c, (int, float)) for c in bounds):
+            raise OptionError(
+                "max_norm must be a number, or a pytree like params of numbers (Python floats), "
+                f"one bound per parameter; its structure is {treedef}."
+            )
+    else:
+        raise OptionError(
+            f"max_norm is a {type(max_norm).__name__}; it must be a number. Bounds per parameter "
+            "need per_layer=True."
+        )
+    allowed = (lambda c: 0 <= c < math.inf) if normalize else (lambda c: c >= 0)
+    if not all(map(allowed, bounds)):
+        finite = " and finite (normalize=True)" if normalize else ""
+        raise OptionError(f"max_norm must not be negative{finite}; got {max_norm!r}.")
+    return torch.tensor(bounds, dtype=torch.float64)

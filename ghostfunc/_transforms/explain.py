@@ -1,0 +1,268 @@
+"""`explain`: what a quantity will cost, parameter by parameter, before it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import one_of
+from ghostfunc._base.trees import batch_size, flatten_params
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors import cost
+from ghostfunc._factors.cost import UseShape
+from ghostfunc._factors.matmul import speed
+from ghostfunc._taps.uses import use_shapes
+
+PlannedQuantity: TypeAlias = Literal["dot_prod", "norm", "gram", "clipped_grad"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter.
+
+    Attributes:
+        name, shape: of the parameter.
+        uses: kind of factor and positions per sample of every place where samples meet it.
+        representation: what is contracted with what.
+        cost: operations; a pass over an element of memory counts as 32.
+        materialized: the same, if every `g_i` were formed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    uses: str
+    representation: str
+    cost: int
+    materialized: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `explain` returns. `print` it, or look at `rows`.
+
+    Attributes:
+        quantity: what is planned; `n` train and `m` validation samples (0 if there are none).
+        rows: one per parameter.
+        cost, materialized: operations, summed over the parameters.
+        gradient_bytes: what n + m per-sample gradients would take in memory.
+    """
+
+    quantity: str
+    n: int
+    m: int
+    rows: tuple[PlanRow, ...]
+    gradient_bytes: int
+
+    @property
+    def cost(self) -> int:
+        """Operations of all contractions."""
+        return sum(row.cost for row in self.rows)
+
+    @property
+    def materialized(self) -> int:
+        """Operations if every `g_i` were formed."""
+        return sum(row.materialized for row in self.rows)
+
+    def __str__(self) -> str:
+        table = [("parameter", "shape", "uses", "representation", "operations", "share")]
+        for row in self.rows:
+            share = row.cost / self.cost if self.cost else 0.0
+            shape = "x".join(map(str, row.shape)) or "-"
+            table.append(
+                (row.name, shape, row.uses, row.representation, f"{row.cost:.2e}", f"{share:.1%}")
+            )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i > 3 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            for cells in table
+        ]
+        rule = "-" * len(lines[0])
+        ratio = self.materialized / self.cost if self.cost else 1.0
+        samples = f"{self.n} samples" + (f" with {self.m} others" if self.m else "")
+        return "\n".join(
+            [
+                f"{self.quantity} of {samples}",
+                rule,
+                lines[0],
+                rule,
+                *lines[1:],
+                rule,
+                f"contractions          {self.cost:.3e} operations",
+                f"forming every g_i     {self.materialized:.3e} operations ({ratio:.1f} x)",
+                f"                      {self.gradient_bytes:.3e} bytes",
+                f"largest temporary     {cost.BLOCK_ELEMENTS:.3e} elements",
+            ]
+        )
+
+
+def explain(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    val: PyTree | None = None,
+    *,
+    quantity: PlannedQuantity = "dot_prod",
+    grads: bool = False,
+    randomness: Randomness = "error",
+) -> Plan:
+    """The plan of a quantity: how each parameter's per-sample gradients will be contracted.
+
+    The same cost functions that choose at run time are asked, with the shapes of these batches; the
+    model is traced and run on one sample, and nothing is contracted. Costs are those of the
+    contractions alone, without the model's own forward and backward pass.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        train: pytree of tensors `[n, ...]`.
+        val: pytree of tensors `[m, ...]`: for "dot_prod", and the other batch for "gram".
+        quantity: "dot_prod" (`reduction="mean"`), "norm", "gram" or "clipped_grad".
+        grads: for "dot_prod", whether the training gradient comes out of the same backward pass, as
+            in `ghost_value_and_grad`.
+        randomness: "error" or "different".
+
+    Returns:
+        A `Plan`, which prints as a table.
+
+    Raises:
+        OptionError: a quantity that does not exist, or "dot_prod" without `val`.
+        GhostError: another of its children, as for `ghost_vjp`.
+    """
+    one_of("quantity", quantity, tuple(_PLANS))
+    one_of("randomness", randomness, ("error", "different"))
+    if quantity == "dot_prod" and val is None:
+        raise OptionError('quantity="dot_prod" needs val, the batch to dot with.')
+    if quantity in ("norm", "clipped_grad") and val is not None:
+        raise OptionError(f"quantity={quantity!r} is about one batch; drop val.")
+    leaves, spec = flatten_params(params)
+    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=True)
+    theirs: list[list[UseShape]] = [[] for _ in leaves]
+    if val is not None:
+        theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+    n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
+    rows = []
+    for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
+        question = _Question(mine, others, leaf.numel(), n, m, grads, speed(leaf))
+        how, cost, materialized = _PLANS[quantity](question) if mine else ("unused", 0, 0)
+        rows.append(PlanRow(name, tuple(leaf.shape), question.uses, how, cost, materialized))
+    size = sum(x.numel() * wide(x.new_zeros(())).element_size() for x in leaves)
+    return Plan(quantity, n, m, tuple(rows), (n + m) * size)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One parameter's uses in both batches, and what is asked of them."""
+
+    mine: Sequence[UseShape]
+    theirs: Sequence[UseShape]
+    size: int
+    n: int
+    m: int
+    grads: bool
+    speed: int
+
+    @property
+    def uses(self) -> str:
+        """`2 x Outer 256 + OneHot 256`: the places where samples meet the parameter."""
+        names = [
+            x.kind
+            + (f" {x.positions}" if x.kind in _FACTORED else "")
+            + ("" if x.direct else " (derived)")
+            for x in self.mine
+        ]
+        counts = {name: names.count(name) for name in names}
+        return " + ".join(k if c == 1 else f"{c} x {k}" for k, c in counts.items()) or "-"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the parameter, as its factors see it."""
+        for x in (*self.mine, *self.theirs):
+            if x.direct and x.kind in _FACTORED:
+                p, d = x.shape
+                return p, d
+        return 1, self.size
+
+
+_FACTORED = ("Outer", "OneHot")
+
+
+def _positions(batch: Sequence[UseShape]) -> cost.Positions:
+    factored = [x for x in batch if x.direct and x.kind in _FACTORED]
+    outer = sum(x.positions for x in factored if x.kind == "Outer")
+    return cost.Positions(
+        outer, sum(x.positions for x in factored) - outer, len(batch) - len(factored)
+    )
+
+
+_Answer: TypeAlias = tuple[str, int, int]
+"""Representation, its operations, and those of forming every gradient."""
+
+
+def _plan_norm(q: _Question) -> _Answer:
+    t, (p, d) = _positions(q.mine), q.matrix
+    formed = q.n * cost.row_norms(t, p, d)
+    kept = ", kept" if len(q.mine) > 1 else ""
+    if cost.norms_by_tokens(t, p, d):
+        tokens = t.outer + t.one_hot
+        return f"{tokens} x {tokens} tokens{kept}", q.n * cost.token_norms(t, p, d), formed
+    if not t.outer + t.one_hot:
+        return f"g itself{kept}", formed, formed
+    return f"rows of g{kept}", formed, formed
+
+
+def _plan_clipped_grad(q: _Question) -> _Answer:
+    how, norms, formed = _plan_norm(q)
+    t, (p, d) = _positions(q.mine), q.matrix
+    total = (
+        cost.outer_total(q.n, t.outer, p, d)
+        + cost.OPS_PER_ELEMENT * q.n * (t.outer + t.one_hot) * d
+    )
+    weighed = cost.OPS_PER_ELEMENT * q.n * p * d
+    return how, norms + total + t.dense * weighed, formed + weighed
+
+
+def _plan_gram(q: _Question) -> _Answer:
+    p, d = q.matrix
+    same = not q.theirs
+    m, other = (q.n, q.mine) if same else (q.m, q.theirs)
+    t, s = _positions(q.mine), _positions(other)
+    formed = cost.row_gram(q.n, m, t, s, p, d, same=same)
+    kept = ", kept" if len(q.mine) > 1 and same else ""
+    if cost.gram_by_tokens(q.n, m, t, s, p, d, same=same):
+        pairs = f"{t.outer + t.one_hot} x {s.outer + s.one_hot} tokens{kept}"
+        return pairs, cost.token_gram(q.n, m, t, s, p, d), formed
+    return ("rows of g" if t.outer + t.one_hot else "g itself") + kept, formed, formed
+
+
+def _plan_dot_prod(q: _Question) -> _Answer:
+    t, s, (p, d) = _positions(q.mine), _positions(q.theirs), q.matrix
+    formed = cost.row_gram(q.n, 1, t, cost.Positions(0, 0, 0), p, d, same=False)
+    formed += cost.outer_total(q.m, s.outer, p, d)
+    if cost.keep_direction_factored(q.mine, q.theirs, grads=q.grads, speed=q.speed):
+        pairs = [cost.pair_cost(x, y) for x in q.mine for y in q.theirs]
+        return "u factored", sum(pairs), formed
+    spent = cost.outer_total(q.m, s.outer, p, d) + cost.OPS_PER_ELEMENT * q.m * s.one_hot * d
+    shares = cost.share_dots(q.n, t.outer, p, d, 1, with_total=True, speed=q.speed)
+    if q.grads and t.outer and shares:
+        return (
+            "u dense, beside the gradient",
+            spent + cost.shared_dots(q.n, p, d, 1, with_total=True),
+            formed,
+        )
+    dots = cost.outer_dot(q.n, t.outer, p, d) if t.outer else 0
+    looked_up = 2 * cost.OPS_PER_ELEMENT * q.n * t.one_hot * d
+    return "u dense", spent + dots + looked_up + t.dense * 2 * q.n * p * d, formed
+
+
+_PLANS: dict[str, Callable[[_Question], _Answer]] = {
+    "dot_prod": _plan_dot_prod,
+    "norm": _plan_norm,
+    "gram": _plan_gram,
+    "clipped_grad": _plan_clipped_grad,
+}

@@ -1,0 +1,250 @@
+"""Per-sample gradients kept as factors: one backward pass, many quantities afterwards.
+
+What a tap reads must be known before the backward pass. Where it is not (clip by norms, then sum;
+choose samples by their scores, then sum), the factors of every use are kept instead and contracted
+when the question is asked: the book-keeping of Bu et al., for any contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._base import definition
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import CHECKS, one_of
+from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.torch_private import symbolic
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
+from ghostfunc._factors import bundles, cost, extreme_norms, pairs
+from ghostfunc._factors.contract import add_up
+from ghostfunc._factors.factor import Dense, Factor, times
+from ghostfunc._taps.run import RunResult, run
+
+T = TypeVar("T")
+
+
+def factored_grads(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    check: Check = "new",
+    randomness: Randomness = "error",
+) -> FactoredGrads:
+    """Every sample's gradient `g_i`, kept as factors, from one backward pass.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
+        randomness: "error" or "different".
+
+    Returns:
+        A `FactoredGrads`, to be asked for norms, dot products, Gram matrices and weighted sums in
+        any order, without another pass through the model. It holds the input and the output's
+        cotangent of every op with a parameter: about as much memory as the activations of a
+        training step, and nothing of the size of n models. Its memory is its own: the batch and
+        the parameters may be written to afterwards.
+
+    Raises:
+        GhostError: one of its children, as for `ghost_vjp`.
+
+    Reference:
+        Bu et al., "Differentially Private Optimization on Large Model at Small Cost", ICML 2023.
+    """
+    one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
+    leaves, spec = flatten_params(params)
+    return collect(model_fn, leaves, spec, batch, outlives=True, check=check, randomness=randomness)
+
+
+def collect(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    *,
+    mode: Mode = "ghost",
+    vectorize: bool = True,
+    outlives: bool = False,
+    check: Check = "new",
+    randomness: Randomness = "error",
+) -> FactoredGrads:
+    """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
+    if mode == "materialized":
+        prove_independent(model_fn, leaves, spec, batch, randomness)
+        with torch.no_grad():
+            losses = check_losses(model_fn(spec.unflatten(list(leaves)), batch), batch_size(batch))
+        grads = definition.materialize(
+            model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
+        )
+        return FactoredGrads(losses, tuple((Dense(g),) for g in grads), tuple(leaves), spec)
+    taken = run(
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        [],
+        collect=range(len(leaves)),
+        outlives=outlives,
+        check=check,
+        randomness=randomness,
+    )
+    return FactoredGrads.of(taken, leaves, spec)
+
+
+@dataclass(frozen=True)
+class FactoredGrads:
+    """The gradients of n samples; made by `gf.factored_grads`.
+
+    Attributes:
+        losses: `[n]`.
+        bundles: for every parameter the factors of its uses, whose sum is `g_i`.
+        leaves: the parameters.
+    """
+
+    losses: Float[Tensor, " n"]
+    bundles: tuple[tuple[Factor, ...], ...]
+    leaves: tuple[Tensor, ...]
+    _spec: ParamSpec
+    _made: dict[tuple[str, int, float], Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @staticmethod
+    def of(taken: RunResult, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
+        """From a run that collected the factors of all parameters."""
+        n = len(taken.losses)
+        bundles = tuple(
+            tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
+            for bundle, x in zip(taken.factors, leaves, strict=True)
+        )
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec)
+
+    def norms(self, *, per_param: bool = False) -> PyTree:
+        """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.
+
+        Exact as long as the norm itself can be represented: where the square of the whole gradient
+        overflows or underflows, norms are taken again at another scale. A gradient with a NaN or
+        infinite entry has a NaN or infinite norm.
+        """
+        rows = self.param_norms()
+        return self._spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)
+
+    def param_norms(self) -> Float[Tensor, "params n"]:
+        """`norms`, one row per parameter."""
+        squares = torch.stack([pairs.sqnorms(bundle) for bundle in self.bundles])
+        if symbolic(squares):
+            return extreme_norms.trusted_roots(squares)
+        out = extreme_norms.root(squares)
+        extreme = extreme_norms.extremes(squares.sum(0))
+        if bool(extreme.any()):
+            index = extreme.nonzero().flatten()
+            for row, bundle in zip(out, self.bundles, strict=True):
+                exact = extreme_norms.norms([bundles.take(f, index) for f in bundle])
+                row[index] = exact.to(row.dtype)
+        return out
+
+    def dot_prods(
+        self, direction: PyTree, *, per_param: bool = False, normalize: bool = False
+    ) -> PyTree:
+        """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
+        `normalize`: 0 where `g_i` or `u` is zero."""
+        us = flatten_like(direction, self.leaves, self._spec, "direction")
+        dots = self.param_dots(us)
+        dots = dots if per_param else [add_up(dots)]
+        if normalize:
+            lengths = torch.stack([u.double().norm()[None] for u in us])
+            sides = [self.param_norms(), lengths]
+            sides = sides if per_param else [extreme_norms.joint(x)[None] for x in sides]
+            dots = list(map(extreme_norms.cosine, dots, *sides))
+        return self._spec.unflatten(dots) if per_param else dots[0]
+
+    def param_dots(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """`dot_prods`, parameter by parameter."""
+        return [
+            add_up([bundles.dot(f, u) for f in bundle])
+            for bundle, u in zip(self.bundles, direction, strict=True)
+        ]
+
+    def gram(
+        self,
+        other: FactoredGrads | None = None,
+        *,
+        per_param: bool = False,
+        normalize: bool = False,
+    ) -> PyTree:
+        """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request.
+        Cosines for `normalize`: 0 where a gradient is zero."""
+        grams = self.param_grams(other)
+        grams = grams if per_param else [add_up(grams)]
+        if normalize:
+            books = [self, self if other is None else other]
+            sides = [b.param_norms() if per_param else b.norms()[None] for b in books]
+            grams = list(map(extreme_norms.cosine, grams, *sides))
+        return self._spec.unflatten(grams) if per_param else grams[0]
+
+    def param_grams(
+        self, other: FactoredGrads | None = None, *, workspace: int = cost.BLOCK_ELEMENTS
+    ) -> list[Tensor]:
+        """`gram`, parameter by parameter."""
+        others = [None] * len(self.bundles) if other is None else other.bundles
+        return [
+            pairs.gram(f, g, workspace=workspace) for f, g in zip(self.bundles, others, strict=True)
+        ]
+
+    def weighted_sum(self, weights: Float[Tensor, " n"]) -> PyTree:
+        """`sum_i w_i g_i`, a pytree like `params` and of their dtypes.
+
+        Samples of weight zero are left out: they cost nothing, and a NaN in one spoils nothing.
+        """
+        weights = check_weights(weights, len(self.losses))
+        return self.param_sums([weights] * len(self.bundles))
+
+    def scaled(self, i: int, c: float) -> tuple[Factor, ...]:
+        """The factors of `c * g_j` of parameter i; made once."""
+        if c == 1.0:
+            return self.bundles[i]
+        return self._once(("factors", i, c), lambda: tuple(times(f, c) for f in self.bundles[i]))
+
+    def total(self, i: int, c: float) -> Tensor:
+        """`c * sum_j g_j` of parameter i, like it, float32 or wider; made once."""
+
+        def summed() -> Tensor:
+            weights = self.losses.new_full((len(self.losses),), c, dtype=torch.float64)
+            return bundles.weighted_total(self.bundles[i], weights).reshape(self.leaves[i].shape)
+
+        return self._once(("total", i, c), summed)
+
+    def _once(self, key: tuple[str, int, float], make: Callable[[], T]) -> T:
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def param_sums(self, weights: Sequence[Float[Tensor, " n"]]) -> PyTree:
+        """`weighted_sum` with weights of its own for every parameter."""
+        sums = [
+            bundles.weighted_total(bundle, w).reshape(x.shape).to(x.dtype)
+            for bundle, w, x in zip(self.bundles, weights, self.leaves, strict=True)
+        ]
+        return self._spec.unflatten(sums)
+
+
+def check_weights(weights: object, n: int) -> Float[Tensor, " n"]:
+    """`weights`, if they are n finite numbers."""
+    if not isinstance(weights, Tensor) or weights.shape != (n,):
+        found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise OptionError(f"weights must be a tensor of shape [{n}], one per sample; got {found}.")
+    if not symbolic(weights) and not bool(weights.isfinite().all()):
+        raise OptionError("weights must be finite; leave a sample out with weight 0.")
+    return weights

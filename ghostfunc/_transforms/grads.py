@@ -1,0 +1,101 @@
+"""Gradients themselves: of a validation batch, and of every sample."""
+
+from __future__ import annotations
+
+from ghostfunc._base import definition
+from ghostfunc._base.compilable import compilable
+from ghostfunc._base.options import CHECKS, one_of
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.trees import batch_size, flatten_params
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._quantities.quantity import SampleGrad
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.scores.validation import dense_direction
+
+
+@compilable()
+def direction(
+    model_fn: ModelFn,
+    params: PyTree,
+    val: PyTree,
+    *,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> PyTree:
+    """The validation gradient `u`, to dot with as often as wanted.
+
+        u = mean_j d losses[j] / d params        (reduction="sum": the sum)
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses`.
+        params: pytree of floating-point tensors.
+        val: pytree of tensors `[m, ...]`.
+        reduction: "mean" or "sum" over the m validation samples.
+        chunk_size: the most samples to run at one time; by default all of them.
+        randomness: "error" or "different".
+
+    Returns:
+        A pytree like `params`.
+
+    Raises:
+        OptionError: another reduction. `reduction="none"` would be m models large: use
+            `ghost_dot_prod(..., reduction="none")`, which never forms it.
+    """
+    one_of("reduction", reduction, ("mean", "sum"))
+    leaves, spec = flatten_params(params)
+    u = dense_direction(
+        model_fn,
+        leaves,
+        spec,
+        val,
+        mean=reduction == "mean",
+        chunk_size=chunk_size,
+        randomness=randomness,
+    )
+    return spec.unflatten(u)
+
+
+@compilable()
+def per_sample_grads(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    mode: Mode = "materialized",
+    vectorize: bool = True,
+    check: Check = "new",
+    randomness: Randomness = "error",
+) -> PyTree:
+    """Every sample's gradient itself: as large as n models.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`.
+        mode: "materialized" (`vmap(grad)`, the definition) or "ghost" (from the factors, in one
+            batched backward pass: how op rules are tested, and a way for models vmap cannot run).
+        vectorize: for `mode="materialized"`, False loops over samples instead of vmap.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
+        randomness: "error" or "different".
+
+    Returns:
+        A pytree like `params` of `[n, *shape]`; row i is the gradient of sample i's own loss.
+    """
+    one_of("mode", mode, ("materialized", "ghost"))
+    one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
+    leaves, spec = flatten_params(params)
+    batch_size(batch)
+    if mode == "ghost":
+        taken = run(
+            model_fn, leaves, spec, batch, [SampleGrad()], check=check, randomness=randomness
+        )
+        return spec.unflatten(taken.values[0])
+    prove_independent(model_fn, leaves, spec, batch, randomness)
+    return spec.unflatten(
+        definition.materialize(
+            model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
+        )
+    )

@@ -1,0 +1,53 @@
+"""Lengths of both sides of a dot product, that turn it into a cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._base.torch_private import symbolic
+from ghostfunc._base.trees import ParamSpec, take
+from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors import bundles, extreme_norms, pairs
+from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
+from ghostfunc._transforms.factored import collect
+
+
+def sample_norms(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    squares: Sequence[Float[Tensor, " n"]],
+    randomness: Randomness,
+) -> Float[Tensor, "params n"]:
+    """`||g_i||`, one row per parameter, from squares; extreme samples are run once more."""
+    table = torch.stack(list(squares))
+    if symbolic(table):
+        return extreme_norms.trusted_roots(table)
+    rows = extreme_norms.root(table)
+    extreme = extreme_norms.extremes(table.sum(0))
+    if randomness == "error" and bool(extreme.any()):
+        index = extreme.nonzero().flatten()
+        again = collect(model_fn, leaves, spec, take(batch, index.tolist()), check="never")
+        rows[:, index] = again.param_norms().to(rows.dtype)
+    return rows
+
+
+def length(reader: DotReader | PairReader | DeferredReader, like: Tensor) -> Tensor:
+    """`||u||` in float64: `[1]`, or `[m]` for every validation sample."""
+    match reader:
+        case DotReader(u):
+            return u.double().norm()[None]
+        case DeferredReader(deferred, m):
+            us = (deferred.gradient(j) for j in range(m))
+            return torch.stack([u.double().norm() for u in us])
+        case PairReader(()):  # the validation losses do not depend on the parameter
+            return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)
+        case PairReader(factors, each, contract_dtype=contract_dtype):
+            bundle = factors if each else [bundles.pooled(f) for f in factors]
+            squares = pairs.sqnorms(bundle, contract_dtype=contract_dtype)
+            return extreme_norms.root(squares).double()

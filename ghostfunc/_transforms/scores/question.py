@@ -1,0 +1,459 @@
+"""Scores of train samples in every mode: dot products with one or several validation gradients,
+or their cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._base import batches, definition
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
+from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._factors import extreme_norms
+from ghostfunc._factors.contract import add_up
+from ghostfunc._factors.factor import Dense
+from ghostfunc._factors.matmul import product
+from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
+from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.factored import FactoredGrads
+from ghostfunc._transforms.scores import lengths
+from ghostfunc._transforms.scores.by_position import position_dots
+from ghostfunc._transforms.scores.one_run import in_one_run
+from ghostfunc._transforms.scores.targets import Targets, make_targets
+from ghostfunc._transforms.scores.validation import (
+    dense_direction,
+    kept_readers,
+    validation_readers,
+)
+
+_MODES = ("ghost", "jvp", "materialized")
+_Readers: TypeAlias = Sequence[DotReader | PairReader | DeferredReader]
+
+
+class _Step(NamedTuple):
+    """Losses and gradient of the mean loss, and the scores: for every target a list of tensors,
+    one per parameter or one in all."""
+
+    losses: Tensor
+    grads: list[Tensor]
+    table: list[list[Tensor]]
+
+
+class _Piece(NamedTuple):
+    """As much of one target as is dotted with at one time: a batch, a direction, or gradients that
+    were kept."""
+
+    target: int
+    val: PyTree | None = None
+    u: list[Tensor] | None = None
+    kept: FactoredGrads | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A validated question: which scores of which data. Made by `ask`."""
+
+    model_fn: ModelFn
+    leaves: Sequence[Tensor]
+    spec: ParamSpec
+    train: PyTree
+    targets: Targets
+    mode: Mode
+    reduction: Reduction
+    per_param: bool
+    normalize: bool
+    vectorize: bool
+    contract_dtype: ContractDtype
+    chunk_size: int | None
+    check: Check
+    randomness: Randomness
+
+    def scores(self) -> PyTree:
+        """`[n]` (`[n, m]`), in a dict of several targets, in a pytree for `per_param`."""
+        if self.mode == "ghost":
+            return self._joined([(p, self._ghost(p, grads=False).table) for p in self._rounds()])
+        return self._joined([(p, self._other(p)) for p in self._rounds()])
+
+    def step(self) -> tuple[Tensor, list[Tensor], PyTree]:
+        """Losses, the gradient of the mean loss, and the scores."""
+        if self.mode != "ghost":
+            scores = self.scores()
+            return *self._plain_gradient(), scores
+        first, *others = self._rounds()
+        losses, grads, table = self._ghost(first, grads=True)
+        tables = [(p, self._ghost(p, grads=False).table) for p in others]
+        return losses, grads, self._joined([(first, table), *tables])
+
+    def positions(self) -> PyTree:
+        """`[n, T]`: the scores, split up by positions."""
+        for option, given, needed in (
+            ("mode", self.mode, "ghost"),
+            ("normalize", self.normalize, False),
+            ("contract_dtype", self.contract_dtype, None),
+        ):
+            if given != needed:
+                raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
+        several = self.targets.vals or any(
+            isinstance(u, FactoredGrads) for u in self.targets.directions
+        )
+        if several and self.reduction == "none":
+            raise OptionError(
+                'per_position=True needs reduction="mean" or "sum": ask for several validation '
+                "batches, a dict of them, to tell validation samples apart."
+            )
+        us = [*map(self._direction, self.targets.vals), *map(self._dense, self.targets.directions)]
+
+        def of_chunk(train: PyTree) -> list[Tensor]:
+            parts = position_dots(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                train,
+                us,
+                per_param=self.per_param,
+                check=self.check,
+                randomness=self.randomness,
+            )
+            return _flat(parts)
+
+        flat = batches.joined(batches.each(of_chunk, self.train, self.chunk_size, "train"))
+        pieces = [_Piece(k, None, u) for k, u in enumerate(us)]
+        return self._joined([(pieces, self._unflat(flat, len(us)))])
+
+    # --- what is run at one time -----------------------------------------------------------------
+
+    def _rounds(self) -> list[list[_Piece]]:
+        """Pieces of all targets, to be taken in one run of `train`; what the pieces of one target
+        give lies side by side."""
+        columns = [
+            [_Piece(k, *piece) for piece in self._pieces(val)]
+            for k, val in enumerate(self.targets.vals)
+        ]
+        columns += [
+            [_Piece(k, kept=u) if isinstance(u, FactoredGrads) else _Piece(k, u=u)]
+            for k, u in enumerate(self.targets.directions)
+        ]
+        return [[p for p in row if p is not None] for row in zip_longest(*columns)]
+
+    def _pieces(self, val: PyTree) -> list[tuple[PyTree | None, list[Tensor] | None]]:
+        if self.chunk_size is None:
+            return [(val, None)]
+        if self.reduction == "none":
+            return [(chunk, None) for _, chunk in batches.chunks(val, self.chunk_size, "val")]
+        if batch_size(val) <= self.chunk_size and self.mode == "ghost":
+            return [(val, None)]
+        return [(None, self._direction(val))]
+
+    def _dense(self, direction: list[Tensor] | FactoredGrads) -> list[Tensor]:
+        if not isinstance(direction, FactoredGrads):
+            return direction
+        c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
+        return [direction.total(i, c) for i in range(len(self.leaves))]
+
+    def _direction(self, val: PyTree) -> list[Tensor]:
+        return dense_direction(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            val,
+            mean=self.reduction == "mean",
+            chunk_size=self.chunk_size,
+            randomness=self.randomness,
+        )
+
+    # --- ghost -----------------------------------------------------------------------------------
+
+    def _ghost(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step:
+        at_once = self._at_once(pieces, grads=grads)
+        if at_once is not None:
+            return at_once
+        readers = [self._readers(piece, grads=grads) for piece in pieces]
+        quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
+        if self.normalize:
+            quantities.append(SqNorm().contracting(self.contract_dtype))
+
+        def of_chunk(train: PyTree) -> _Step:
+            taken = run(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                train,
+                quantities,
+                grads=range(len(self.leaves)) if grads else (),
+                scale=1 / batch_size(self.train) if grads else 1.0,
+                check=self.check,
+                randomness=self.randomness,
+            )
+            dots = taken.values[: len(readers)]
+            if not self.normalize:
+                return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
+            rows = lengths.sample_norms(
+                self.model_fn, self.leaves, self.spec, train, taken.values[-1], self.randomness
+            )
+            table = [
+                self._cosines(x, rows, _lengths(r, rows))
+                for x, r in zip(dots, readers, strict=True)
+            ]
+            return _Step(taken.losses, taken.grads, table)
+
+        parts, sums = [], batches.Sums()
+        for part in batches.each(of_chunk, self.train, self.chunk_size, "train"):
+            parts.append([part.losses, *_flat(part.table)])
+            sums.add(part.grads if grads else ())
+            del part
+        losses, *flat = batches.joined(parts)
+        return _Step(losses, sums.result(), self._unflat(flat, len(pieces)))
+
+    def _at_once(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step | None:
+        """`_ghost` in one run of both batches, where that can be."""
+        piece, *others = pieces
+        plain = not others and piece.val is not None and not self.normalize
+        if not plain or self.reduction == "none" or self.chunk_size is not None:
+            return None
+        if self.randomness != "error":
+            return None
+        found = in_one_run(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            self.train,
+            piece.val,
+            mean=self.reduction == "mean",
+            grads=grads,
+            contract_dtype=self.contract_dtype,
+            check=self.check,
+        )
+        if found is None:
+            return None
+        return _Step(found.losses, found.grads, [self._summed(found.dots)])
+
+    def _readers(self, piece: _Piece, *, grads: bool) -> _Readers:
+        if piece.u is not None:
+            return [DotReader(u, self.contract_dtype) for u in piece.u]
+        if piece.kept is not None:
+            return kept_readers(
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                self.train,
+                piece.kept,
+                reduction=self.reduction,
+                grads=grads,
+                contract_dtype=self.contract_dtype,
+                randomness=self.randomness,
+            )
+        return validation_readers(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            self.train,
+            piece.val,
+            reduction=self.reduction,
+            grads=grads,
+            contract_dtype=self.contract_dtype,
+            check=self.check,
+            randomness=self.randomness,
+        )
+
+    # --- the other modes -------------------------------------------------------------------------
+
+    def _other(self, pieces: Sequence[_Piece]) -> list[list[Tensor]]:
+        for piece in pieces:
+            if piece.val is not None:
+                self._prove(piece.val)
+
+        def of_chunk(train: PyTree) -> list[Tensor]:
+            self._prove(train)
+            if self.mode == "jvp":
+                if self.randomness == "error":
+                    definition.prove_independent_tangents(
+                        self.model_fn, self.leaves, self.spec, train
+                    )
+                return _flat([self._jvp(train, piece) for piece in pieces])
+            formed = self._formed(train)
+            return _flat([self._materialized(formed, piece) for piece in pieces])
+
+        flat = batches.joined(batches.each(of_chunk, self.train, self.chunk_size, "train"))
+        return self._unflat(flat, len(pieces))
+
+    def _prove(self, batch: PyTree) -> None:
+        prove_independent(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            self.randomness,
+            anew=self.mode == "jvp" and self.check != "never",
+        )
+
+    def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
+        columns = [
+            definition.jvp_dots(
+                self.model_fn, self.leaves, self.spec, train, u, per_param=self.per_param
+            )
+            for u in self._directions(piece)
+        ]
+        if piece.val is not None and self.reduction == "none":
+            return [torch.stack(column, dim=1) for column in zip(*columns, strict=True)]
+        return columns[0]
+
+    def _directions(self, piece: _Piece) -> Iterator[list[Tensor]]:
+        """The directions of one piece, one at a time."""
+        args = self.model_fn, self.leaves, self.spec, piece.val
+        if piece.u is not None:
+            return iter([piece.u])
+        if self.reduction == "none":
+            return definition.val_gradients(*args)
+        scale = 1 / batch_size(piece.val) if self.reduction == "mean" else 1.0
+        return iter([definition.val_gradient(*args, scale)])
+
+    def _materialized(self, train: list[Tensor], piece: _Piece) -> list[Tensor]:
+        if piece.u is not None:
+            theirs = [wide(x).reshape(1, -1) for x in piece.u]
+        else:
+            theirs = self._formed(piece.val)
+            if self.reduction != "none":
+                theirs = [v.sum(0, keepdim=True) for v in theirs]
+            if self.reduction == "mean":
+                theirs = [v / batch_size(piece.val) for v in theirs]
+        dots = [product(g, v.mT) for g, v in zip(train, theirs, strict=True)]
+        if piece.u is not None or self.reduction != "none":
+            dots = [x[:, 0] for x in dots]
+        if not self.normalize:
+            return self._summed(dots)
+        return self._cosines(dots, _rows_of(train), _rows_of(theirs))
+
+    def _formed(self, batch: PyTree) -> list[Float[Tensor, "n elements"]]:
+        grads = definition.materialize(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            vectorize=self.vectorize,
+            randomness=self.randomness,
+        )
+        return [wide(g)[:, None].flatten(1) for g in grads]
+
+    def _plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        n = batch_size(self.train)
+
+        def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
+            weights = torch.full((batch_size(train),), 1 / n, dtype=torch.float64)
+            losses, grads = definition.weighted_gradient(
+                self.model_fn, self.leaves, self.spec, train, weights
+            )
+            return grads, losses
+
+        rows, sums = [], batches.Sums()
+        for grads, losses in batches.each(of_chunk, self.train, self.chunk_size, "train"):
+            rows.append([losses])
+            sums.add(grads)
+            del grads
+        return batches.joined(rows)[0], sums.result()
+
+    # --- tables ----------------------------------------------------------------------------------
+
+    def _summed(self, dots: Sequence[Tensor]) -> list[Tensor]:
+        return list(dots) if self.per_param else [add_up(dots)]
+
+    def _cosines(self, dots: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> list[Tensor]:
+        if self.per_param:
+            return list(map(extreme_norms.cosine, dots, rows, lengths))
+        return [
+            extreme_norms.cosine(
+                add_up(dots), extreme_norms.joint(rows), extreme_norms.joint(lengths)
+            )
+        ]
+
+    def _unflat(self, flat: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        width = len(flat) // count
+        return [list(flat[i : i + width]) for i in range(0, len(flat), width)]
+
+    def _joined(self, rounds: Sequence[tuple[Sequence[_Piece], list[list[Tensor]]]]) -> PyTree:
+        """What the caller gets, from the pieces and the tables of all rounds."""
+        rows: list[list[list[Tensor]]] = [[] for _ in range(len(self.targets))]
+        for pieces, table in rounds:
+            for piece, row in zip(pieces, table, strict=True):
+                rows[piece.target].append(row)
+        found = [batches.joined(parts, axis=1) for parts in rows]
+        return self.targets.named(
+            [self.spec.unflatten(x) if self.per_param else x[0] for x in found]
+        )
+
+
+def ask(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    val: PyTree | None,
+    direction: PyTree | None,
+    *,
+    mode: Mode,
+    reduction: Reduction,
+    per_param: bool,
+    normalize: bool,
+    vectorize: bool,
+    contract_dtype: ContractDtype,
+    chunk_size: int | None,
+    check: Check,
+    randomness: Randomness,
+) -> Question:
+    """Validate a call of one of the public functions."""
+    one_of("mode", mode, _MODES)
+    one_of("reduction", reduction, ("mean", "sum", "none"))
+    one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
+    check_contract_dtype(contract_dtype, mode)
+    check_chunk_size(chunk_size)
+    if normalize and mode == "jvp":
+        raise OptionError(
+            'Cosines need norms of gradients, which mode="jvp" does not have. Use mode="ghost" or '
+            'mode="materialized".'
+        )
+    leaves, spec = flatten_params(params)
+    batch_size(train, "train")
+    targets = make_targets(val, direction, train, leaves, spec)
+    if mode != "ghost" and any(isinstance(u, FactoredGrads) for u in targets.directions):
+        raise OptionError(
+            f'Validation gradients kept by gf.factored_grads need mode="ghost"; got mode={mode!r}. '
+            "Pass the validation batch itself as val."
+        )
+    return Question(
+        model_fn,
+        leaves,
+        spec,
+        train,
+        targets,
+        mode,
+        reduction,
+        per_param,
+        normalize,
+        vectorize,
+        contract_dtype,
+        chunk_size,
+        check,
+        randomness,
+    )
+
+
+def _rows_of(grads: Sequence[Float[Tensor, "n elements"]]) -> Float[Tensor, "params n"]:
+    return torch.stack([extreme_norms.norms((Dense(g),)) for g in grads])
+
+
+def _lengths(readers: _Readers, rows: Tensor) -> Tensor:
+    return torch.stack([lengths.length(r, rows) for r in readers])
+
+
+def _flat(table: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [x for row in table for x in row]

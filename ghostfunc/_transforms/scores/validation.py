@@ -1,0 +1,155 @@
+"""The validation gradient, each parameter's in the form that is cheapest to dot with.
+
+With the direction dense, `<g_i, u>` costs a product of the parameter's size; with the validation
+gradient kept factored it costs a product of the validation tokens' number. The choice is made per
+parameter, from shapes, for every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ghostfunc._base import batches, definition
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.trees import ParamSpec, batch_size
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._factors import bundles, cost
+from ghostfunc._factors.factor import Factor, times
+from ghostfunc._factors.matmul import speed
+from ghostfunc._quantities.quantity import Prepared
+from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader, TotalReader
+from ghostfunc._taps.run import run
+from ghostfunc._taps.uses import use_shapes
+from ghostfunc._transforms.factored import FactoredGrads
+
+
+def validation_readers(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    train: PyTree,
+    val: PyTree,
+    *,
+    reduction: Reduction,
+    grads: bool,
+    contract_dtype: ContractDtype = None,
+    check: Check,
+    randomness: Randomness,
+) -> list[Any]:
+    """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
+
+    `grads` says whether the training gradient will be formed in the same backward pass.
+    """
+    m = batch_size(val, "val")
+    everything = range(len(leaves))
+    each = reduction == "none"
+    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+    theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+    if each:
+        factored = set(everything)
+        deferred = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
+    else:
+        deferred = set()
+        factored = {
+            i
+            for i, x in enumerate(leaves)
+            if cost.keep_direction_factored(
+                ours[i], theirs[i], grads=grads, speed=speed(x, contract_dtype)
+            )
+        }
+    mean = 1 / m if reduction == "mean" else 1.0
+    # In half precision 1 / m would be rounded, once in all cotangents or once in each, and a
+    # gradient has its parameter's dtype: there the direction is added up and divided wider.
+    # So it is where its products may be rounded, which those of a gradient may not.
+    halves = {i for i, x in enumerate(leaves) if wide(x).dtype != x.dtype}
+    apart = set(everything) if contract_dtype is not None else halves
+    wider = {i for i in apart - factored if all(x.direct for x in theirs[i])}
+    totals = [
+        TotalReader(tuple(x.shape), contract_dtype) if i in wider else None
+        for i, x in enumerate(leaves)
+    ]
+    taken = run(
+        model_fn,
+        leaves,
+        spec,
+        val,
+        [Prepared(totals, degree=1)] if wider else [],
+        grads=[i for i in everything if i not in factored and i not in wider],
+        collect=factored,
+        defer=deferred,
+        scale=1.0 if apart else mean,
+        check=check,
+        randomness=randomness,
+    )
+    after = mean if apart else 1.0
+
+    def scaled(factor: Factor) -> Factor:
+        return factor if after == 1.0 else times(factor, after)
+
+    def reader(i: int) -> DotReader | PairReader | DeferredReader:
+        deferred = taken.deferred[i]
+        if deferred is not None:  # only of reduction "none", which scales nothing
+            return DeferredReader(deferred, m, contract_dtype)
+        if i in factored:
+            factors = tuple(map(scaled, taken.factors[i]))
+            return PairReader(factors, each, m, contract_dtype=contract_dtype)
+        u = wide(taken.values[0][i] if i in wider else taken.grads[i])
+        return DotReader(u if after == 1.0 else u * after, contract_dtype)
+
+    return [reader(i) for i in everything]
+
+
+def kept_readers(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    train: PyTree,
+    kept: FactoredGrads,
+    *,
+    reduction: Reduction,
+    grads: bool,
+    contract_dtype: ContractDtype = None,
+    randomness: Randomness,
+) -> list[Any]:
+    """`validation_readers`, of validation gradients that were collected before."""
+    m = len(kept.losses)
+    each = reduction == "none"
+    c = 1 / m if reduction == "mean" else 1.0
+    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+
+    def reader(i: int) -> DotReader | PairReader:
+        theirs = [bundles.use_shape(f) for f in kept.bundles[i]]
+        faster = speed(leaves[i], contract_dtype)
+        if each or cost.keep_direction_factored(ours[i], theirs, grads=grads, speed=faster):
+            return PairReader(kept.scaled(i, c), each, m, contract_dtype=contract_dtype)
+        return DotReader(kept.total(i, c), contract_dtype)
+
+    return [reader(i) for i in range(len(leaves))]
+
+
+def dense_direction(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    val: PyTree,
+    *,
+    mean: bool,
+    chunk_size: int | None,
+    randomness: Randomness,
+) -> list[Tensor]:
+    """The gradient of the mean or summed validation losses, a few samples at a time."""
+    m = batch_size(val, "val")
+
+    def gradient(chunk: PyTree) -> list[Tensor]:
+        prove_independent(model_fn, leaves, spec, chunk, randomness)
+        return definition.val_gradient(model_fn, leaves, spec, chunk, 1 / m if mean else 1.0)
+
+    sums = batches.Sums()
+    for grads in batches.each(gradient, val, chunk_size, "val"):
+        sums.add(grads)
+        del grads
+    return sums.result()
