@@ -16,13 +16,13 @@ BENCH_STAMP := $(BENCH)/.installed
 BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-check clean
+.PHONY: help install demo test fuzz lint format bench bench-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (makes $(VENV)), JOBS=$(JOBS) (test processes),"
-	@echo "ARGS (passed on by demo, test and bench, e.g. make test ARGS='-k norm')."
+	@echo "ARGS (passed on by demo, test, fuzz and bench, e.g. make test ARGS='-k norm')."
 
 install: $(STAMP) ## Make or complete .venv with everything that is pinned in constraints.txt.
 
@@ -40,6 +40,9 @@ demo: $(STAMP) ## Run examples/demo.py.
 
 test: lint ## Lint, then run the tests.
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+fuzz: $(STAMP) ## Random programs beside a loop, e.g. ARGS="--count 10000 --seed 0" (25 min on 2 cores).
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --jobs $(JOBS) $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy.
 	$(BIN)/ruff check .

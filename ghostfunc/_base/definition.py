@@ -28,8 +28,8 @@ from ghostfunc._base.purity import (
     refuse_checkpoints,
 )
 from ghostfunc._base.remembered import memory, structure
-from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, unrounded
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, unflatten
+from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, tensors_of, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
 
@@ -37,11 +37,37 @@ def val_gradient(
     model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, scale: float
 ) -> list[Tensor]:
     """The gradient of the summed validation losses, scaled, by reverse mode alone."""
-    m = batch_size(val, "val")
-    losses, pullback = _vjp(model_fn, leaves, spec, val, m)
-    with unrounded(losses):
-        (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
-    return list(map(dense, grads))
+    weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
+    return weighted_gradient(model_fn, leaves, spec, val, weights)[1]
+
+
+def weighted_gradient(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, weights: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone."""
+    n = batch_size(batch)
+    if in_transform():
+        losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
+        with unrounded(losses):
+            (grads,) = pullback(weights.to(losses), retain_graph=False, create_graph=False)
+        return losses, list(map(dense, grads))
+    inputs = [x.detach().requires_grad_() for x in leaves]
+
+    def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad(), DenseGradients():
+            losses = check_losses(losses_of(batch), n)
+        if not losses.requires_grad:
+            return losses, [torch.zeros_like(x) for x in leaves]
+        with unrounded(losses):
+            grads = torch.autograd.grad(
+                losses, inputs, weights.to(losses), allow_unused=True, materialize_grads=True
+            )
+        return losses.detach(), list(map(dense, grads))
+
+    params = spec.unflatten(inputs)
+    if isinstance(model_fn, ModuleFn):
+        return model_fn.lending(params, gradient)
+    return gradient(lambda data: model_fn(params, data))
 
 
 def val_gradients(
@@ -182,7 +208,7 @@ def materialize(
     args = model_fn, leaves, spec, batch
     batch_size(batch)
     if vectorize is not None:
-        return _by_vmap(*args, randomness) if vectorize else _by_loop(*args)
+        return (_by_vmap if vectorize else _by_loop)(*args, randomness)
     remembered = memory(model_fn)
     key = ("loop", structure(model_fn, spec, leaves, batch, randomness))
     if key not in remembered:
@@ -191,7 +217,9 @@ def materialize(
         except RuntimeError as error:
             if not _of_vmap(error):
                 raise
-    grads = _by_loop(*args)  # an error of the model itself is raised here, in its own words
+    grads = _by_loop(
+        *args, randomness
+    )  # an error of the model itself is raised here, in its own words
     remembered[key] = True
     return grads
 
@@ -248,19 +276,45 @@ def _by_vmap(
     with _vectorized(), unrounded(leaves[0]):
         grads, losses = torch.vmap(of_sample, randomness=randomness)(samples)
     check_finite(losses)
+    if randomness == "error":
+        _compare_alone(model_fn, leaves, spec, batch, losses)
     return grads
 
 
 def _by_loop(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
 ) -> list[Tensor]:
     rows, values = [], []
     for i in range(batch_size(batch)):
         row, value = _gradient_of_one(model_fn, leaves, spec, take(batch, [i]))
         rows.append(row)
         values.append(value)
-    check_finite(torch.stack(values))
+    alone = torch.stack(values)
+    check_finite(alone)
+    if randomness == "error":
+        _compare_alone(model_fn, leaves, spec, batch, alone)
     return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _compare_alone(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, alone: Tensor
+) -> None:
+    """Raise `CoupledSamplesError` unless samples have the same losses beside each other as by
+    themselves."""
+    n = batch_size(batch)
+    if n == 1 or any(map(symbolic, tensors_of(batch))):
+        return
+    with torch.no_grad():
+        together = check_losses(model_fn(spec.unflatten(list(leaves)), batch), n)
+    if not close(alone, together):
+        raise coupled_samples(
+            f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "
+            f"have {together[:8].tolist()}"
+        )
 
 
 def _gradient_of_one(

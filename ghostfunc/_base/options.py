@@ -24,6 +24,10 @@ def check_contract_dtype(contract_dtype: object, mode: str = "ghost") -> None:
         )
 
 
+CHECKS = ("new", "always", "never")
+"""What `check` may be: see `_taps/proof.py`."""
+
+
 def check_model_fn(model_fn: object) -> None:
     """Raise `OptionError` unless it may be a function of parameters and a batch."""
     if isinstance(model_fn, nn.Module):

@@ -4,7 +4,7 @@ that depends on no other sample. Every mode asks for it once per structure."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ghostfunc._base.torch_private import (
     in_transform,
     symbolic,
 )
-from ghostfunc._base.trees import ParamSpec, batch_size, take, tensors_of
+from ghostfunc._base.trees import ParamSpec, batch_size, map_tensors, take, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
 
@@ -42,27 +42,28 @@ def prove_independent(
     batch: PyTree,
     randomness: Randomness,
     *,
-    route: Hashable = None,
-    known: Tensor | None = None,
+    anew: bool = False,
 ) -> None:
-    """Raise unless losses are the same in any company: those of samples 0 and 1 beside each other,
-    beside copies of themselves and in the whole batch, and all of them in half of the batch.
+    """Raise unless losses are the same in any company: those of two samples that differ beside each
+    other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
-    Remembered by structure, and by the `route` through the program where control flow depends on
-    data; `ALWAYS_PROVE` is not remembered. With the losses of the batch `known`, what has been
-    proved of its structure is proved anew by its halves alone.
+    Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
+    its halves alone. Where all samples are the same, another is made of them, and nothing is
+    remembered.
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
     remembered = memory(model_fn)
-    key = ("independent", route, structure(model_fn, spec, leaves, batch, randomness))
-    if route is not ALWAYS_PROVE and key in remembered:
+    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    compiling = any(map(symbolic, tensors_of(batch)))
+    if key in remembered and (compiling or not anew):
         return
-    if any(map(symbolic, tensors_of(batch))):
+    if compiling:
         raise not_captured()
     if isinstance(model_fn, ModuleFn):
         model_fn.refuse_batch_norm()
-    last = min(1, n - 1)
+    other = _other_sample(batch)
+    last = min(1, n - 1) if other is None else other
 
     def losses(data: PyTree) -> Tensor:
         params = lend(leaves)
@@ -92,6 +93,8 @@ def prove_independent(
     def in_halves() -> Tensor:
         """All losses, from two batches of two samples at least: code may treat a batch of one in
         its own way."""
+        if n == 2:
+            return torch.cat([losses(take(batch, [i, i]))[:1] for i in range(n)])
         half = n // 2
         start = min(half, n - 2)
         lower, upper = (
@@ -100,10 +103,9 @@ def prove_independent(
         )
         return torch.cat([lower[:half], upper[half - start :]])
 
-    if known is not None and (*key[:1], None, *key[2:]) in remembered:
-        if randomness == "error" and n > 2:
-            compare({"in a half of the batch": (in_halves(), known)})
-        remembered[key] = True
+    if key in remembered:
+        if randomness == "error" and n > 1:
+            compare({"in a half of the batch": (in_halves(), losses(batch))})
         return
     draws = Draws()
     with draws:
@@ -121,12 +123,30 @@ def prove_independent(
                 torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
                 pair,
             ),
-            "in the whole batch": (whole[: last + 1], pair[: last + 1]),
+            "in the whole batch": (whole[[0, last]], pair),
         }
         if n > 2:
             company["in a half of the batch"] = (in_halves(), whole)
         compare(company)
-    remembered[key] = True
+        if other is None:
+            beside = _beside_another(losses, batch)
+            if beside is not None:
+                compare({"beside another sample": (beside, pair[:1])})
+    if other is not None or n == 1:
+        remembered[key] = True
+
+
+def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor | None:
+    """Sample 0's loss beside a sample that is made of it, `[1]`: its values in reverse order. None
+    if that is the same sample, or none that the model takes."""
+    one = take(batch, [0])
+    two = map_tensors(lambda x: torch.cat([x, x.flip(tuple(range(1, x.ndim)))]), one)
+    if not distinct(two):
+        return None
+    try:
+        return losses(two)[:1]
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+        return None  # lengths that no longer fit, say
 
 
 def not_captured() -> TransformError:
@@ -136,13 +156,6 @@ def not_captured() -> TransformError:
         "Compile a function that calls ghostfunc's public functions; do not trace them by other "
         "means (make_fx, FakeTensorMode)."
     )
-
-
-class _AlwaysProve:
-    """The route whose proof is not remembered."""
-
-
-ALWAYS_PROVE = _AlwaysProve()
 
 
 class _Lent(torch.autograd.Function):
@@ -262,10 +275,31 @@ def check_finite(losses: Tensor) -> None:
         )
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    eps = torch.finfo(a.dtype).eps
+def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether losses agree to the digits of their dtype, or of another one they came through.
+
+    Each is compared to itself: a large one hides no other. What is smaller than one, and than the
+    largest, is compared to that: a loss near zero is a difference of larger numbers.
+    """
+    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
     tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.detach().abs().max()))
+    largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
+
+
+def distinct(batch: PyTree) -> bool:
+    """Whether not all samples of a batch are the same."""
+    return _other_sample(batch) is not None
+
+
+def _other_sample(batch: PyTree) -> int | None:
+    """The first sample that differs from sample 0."""
+    found = []
+    for x in tensors_of(batch):
+        if len(x) > 1 and x[0].numel():
+            differs = (x != x[:1]).reshape(len(x), -1).any(1)
+            found += differs.nonzero().flatten()[:1].tolist()
+    return min(found, default=None)
 
 
 def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:

@@ -43,6 +43,11 @@ def tensors_of(tree: PyTree) -> list[Tensor]:
     return [x for x in flatten(tree)[0] if isinstance(x, Tensor)]
 
 
+def map_tensors(f: Callable[[Tensor], Tensor], batch: PyTree) -> PyTree:
+    """`f` of every leaf of a batch."""
+    return optree.tree_map(f, batch)
+
+
 def first_tensor(args: PyTree, kwargs: PyTree) -> Tensor | None:
     """The first tensor that a call is given, in a list or by keyword, too."""
     return next(iter(tensors_of((args, kwargs))), None)

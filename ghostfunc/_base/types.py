@@ -30,5 +30,9 @@ Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Randomness: TypeAlias = Literal["error", "different"]
 
 
+Check: TypeAlias = Literal["new", "always", "never"]
+"""When a run is held against plain autograd: where something about it is new, always, or never."""
+
+
 ContractDtype: TypeAlias = torch.dtype | None
 """What operands of a contraction's matrix products are rounded to; None: not at all."""

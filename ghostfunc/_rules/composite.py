@@ -44,6 +44,7 @@ for _function in (
     F.smooth_l1_loss,
     F.huber_loss,
     F.gaussian_nll_loss,
+    F.normalize,
 ):
     register_decomposition(_function)(body_of(_function))
 

@@ -6,7 +6,7 @@ the owners of rows checked in every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,16 @@ SCANS: set[Callable[..., Any]] = {
     torch.softmax, Tensor.softmax, F.softmax, torch.log_softmax, Tensor.log_softmax, F.log_softmax,
 }  # fmt: skip
 """Ops that make each number along an axis of others along it."""
+
+
+NORMS_OF_SLICES: set[Callable[..., Any]] = {torch.renorm, Tensor.renorm, Tensor.renorm_}
+"""Ops that make each number of all others in its slice of an axis."""
+
+
+def mixes_slices(args: tuple[Any, ...], kwargs: dict[str, Any], axes: Sequence[int]) -> bool:
+    """Whether a call of one of `NORMS_OF_SLICES` makes numbers of others along one of `axes`."""
+    dim = kwargs["dim"] if "dim" in kwargs else args[2]
+    return any(axis != dim for axis in axes)
 
 
 def reorders(

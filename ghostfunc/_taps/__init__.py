@@ -1,4 +1,4 @@
 """Taps: one run of a traced model, whose backward pass returns the quantities.
 
-Read: tap, mode, run, uses, row_owners; `remat` runs regions of a model again in the backward pass.
+Read: tap, mode, run, uses, proof; `remat` runs regions of a model again in the backward pass.
 """

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghostfunc._base.compilable import known
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
@@ -49,6 +51,7 @@ class TapMode(TrackingMode):
         self._as_traced = True
         self._n_calls = 0
         self._elsewhere: list[Any] = []
+        self._way = 0
         self._n = n
         self.taps = taps
         self.collect = collect
@@ -105,6 +108,10 @@ class TapMode(TrackingMode):
         self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == op_key(func)
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         out = super().elementary(func, args, kwargs)
+        read = not self._as_traced or entry in self._trace.reads_at
+        self._way = hash((self._way, entry, op_key(func), told(args), told(kwargs.values())))
+        if read and not isinstance(out, Tensor):
+            self._way = hash((self._way, seen_by_python(out)))
         if expected is not None:
             inputs = [x.shape for x in tensors_of((args, kwargs))]
             self._as_traced = pattern(func, inputs, [out.shape]) == expected
@@ -118,6 +125,13 @@ class TapMode(TrackingMode):
         if self._as_traced and self._entry == len(self._trace.funcs):
             return None
         return self._entry, hash(tuple(self._elsewhere))
+
+    @property
+    def way(self) -> Hashable:
+        """What tells this way through the program from others: its calls, what they were told
+        besides tensors, the values that Python read, and the shapes where parameters met samples.
+        """
+        return self._entry, self._way
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
         """The samples must lie where they lay in the trace. Where the shape would allow other
@@ -167,6 +181,7 @@ class TapMode(TrackingMode):
         args: list[Any],
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
+        self._way = hash((self._way, tuple(map(known, y.shape))))
         tap = self.collect.get(len(self.uses))
         if tap is not None and tap.shape != y.shape:
             raise StaleOutputs
@@ -182,6 +197,8 @@ class TapMode(TrackingMode):
 
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         y = call.run(func, call.consts())
+        if in_transform() and 0 in y.stride():
+            y = y.contiguous()  # forward mode writes tangents into its like
         self._check_layout(expected.out, y)
         for i, layout in expected.layouts:
             self._check_layout(layout, call.leaves[i])
@@ -224,6 +241,32 @@ class TapMode(TrackingMode):
         call_args, kwargs = call.rebuild(args)
         out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
         return out
+
+
+def told(values: Iterable[Any]) -> Hashable:
+    """What a call is told besides tensors, as far as it may be another for other samples: whole
+    numbers, words, and slices of them."""
+    return tuple(map(_told, values))
+
+
+def _told(x: Any) -> Hashable:
+    kind = type(x)
+    if kind is int or kind is str or kind is bool:
+        return kind is bool, x
+    if kind is tuple or kind is list or kind is torch.Size:
+        return tuple(map(_told, x))
+    if kind is slice:
+        return _told(x.start), _told(x.stop), _told(x.step)
+    return None
+
+
+def seen_by_python(x: Any) -> Hashable:
+    """Values that left torch."""
+    if isinstance(x, (list, tuple)):
+        return tuple(map(seen_by_python, x))
+    if isinstance(x, np.ndarray):
+        return x.shape, x.tobytes()
+    return x if isinstance(x, (bool, int, float, complex, str)) else None
 
 
 def mixes_last_axes(func: Callable[..., Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,24 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
-from ghostfunc._base.torch_private import address, in_transform, symbolic, unrounded, wrapped
+from ghostfunc._base.purity import check_losses
+from ghostfunc._base.torch_private import (
+    address,
+    in_transform,
+    innermost,
+    symbolic,
+    unrounded,
+    wrapped,
+)
 from ghostfunc._base.trees import ParamSpec, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.mode import TapMode
-from ghostfunc._taps.row_owners import check_owners
+from ghostfunc._taps.proof import Claim, prove
 from ghostfunc._taps.tap import StaleOutputs
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
@@ -43,7 +50,7 @@ class RunResult:
         factors: the factors of `scale * g_i`, one per use.
         deferred: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
-        route: None if model_fn made the calls of the trace and no others.
+        way: what tells the way through the program from others.
     """
 
     losses: Tensor
@@ -52,7 +59,7 @@ class RunResult:
     factors: list[list[Factor]]
     deferred: list[DeferredGradients | None]
     trace: Trace
-    route: Hashable
+    way: Hashable
 
 
 def run(
@@ -67,6 +74,7 @@ def run(
     defer: Collection[int] = (),
     scale: float | Tensor = 1.0,
     outlives: bool = False,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
@@ -88,37 +96,31 @@ def run(
 
     def use(model: TracedModel) -> RunResult:
         try:
-            return asked(model)
+            taken = asked(model)
         except StaleOutputs:  # trimmed to its longest sample, say
-            return asked(model, refresh=True)
+            taken = asked(model, refresh=True)
+        prove(Claim(model, taken.way, taken.losses, partial(dots, model)), check, randomness)
+        return taken
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
-    compiling = any(map(symbolic, tensors_of(batch)))
-    if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
+    if any(map(symbolic, tensors_of(batch))):
+        refuse_unproved(model)
+    return taken
+
+
+def refuse_unproved(model: TracedModel) -> None:
+    """Raise `TransformError` for what has to be proved in every run, and is being compiled."""
+    if model.trace.statistics or (model.trace.reorders and model.n > 1):
         raise TransformError(
             "model_fn makes numbers of several samples, or may reorder samples by their values "
             "(sorting, routing to experts), which has to be checked in every run: torch.compile "
             "cannot record that. Call it uncompiled."
         )
-    if taken.route is not None or model.trace.statistics:
-        prove_independent(
-            model_fn,
-            model.leaves,
-            spec,
-            batch,
-            randomness,
-            route=ALWAYS_PROVE if model.trace.statistics else taken.route,
-            known=taken.losses,
-        )
-    if model.trace.reorders and model.n > 1:
-        check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)
-    return taken
 
 
-def _dots(model: TracedModel, model_fn: ModelFn, directions: Sequence[Tensor]) -> list[Tensor]:
-    """`<g_i, u>` per parameter, for another function with the trace of `model`."""
-    other = replace(model, model_fn=model_fn)
-    return _run(other, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
+def dots(model: TracedModel, directions: Sequence[Tensor]) -> list[Tensor]:
+    """`<g_i, u>` per parameter."""
+    return _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
 
 
 def _run(
@@ -220,7 +222,7 @@ def _run(
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].route)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].way)
 
 
 def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:
@@ -247,7 +249,8 @@ def pull_back(
     same with a tenth of the overhead on every op and tap.
     """
     if in_transform():
-        out: Any = torch.func.vjp(f, *primals, has_aux=True)
+        guards = [x.view_as(x) for x in guarded.leaves]
+        out: Any = torch.func.vjp(f, *primals, guards, has_aux=True)
         losses, pullback, aux = out
         with unrounded(losses):
             cotangents = pullback(
@@ -255,6 +258,9 @@ def pull_back(
                 retain_graph=differentiable,
                 create_graph=differentiable,
             )
+        *cotangents, found = cotangents
+        if not any(map(symbolic, guarded.leaves)):
+            _refuse_unseen(guarded, [g if bool(innermost(g).any()) else None for g in found])
         return losses, cotangents, aux
     inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
     guards = [x.detach().requires_grad_() for x in guarded.leaves]
@@ -263,15 +269,17 @@ def pull_back(
     flat = [x for group in inputs for x in group]
     with unrounded(losses):
         found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
-    unseen = [
-        name
-        for name, g in zip(guarded.spec.names, found[len(flat) :], strict=True)
-        if g is not None
-    ]
-    if unseen:
-        raise unseen_use(unseen)
+    _refuse_unseen(guarded, found[len(flat) :])
     rest = iter(found)
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
+
+
+def _refuse_unseen(guarded: TracedModel, cotangents: Sequence[Tensor | None]) -> None:
+    """Raise `UntrackedUseError` if a cotangent reached a parameter past the taps."""
+    pairs = zip(guarded.spec.names, cotangents, strict=True)
+    unseen = [name for name, g in pairs if g is not None]
+    if unseen:
+        raise unseen_use(unseen)
 
 
 def _like(losses: Tensor, cotangent: float | Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
-from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
+from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
 from ghostfunc._base.purity import not_captured
-from ghostfunc._base.remembered import memory, structure
+from ghostfunc._base.remembered import memory, shapes_key, structure
 from ghostfunc._base.torch_private import symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -21,8 +21,14 @@ from ghostfunc._trace.trace import Trace
 T = TypeVar("T")
 
 
-MAX_TRACES = 8
+MAX_TRACES = 32
 """Ways through one model that are remembered."""
+
+MAX_SHAPES = 4096
+"""Shapes of batches whose trace is known beforehand."""
+
+DISPROVED_PAIRS = 2
+"""Traces that are made of one batch before it counts that they are disproved."""
 
 
 @dataclass(frozen=True)
@@ -51,39 +57,70 @@ def with_trace(
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
     leaves = [_plain(x) for x in leaves]
     n = batch_size(batch)
-    traces: list[Trace] = memory(model_fn).setdefault(
-        structure(model_fn, spec, leaves, batch, randomness), []
-    )
-    for trace in list(traces):
+    remembered = memory(model_fn)
+    own = structure(model_fn, spec, leaves, batch, randomness)
+    traces: list[Trace] = remembered.setdefault(own, [])
+    fitting: dict[Hashable, Trace] = remembered.setdefault(("fitting", own), {})
+    shapes = shapes_key(batch)
+    first = fitting.get(shapes)
+    unproved = ""
+    for trace in [*([first] if first in traces else []), *(x for x in traces if x is not first)]:
         model = TracedModel(model_fn, leaves, spec, batch, n, trace)
         try:
             result = use(model)
-        except StaleLayout:
+        except StaleLayout as stale:
+            unproved = str(stale) if isinstance(stale, Disproved) else ""
             continue  # control flow went another way: perhaps one that was traced before
-        _remember(traces, trace)
+        _remember(traces, fitting, trace, shapes)
         return model, result
     if any(map(symbolic, tensors_of(batch))):
         raise not_captured()
     observed = ""
-    for pair in pairs_to_trace(model_fn, leaves, spec, batch):
+    for number, pair in enumerate(pairs_to_trace(model_fn, leaves, spec, batch)):
+        if unproved and number == DISPROVED_PAIRS:
+            break
         trace = trace_model(model_fn, leaves, spec, batch, randomness, pair)
         model = TracedModel(model_fn, leaves, spec, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
             observed = str(stale)
+            unproved = observed if isinstance(stale, Disproved) else ""
             continue
-        _remember(traces, trace)
+        _remember(traces, fitting, trace, shapes)
         return model, result
+    if unproved:
+        raise not_proved(unproved)
     raise ControlFlowError(
         "model_fn does not call the same ops each time it runs on this batch "
         f"({observed}): its control flow depends on its data. {WAYS_OUT}"
     )
 
 
-def _remember(traces: list[Trace], trace: Trace) -> None:
-    """Put the trace of the last run first. Other threads may do so at the same time."""
+def _remember(
+    traces: list[Trace], fitting: dict[Hashable, Trace], trace: Trace, shapes: Hashable
+) -> None:
+    """Put the trace of the last run first, and try it first at these shapes. Other threads may do
+    so at the same time."""
     traces[:] = [trace, *(x for x in list(traces) if x is not trace)][:MAX_TRACES]
+    if len(fitting) >= MAX_SHAPES:
+        fitting.clear()
+    fitting[shapes] = trace
+
+
+class Disproved(StaleLayout):
+    """A trace does not fit, though all shapes do. Leaves the package as `SampleAxisError`, if no
+    other trace fits either."""
+
+
+def not_proved(observed: str) -> SampleAxisError:
+    """What the caller is told where no trace could be proved."""
+    return SampleAxisError(
+        f"{observed}. Either rows are ascribed to samples that they are not those of (model_fn "
+        "reorders samples by their values: it sorts them, packs sequences, or routes rows to "
+        "experts), or an op's rule or gradient is wrong. Keep the samples in their order where "
+        f"parameters meet them. {WAYS_OUT}"
+    )
 
 
 def trace_of(

@@ -110,6 +110,7 @@ def trace_model(
         recorder.reorders,
         recorder.statistics,
         recorder.reads,
+        frozenset(recorder.reads_at),
     )
     return trace
 

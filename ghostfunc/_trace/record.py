@@ -25,11 +25,25 @@ from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
 from ghostfunc._rules.registry import REASONS, ArgName, BroadcastRule, FactorRule, lookup
-from ghostfunc._rules.reordering import MAY_REORDER, SCANS, reorders, sorted_dim
+from ghostfunc._rules.reordering import (
+    MAY_REORDER,
+    NORMS_OF_SLICES,
+    SCANS,
+    mixes_slices,
+    reorders,
+    sorted_dim,
+)
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.trace import CallTrace, Kind, Shape
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
-from ghostfunc._trace.watch import ALIKE, CONSTANTS, TrackingMode, decomposed, writes
+from ghostfunc._trace.watch import (
+    ALIKE,
+    CONSTANTS,
+    TrackingMode,
+    decomposed,
+    reads_attribute,
+    writes,
+)
 
 _NUMBERS: set[Callable[..., Any]] = {
     Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
@@ -141,6 +155,8 @@ class Recorder(TrackingMode):
         self._reordered_at: int | None = None
         self.statistics = False
         self.reads = False
+        self.reads_at: set[int] = set()
+        self._number = -1  # of the call, reads of attributes not counted
         self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.seen: list[RecordedCall] = []
 
@@ -165,6 +181,7 @@ class Recorder(TrackingMode):
         if func is SET_GRAD_ENABLED:
             return func(*args)
         self._entry += 1
+        self._number += not reads_attribute(func)
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
                 f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
@@ -173,13 +190,15 @@ class Recorder(TrackingMode):
             )
         if func is torch.randperm and self._reordered_at is None:
             self._reordered_at = len(self.seen)
-        if func in MAY_REORDER or func in SCANS:
+        if func in MAY_REORDER or func in SCANS or func in NORMS_OF_SLICES:
             before = next((s for s in self._log.calls[self._entry - 1][1] if s is not None), ())
             given = first_tensor(args, kwargs)
             now = () if given is None else given.shape
             axes = [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]
             if func in SCANS:
                 self.statistics |= bool(axes) and sorted_dim(func, args, kwargs) % len(now) in axes
+            elif func in NORMS_OF_SLICES:
+                self.statistics |= mixes_slices(args, kwargs, axes)
             elif self._reordered_at is None and any(
                 reorders(func, args, kwargs, axis, len(now)) for axis in axes
             ):
@@ -209,7 +228,9 @@ class Recorder(TrackingMode):
     ) -> None:
         values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
         if any(id(x) in self._of_batch for x in values):
-            self.reads |= func in _READS
+            if func in _READS:
+                self.reads = True
+                self.reads_at.add(self._number)
             self._of_batch.update((id(x), x) for x in tensors_of(out))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -63,6 +63,7 @@ class Trace:
             whose row is whose has to be checked in every run.
         statistics: whether a number is made of several samples, so that their independence has to
             be.
+        reads_at: the calls, by number, that hand values of the batch to Python.
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
     """
@@ -74,6 +75,7 @@ class Trace:
     reorders: bool
     statistics: bool
     reads: bool
+    reads_at: frozenset[int]
 
 
 Pattern: TypeAlias = tuple[Any, ...]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import CHECKS, one_of
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
-from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._transforms.factored import check_weights, collect
 
@@ -47,6 +47,7 @@ def ghost_clipped_grad(
     weights: Float[Tensor, " n"] | None = None,
     mode: Mode = "ghost",
     vectorize: bool | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> ClippedGrad:
     """The sum of clipped per-sample gradients, from one forward and one backward pass.
@@ -88,6 +89,8 @@ def ghost_clipped_grad(
         mode: "ghost" (book-keeping) or "materialized" (`vmap(grad)`, as large as n models).
         vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
             loop where vmap cannot run the model.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -107,13 +110,21 @@ def ghost_clipped_grad(
     """
     one_of("mode", mode, ("ghost", "materialized"))
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     leaves, spec = flatten_params(params)
     n = batch_size(batch)
     bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
     if weights is not None:
         check_weights(weights, n)
     book = collect(
-        model_fn, leaves, spec, batch, mode=mode, vectorize=vectorize, randomness=randomness
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        mode=mode,
+        vectorize=vectorize,
+        check=check,
+        randomness=randomness,
     )
     rows = book.param_norms()
     joint = extreme_norms.joint(rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.reprs import brief
-from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._transforms.scores.question import ask
 
 
@@ -47,6 +47,7 @@ def ghost_dot_prod(
     vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Dot products of every train sample's gradient with the validation gradient.
@@ -90,6 +91,8 @@ def ghost_dot_prod(
             do not fit into memory. The numbers do not depend on it. With `reduction="none"` every
             chunk of `train` is run once for every chunk of `val`. None also allows one run of both
             batches, where they are alike and the validation samples few.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
     Returns:
@@ -135,6 +138,7 @@ def ghost_dot_prod(
         vectorize=vectorize,
         contract_dtype=contract_dtype,
         chunk_size=chunk_size,
+        check=check,
         randomness=randomness,
     )
     return asked.positions() if per_position else asked.scores()
@@ -155,6 +159,7 @@ def ghost_value_and_grad(
     vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> GhostStep:
     """One training step's losses, gradient and scores, from one backward pass over `train` (and
@@ -186,6 +191,7 @@ def ghost_value_and_grad(
         vectorize=vectorize,
         contract_dtype=contract_dtype,
         chunk_size=chunk_size,
+        check=check,
         randomness=randomness,
     )
     losses, grads, scores = asked.step()
@@ -206,6 +212,7 @@ def ghost_cosine(
     vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Cosines between every train sample's gradient and the validation gradient.
@@ -232,6 +239,8 @@ def ghost_cosine(
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
             it, in dot products and in norms, as in `ghost_dot_prod` and `ghost_norm`.
         chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -256,5 +265,6 @@ def ghost_cosine(
         vectorize=vectorize,
         contract_dtype=contract_dtype,
         chunk_size=chunk_size,
+        check=check,
         randomness=randomness,
     ).scores()

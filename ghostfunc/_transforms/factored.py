@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ghostfunc._base import definition
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_model_fn, one_of
+from ghostfunc._base.options import CHECKS, check_model_fn, one_of
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, times
@@ -32,7 +32,12 @@ T = TypeVar("T")
 
 
 def factored_grads(
-    model_fn: ModelFn, params: PyTree, batch: PyTree, *, randomness: Randomness = "error"
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    check: Check = "new",
+    randomness: Randomness = "error",
 ) -> FactoredGrads:
     """Every sample's gradient `g_i`, kept as factors, from one backward pass.
 
@@ -40,6 +45,8 @@ def factored_grads(
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
         params: pytree of floating-point tensors.
         batch: pytree of tensors `[n, ...]`.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -57,8 +64,9 @@ def factored_grads(
     """
     one_of("randomness", randomness, ("error", "different"))
     check_model_fn(model_fn)
+    one_of("check", check, CHECKS)
     leaves, spec = flatten_params(params)
-    return collect(model_fn, leaves, spec, batch, outlives=True, randomness=randomness)
+    return collect(model_fn, leaves, spec, batch, outlives=True, check=check, randomness=randomness)
 
 
 def collect(
@@ -70,6 +78,7 @@ def collect(
     mode: Mode = "ghost",
     vectorize: bool | None = None,
     outlives: bool = False,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
@@ -89,6 +98,7 @@ def collect(
         [],
         collect=range(len(leaves)),
         outlives=outlives,
+        check=check,
         randomness=randomness,
     )
     return FactoredGrads.of(taken, leaves, spec)

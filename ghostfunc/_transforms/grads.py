@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import CHECKS, one_of
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params
-from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.scores.validation import dense_direction
@@ -64,6 +64,7 @@ def per_sample_grads(
     *,
     mode: Mode = "materialized",
     vectorize: bool | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Every sample's gradient itself: as large as n models.
@@ -76,6 +77,8 @@ def per_sample_grads(
             batched backward pass: how op rules are tested, and a way for models vmap cannot run).
         vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
             the loop where vmap cannot run the model.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -83,10 +86,13 @@ def per_sample_grads(
     """
     one_of("mode", mode, ("materialized", "ghost"))
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     leaves, spec = flatten_params(params)
     batch_size(batch)
     if mode == "ghost":
-        taken = run(model_fn, leaves, spec, batch, [SampleGrad()], randomness=randomness)
+        taken = run(
+            model_fn, leaves, spec, batch, [SampleGrad()], check=check, randomness=randomness
+        )
         return spec.unflatten(taken.values[0])
     prove_independent(model_fn, leaves, spec, batch, randomness)
     return spec.unflatten(

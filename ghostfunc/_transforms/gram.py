@@ -11,9 +11,9 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_chunk_size, one_of
+from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
 from ghostfunc._base.trees import ParamSpec, flatten_params
-from ghostfunc._base.types import Mode, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Gram, Prepared, Quantity, SqNorm
@@ -35,6 +35,7 @@ def ghost_gram(
     mode: Mode = "ghost",
     chunk_size: int | None = None,
     vectorize: bool | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Inner products of all pairs of per-sample gradients.
@@ -56,6 +57,8 @@ def ghost_gram(
             chunks are in memory at one time. By default everything is run at once.
         vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
             loop where vmap cannot run the model.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different" (not with chunks: every pass would draw anew).
 
     Returns:
@@ -68,6 +71,7 @@ def ghost_gram(
     """
     one_of("mode", mode, _MODES)
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     check_chunk_size(chunk_size)
     if chunk_size is not None and (mode, randomness) != ("ghost", "error"):
         raise OptionError(
@@ -81,7 +85,7 @@ def ghost_gram(
         )
     leaves, spec = flatten_params(params)
     if mode == "ghost":
-        model = _Gradients(model_fn, leaves, spec, randomness, per_param)
+        model = _Gradients(model_fn, leaves, spec, randomness, per_param, check)
         mine = [chunk for _, chunk in batches.chunks(batch, chunk_size)]
         if other is None:
             grams = model.within(mine)
@@ -94,7 +98,14 @@ def ghost_gram(
     else:
         books = [
             collect(
-                model_fn, leaves, spec, b, mode=mode, vectorize=vectorize, randomness=randomness
+                model_fn,
+                leaves,
+                spec,
+                b,
+                mode=mode,
+                vectorize=vectorize,
+                check=check,
+                randomness=randomness,
             )
             for b in ([batch] if other is None else [batch, other])
         ]
@@ -120,6 +131,7 @@ class _Gradients:
     spec: ParamSpec
     randomness: Randomness
     per_param: bool
+    check: Check
 
     def within(self, chunks: Sequence[PyTree]) -> list[Tensor]:
         """`[n, n]`: the factors of one chunk are kept while those after it stream past them."""
@@ -150,7 +162,14 @@ class _Gradients:
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def _factors(self, chunk: PyTree) -> FactoredGrads:
-        return collect(self.model_fn, self.leaves, self.spec, chunk, randomness=self.randomness)
+        return collect(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            chunk,
+            check=self.check,
+            randomness=self.randomness,
+        )
 
     def _beside(self, kept: FactoredGrads, chunk: PyTree) -> list[Tensor]:
         """`<g_i, g_j>`, i in `chunk` and j in `kept`."""
@@ -159,7 +178,13 @@ class _Gradients:
 
     def _read(self, chunk: PyTree, quantity: Quantity) -> list[Tensor]:
         result = run(
-            self.model_fn, self.leaves, self.spec, chunk, [quantity], randomness=self.randomness
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            chunk,
+            [quantity],
+            check=self.check,
+            randomness=self.randomness,
         )
         return self._summed(result.values[0])
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
-from ghostfunc._base.options import check_contract_dtype, one_of
+from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
 from ghostfunc._base.trees import flatten_params
-from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._quantities.quantity import SqNorm
 from ghostfunc._taps.run import run
@@ -29,6 +29,7 @@ def ghost_norm(
     vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> PyTree:
     """Norms of per-sample gradients.
@@ -52,6 +53,8 @@ def ghost_norm(
             it, as in `ghost_dot_prod`. Squares are sums of T x T terms that may cancel, so a norm
             can lose more digits than each term does.
         chunk_size: the most samples to run at one time; by default all of them.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -69,16 +72,26 @@ def ghost_norm(
     """
     one_of("mode", mode, _MODES)
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
     leaves, spec = flatten_params(params)
     squares = SqNorm().contracting(contract_dtype)
 
     def of_chunk(chunk: PyTree) -> list[Tensor]:
         if mode == "ghost":
-            taken = run(model_fn, leaves, spec, chunk, [squares], randomness=randomness)
+            taken = run(
+                model_fn, leaves, spec, chunk, [squares], check=check, randomness=randomness
+            )
             return [sample_norms(model_fn, leaves, spec, chunk, taken.values[0], randomness)]
         book = collect(
-            model_fn, leaves, spec, chunk, mode=mode, vectorize=vectorize, randomness=randomness
+            model_fn,
+            leaves,
+            spec,
+            chunk,
+            mode=mode,
+            vectorize=vectorize,
+            check=check,
+            randomness=randomness,
         )
         return [book.param_norms()]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_contract_dtype, one_of
+from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import flatten_params
-from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._taps.run import RunResult, run
 
@@ -46,6 +46,7 @@ def ghost_vjp(
     grads: bool = False,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> GhostVjp:
     """Quantities of per-sample gradients `g_i = d losses[i] / d params`, in one backward pass.
@@ -61,6 +62,8 @@ def ghost_vjp(
             products that make the values to it, as in `ghost_dot_prod`. Not for `SampleGrad`.
         chunk_size: the most samples to run at one time, where all of them do not fit into memory.
             Not for quantities that pair the samples of a batch (`Gram`).
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" lets every sample
             have its own draws.
 
@@ -73,6 +76,7 @@ def ghost_vjp(
         GhostError: one of its children, which names what was given and what to do.
     """
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype)
     named = quantities if isinstance(quantities, dict) else {"": quantities}
     for name, quantity in named.items():
@@ -97,6 +101,7 @@ def ghost_vjp(
             chunk,
             rounded,
             grads=range(len(leaves)) if grads else (),
+            check=check,
             randomness=randomness,
         )
 

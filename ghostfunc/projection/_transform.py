@@ -13,7 +13,7 @@ from ghostfunc._base.compilable import compilable, node
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_contract_dtype, one_of
 from ghostfunc._base.trees import ParamSpec
-from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc._transforms.vjp import ghost_vjp
@@ -57,6 +57,7 @@ def ghost_project(
     vectorize: bool | None = None,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> Float[Tensor, "n k"]:
     """Every sample's gradient, projected to k numbers; no per-sample gradient is formed.
@@ -75,6 +76,8 @@ def ghost_project(
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products,
             projection matrices among them, to it, as in `ghost_dot_prod`.
         chunk_size: the most samples to run at one time; by default all of them.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
     Returns:
@@ -100,6 +103,7 @@ def ghost_project(
                 quantity,
                 contract_dtype=contract_dtype,
                 chunk_size=chunk_size,
+                check=check,
                 randomness=randomness,
             ).values
         )

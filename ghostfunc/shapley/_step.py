@@ -17,7 +17,7 @@ from ghostfunc._base.options import one_of
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
 from ghostfunc._taps.run import run
@@ -61,6 +61,7 @@ def step(
     loss_scale: float = 1.0,
     keep_factors: bool = True,
     hvp: Hvp = "forward",
+    check: Check = "new",
     randomness: Randomness = "error",
 ) -> ShapleyStep:
     """Losses and gradient of a training step, and the value of every sample in it.
@@ -98,6 +99,8 @@ def step(
             own, if it draws).
         hvp: for order 2, "forward" (`jvp` over `grad`) or "reverse" (`grad` over `grad`, for ops
             without forward-mode AD).
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -120,7 +123,7 @@ def step(
 
     if order == 1 and (optimizer.linear or form == "previous_state"):
         quantities, factor = _one_pass(
-            model_fn, leaves, spec, train, val_sets, optimizer, randomness
+            model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
         )
         taken = run(
             model_fn,
@@ -130,6 +133,7 @@ def step(
             quantities,
             grads=everything,
             scale=scale,
+            check=check,
             randomness=randomness,
         )
         values = torch.stack([add_up(dots) for dots in taken.values], dim=1) * (factor * weight)
@@ -147,6 +151,7 @@ def step(
         grads=everything,
         collect=everything if keep_factors else (),
         scale=scale,
+        check=check,
         randomness=randomness,
     )
     grads = spec.unflatten(_unscaled(taken.grads, loss_scale))
@@ -171,6 +176,7 @@ def step(
             train,
             [Dot(u) for u in us.values()],
             scale=scale,
+            check=check,
             randomness=randomness,
         )
         columns = [add_up(row) * weight for row in dots.values]
@@ -235,6 +241,7 @@ def _one_pass(
     train: PyTree,
     val_sets: Mapping[str, PyTree],
     optimizer: Optimizer,
+    check: Check,
     randomness: Randomness,
 ) -> tuple[list[Quantity], float]:
     """What to read in the training step's own pass, and a factor on it."""
@@ -251,6 +258,7 @@ def _one_pass(
             val,
             reduction="mean",
             grads=True,
+            check=check,
             randomness=randomness,
         )
         for val in val_sets.values()

@@ -20,7 +20,7 @@ def penalty(*tensors: Tensor) -> Tensor:
 
 
 def conv(p: Any, x: Tensor) -> Tensor:
-    return energy(F.conv1d(x, p["k"], p["b"], padding=1)) + penalty(p["k"], p["b"])
+    return energy(F.conv1d(x, p["wide"], p["b"])) + penalty(p["wide"], p["b"])
 
 
 def grouped_conv(p: Any, x: Tensor) -> Tensor:
@@ -73,10 +73,13 @@ MODELS: list[Model] = [
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
-def test_penalised(model: Model) -> None:
-    params = weights(k=(4, 4, 3), b=(4,), grouped=(4, 2, 3), planes=(3, 1, 2, 2), bi=(3, 4, 4))
+@pytest.mark.parametrize("t", [3, 6])
+def test_penalised(model: Model, t: int) -> None:
+    params = weights(
+        wide=(8, 4, 3), b=(8,), k=(4, 4, 3), grouped=(4, 2, 3), planes=(3, 1, 2, 2), bi=(3, 4, 4)
+    )
 
     def draw(n: int) -> Tensor:
-        return torch.randn(n, 4, 5, generator=Generator().manual_seed(n), dtype=torch.float64)
+        return torch.randn(n, 4, t, generator=Generator().manual_seed(n), dtype=torch.float64)
 
     assert_right(Case(model, params, draw(4), draw(2)))

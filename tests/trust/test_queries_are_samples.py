@@ -24,12 +24,12 @@ def two_axes(p: Any, x: Tensor) -> Tensor:
 
 
 def learned_values(p: Any, x: Tensor) -> Tensor:
-    keys = torch.linspace(-1, 1, p["v"].numel(), dtype=x.dtype).view_as(p["v"])
+    keys = torch.linspace(-1, 1, p["v"].numel(), dtype=x.dtype).view(p["v"].shape)
     return energy(attention(x[None], keys[None], p["v"][None])[0])
 
 
 def learned_keys(p: Any, x: Tensor) -> Tensor:
-    values = torch.linspace(-1, 1, p["k"].numel(), dtype=x.dtype).view_as(p["k"])
+    values = torch.linspace(-1, 1, p["k"].numel(), dtype=x.dtype).view(p["k"].shape)
     return energy(attention(x[None], p["k"][None], values[None])[0])
 
 
@@ -66,7 +66,7 @@ def test_samples_are_keys_of_nobody_else(slots: int) -> None:
 
     def model(p: Any, x: Tensor) -> Tensor:
         q = p["q"].expand(len(x), -1, -1)
-        return energy(attention(q, x[:, None] * p["s"], x[:, None]))
+        return energy(attention(q, x[:, None] * p["s"], x[:, None].expand(-1, 2, -1)))
 
     draw = features(4)
     batches = (draw(n, 1, Generator().manual_seed(n)) for n in (3, 2))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_quantity import GHOST, Case, assert_right
+from every_quantity import Case, assert_right
 from problems import energy, features, weights
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +32,9 @@ def cayley(w: Tensor) -> Tensor:
     return w + 0.1 * w @ w
 
 
+MOST = 5000
+"""Ops of a call on a chain of five steps; the longest needs a fifth of that."""
+
 STEPS: list[Chain] = [residual, reflected, cayley]
 
 
@@ -52,18 +55,25 @@ def case_of(model: Callable[[Any, Tensor], Tensor]) -> Case:
 
 
 class Calls(TorchDispatchMode):
+    """Counts ops, and gives up where there are far too many."""
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        assert self.count < MOST, "work is not linear"
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 def test_short_chains_are_right(step: Chain) -> None:
-    assert_right(case_of(chained(step, 2)), GHOST)
+    assert_right(case_of(chained(step, 1)))
+
+
+def test_a_longer_chain_is_right() -> None:
+    assert_right(case_of(chained(residual, 3)))
 
 
 ASKS: dict[str, Callable[[Case], Any]] = {
@@ -82,7 +92,8 @@ ASKS: dict[str, Callable[[Case], Any]] = {
 def calls(step: Chain, times: int, ask: Callable[[Case], Any]) -> int:
     """Ops of a warm call."""
     case = case_of(chained(step, times))
-    ask(case)
+    with Calls():
+        ask(case)
     with Calls() as counted:
         ask(case)
     return counted.count
@@ -92,5 +103,5 @@ def calls(step: Chain, times: int, ask: Callable[[Case], Any]) -> int:
 @pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 def test_work_is_linear(step: Chain, ask: Callable[[Case], Any]) -> None:
     """Twice as many steps again cost as much more as the steps before: no path is walked twice."""
-    one, two, four = (calls(step, times, ask) for times in (2, 4, 6))
+    one, two, four = (calls(step, times, ask) for times in (1, 3, 5))
     assert four - two <= 1.5 * (two - one) + 8, (one, two, four)

@@ -24,13 +24,14 @@ def sparse_table_and_head(p: Any, ids: Tensor) -> Tensor:
 
 def scattered_weight(p: Any, ids: Tensor) -> Tensor:
     at = torch.tensor([[0, 1, 2, 3], [5, 1, 1, 0]])
-    w = torch.sparse_coo_tensor(at, p["values"], (7, 6)).to_dense()
+    w = torch.sparse_coo_tensor(at, p["values"], (7, 6), check_invariants=True).to_dense()
     return energy(F.one_hot(ids, 7).double() @ w)
 
 
 def scattered_with_repeats(p: Any, ids: Tensor) -> Tensor:
     at = torch.tensor([[0, 1, 1, 3], [5, 1, 1, 0]])
-    w = torch.sparse_coo_tensor(at, p["values"].tanh(), (7, 6)).coalesce().to_dense()
+    w = torch.sparse_coo_tensor(at, p["values"].tanh(), (7, 6), check_invariants=True)
+    w = w.coalesce().to_dense()
     return energy(F.one_hot(ids, 7).double() @ w)
 
 

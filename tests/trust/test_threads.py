@@ -52,7 +52,7 @@ def test_a_model_in_two_threads() -> None:
         for n, t in ((3, 2), (4, 4), (2, 4), (5, 5), (4, 2), (3, 6))
     ]
     for case in cases:
-        assert len(case.g) == len(case.v) == len(leaves := list(case.params)) and leaves
+        assert len(case.g) == len(case.v) == 1  # the loop runs before the threads do
     asked = [(case, name) for case in cases for name in ("dots", "norms", "gram", "one_pass")]
     with ThreadPoolExecutor(4) as pool:
         verdicts = list(pool.map(lambda pair: judge(*pair), asked))

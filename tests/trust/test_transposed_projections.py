@@ -67,14 +67,14 @@ def case_of(model: Model, **shapes: tuple[int, ...]) -> Case:
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
 def test_of_one_parameter(model: Model) -> None:
-    assert_right(case_of(model, w=(4, 6)))
+    assert_right(case_of(model, w=(4, 6)), GHOST)
 
 
 def test_of_a_low_rank_product() -> None:
     def model(p: Any, x: Tensor) -> Tensor:
         return energy(x @ (p["a"].t() @ p["b"].t()))
 
-    assert_right(case_of(model, a=(2, 6), b=(4, 2)))
+    assert_right(case_of(model, a=(2, 6), b=(4, 2)), GHOST)
 
 
 def test_of_an_orthogonal_weight() -> None:

@@ -196,7 +196,8 @@ class Square(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.square()
+        with torch._C.DisableTorchFunction():
+            return x.square()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -212,17 +213,17 @@ class Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * tangent
 
 
-def seen_in_small_batches(p: Any, x: Tensor) -> Tensor:
-    if len(x) <= 2:
+def seen_in_short_samples(p: Any, x: Tensor) -> Tensor:
+    if x.shape[1] <= 2:
         return energy(x @ p["w"])
     return energy(x @ p["w"] + Square.apply(p["w"]).sum())
 
 
 @pytest.mark.parametrize("name", ["dots_along_a_direction", "norms", "one_pass", *TRANSFORMS])
 def test_unseen_uses_raise_everywhere(name: str) -> None:
-    """A trace of small batches shows no such use; the guards of every run do."""
-    case = case_of(seen_in_small_batches, weights(w=(4, 6)))
-    gf.ghost_dot_prod(case.model_fn, case.params, case.val, direction=case.u)
+    """A trace of short samples shows no such use; the guards of every run do."""
+    case = case_of(seen_in_short_samples, weights(w=(4, 6)))
+    case.first = [case.train[:, :2]]
     verdict = judge(case, name)
     assert verdict.status == "refused", str(verdict)
     assert "UntrackedUseError" in verdict.said

@@ -27,16 +27,17 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
-from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
+from ghostfunc._base.purity import check_losses
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import memory
-from ghostfunc._base.torch_private import in_transform
+from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, map_leaves, take, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.readers import DotReader, Reader
 from ghostfunc._taps.mode import TapMode, mixes_last_axes, unfold_all
-from ghostfunc._taps.run import pull_back, with_zeros
+from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.run import dots, pull_back, refuse_unproved, with_zeros
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.trace import CallTrace
@@ -57,28 +58,27 @@ def position_dots(
     directions: Sequence[Sequence[Tensor]],
     *,
     per_param: bool,
+    check: Check,
     randomness: Randomness,
 ) -> list[list[Tensor]]:
     """For every direction the shares of all positions: `[n, T]`, one in all or one per
     parameter."""
-    use = partial(_shares, directions=directions, per_param=per_param)
-    model, (shares, route) = with_trace(use, model_fn, leaves, spec, batch, randomness)
-    statistics = model.trace.statistics
-    if route is not None or statistics:
-        prove_independent(
-            model_fn,
-            model.leaves,
-            spec,
-            batch,
-            randomness,
-            route=ALWAYS_PROVE if statistics else route,
-        )
+
+    def use(model: TracedModel) -> list[list[Tensor]]:
+        shares, losses, way = _shares(model, directions=directions, per_param=per_param)
+        prove(Claim(model, way, losses, partial(dots, model)), check, randomness)
+        return shares
+
+    model, shares = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    if any(map(symbolic, tensors_of(batch))):
+        refuse_unproved(model)
     return shares
 
 
 def _shares(
     model: TracedModel, *, directions: Sequence[Sequence[Tensor]], per_param: bool
-) -> tuple[list[list[Tensor]], Hashable]:
+) -> tuple[list[list[Tensor]], Tensor, Hashable]:
+    """The shares, the losses, and the way through the program."""
     if model.trace.reorders:
         raise SampleAxisError(
             "per_position=True does not take a model that may reorder its samples by their values."
@@ -101,10 +101,10 @@ def _shares(
 
     flat = [tap for row in taps for tap in row]
     nested = in_transform()
-    _, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
+    losses, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
     cotangents = with_zeros(cotangents, flat)
     shares = [cotangents[i : i + columns] for i in range(0, len(flat), columns)]
-    return shares, modes[0].route
+    return shares, losses, modes[0].way
 
 
 class _PositionMode(TapMode):

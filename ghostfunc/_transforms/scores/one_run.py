@@ -19,7 +19,7 @@ from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.remembered import memory, shapes_key
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
-from ghostfunc._base.types import ContractDtype, ModelFn, PyTree
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree
 from ghostfunc._factors import bundles
 from ghostfunc._factors.beside_total import RunningTotal, dots_and_total
 from ghostfunc._factors.bundles import Bundle
@@ -96,6 +96,7 @@ def in_one_run(
     mean: bool,
     grads: bool,
     contract_dtype: ContractDtype,
+    check: Check,
 ) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
     for two."""
@@ -110,7 +111,15 @@ def in_one_run(
     reader = OneRunReader(n, contract_dtype)
     try:
         found = _run(
-            model_fn, leaves, spec, _joined(train, val), reader, shared, weights, grads=grads
+            model_fn,
+            leaves,
+            spec,
+            _joined(train, val),
+            reader,
+            shared,
+            weights,
+            grads=grads,
+            check=check,
         )
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
@@ -144,6 +153,7 @@ def _run(
     weights: Tensor,
     *,
     grads: bool,
+    check: Check,
 ) -> _Found:
     """One run of a batch of both. The parameters `shared` are read at its end."""
     single = [i for i in range(len(leaves)) if i not in shared]
@@ -157,6 +167,7 @@ def _run(
         grads=single if grads else (),
         collect=shared,
         scale=weights,
+        check=check,
     )
     dots, out = list(result.values[0]), list(result.grads)
     for i in shared:

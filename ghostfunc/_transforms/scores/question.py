@@ -13,13 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base import batches, definition
-from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_chunk_size, check_contract_dtype, one_of
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
-from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense
@@ -77,6 +76,7 @@ class Question:
     vectorize: bool | None
     contract_dtype: ContractDtype
     chunk_size: int | None
+    check: Check
     randomness: Randomness
 
     def scores(self) -> PyTree:
@@ -122,6 +122,7 @@ class Question:
                 train,
                 us,
                 per_param=self.per_param,
+                check=self.check,
                 randomness=self.randomness,
             )
             return _flat(parts)
@@ -191,6 +192,7 @@ class Question:
                 quantities,
                 grads=range(len(self.leaves)) if grads else (),
                 scale=1 / batch_size(self.train) if grads else 1.0,
+                check=self.check,
                 randomness=self.randomness,
             )
             dots = taken.values[: len(readers)]
@@ -230,6 +232,7 @@ class Question:
             mean=self.reduction == "mean",
             grads=grads,
             contract_dtype=self.contract_dtype,
+            check=self.check,
         )
         if found is None:
             return None
@@ -259,6 +262,7 @@ class Question:
             reduction=self.reduction,
             grads=grads,
             contract_dtype=self.contract_dtype,
+            check=self.check,
             randomness=self.randomness,
         )
 
@@ -284,7 +288,14 @@ class Question:
         return self._unflat(flat, len(pieces))
 
     def _prove(self, batch: PyTree) -> None:
-        prove_independent(self.model_fn, self.leaves, self.spec, batch, self.randomness)
+        prove_independent(
+            self.model_fn,
+            self.leaves,
+            self.spec,
+            batch,
+            self.randomness,
+            anew=self.mode == "jvp" and self.check != "never",
+        )
 
     def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
         columns = [
@@ -338,14 +349,11 @@ class Question:
         n = batch_size(self.train)
 
         def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
-            def share(p: list[Tensor]) -> tuple[Tensor, Tensor]:
-                with DenseGradients():
-                    losses = self.model_fn(self.spec.unflatten(p), train)
-                losses = check_losses(losses, batch_size(train))
-                return losses.sum() / n, losses
-
-            grads, losses = torch.func.grad(share, has_aux=True)(list(self.leaves))
-            return list(map(dense, grads)), losses
+            weights = torch.full((batch_size(train),), 1 / n, dtype=torch.float64)
+            losses, grads = definition.weighted_gradient(
+                self.model_fn, self.leaves, self.spec, train, weights
+            )
+            return grads, losses
 
         rows, sums = [], batches.Sums()
         for grads, losses in batches.each(of_chunk, self.train, self.chunk_size, "train"):
@@ -398,12 +406,14 @@ def ask(
     vectorize: bool | None,
     contract_dtype: ContractDtype,
     chunk_size: int | None,
+    check: Check,
     randomness: Randomness,
 ) -> Question:
     """Validate a call of one of the public functions."""
     one_of("mode", mode, _MODES)
     one_of("reduction", reduction, ("mean", "sum", "none"))
     one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
     check_chunk_size(chunk_size)
     if normalize and mode == "jvp":
@@ -432,6 +442,7 @@ def ask(
         vectorize,
         contract_dtype,
         chunk_size,
+        check,
         randomness,
     )
 

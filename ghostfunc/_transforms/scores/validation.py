@@ -17,7 +17,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
-from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import bundles, cost
 from ghostfunc._factors.factor import Factor, times
 from ghostfunc._factors.matmul import speed
@@ -43,6 +43,7 @@ def validation_readers(
     reduction: Reduction,
     grads: bool,
     contract_dtype: ContractDtype = None,
+    check: Check,
     randomness: Randomness,
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
@@ -87,6 +88,7 @@ def validation_readers(
         collect=factored,
         defer=deferred,
         scale=1.0 if apart else mean,
+        check=check,
         randomness=randomness,
     )
     after = mean if apart else 1.0

@@ -1,0 +1,177 @@
+"""Programs are played: compiled, run in plain torch, and every quantity judged.
+
+What plain torch cannot run is skipped. Where the losses of a batch are not those of its samples
+alone, samples depend on each other, and every number is wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+import fuzz_blocks
+import fuzz_steps
+import numpy as np
+import torch
+import torch.nn.functional as F
+from every_quantity import GHOST, OTHER_MODES, QUANTITIES, Case, Verdict, judge
+from fuzz_program import Program, Setting
+from fuzz_source import VOCABULARY, WIDTH, source
+from torch import Tensor
+
+assert fuzz_blocks.route
+assert fuzz_steps.product  # both say how steps are written
+
+ALWAYS = ("dots", "norms")
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One quantity of one program in one setting.
+
+    Attributes:
+        coupled: whether samples depend on each other there.
+    """
+
+    setting: int
+    verdict: Verdict
+    coupled: bool
+
+    @property
+    def status(self) -> Literal["right", "refused", "wrong", "crashed"]:
+        if self.coupled and self.verdict.status == "right":
+            return "wrong"
+        return self.verdict.status
+
+    @property
+    def failed(self) -> bool:
+        return self.status in ("wrong", "crashed")
+
+
+class Invalid(Exception):
+    """Plain torch cannot run the program, or its numbers are not finite."""
+
+
+def compiled(program: Program) -> tuple[Callable[[Any, Any], Tensor], dict[str, Tensor]]:
+    """The program as a function, and its parameters."""
+    text, shapes = source(program)
+    space: dict[str, Any] = {"torch": torch, "F": F, "np": np}
+    exec(compile(text, f"<program {program.seed}>", "exec"), space)
+    generator = torch.Generator().manual_seed(program.seed)
+    params = {
+        name: 0.6 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in sorted(shapes.items())
+    }
+    return space["model"], params
+
+
+def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, t + 1, (n,), generator=generator)
+    if setting.lengths == "full":
+        lengths = torch.full((n,), t)
+    elif setting.lengths == "sorted":
+        lengths = lengths.sort()[0]
+    data = {
+        "x": torch.randn(n, t, WIDTH, generator=generator, dtype=torch.float64),
+        "ids": torch.randint(VOCABULARY, (n, t), generator=generator),
+        "lengths": lengths,
+    }
+    if setting.large:
+        data["x"] *= 20
+    if setting.alike:
+        data = {k: v[:1].repeat(n, *[1] * (v.ndim - 1)) for k, v in data.items()}
+    return data
+
+
+def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, bool]]:
+    """The settings in turn, with one function; whether samples depend on each other there."""
+    try:
+        model, params = compiled(program)
+        for number in settings:
+            setting, seed = program.settings[number], 1000 * program.seed + 10 * number
+            train = batch(setting.n, setting.t, setting, seed)
+            val = batch(setting.m, setting.s, setting, seed + 1)
+            case = Case(model, params, train, val)
+            yield number, case, any(_coupled(case, b, g) for b, g in _sides(case))
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        raise Invalid(f"{type(error).__name__}: {error}") from error
+
+
+def _sides(case: Case) -> list[tuple[Any, list[Tensor]]]:
+    return [(case.train, case.g), (case.val, case.v)]
+
+
+def _coupled(case: Case, data: Any, rows: list[Tensor]) -> bool:
+    """Whether the batch's losses, or their gradient, are not those of its samples alone."""
+    leaves = {k: v.clone().requires_grad_() for k, v in case.params.items()}
+    losses = case.model_fn(leaves, data)
+    if losses.shape != (len(data["x"]),) or not all(bool(g.isfinite().all()) for g in rows):
+        raise Invalid("no finite loss per sample")
+    found = torch.autograd.grad(
+        losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    with torch.no_grad():
+        each = [case.model_fn(case.params, _one(data, i)) for i in range(len(losses))]
+    pairs = [(losses.detach(), torch.cat(each))]
+    pairs += [
+        ((x.to_dense() if x.is_sparse else x).reshape(-1), g.sum(0))
+        for x, g in zip(found, rows, strict=True)
+    ]
+    if max(float(g.abs().max()) for _, g in pairs if g.numel()) > 1e8:
+        raise Invalid("numbers are too large to be compared")
+    return not all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)
+
+
+def _one(data: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    return {k: v[i : i + 1] for k, v in data.items()}
+
+
+def asked(program: Program, number: int, count: int) -> list[str]:
+    """The quantities that are asked for in a setting, the first ones always."""
+    rng = Random(100 * program.seed + number)
+    others = [*GHOST, *GHOST, *OTHER_MODES, "vmap_over_directions"]
+    names = [*ALWAYS, *rng.sample(others, min(count, len(others)))] if count else list(QUANTITIES)
+    names = [x for x in dict.fromkeys(names) if x not in ("grad_of_scores", "jvp_of_scores")]
+    rng.shuffle(names)
+    return names
+
+
+def play(
+    program: Program,
+    *,
+    count: int = 5,
+    settings: Sequence[int] | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Check]:
+    """Every check of a program.
+
+    Args:
+        count: quantities that are asked for in a setting, besides those always asked for.
+        settings: those to play, by number; all of them by default.
+        only: ask for these quantities alone.
+
+    Raises:
+        Invalid: plain torch cannot run it.
+    """
+    checks: list[Check] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = range(len(program.settings)) if settings is None else settings
+        for number, case, coupled in cases(program, chosen):
+            names = asked(program, number, count) if only is None else only
+            for verdict in _judged(case, names, threads=program.settings[number].threads):
+                checks.append(Check(number, verdict, coupled))
+    return checks
+
+
+def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[Verdict]:
+    if not threads:
+        return [judge(case, name, TOLERANCE) for name in names]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda name: judge(case, name, TOLERANCE), names))

@@ -1,0 +1,97 @@
+"""A fixed part of `make fuzz`, and the fuzzer's own tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fuzz_shrink
+import fuzz_source
+import pytest
+import torch.nn.functional as F
+from fuzz_play import Check, Invalid, play
+from fuzz_program import Program, Setting, Step, random_program
+from fuzz_shrink import kinds, shrunk
+from fuzz_source import source
+
+from ghostfunc._rules import RULES
+
+SEEDS = range(30)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_number_is_wrong(seed: int) -> None:
+    """Every call ends in the right number or in an error of ghostfunc's own."""
+    program = random_program(seed)
+    try:
+        checks = play(program, count=3)
+    except Invalid as reason:
+        pytest.skip(str(reason))
+    failed = [c for c in checks if c.failed]
+    assert not failed, "\n".join(["", *(str(c.verdict) for c in failed), source(program)[0]])
+
+
+def test_a_seed_has_one_program() -> None:
+    programs = [random_program(seed) for seed in range(50)]
+    assert programs == [random_program(seed) for seed in range(50)]
+    assert len({source(program)[0] for program in programs}) == 50
+
+
+def test_any_step_may_be_left_out() -> None:
+    for seed in range(40):
+        program = random_program(seed)
+        for smaller in fuzz_shrink._smaller(program):
+            text, shapes = source(smaller)
+            compile(text, "<smaller>", "exec")
+            assert shapes
+
+
+LINEAR = Step(
+    "product", {"spelling": 0, "slot": 0, "chain": (), "out": 5, "bias": False, "by linear": True}
+)
+ACT = Step("act", {"spelling": 0, "slot": 0})
+
+
+def small_program(*steps: Step) -> Program:
+    settings = (Setting(3, 4, 2, 2), Setting(2, 3, 1, 1, "full"))
+    return Program(7, steps, "masked", ("squares",), settings)
+
+
+def test_what_is_right_is_found_right() -> None:
+    checks = play(small_program(ACT, LINEAR), count=0)
+    assert {c.status for c in checks if not c.failed} <= {"right", "refused"}
+    assert [c for c in checks if c.failed] == []
+    assert sum(c.status == "right" for c in checks) > 50
+
+
+def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = RULES[F.linear]
+    fn = rule.fn
+    wrong = replace(rule, fn=lambda b, *args, **kwargs: fn(b.roll(1, 0), *args, **kwargs))
+    monkeypatch.setitem(RULES, F.linear, wrong)
+    inside = Step("residual", {"spelling": 0}, (ACT, Step("layout", _to("t n d")), LINEAR))
+    program = small_program(ACT, inside, ACT, replace(LINEAR, args={**LINEAR.args, "slot": 1}))
+    failed = [c for c in play(program, count=3) if c.status == "wrong"]
+    assert failed
+    small, check = shrunk(program, failed[0])
+    assert check.status == "wrong"
+    assert kinds(small) == ["product"]
+    assert len(small.settings) == 1
+
+
+def _to(axes: str) -> dict[str, object]:
+    return {"spelling": 0, "slot": 0, "axes": axes}
+
+
+def test_a_number_of_coupled_samples_is_wrong() -> None:
+    """The judge needs no library for that: it compares samples alone with samples in company."""
+    couple = Step("couple", {"spelling": 1, "slot": 0})
+    checks = play(small_program(couple, LINEAR), only=["dots"])
+    assert all(c.coupled for c in checks)
+    numbers = [Check(0, c.verdict._replace(status="right"), True) for c in checks]
+    assert {c.status for c in numbers} == {"wrong"}
+
+
+def test_what_plain_torch_cannot_run_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fuzz_source._LOSSES, "all", "(h @ h).sum(-1)")  # shapes do not fit
+    with pytest.raises(Invalid, match="RuntimeError"):
+        play(replace(small_program(LINEAR), loss="all"))
