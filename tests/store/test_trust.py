@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults import Faulty, through
 from helpers import fill, make_params, make_projection, make_store
 
 import ghostfunc as gf
@@ -260,6 +261,20 @@ def test_rows_are_read_while_they_are_written_over(tmp_path: Path, store: Store)
     writer.write(range(8), new[:8], "final")
     assert seen == [[range(8)], []]
     assert torch.equal(reader.read(range(8), "final"), new[:8])
+
+
+def test_two_processes_that_write_one_file_at_once_are_told(tmp_path: Path, store: Store) -> None:
+    partial = tmp_path / "s/checkpoints/final/rows/c.0.0.partial"
+    store.write(range(8), rows_of(8), "final")
+    number = Faulty()
+    with through(number):
+        store.write(range(8), rows_of(8), "final")
+    at = number.done.index("replace")
+    with (
+        through(Faulty(at, "before", partial.unlink)),
+        pytest.raises(StoreError, match=r"rows/c\.0\.0 was written by another process"),
+    ):
+        store.write(range(8), rows_of(8), "final")
 
 
 # --- the page ---------------------------------------------------------------------------------
