@@ -88,14 +88,17 @@ def check_name(name: object) -> None:
         )
 
 
-def check_rate(lr: object) -> None:
-    """Raise `OptionError` for what is no learning rate."""
-    if lr is not None and not _is_rate(lr):
+def check_rate(lr: object) -> float | None:
+    """A learning rate, or None; `OptionError` for what is none."""
+    if lr is None:
+        return None
+    if not _is_rate(lr):
         raise OptionError(f"lr={lr!r} must be a finite number, or None.")
+    return float(lr)  # type: ignore[arg-type]
 
 
 def _is_rate(lr: object) -> bool:
-    return type(lr) in (int, float) and math.isfinite(lr)  # type: ignore[arg-type]
+    return isinstance(lr, int | float) and not isinstance(lr, bool) and math.isfinite(lr)
 
 
 def read(files: Files, name: str) -> Checkpoint:

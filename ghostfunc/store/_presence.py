@@ -81,15 +81,16 @@ class Presence:
                 "query={checkpoint: [q, k]}."
             )
 
-    def check_recipe(self, checkpoint: str, recipe: Recipe, *, write: bool) -> Recipe | None:
-        """The recipe on record; `IncompatibleStoreError` if `recipe` makes other rows.
-
-        With `write`, the first recipe is put on record.
-        """
-        if write:
-            self._need_writable()
+    def check_recipe(self, checkpoint: str, recipe: Recipe) -> Recipe | None:
+        """The recipe on record, if any; `IncompatibleStoreError` if `recipe` makes other rows."""
         _checkpoints.read(self._files, checkpoint)
-        return _recipe.settle(self._files, checkpoint, recipe, write=write)
+        return _recipe.check(self._files, checkpoint, recipe)
+
+    def put_recipe(self, checkpoint: str, recipe: Recipe) -> None:
+        """Put a recipe on record. The last one counts, so each process looks once more before its
+        own first rows (`check_recipe`)."""
+        self._need_writable()
+        recipe.write(self._files, checkpoint)
 
     def _chunks_of(self, name: str) -> StoredChunks:
         if name not in self._opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 from jaxtyping import Float
@@ -99,7 +100,7 @@ class Questions(StoredRows):
             layers=layers,
             precondition=precondition,
             weights=weights,
-            chunks=None if chunks is None else sorted(set(chunks)),
+            chunks=None if chunks is None else sorted({operator.index(c) for c in chunks}),
         )
         queries = len(next(iter(plan.queries.values()))[0])
         return _topk.best(_query.iter_scores(self, plan), k, queries=queries)

@@ -123,16 +123,9 @@ def _key(checkpoint: str) -> str:
     return f"{_folder(checkpoint)}/{_checkpoints.DOCUMENT}"
 
 
-def settle(files: Files, checkpoint: str, given: Recipe, *, write: bool) -> Recipe | None:
-    """The recipe on record; `IncompatibleStoreError` if `given` makes other rows.
-
-    The first to come writes it down, if it may. Whoever comes at the same time sees before its own
-    first rows what was written last: processes with different recipes cannot both go on.
-    """
+def check(files: Files, checkpoint: str, given: Recipe) -> Recipe | None:
+    """The recipe on record, if any; `IncompatibleStoreError` if `given` makes other rows."""
     known = Recipe.read(files, checkpoint)
-    if known is None and write:
-        given.write(files, checkpoint)
-        known = Recipe.read(files, checkpoint)
     if known is None:
         return None
     for name in list(files.names(_folder(checkpoint))):

@@ -139,7 +139,13 @@ class StoredRows(Presence):
                 yield self.chunk(number), rows
 
     def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        where = np.asarray(ids, dtype=np.int64)
+        where = np.asarray(ids)
+        if where.ndim != 1 or (len(where) and where.dtype.kind not in "iu"):
+            raise OptionError(
+                f"ids must be a sequence of whole numbers; got {where.dtype} of shape "
+                f"{where.shape}."
+            )
+        where = where.astype(np.int64)
         if len(where) and not 0 <= where.min() <= where.max() < self.n_samples:
             raise OptionError(
                 f"ids must lie in 0 ... {self.n_samples - 1}; got {where.min()} to {where.max()}."
@@ -148,6 +154,8 @@ class StoredRows(Presence):
 
     def _by_chunk(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """`(chunk, places in ids)` for every chunk that has some of them."""
+        if not len(ids):
+            return
         numbers = ids // self.chunk_rows
         order = np.argsort(numbers, kind="stable")
         found, starts = np.unique(numbers[order], return_index=True)

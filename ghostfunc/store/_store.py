@@ -184,8 +184,8 @@ class Store(Questions):
         """
         self._need_writable()
         _checkpoints.check_name(name)
-        _checkpoints.check_rate(lr)
-        checkpoint = Checkpoint(name, lr, fingerprint(params))
+        rate = _checkpoints.check_rate(lr)
+        checkpoint = Checkpoint(name, rate, fingerprint(params))
         _checkpoints.add(self._files, self._meta, checkpoint)
 
     def remove_checkpoint(self, name: str) -> None:

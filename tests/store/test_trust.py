@@ -143,6 +143,15 @@ def test_a_damaged_checkpoint_stops_no_other(tmp_path: Path, store: Store) -> No
         store.topk({"early": rows_of(1)}, 3)
 
 
+def test_ids_are_whole_numbers(store: Store) -> None:
+    for ids in ([0.5], [[1, 2]], ["x"]):
+        with pytest.raises(gf.OptionError, match="ids must be a sequence of whole numbers"):
+            store.read(ids, "final")  # type: ignore[arg-type]
+    assert store.read([], "final").shape == (0, K)
+    assert store.read(np.array([3], np.uint8), "final").shape == (1, K)
+    assert store.topk(rows_of(1), np.int64(2)).ids.shape == (1, 2)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("place", ["a file", "x" * 300, "in/a file/there"])
 def test_places_where_no_store_can_be(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
