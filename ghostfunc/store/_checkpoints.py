@@ -25,7 +25,7 @@ DOCUMENT = "zarr.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint is.
+    """The identity of a checkpoint.
 
     Attributes:
         name: its name, also of its folder.
@@ -102,7 +102,7 @@ def _is_rate(lr: object) -> bool:
 
 
 def read(files: Files, name: str) -> Checkpoint:
-    """What a checkpoint is; `OptionError` if there is none, `StoreError` if it is damaged."""
+    """The checkpoint of a name; `OptionError` if there is none, `StoreError` if it is damaged."""
     attributes = _documents.read_group(files, _key(name)) if _is_name(name) else None
     if attributes is None:
         lost = (

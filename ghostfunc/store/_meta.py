@@ -1,4 +1,4 @@
-"""What a store says of itself: the signed attributes of its root, in ranges that make sense."""
+"""The metadata of a store: the signed attributes of its root, in ranges that make sense."""
 
 from __future__ import annotations
 

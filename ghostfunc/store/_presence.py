@@ -1,4 +1,4 @@
-"""What is there of a corpus's rows: checkpoints, chunks, and the samples that are missing."""
+"""The rows that are there: checkpoints, chunks, and the samples that are missing."""
 
 from __future__ import annotations
 

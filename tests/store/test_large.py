@@ -1,4 +1,4 @@
-"""What does not grow with the store, and a query over several processes."""
+"""Costs that do not grow with the store, and a query over several processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_writing_a_chunk_looks_at_no_other(tmp_path: Path, others: int) -> None:
 
 
 def test_a_store_of_a_billion_samples(tmp_path: Path) -> None:
-    """What is written, and how much memory is taken, does not depend on the number of samples."""
+    """Writes and memory do not depend on the number of samples."""
     written = []
     for n in (10**5, 10**9):
         path = tmp_path / str(n)

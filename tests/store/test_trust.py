@@ -1,4 +1,4 @@
-"""What a store takes for true is checked first, and what it promises is tested."""
+"""A store checks whatever it takes for true, and a test holds each of its promises."""
 
 from __future__ import annotations
 
