@@ -6,6 +6,9 @@ store = Store.create(path, projection=projection, n_samples=len(data), dtype="fl
 store.add_checkpoint("final", params)
 project_dataset(model_fn, params, data, projection, store, checkpoint="final", ...)
 store.topk(gf.ghost_project(model_fn, params, queries, projection), 10, normalize="cosine")
+
+Read, from the disk up: files, documents, meta, checkpoints, chunk, stored, presence, rows; then
+metric, query, topk, questions, store; then fingerprint, recipe, work, jobs, again, dataset.
 """
 
 from ghostfunc.store._dataset import project_dataset

@@ -129,7 +129,7 @@ def check_again(
 
 
 def _guess(row: Tensor, chunk: Tensor, at: int, tolerance: float, ids: range) -> str:
-    """What differs, as far as the numbers say."""
+    """The difference, as far as the numbers tell it."""
     near = (chunk - row).norm(dim=1) <= tolerance * row.norm()
     near[at] = False
     if bool(near.any()):

@@ -25,7 +25,7 @@ DOCUMENT = "zarr.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint is.
+    """The identity of a checkpoint.
 
     Attributes:
         name: its name, also of its folder.
@@ -88,18 +88,21 @@ def check_name(name: object) -> None:
         )
 
 
-def check_rate(lr: object) -> None:
-    """Raise `OptionError` for what is no learning rate."""
-    if lr is not None and not _is_rate(lr):
+def check_rate(lr: object) -> float | None:
+    """A learning rate, or None; `OptionError` for what is none."""
+    if lr is None:
+        return None
+    if not _is_rate(lr):
         raise OptionError(f"lr={lr!r} must be a finite number, or None.")
+    return float(lr)  # type: ignore[arg-type]
 
 
 def _is_rate(lr: object) -> bool:
-    return type(lr) in (int, float) and math.isfinite(lr)  # type: ignore[arg-type]
+    return isinstance(lr, int | float) and not isinstance(lr, bool) and math.isfinite(lr)
 
 
 def read(files: Files, name: str) -> Checkpoint:
-    """What a checkpoint is; `OptionError` if there is none, `StoreError` if it is damaged."""
+    """The checkpoint of a name; `OptionError` if there is none, `StoreError` if it is damaged."""
     attributes = _documents.read_group(files, _key(name)) if _is_name(name) else None
     if attributes is None:
         lost = (

@@ -56,7 +56,7 @@ def unseal(data: bytearray, size: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Mark:
-    """What was written of a chunk.
+    """A record of the rows of a chunk that are written.
 
     Attributes:
         rows: how many of its rows, from its start.

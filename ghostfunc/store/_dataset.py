@@ -116,10 +116,12 @@ def _fill(comparison: Comparison, own: list[int], advance: Callable[[int], objec
         def load(ids: list[int]) -> PyTree:
             return loader.submit(work.load, ids).result()
 
-        known = store.check_recipe(checkpoint, recipe, write=False)
+        # A recipe without rows binds nobody: that of a run which was stopped at once, say.
+        begun = len(store.finished(checkpoint)) > 0
+        known = store.check_recipe(checkpoint, recipe) if begun else None
         compared = comparison.run(load, known)
-        if own:
-            store.check_recipe(checkpoint, recipe, write=True)
+        if own and known is None:
+            store.put_recipe(checkpoint, recipe)
         writing: Future[None] | None = None
         for job, batch in ahead(loader, jobs_of(store, checkpoint, own, work), work.load):
             if job.first:
@@ -131,7 +133,7 @@ def _fill(comparison: Comparison, own: list[int], advance: Callable[[int], objec
                 continue
             if writing is None:
                 # Others may have begun at the same time.
-                known = store.check_recipe(checkpoint, recipe, write=True)
+                known = store.check_recipe(checkpoint, recipe)
                 compared = compared or comparison.run(load, known)
             else:
                 writing.result()

@@ -111,6 +111,11 @@ class LocalFiles(Files):
             try:
                 _write_flushed(partial, data)
                 os.replace(partial, path)
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"{self}/{key} was written by another process at the same time. Give every "
+                    "process chunks of its own."
+                ) from error
             except OSError:
                 with suppress(OSError):
                     os.unlink(partial)

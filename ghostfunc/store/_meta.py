@@ -1,4 +1,4 @@
-"""What a store says of itself: the signed attributes of its root, in ranges that make sense."""
+"""The metadata of a store: the signed attributes of its root, in ranges that make sense."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from numbers import Integral
 from typing import Any
 
 from ghostfunc._base.errors import GhostError, OptionError
@@ -175,6 +176,7 @@ def json_of(name: str, value: object) -> Any:
 
 def check_count(name: str, value: object) -> int:
     """`value` as a number of samples; `OptionError` if it is none."""
-    if type(value) is not int or not 1 <= value <= MOST:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not 1 <= int(value) <= MOST:  # type: ignore[call-overload]
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
-    return value
+    return int(value)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What stored rows are compared in: some of their columns, in a metric, whole or by block."""
+"""Rows as a query compares them: some of their columns, in a metric, whole or by block."""
 
 from __future__ import annotations
 

@@ -57,8 +57,10 @@ def plan(
     per_block: bool = False,
     chunks: Sequence[int] | None = None,
 ) -> Plan:
-    """What to read and to compare it with; raises whatever is wrong with the query or the store
-    before a row is read."""
+    """A query ready to be run.
+
+    Whatever is wrong with the query or the store is raised here, before a row is read.
+    """
     one_of("normalize", normalize, ("none", "cosine", "relative"))
     given = _by_checkpoint(store, query)
     scale = _weights(store, list(given), weights)

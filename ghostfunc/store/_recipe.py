@@ -1,4 +1,4 @@
-"""What made the rows of a checkpoint: written down by the first run, compared by all later ones.
+"""The recipe of a checkpoint's rows: put on record by the first run, compared by all later ones.
 
 The parameters are the checkpoint's own, the projection is the store's. Beside them the rows depend
 on the tensors that the model keeps frozen, on a transform, and on randomness: these are compared
@@ -23,7 +23,7 @@ from ghostfunc.store._fingerprint import description, fingerprints
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the rows of a checkpoint are made with.
+    """All that the rows of a checkpoint are made with, beside parameters and projection.
 
     Attributes:
         frozen: fingerprints by name of what the module closes over, its frozen parameters and its
@@ -90,13 +90,13 @@ class Recipe:
         return "; ".join(changed)
 
     def write(self, files: Files, checkpoint: str) -> None:
-        """Write it down."""
+        """Put it on record."""
         document = _documents.group({"ghostfunc": asdict(self)})
         _documents.write(files, _key(checkpoint), document, shared=True)
 
     @classmethod
     def read(cls, files: Files, checkpoint: str) -> Recipe | None:
-        """What was written down, None if nothing was."""
+        """The recipe on record, None if there is none."""
         key = _key(checkpoint)
         attributes = _documents.read_group(files, key)
         if attributes is None:
@@ -123,16 +123,9 @@ def _key(checkpoint: str) -> str:
     return f"{_folder(checkpoint)}/{_checkpoints.DOCUMENT}"
 
 
-def settle(files: Files, checkpoint: str, given: Recipe, *, write: bool) -> Recipe | None:
-    """The recipe on record; `IncompatibleStoreError` if `given` makes other rows.
-
-    The first to come writes it down, if it may. Whoever comes at the same time sees before its own
-    first rows what was written last: processes with different recipes cannot both go on.
-    """
+def check(files: Files, checkpoint: str, given: Recipe) -> Recipe | None:
+    """The recipe on record, if any; `IncompatibleStoreError` if `given` makes other rows."""
     known = Recipe.read(files, checkpoint)
-    if known is None and write:
-        given.write(files, checkpoint)
-        known = Recipe.read(files, checkpoint)
     if known is None:
         return None
     for name in list(files.names(_folder(checkpoint))):

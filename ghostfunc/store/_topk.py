@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,8 @@ def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
 
 def check_k(k: object) -> None:
     """Raise `OptionError` for what is no number of samples."""
-    if type(k) is not int or k < 1:
-        raise OptionError(f"k={k!r} must be at least 1.")
+    if not isinstance(k, Integral) or int(k) < 1:
+        raise OptionError(f"k={k!r} must be a whole number of at least 1.")
 
 
 def _head(scores: Tensor, ids: Tensor, k: int) -> TopK:

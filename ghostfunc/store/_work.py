@@ -1,4 +1,4 @@
-"""What `project_dataset` was asked for: how a batch of samples becomes rows."""
+"""The work of `project_dataset`: how a batch of samples becomes rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Work:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def recipe(self) -> Recipe:
-        """What is written down of it."""
+        """Its recipe, to be put on record."""
         return Recipe.of(
             self.model_fn,
             self.params,

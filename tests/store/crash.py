@@ -130,7 +130,7 @@ SCENARIOS = {
 
 @dataclass(frozen=True)
 class State:
-    """What a store says: its size and checkpoints, and the rows of every chunk that are done."""
+    """A store's answers: its size and checkpoints, and the rows of every chunk that are done."""
 
     said: Any
     chunks: dict[tuple[str, int], bytes]

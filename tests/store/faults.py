@@ -108,7 +108,7 @@ Folder = dict[str, "File | Folder"]
 
 @dataclass
 class Disk:
-    """What a folder may be after a power cut: bytes last if their file was flushed. Names do if
+    """A folder as it may be after a power cut: bytes last if their file was flushed. Names do if
     their folder was, and else by chance: those of no folder, of every folder, or of any one.
 
     Attributes:
@@ -128,7 +128,7 @@ class Disk:
         self.now = self._loaded(self.root)
 
     def _loaded(self, folder: Path) -> Folder:
-        """What is there at the start has been flushed."""
+        """A folder's content at the start, all of it flushed."""
         content: Folder = {}
         for path in folder.iterdir():
             if path.is_dir():

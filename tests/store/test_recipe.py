@@ -229,6 +229,18 @@ def test_rows_written_by_hand_are_compared_before_a_recipe_is_put_down(tmp_path:
     assert fill(store, N, tolerance=math.inf) == N - 8  # the user knows better
 
 
+def test_a_recipe_without_rows_binds_nobody(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", N)
+
+    def stopped(samples: list[Tensor]) -> dict[str, Tensor]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(store, N, transform=as_they_are, collate=stopped)
+    assert (tmp_path / "s/checkpoints/final/recipe/zarr.json").exists()
+    assert fill(store, N) == N
+
+
 def test_what_a_killed_process_left_of_a_recipe_is_removed(tmp_path: Path) -> None:
     started = Started(tmp_path / "s")
     recipe = tmp_path / "s/checkpoints/final/recipe"

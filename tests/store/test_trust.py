@@ -1,4 +1,4 @@
-"""What a store takes for true is checked first, and what it promises is tested."""
+"""A store checks whatever it takes for true, and a test holds each of its promises."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults import Faulty, through
 from helpers import fill, make_params, make_projection, make_store
 
 import ghostfunc as gf
@@ -142,6 +143,15 @@ def test_a_damaged_checkpoint_stops_no_other(tmp_path: Path, store: Store) -> No
         store.topk({"early": rows_of(1)}, 3)
 
 
+def test_ids_are_whole_numbers(store: Store) -> None:
+    for ids in ([0.5], [[1, 2]], ["x"]):
+        with pytest.raises(gf.OptionError, match="ids must be a sequence of whole numbers"):
+            store.read(ids, "final")  # type: ignore[arg-type]
+    assert store.read([], "final").shape == (0, K)
+    assert store.read(np.array([3], np.uint8), "final").shape == (1, K)
+    assert store.topk(rows_of(1), np.int64(2)).ids.shape == (1, 2)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("place", ["a file", "x" * 300, "in/a file/there"])
 def test_places_where_no_store_can_be(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
@@ -260,6 +270,20 @@ def test_rows_are_read_while_they_are_written_over(tmp_path: Path, store: Store)
     writer.write(range(8), new[:8], "final")
     assert seen == [[range(8)], []]
     assert torch.equal(reader.read(range(8), "final"), new[:8])
+
+
+def test_two_processes_that_write_one_file_at_once_are_told(tmp_path: Path, store: Store) -> None:
+    partial = tmp_path / "s/checkpoints/final/rows/c.0.0.partial"
+    store.write(range(8), rows_of(8), "final")
+    number = Faulty()
+    with through(number):
+        store.write(range(8), rows_of(8), "final")
+    at = number.done.index("replace")
+    with (
+        through(Faulty(at, "before", partial.unlink)),
+        pytest.raises(StoreError, match=r"rows/c\.0\.0 was written by another process"),
+    ):
+        store.write(range(8), rows_of(8), "final")
 
 
 # --- the page ---------------------------------------------------------------------------------
