@@ -31,7 +31,7 @@ from ghostfunc._base.purity import (
     refuse_checkpoints,
 )
 from ghostfunc._base.remembered import memory, structure
-from ghostfunc._base.torch_private import in_transform
+from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
@@ -42,8 +42,22 @@ FORWARD_MODE = threading.RLock()
 def val_gradient(
     model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, scale: float
 ) -> list[Tensor]:
-    """The gradient of the summed validation losses, scaled, by reverse mode alone."""
+    """The gradient of the summed validation losses, scaled, by reverse mode alone.
+
+    At the top level by plain autograd, which also runs functions that transforms do not: a
+    `Function` without `setup_context`, as of quantised layers, or `requires_grad_` in a hook.
+    """
     m = batch_size(val, "val")
+    if not in_transform() and not any(map(symbolic, leaves)):
+        p = [x.detach().requires_grad_() for x in leaves]
+        with torch.enable_grad():
+            losses = check_losses(model_fn(spec.unflatten(p), val), m)
+        if not losses.requires_grad:
+            return [torch.zeros_like(x) for x in leaves]
+        cotangent = torch.full_like(losses, scale)
+        return list(
+            torch.autograd.grad(losses, p, cotangent, allow_unused=True, materialize_grads=True)
+        )
     losses, pullback = _vjp(model_fn, leaves, spec, val, m)
     (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
     return grads

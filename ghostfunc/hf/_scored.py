@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,9 +13,9 @@ from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
-from ghostfunc._base.torch_private import uncompiled
+from ghostfunc._base.torch_private import hooks_within, uncompiled
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
-from ghostfunc.hf._divisor import TOLERANCE, compare, divisor_of, loss_of
+from ghostfunc.hf._divisor import TOLERANCE, Divisor, compare, divisor_of, loss_of
 from ghostfunc.hf._files import write_table
 from ghostfunc.hf._kept import KeptScores, recipe_of
 from ghostfunc.hf._memory import checkpoints_as_remat
@@ -23,7 +23,7 @@ from ghostfunc.hf._metrics import Metrics, StepTaken
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
-from ghostfunc.hf._scoring import Form, Pieces, Scoring, Values, evaluating, trainable
+from ghostfunc.hf._scoring import Book, Form, Pieces, Scoring, Values, evaluating, trainable
 from ghostfunc.hf._settings import refuse_settings
 from ghostfunc.hf._trained import SampleLoss, one_item_each, trained_loss
 from ghostfunc.shapley import Scores, finalize
@@ -36,7 +36,9 @@ class _Run:
     """What a run needs from one micro-batch to the next."""
 
     metrics: Metrics
-    scoring: Scoring | None = None
+    scorings: dict[Hashable, Scoring] = field(default_factory=dict)
+    divisor: Divisor | None = None
+    books: list[Book] = field(default_factory=list)
     directions: dict[str, Any] | None = None
     gradients: dict[str, Any] = field(default_factory=dict)
     pending: list[Values] = field(default_factory=list)
@@ -190,9 +192,9 @@ class GhostMixin(Trainer):
         inputs = dict(self._prepare_inputs(inputs))
         ids = inputs.pop(SAMPLE_ID).cpu()
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones(())))
         with checkpoints_as_remat(module) as layers:
-            scoring = self._scoring_of(module, inputs, len(ids), num_items_in_batch)
+            scoring = self._scoring_of(module, layers, inputs, len(ids), num_items_in_batch)
             batch = scoring.training_batch(
                 self.inputs_of(module, inputs),
                 len(ids),
@@ -200,7 +202,7 @@ class GhostMixin(Trainer):
                 self.current_gradient_accumulation_steps,
                 scale,
             )
-            scoring.look(batch, layers)
+            scoring.look(batch)
             losses = self._losses_and_values(scoring, ids, batch, scale)
         return losses.sum().detach() / scale
 
@@ -216,12 +218,14 @@ class GhostMixin(Trainer):
             losses, values = scoring.one_pass(ids, batch, self._run.directions, scale)
             self._run.pending.append(values)
         else:
-            losses = scoring.keep(ids, batch)
+            losses = scoring.keep(ids, batch, self._run.books)
             if last:
                 named = dict(scoring.module.named_parameters())
                 grads = {k: cast(Tensor, named[k].grad) / scale for k in scoring.params}
                 self._run.directions = self._directions_at(scoring, grads)
-                self._run.pending += scoring.kept_values(self._run.directions, scale)
+                self._run.pending += scoring.kept_values(
+                    self._run.books, self._run.directions, scale
+                )
         if last:
             if self._log_gradients:
                 self._run.metrics.cosines(scoring.module, self._run.gradients)
@@ -258,35 +262,34 @@ class GhostMixin(Trainer):
         return inputs
 
     def _scoring_of(
-        self, module: nn.Module, inputs: dict[str, Any], n: int, counted: Any
+        self, module: nn.Module, layers: int, inputs: dict[str, Any], n: int, counted: Any
     ) -> Scoring:
-        """The run's `Scoring`; made, and held against Trainer's own losses, at the first step."""
-        scoring = self._run.scoring
-        if scoring is None or scoring.module is not module:
-            divisor = None
-        elif scoring.trainable == trainable(module):
-            return scoring
-        else:
-            divisor = scoring.divisor
-        scoring = Scoring(
-            module=module,
-            loss=self._loss,
-            divisor=divisor,
-            order=self.score_order,
-            after_gradient=self._after_gradient,
-            compiled=self._compiled,
-            norms=self._log_gradients,
-        )
-        if divisor is None:
-            with evaluating(module):
-                self._hold_against_trainer(scoring, inputs, n, counted)
-        self._run.scoring = scoring
-        return scoring
+        """The `Scoring` of what is trained now; at the first step held against Trainer's losses.
+
+        What is frozen, hooked or checkpointed in the course of a run makes another program of the
+        module: it gets a function of its own, whose trace is made before the pass that counts.
+        """
+        run = self._run
+        way = (id(module), layers, hooks_within(module), trainable(module))
+        if way not in run.scorings:
+            scoring = run.scorings[way] = Scoring(
+                module=module,
+                loss=self._loss,
+                divisor=run.divisor,
+                order=self.score_order,
+                compiled=self._compiled,
+                norms=self._log_gradients,
+            )
+            if run.divisor is None:
+                with evaluating(module):
+                    run.divisor = self._hold_against_trainer(scoring, inputs, n, counted)
+        return run.scorings[way]
 
     def _hold_against_trainer(
         self, scoring: Scoring, inputs: dict[str, Any], n: int, counted: Any
-    ) -> None:
-        """Raise unless the samples' losses add up to Trainer's, in training and in score sets."""
+    ) -> Divisor:
+        """Raise unless the samples' losses add up to Trainer's, in training and in score sets.
+        Returns what Trainer divides by."""
         module, tolerance = scoring.module, TOLERANCE[self.accelerator.mixed_precision]
         micro_batches = self.current_gradient_accumulation_steps
 
@@ -294,21 +297,25 @@ class GhostMixin(Trainer):
             with torch.no_grad():
                 return loss_of(self, module, of, number)
 
-        divisor = divisor_of(self, loss_with, counted, tolerance)
-        scoring.divisor = divisor
-        batch = scoring.training_batch(
-            self.inputs_of(module, inputs), n, counted, micro_batches, 1.0
-        )
-        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
-        compare(scoring.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        given = self.inputs_of(module, inputs)
+        scoring.look_at_rows(given, n, "the first micro-batch")
         pieces = self._score_pieces(module)
         for name, parts in pieces.items():
-            for inputs_of_piece, size in parts:
-                (batch,) = scoring.score_batches({name: [(inputs_of_piece, size)]})[name]
-                ours = scoring.sum_of(batch) / size
-                items = scoring.items_of(batch) if divisor.counted else None
-                theirs = loss_with(items, inputs_of_piece)
-                compare(ours, theirs, tolerance, f"a batch of score_dataset {name!r}")
+            for part, size in parts:
+                scoring.look_at_rows(part, size, f"a batch of score_dataset {name!r}")
+        scoring.divisor = divisor = divisor_of(self, loss_with, counted, tolerance)
+        batch = scoring.training_batch(given, n, counted, micro_batches, 1.0)
+        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
+        compare(scoring.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        for name, parts in pieces.items():
+            for part, size in parts:
+                (batch,) = scoring.score_batches({name: [(part, size)]})[name]
+                number = None
+                if self.compute_loss_func is not None:  # it may need the number
+                    number = self.get_batch_samples(iter([part]), 1, self.args.device)[1]
+                where = f"a batch of score_dataset {name!r}"
+                compare(scoring.sum_of(batch) / size, loss_with(number, part), tolerance, where)
+        return divisor
 
     # --- what is kept ---
 

@@ -29,13 +29,12 @@ def look_first(
     model_fn: ModelFn,
     params: dict[str, Tensor],
     batch: Batch,
-    way: Hashable,
     looked_at: set[Hashable],
 ) -> None:
     """Have the model traced and proved now, so that its own draws are all that is drawn in
-    training: the same as without scores. `way` is what else a trace depends on."""
+    training: the same as without scores."""
     leaves, spec = flatten_params(params)
-    key = (structure(model_fn, spec, leaves, batch, "different"), way)
+    key = structure(model_fn, spec, leaves, batch, "different")
     with torch.random.fork_rng():
         if key not in looked_at:
             ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")

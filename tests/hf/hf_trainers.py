@@ -112,7 +112,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 4,
     "learning_rate": 1e-2,
     # Adam divides by the gradient's size: `eps` keeps it from dividing noise by noise.
-    "adam_epsilon": 1e-4,
+    "adam_epsilon": 1e-3,
     "weight_decay": 0.1,
     "save_strategy": "no",
     "logging_steps": 100,
