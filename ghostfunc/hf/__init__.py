@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ghostfunc.hf._grpo import grpo
 from ghostfunc.hf._losses import (
     causal_lm,
     image_classification,
@@ -13,21 +14,30 @@ from ghostfunc.hf._losses import (
     sequence_classification,
 )
 from ghostfunc.hf._memory import disable_remat, enable_remat
+from ghostfunc.hf._preferences import dpo, reference_logps, reward_pairs
 
 if TYPE_CHECKING:
     from ghostfunc.hf._scored import GhostMixin
     from ghostfunc.hf._trained import SampleLoss
     from ghostfunc.hf._trainer import GhostTrainer
+    from ghostfunc.hf._trl import DPOMixin, RewardMixin, SFTMixin
 
 __all__ = [
+    "DPOMixin",
     "GhostMixin",
     "GhostTrainer",
+    "RewardMixin",
+    "SFTMixin",
     "SampleLoss",
     "causal_lm",
     "disable_remat",
+    "dpo",
     "enable_remat",
+    "grpo",
     "image_classification",
     "masked_lm",
+    "reference_logps",
+    "reward_pairs",
     "seq2seq_lm",
     "sequence_classification",
 ]
@@ -37,6 +47,9 @@ _LAZY = {
     "GhostMixin": "ghostfunc.hf._scored",
     "GhostTrainer": "ghostfunc.hf._trainer",
     "SampleLoss": "ghostfunc.hf._trained",
+    "DPOMixin": "ghostfunc.hf._trl",
+    "RewardMixin": "ghostfunc.hf._trl",
+    "SFTMixin": "ghostfunc.hf._trl",
 }
 """What needs transformers, accelerate and pyarrow, imported when it is asked for."""
 

@@ -15,7 +15,7 @@ from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._base.types import ModelFn
 from ghostfunc._quantities.quantity import Dot, Quantity, SqNorm
 from ghostfunc._transforms.factored import FactoredGrads, factored_grads
-from ghostfunc.hf._divisor import Divisor
+from ghostfunc.hf._divisor import Divisor, compare
 from ghostfunc.hf._trained import SampleLoss
 from ghostfunc.hf._warm import look_first, one_pass
 from ghostfunc.shapley import Optimizer, directions
@@ -111,6 +111,43 @@ class Scoring:
                 f"There is not a single item in {where}: all its labels are -100. Look at the "
                 "collator's labels, and at prompts that are cut before their completion."
             )
+
+    def hold(
+        self,
+        given: Mapping[str, Any],
+        n: int,
+        pieces: Pieces,
+        loss_with: Callable[..., float],
+        divisor_at: Callable[[float], Divisor],
+        counted: Any,
+        micro_batches: int,
+        numbered: Callable[[Mapping[str, Any]], Any],
+        tolerance: float,
+    ) -> Divisor:
+        """Hold this description against a trainer's own losses, in training and in score sets.
+
+        Args:
+            given, n: the first micro-batch, and how many samples it has.
+            pieces: the batches of the score sets.
+            loss_with: the trainer's loss, `loss_with(number of items, batch)`.
+            divisor_at: asks what the trainer divides by.
+            counted: the number of items the trainer counted.
+            micro_batches: of the step.
+            numbered: the number of items that a score batch is to be asked with.
+            tolerance: relative.
+        """
+        parts = [(name, part, m) for name, row in pieces.items() for part, m in row]
+        for name, part, m in parts:
+            self.look_at_rows(part, m, f"a batch of score_dataset {name!r}")
+        self.divisor = divisor = divisor_at(tolerance)
+        batch = self.training_batch(given, n, counted, micro_batches, 1.0)
+        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
+        compare(self.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        for name, part, m in parts:
+            (batch,) = self.score_batches({name: [(part, m)]})[name]
+            where = f"a batch of score_dataset {name!r}"
+            compare(self.sum_of(batch) / m, loss_with(numbered(part), part), tolerance, where)
+        return divisor
 
     # --- values ---
 
