@@ -107,7 +107,7 @@ def arguments(path: Path, **options: Any) -> TrainingArguments:
 
 
 DEFAULTS: dict[str, Any] = {
-    "max_steps": 4,
+    "max_steps": 3,
     "per_device_train_batch_size": 3,
     "per_device_eval_batch_size": 4,
     "learning_rate": 1e-2,
