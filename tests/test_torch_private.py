@@ -124,3 +124,16 @@ def test_ops_and_compiler() -> None:
     assert callable(private.nonstrict_trace(lambda x: x))
     function = private.constant_at_compile_time(lambda: 1)
     assert vars(function)["_dynamo_marked_constant"] is True
+
+
+def test_modules_that_are_compiled_or_hooked() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert private.uncompiled(module) is module
+    assert private.uncompiled(torch.compile(module)) is module
+    assert not private.compiled_in_place(module)
+    module.compile()
+    assert private.compiled_in_place(module)
+    assert private.hooks_within(module) == 0
+    module[0].register_forward_hook(lambda m, x, y: None)
+    module.register_forward_pre_hook(lambda m, x: None)
+    assert private.hooks_within(module) == 2

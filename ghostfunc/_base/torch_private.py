@@ -41,6 +41,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
+def hooks_within(module: nn.Module) -> int:
+    """The number of forward hooks in a module: with other hooks it is another program."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
 def compiled_in_place(module: nn.Module) -> bool:
     """Whether `module.compile()` has been called."""
     return module._compiled_call_impl is not None

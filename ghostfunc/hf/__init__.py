@@ -10,6 +10,7 @@ from ghostfunc.hf._likelihoods import (
     classification_likelihood,
     masked_lm_likelihood,
 )
+from ghostfunc.hf._grpo import grpo
 from ghostfunc.hf._losses import (
     causal_lm,
     image_classification,
@@ -18,24 +19,33 @@ from ghostfunc.hf._losses import (
     sequence_classification,
 )
 from ghostfunc.hf._memory import disable_remat, enable_remat
+from ghostfunc.hf._preferences import dpo, reference_logps, reward_pairs
 
 if TYPE_CHECKING:
     from ghostfunc.hf._scored import GhostMixin
     from ghostfunc.hf._trained import SampleLoss
     from ghostfunc.hf._trainer import GhostTrainer
+    from ghostfunc.hf._trl import DPOMixin, RewardMixin, SFTMixin
 
 __all__ = [
+    "DPOMixin",
     "GhostMixin",
     "GhostTrainer",
+    "RewardMixin",
+    "SFTMixin",
     "SampleLoss",
     "causal_lm",
     "causal_lm_likelihood",
     "classification_likelihood",
     "disable_remat",
+    "dpo",
     "enable_remat",
+    "grpo",
     "image_classification",
     "masked_lm",
     "masked_lm_likelihood",
+    "reference_logps",
+    "reward_pairs",
     "seq2seq_lm",
     "sequence_classification",
 ]
@@ -45,6 +55,9 @@ _LAZY = {
     "GhostMixin": "ghostfunc.hf._scored",
     "GhostTrainer": "ghostfunc.hf._trainer",
     "SampleLoss": "ghostfunc.hf._trained",
+    "DPOMixin": "ghostfunc.hf._trl",
+    "RewardMixin": "ghostfunc.hf._trl",
+    "SFTMixin": "ghostfunc.hf._trl",
 }
 """What needs transformers, accelerate and pyarrow, imported when it is asked for."""
 

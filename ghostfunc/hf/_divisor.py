@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -80,7 +80,7 @@ def compare(ours: float, theirs: float, tolerance: float, where: str) -> None:
     )
 
 
-def loss_of(trainer: Trainer, model: nn.Module, inputs: dict[str, Any], counted: Any) -> float:
+def loss_of(trainer: Trainer, model: nn.Module, inputs: Mapping[str, Any], counted: Any) -> float:
     """The trainer's own loss of a batch."""
     if counted is not None:
         counted = torch.as_tensor(counted)

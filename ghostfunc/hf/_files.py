@@ -27,13 +27,18 @@ def write_table(
     atomically(path, lambda temporary: pq.write_table(table, temporary))
 
 
-def atomically(path: Path, write: Callable[[str], None]) -> None:
+def write(content: Callable[[str], None], path: str) -> None:
+    """All that is written here goes through this call."""
+    content(path)
+
+
+def atomically(path: Path, content: Callable[[str], None]) -> None:
     """Written to a file beside `path`, brought to the disk, and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        write(temporary)
+        write(content, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -61,22 +61,27 @@ def disable_remat(model: nn.Module) -> None:
 
 
 @contextmanager
-def checkpoints_as_remat(model: nn.Module) -> Iterator[int]:
+def checkpoints_as_remat(model: nn.Module) -> Iterator[None]:
     """The layers that transformers would checkpoint now run under `gf.remat` instead.
 
     `torch.utils.checkpoint` does not run inside our passes. Afterwards the model is as it was:
     whoever switches its checkpoints on or off in the course of a training is heard at the next
-    pass. Yields how many layers there are.
+    pass.
     """
     layers = [m for m in _layers(model) if m.gradient_checkpointing and not _enabled([m])]
     for layer in layers:
         _enable(layer)
     try:
-        yield len(layers)
+        yield
     finally:
         for layer in layers:
             del layer.forward
             layer.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def checkpointed(model: nn.Module) -> int:
+    """How many layers transformers would checkpoint now."""
+    return sum(bool(m.gradient_checkpointing) for m in _layers(model))
 
 
 def _enable(layer: nn.Module) -> None:

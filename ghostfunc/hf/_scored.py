@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,17 +13,17 @@ from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
-from ghostfunc._base.torch_private import uncompiled
+from ghostfunc._base.torch_private import hooks_within, uncompiled
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
-from ghostfunc.hf._divisor import TOLERANCE, compare, divisor_of, loss_of
+from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
 from ghostfunc.hf._files import write_table
 from ghostfunc.hf._kept import KeptScores, recipe_of
-from ghostfunc.hf._memory import checkpoints_as_remat
+from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
-from ghostfunc.hf._scoring import Form, Pieces, Scoring, Values, evaluating, trainable
+from ghostfunc.hf._scoring import Book, Form, Pieces, Scoring, Values, evaluating, trainable
 from ghostfunc.hf._settings import refuse_settings
 from ghostfunc.hf._trained import SampleLoss, one_item_each, trained_loss
 from ghostfunc.shapley import Scores, finalize
@@ -36,7 +36,9 @@ class _Run:
     """What a run needs from one micro-batch to the next."""
 
     metrics: Metrics
-    scoring: Scoring | None = None
+    scorings: dict[Hashable, Scoring] = field(default_factory=dict)
+    divisor: Divisor | None = None
+    books: list[Book] = field(default_factory=list)
     directions: dict[str, Any] | None = None
     gradients: dict[str, Any] = field(default_factory=dict)
     pending: list[Values] = field(default_factory=list)
@@ -69,7 +71,7 @@ class GhostMixin(Trainer):
         self.score_sets: dict[str, ScoreSet] = self.prepared_score_sets(sets)
         refuse_settings(self, second_order=score_order == 2)
         self.score_form, self.score_order = score_form, score_order
-        self.score_batch_size, self.id_column = score_batch_size, id_column
+        self._together, self.id_column = score_batch_size, id_column
         self._compiled = compile or self.args.torch_compile
         after_gradient = score_form == "exact" or score_order == 2
         if self._compiled and after_gradient:
@@ -190,47 +192,49 @@ class GhostMixin(Trainer):
         inputs = dict(self._prepare_inputs(inputs))
         ids = inputs.pop(SAMPLE_ID).cpu()
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        with checkpoints_as_remat(module) as layers:
-            scoring = self._scoring_of(module, inputs, len(ids), num_items_in_batch)
-            batch = scoring.training_batch(
-                self.inputs_of(module, inputs),
-                len(ids),
-                num_items_in_batch,
-                self.current_gradient_accumulation_steps,
-                scale,
-            )
-            scoring.look(batch, layers)
-            losses = self._losses_and_values(scoring, ids, batch, scale)
+        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones(())))
+        given = self.inputs_of(module, inputs)
+        # What calls the trainer's own methods comes first: they may switch checkpoints on and off.
+        last = self.accelerator.sync_gradients
+        needed = last if self._after_gradient else self._run.directions is None
+        pieces = self._score_pieces(module) if needed or self._run.divisor is None else {}
+        scoring = self._scoring_of(module, given, inputs, len(ids), num_items_in_batch, pieces)
+        batch = scoring.training_batch(
+            given, len(ids), num_items_in_batch, self.current_gradient_accumulation_steps, scale
+        )
+        with checkpoints_as_remat(module):
+            scoring.look(batch)
+            losses = self._losses_and_values(scoring, ids, batch, pieces, scale)
         return losses.sum().detach() / scale
 
     # --- how values are made ---
 
     def _losses_and_values(
-        self, scoring: Scoring, ids: Tensor, batch: dict[str, Any], scale: float
+        self, scoring: Scoring, ids: Tensor, batch: dict[str, Any], pieces: Pieces, scale: float
     ) -> Tensor:
-        last = self.accelerator.sync_gradients
+        run, last = self._run, self.accelerator.sync_gradients
         if not self._after_gradient:
-            if self._run.directions is None:
-                self._run.directions = self._directions_at(scoring, None)
-            losses, values = scoring.one_pass(ids, batch, self._run.directions, scale)
-            self._run.pending.append(values)
+            if run.directions is None:
+                run.directions = self._directions_at(scoring, pieces, None)
+            losses, values = scoring.one_pass(ids, batch, run.directions, scale)
+            run.pending.append(values)
         else:
-            losses = scoring.keep(ids, batch)
+            losses = scoring.keep(ids, batch, run.books)
             if last:
                 named = dict(scoring.module.named_parameters())
                 grads = {k: cast(Tensor, named[k].grad) / scale for k in scoring.params}
-                self._run.directions = self._directions_at(scoring, grads)
-                self._run.pending += scoring.kept_values(self._run.directions, scale)
+                us = self._directions_at(scoring, pieces, grads)
+                run.pending += scoring.kept_values(run.books, us, scale)
         if last:
             if self._log_gradients:
-                self._run.metrics.cosines(scoring.module, self._run.gradients)
-            self._run.directions = None
+                run.metrics.cosines(scoring.module, run.gradients)
+            run.directions = None
         return losses
 
-    def _directions_at(self, scoring: Scoring, grads: dict[str, Tensor] | None) -> dict[str, Any]:
+    def _directions_at(
+        self, scoring: Scoring, pieces: Pieces, grads: dict[str, Tensor] | None
+    ) -> dict[str, Any]:
         step = pure_step(self, scoring.module, self.score_form)
-        pieces = self._score_pieces(scoring.module)
         with evaluating(scoring.module):
             if self._log_gradients:
                 self._run.gradients = scoring.gradients(pieces)
@@ -238,77 +242,85 @@ class GhostMixin(Trainer):
 
     def _score_pieces(self, module: nn.Module) -> Pieces:
         """The samples of every score dataset that this step is scored against."""
-        step, size = self.state.global_step, self.args.eval_batch_size
+        step, size, together = self.state.global_step, self.args.eval_batch_size, self._together
         collate = self._get_collator_with_removed_columns(self.data_collator, description="score")
         out = {}
         for name, dataset in self.score_sets.items():
-            pieces = collated(
-                dataset.samples(step, size),
-                collate,
-                self.args.seed + step,
-                self.score_batch_size,
-                name,
-            )
-            out[name] = [(self.inputs_of(module, self._without_id(x)), n) for x, n in pieces]
+            samples, seed = dataset.samples(step, size), self.args.seed + step
+            parts = []
+            for collated_batch, n in collated(samples, collate, seed, together, name):
+                inputs = dict(self._prepare_inputs(collated_batch))
+                inputs.pop(self.id_column or SAMPLE_ID, None)
+                with evaluating(module):
+                    parts.append((self.inputs_of(module, inputs), n))
+            out[name] = parts
         return out
 
-    def _without_id(self, batch: Any) -> dict[str, Any]:
-        inputs = dict(self._prepare_inputs(batch))
-        inputs.pop(self.id_column or SAMPLE_ID, None)
-        return inputs
-
     def _scoring_of(
-        self, module: nn.Module, inputs: dict[str, Any], n: int, counted: Any
+        self,
+        module: nn.Module,
+        given: dict[str, Tensor],
+        inputs: dict[str, Any],
+        n: int,
+        counted: Any,
+        pieces: Pieces,
     ) -> Scoring:
-        """The run's `Scoring`; made, and held against Trainer's own losses, at the first step."""
-        scoring = self._run.scoring
-        if scoring is None or scoring.module is not module:
-            divisor = None
-        elif scoring.trainable == trainable(module):
-            return scoring
-        else:
-            divisor = scoring.divisor
-        scoring = Scoring(
-            module=module,
-            loss=self._loss,
-            divisor=divisor,
-            order=self.score_order,
-            after_gradient=self._after_gradient,
-            compiled=self._compiled,
-            norms=self._log_gradients,
-        )
-        if divisor is None:
-            with evaluating(module):
-                self._hold_against_trainer(scoring, inputs, n, counted)
-        self._run.scoring = scoring
-        return scoring
+        """The `Scoring` of what is trained now; at the first step held against Trainer's losses.
+
+        What is frozen, hooked or checkpointed in the course of a run makes another program of the
+        module: it gets a function of its own, whose trace is made before the pass that counts.
+        """
+        run = self._run
+        way = (id(module), checkpointed(module), hooks_within(module), trainable(module))
+        if way not in run.scorings:
+            scoring = run.scorings[way] = Scoring(
+                module=module,
+                loss=self._loss,
+                divisor=run.divisor,
+                order=self.score_order,
+                compiled=self._compiled,
+                norms=self._log_gradients,
+            )
+            if run.divisor is None:
+                scoring.look_at_rows(given, n, "the first micro-batch")
+                with evaluating(module):
+                    run.divisor = self._hold_against_trainer(
+                        scoring, given, n, inputs, counted, pieces
+                    )
+        return run.scorings[way]
 
     def _hold_against_trainer(
-        self, scoring: Scoring, inputs: dict[str, Any], n: int, counted: Any
-    ) -> None:
-        """Raise unless the samples' losses add up to Trainer's, in training and in score sets."""
-        module, tolerance = scoring.module, TOLERANCE[self.accelerator.mixed_precision]
-        micro_batches = self.current_gradient_accumulation_steps
+        self,
+        scoring: Scoring,
+        given: dict[str, Tensor],
+        n: int,
+        inputs: dict[str, Any],
+        counted: Any,
+        pieces: Pieces,
+    ) -> Divisor:
+        """Raise unless the samples' losses add up to Trainer's, in training and in score sets.
+        Returns what Trainer divides by."""
 
-        def loss_with(number: Any, of: dict[str, Any] = inputs) -> float:
+        def loss_with(number: Any, of: Mapping[str, Any] = inputs) -> float:
             with torch.no_grad():
-                return loss_of(self, module, of, number)
+                return loss_of(self, scoring.module, of, number)
 
-        divisor = divisor_of(self, loss_with, counted, tolerance)
-        scoring.divisor = divisor
-        batch = scoring.training_batch(
-            self.inputs_of(module, inputs), n, counted, micro_batches, 1.0
+        def numbered(part: Mapping[str, Any]) -> Any:
+            if self.compute_loss_func is None:
+                return None
+            return self.get_batch_samples(iter([part]), 1, self.args.device)[1]  # it may need it
+
+        return scoring.hold(
+            given,
+            n,
+            pieces,
+            loss_with,
+            lambda tolerance: divisor_of(self, loss_with, counted, tolerance),
+            counted,
+            self.current_gradient_accumulation_steps,
+            numbered,
+            TOLERANCE[self.accelerator.mixed_precision],
         )
-        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
-        compare(scoring.sum_of(batch), theirs, tolerance, "the first micro-batch")
-        pieces = self._score_pieces(module)
-        for name, parts in pieces.items():
-            for inputs_of_piece, size in parts:
-                (batch,) = scoring.score_batches({name: [(inputs_of_piece, size)]})[name]
-                ours = scoring.sum_of(batch) / size
-                items = scoring.items_of(batch) if divisor.counted else None
-                theirs = loss_with(items, inputs_of_piece)
-                compare(ours, theirs, tolerance, f"a batch of score_dataset {name!r}")
 
     # --- what is kept ---
 

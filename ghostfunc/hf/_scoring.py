@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._base.errors import BatchError
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._base.types import ModelFn
 from ghostfunc._quantities.quantity import Dot, Quantity, SqNorm
 from ghostfunc._transforms.factored import FactoredGrads, factored_grads
-from ghostfunc.hf._divisor import Divisor
+from ghostfunc.hf._divisor import Divisor, compare
 from ghostfunc.hf._trained import SampleLoss
 from ghostfunc.hf._warm import look_first, one_pass
 from ghostfunc.shapley import Optimizer, directions
@@ -22,6 +23,9 @@ from ghostfunc.shapley import Optimizer, directions
 Form: TypeAlias = Literal["sgd", "previous_state", "exact"]
 Pieces: TypeAlias = Mapping[str, Sequence[tuple[dict[str, Tensor], int]]]
 """By score set: batches as the trainer collates them, and how many samples each has."""
+
+Book: TypeAlias = tuple[Tensor, FactoredGrads]
+"""Ids of a micro-batch, and its kept factors."""
 
 NORMS = "norms of samples"
 """The quantity beside the dot products; no score set can have this name in a table."""
@@ -44,7 +48,7 @@ class Scoring:
         module: without a compiler's wrapper.
         loss: sums and counts per sample.
         divisor: what the trainer divides by, for training.
-        second_order, after_gradient: whether values need the gradient of the whole step first.
+        order: of the values.
         compiled: whether the pass of the one-pass forms is compiled.
         norms: whether norms of samples are read too.
     """
@@ -53,18 +57,14 @@ class Scoring:
     loss: SampleLoss
     divisor: Divisor | None
     order: Literal[1, 2]
-    after_gradient: bool
     compiled: bool
     norms: bool
     model_fn: ModelFn = field(init=False)
     params: dict[str, Tensor] = field(init=False)
-    trainable: tuple[int, ...] = field(init=False)
     looked_at: set[Hashable] = field(default_factory=set)
-    books: list[tuple[Tensor, FactoredGrads]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model_fn, self.params = from_module(self.module, self._weighted)
-        self.trainable = trainable(self.module)
         run = torch.compile(one_pass, fullgraph=True) if self.compiled else one_pass
         self._run: Callable[..., Any] = run
 
@@ -100,15 +100,60 @@ class Scoring:
         with torch.no_grad():
             return float(self._weighted(self.module, batch).sum())
 
-    def items_of(self, batch: dict[str, Any]) -> Tensor:
-        """The number of items of a batch of either kind."""
-        return self.loss.counts(batch["inputs"]).sum()
+    def look_at_rows(self, inputs: Mapping[str, Any], n: int, where: str) -> None:
+        """Raise for rows that are not the samples', and where there is nothing to learn.
+
+        Raises:
+            BatchError: another number of rows, or not a single item in all of them.
+        """
+        if not int(self.loss.counts(self.loss.by_sample(inputs, n)).sum()):
+            raise BatchError(
+                f"There is not a single item in {where}: all its labels are -100. Look at the "
+                "collator's labels, and at prompts that are cut before their completion."
+            )
+
+    def hold(
+        self,
+        given: Mapping[str, Any],
+        n: int,
+        pieces: Pieces,
+        loss_with: Callable[..., float],
+        divisor_at: Callable[[float], Divisor],
+        counted: Any,
+        micro_batches: int,
+        numbered: Callable[[Mapping[str, Any]], Any],
+        tolerance: float,
+    ) -> Divisor:
+        """Hold this description against a trainer's own losses, in training and in score sets.
+
+        Args:
+            given, n: the first micro-batch, and how many samples it has.
+            pieces: the batches of the score sets.
+            loss_with: the trainer's loss, `loss_with(number of items, batch)`.
+            divisor_at: asks what the trainer divides by.
+            counted: the number of items the trainer counted.
+            micro_batches: of the step.
+            numbered: the number of items that a score batch is to be asked with.
+            tolerance: relative.
+        """
+        parts = [(name, part, m) for name, row in pieces.items() for part, m in row]
+        for name, part, m in parts:
+            self.look_at_rows(part, m, f"a batch of score_dataset {name!r}")
+        self.divisor = divisor = divisor_at(tolerance)
+        batch = self.training_batch(given, n, counted, micro_batches, 1.0)
+        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
+        compare(self.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        for name, part, m in parts:
+            (batch,) = self.score_batches({name: [(part, m)]})[name]
+            where = f"a batch of score_dataset {name!r}"
+            compare(self.sum_of(batch) / m, loss_with(numbered(part), part), tolerance, where)
+        return divisor
 
     # --- values ---
 
-    def look(self, batch: dict[str, Any], way: Hashable) -> None:
+    def look(self, batch: dict[str, Any]) -> None:
         """Trace and prove what is new, with draws that are not training's."""
-        look_first(self.model_fn, self.params, batch, way, self.looked_at)
+        look_first(self.model_fn, self.params, batch, self.looked_at)
 
     def one_pass(
         self, ids: Tensor, batch: dict[str, Any], us: Mapping[str, Any], scale: float
@@ -124,21 +169,21 @@ class Scoring:
         columns = torch.stack(list(sums.values()), dim=1) / scale
         return out.losses, Values(ids, columns, norms)
 
-    def keep(self, ids: Tensor, batch: dict[str, Any]) -> Tensor:
+    def keep(self, ids: Tensor, batch: dict[str, Any], books: list[Book]) -> Tensor:
         """Losses; gradients to `.grad`; factors are kept until the step's gradient is there."""
         book = factored_grads(self.model_fn, self.params, batch, randomness="different")
         accumulate_grads(self.module, book.weighted_sum(torch.ones_like(book.losses)))
-        self.books.append((ids, book))
+        books.append((ids, book))
         return book.losses
 
-    def kept_values(self, us: Mapping[str, Any], scale: float) -> list[Values]:
+    def kept_values(self, books: list[Book], us: Mapping[str, Any], scale: float) -> list[Values]:
         """Values of all that is kept, which then is kept no longer."""
         found = []
-        for ids, book in self.books:
+        for ids, book in books:
             columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / scale
             norms = book.norms() / scale if self.norms else None
             found.append(Values(ids, columns, norms))
-        self.books = []
+        books.clear()
         return found
 
     def gradients(self, pieces: Pieces) -> dict[str, Any]:

@@ -86,9 +86,10 @@ def trained_loss(model: nn.Module, smoothing: float, function: Any) -> SampleLos
         function: `compute_loss_func`, or None.
     """
     base = unwrap_peft_model(model)
-    if function is not None:
-        return _by_function(function)
     own = base.loss_function if isinstance(base, PreTrainedModel) else None
+    shifted = own is loss_utils.ForCausalLMLoss and not base.config.is_encoder_decoder
+    if function is not None:
+        return _by_function(function, shifted=shifted)
     if own not in KINDS:
         raise OptionError(
             f"GhostTrainer does not know the loss of {type(base).__name__}; it knows the models "
@@ -97,8 +98,7 @@ def trained_loss(model: nn.Module, smoothing: float, function: Any) -> SampleLos
             "that the model returns; or gf.hf.SampleLoss(sums, counts) where items (tokens) weigh "
             "alike."
         )
-    shifted = own is loss_utils.ForCausalLMLoss
-    if shifted and base.config.is_encoder_decoder:
+    if own is loss_utils.ForCausalLMLoss and not shifted:
         return _tokens(seq2seq_logits, smoothing, shifted=False)
     if smoothing and own is loss_utils.ForSequenceClassificationLoss:
         return _tokens(_classes, smoothing, shifted=False)
@@ -177,7 +177,7 @@ def _heads(model: nn.Module) -> SampleLoss:
     return SampleLoss(sums, lambda batch: head_counts(head_of(model), need(batch, "labels")))
 
 
-def _by_function(function: Callable[..., Tensor]) -> SampleLoss:
+def _by_function(function: Callable[..., Tensor], *, shifted: bool) -> SampleLoss:
     """`compute_loss_func(outputs, labels, num_items_in_batch)`, asked about one sample at a time.
 
     With one item in the batch it says a sample's sum, if it divides by the number it is given.
@@ -205,9 +205,10 @@ def _by_function(function: Callable[..., Tensor]) -> SampleLoss:
             ) from error
         return out
 
-    def counts(batch: Batch) -> Tensor:
+    def counts(batch: Batch) -> Tensor:  # as Trainer counts them
         labels = need(batch, "labels")
-        return (labels.reshape(len(labels), -1) != IGNORED).sum(1)
+        labels = labels.reshape(len(labels), -1)
+        return ((labels[:, 1:] if shifted else labels) != IGNORED).sum(1)
 
     return SampleLoss(sums, counts)
 

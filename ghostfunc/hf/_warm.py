@@ -29,15 +29,21 @@ def look_first(
     model_fn: ModelFn,
     params: dict[str, Tensor],
     batch: Batch,
-    way: Hashable,
     looked_at: set[Hashable],
 ) -> None:
     """Have the model traced and proved now, so that its own draws are all that is drawn in
-    training: the same as without scores. `way` is what else a trace depends on."""
+    training: the same as without scores.
+
+    A trace holds for all values of the parameters. It is made where none is zero as a whole, as one
+    half of fresh adapters is: gradients that vanish with it do not tell whose rows are whose.
+    """
     leaves, spec = flatten_params(params)
-    key = (structure(model_fn, spec, leaves, batch, "different"), way)
+    key = structure(model_fn, spec, leaves, batch, "different")
     with torch.random.fork_rng():
         if key not in looked_at:
-            ghost_vjp(model_fn, params, batch, {}, grads=True, randomness="different")
+            moved = {
+                k: x if bool(x.any()) else x + 0.02 * torch.randn_like(x) for k, x in params.items()
+            }
+            ghost_vjp(model_fn, moved, batch, {}, grads=True, randomness="different")
             looked_at.add(key)
         use_shapes(model_fn, leaves, spec, batch, randomness="different", exact=True)

@@ -107,12 +107,12 @@ def arguments(path: Path, **options: Any) -> TrainingArguments:
 
 
 DEFAULTS: dict[str, Any] = {
-    "max_steps": 4,
+    "max_steps": 3,
     "per_device_train_batch_size": 3,
     "per_device_eval_batch_size": 4,
     "learning_rate": 1e-2,
     # Adam divides by the gradient's size: `eps` keeps it from dividing noise by noise.
-    "adam_epsilon": 1e-4,
+    "adam_epsilon": 1e-3,
     "weight_decay": 0.1,
     "save_strategy": "no",
     "logging_steps": 100,

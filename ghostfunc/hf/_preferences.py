@@ -1,0 +1,178 @@
+"""Losses of samples that own several rows: pairs of a chosen and a rejected answer, and rewards.
+
+A pair is one sample: its rows lie beside each other, `[n, 2, T]`, the chosen one first. A trainer's
+own `[2n, T]`, all chosen rows first, is `x.unflatten(0, (2, n)).transpose(0, 1)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.module import from_module
+from ghostfunc._base.options import one_of
+from ghostfunc._base.types import ModelFn
+from ghostfunc.hf._logits import IGNORED, token_losses
+from ghostfunc.hf._losses import Batch, need, next_tokens
+
+PairLoss: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
+PAIR_LOSSES = ("sigmoid", "hinge", "ipo")
+OF_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin")
+"""What a batch of pairs holds for the loss alone."""
+
+
+def dpo(
+    model: nn.Module,
+    reference: nn.Module | None = None,
+    *,
+    beta: float = 0.1,
+    loss_type: PairLoss = "sigmoid",
+) -> tuple[ModelFn, dict[str, Tensor]]:
+    """Direct preference optimisation: one loss per pair.
+
+        delta_i = (log p(chosen_i) - log p_ref(chosen_i)) - (log p(rejected_i) - log p_ref(...))
+        losses[i] = -log sigmoid(beta delta_i)                      "sigmoid"
+                    max(0, 1 - beta delta_i)                        "hinge"
+                    (delta_i - 1 / (2 beta))^2, answers' mean per token     "ipo"
+
+    Args:
+        model: a `...ForCausalLM`, also within a `PeftModel`.
+        reference: the model that does not move, its parameters frozen. None: the batch holds what
+            it says, `reference_logps` of an earlier call.
+        beta: how much moving away from the reference costs.
+        loss_type: "sigmoid", "hinge" or "ipo", as in TRL.
+
+    Returns:
+        `(model_fn, params)`. The batch is `dict(input_ids [n, 2, T], completion_mask [n, 2, T],
+        attention_mask [n, 2, T]?, ref_chosen_logps [n]?, ref_rejected_logps [n]?)`: the chosen
+        answer first, and 1 in `completion_mask` where a token belongs to the answer.
+
+    Raises:
+        OptionError: the reference is the model, or has parameters that require a gradient.
+        BatchError: columns that are missing, rows that are not two per sample.
+
+    Reference:
+        Rafailov et al., "Direct Preference Optimization", 2023.
+    """
+    one_of("loss_type", loss_type, PAIR_LOSSES)
+    if not beta > 0:
+        raise OptionError(f"beta={beta!r} must be positive.")
+    if reference is model:
+        raise OptionError(
+            "reference is the model itself, which moves. Give a frozen copy; or, for a PeftModel, "
+            "reference_logps(model, batch) within model.disable_adapter()."
+        )
+    if reference is not None and any(p.requires_grad for p in reference.parameters()):
+        raise OptionError(
+            f"The reference {type(reference).__name__} has parameters that require a gradient; it "
+            "does not move. Freeze it: reference.requires_grad_(False)."
+        )
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        if reference is not None:
+            batch = {**batch, **reference_logps(reference, batch)}
+        return dpo_losses(module, batch, beta, loss_type)
+
+    return from_module(model, loss)
+
+
+def reference_logps(model: nn.Module, batch: Batch) -> Batch:
+    """What a reference model says of a batch of pairs, without gradient.
+
+    For `dpo` without a reference: `batch | reference_logps(model, batch)`, for a `PeftModel` within
+    `model.disable_adapter()`.
+
+    Returns:
+        `dict(ref_chosen_logps [n], ref_rejected_logps [n])`: log-probabilities of the answers.
+    """
+    with torch.no_grad():
+        chosen, rejected = _answer_logps(model, batch).unbind(1)
+    return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+def dpo_losses(module: nn.Module, batch: Batch, beta: float, loss_type: PairLoss) -> Tensor:
+    """One loss per pair, `[n]`; the batch holds what the reference says."""
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    if any(name not in batch for name in names):
+        raise BatchError(
+            f"The batch has no {' or '.join(names)}; it has {sorted(batch)}. Give dpo a reference "
+            "model, or the batch what one says: batch | gf.hf.reference_logps(reference, batch)."
+        )
+    ref = torch.stack([wide(batch[name]) for name in names], dim=1)
+    ratios = _answer_logps(module, batch) - ref
+    if loss_type == "ipo":  # TRL counts the answer's first token too
+        ratios = ratios / need(batch, "completion_mask").sum(-1).clamp(min=1)
+    delta = ratios[:, 0] - ratios[:, 1]
+    if loss_type == "sigmoid":
+        return -F.logsigmoid(beta * delta)
+    if loss_type == "hinge":
+        return (1 - beta * delta).relu()
+    return (delta - 1 / (2 * beta)).square()
+
+
+def reward_pairs(
+    model: nn.Module, *, center_rewards_coefficient: float = 0.0
+) -> tuple[ModelFn, dict[str, Tensor]]:
+    """A reward model: one loss per pair.
+
+        losses[i] = -log sigmoid(r(chosen_i) - r(rejected_i) - margin_i)
+                    + center_rewards_coefficient (r(chosen_i) + r(rejected_i))^2
+
+    Args:
+        model: a `...ForSequenceClassification` with `num_labels=1`.
+        center_rewards_coefficient: of the term that keeps rewards about zero.
+
+    Returns:
+        `(model_fn, params)`. The batch is `dict(input_ids [n, 2, T], attention_mask [n, 2, T]?,
+        margin [n]?)`, the chosen answer first.
+
+    Raises:
+        BatchError: columns that are missing, rows that are not two per sample.
+
+    Reference:
+        Ouyang et al., "Training language models to follow instructions", 2022.
+    """
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return reward_losses(module, batch, center_rewards_coefficient)
+
+    return from_module(model, loss)
+
+
+def reward_losses(module: nn.Module, batch: Batch, center: float) -> Tensor:
+    """One loss per pair, `[n]`."""
+    n, inputs = _rows(batch)
+    rewards = wide(cast(Any, module)(**inputs, use_cache=False).logits).reshape(n, 2)
+    chosen, rejected = rewards.unbind(1)
+    gap = chosen - rejected
+    losses = -F.logsigmoid(gap - batch["margin"] if "margin" in batch else gap)
+    return losses + center * (chosen + rejected).square() if center else losses
+
+
+def _answer_logps(module: nn.Module, batch: Batch) -> Tensor:
+    """Log-probabilities of the answers, `[n, 2]`."""
+    n, inputs = _rows(batch)
+    mask = need(batch, "completion_mask").flatten(0, 1)
+    labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
+    labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) == 0, IGNORED)
+    logits = cast(Any, module)(**inputs, use_cache=False).logits
+    losses = token_losses(logits, next_tokens(labels, logits.shape[1]))
+    return -losses.sum(1).unflatten(0, (n, 2))
+
+
+def _rows(batch: Batch) -> tuple[int, Batch]:
+    """How many pairs there are, and the model's inputs of all their rows, `[2n, T]`."""
+    ids = need(batch, "input_ids")
+    if ids.ndim != 3 or ids.shape[1] != 2:
+        raise BatchError(
+            f"input_ids must be [n, 2, T], a chosen and a rejected row for every pair; got "
+            f"{list(ids.shape)}. Of a trainer's [2n, T], all chosen rows first: "
+            "x.unflatten(0, (2, n)).transpose(0, 1)."
+        )
+    inputs = {k: x.flatten(0, 1) for k, x in batch.items() if k not in OF_LOSS}
+    return len(ids), inputs

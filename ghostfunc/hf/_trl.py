@@ -1,0 +1,155 @@
+"""TRL's trainers with scores: mixins for `SFTTrainer`, `DPOTrainer` and `RewardTrainer`.
+
+class ScoringDPOTrainer(gf.hf.DPOMixin, trl.DPOTrainer): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ghostfunc._base.errors import OptionError
+from ghostfunc.hf._divisor import Divisor
+from ghostfunc.hf._losses import Batch
+from ghostfunc.hf._preferences import PAIR_LOSSES, PairLoss, dpo_losses, reward_losses
+from ghostfunc.hf._score_sets import ScoreSet
+from ghostfunc.hf._scored import GhostMixin
+from ghostfunc.hf._scoring import Pieces, Scoring
+from ghostfunc.hf._trained import SampleLoss
+
+MARK = "score: "
+"""Before the names of score datasets among those that TRL prepares for evaluation."""
+
+
+class TrlMixin(GhostMixin):
+    """What TRL's trainers have in common: they prepare datasets, scored ones like those to evaluate
+    on, and they gather metrics whenever a loss is computed."""
+
+    def with_score_sets(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], sets: dict[str, ScoreSet]
+    ) -> dict[str, Any]:
+        given = kwargs.get("eval_dataset")
+        named = given if isinstance(given, dict) else {} if given is None else {"eval": given}
+        if not isinstance(given, dict | None):
+            self._single = True
+        marked = {MARK + name: dataset.dataset for name, dataset in sets.items()}
+        return {**kwargs, "eval_dataset": {**named, **marked}}
+
+    _single = False
+
+    def prepared_score_sets(self, sets: dict[str, ScoreSet]) -> dict[str, ScoreSet]:
+        prepared = dict(cast(Mapping[str, Any], self.eval_dataset))
+        out = {name: ScoreSet(name, prepared.pop(MARK + name)) for name in sets}
+        self.eval_dataset = prepared["eval"] if self._single else prepared or None
+        return out
+
+    def _hold_against_trainer(
+        self,
+        scoring: Scoring,
+        given: Batch,
+        n: int,
+        inputs: dict[str, Any],
+        counted: Any,
+        pieces: Pieces,
+    ) -> Divisor:
+        divisor = super()._hold_against_trainer(scoring, given, n, inputs, counted, pieces)
+        cast(Any, self)._metrics["eval"].clear()  # what was computed here was no evaluation
+        return divisor
+
+
+class SFTMixin(TrlMixin):
+    """Scores for `trl.SFTTrainer`: `class Mine(gf.hf.SFTMixin, trl.SFTTrainer): ...`.
+
+    Arguments are the trainer's and those of `gf.hf.GhostTrainer`. `score_dataset` is a dataset as
+    `train_dataset` is, and is prepared like it. The default settings (bf16, checkpoints of
+    activations) are trained; entropy and token accuracy are not logged in training.
+
+    Raises:
+        OptionError: `packing` or `padding_free`: rows are then not samples.
+        VerificationError: a router's loss, which does not belong to samples.
+    """
+
+    def sample_loss(self) -> SampleLoss:
+        args: Any = self.args
+        if args.packing or cast(Any, self).padding_free:
+            raise OptionError(
+                "packing and padding_free put several samples in one row; scores are per row. Use "
+                "packing=False, padding_free=False."
+            )
+        if args.loss_type != "nll" and self._given_loss is None:
+            raise OptionError(
+                f"SFTMixin does not know loss_type={args.loss_type!r}; it knows 'nll'. Pass the "
+                "loss as sample_loss=gf.hf.SampleLoss(sums, counts)."
+            )
+        return super().sample_loss()
+
+
+class DPOMixin(TrlMixin):
+    """Scores for `trl.DPOTrainer`: `class Mine(gf.hf.DPOMixin, trl.DPOTrainer): ...`.
+
+    A sample is a pair. What the reference says is computed before the pass, by the trainer.
+
+    Raises:
+        OptionError: other losses than "sigmoid", "hinge" and "ipo", `ld_alpha`, `use_weighting`,
+            another divergence than `reverse_kl`: pass the loss as `sample_loss`.
+    """
+
+    def sample_loss(self) -> SampleLoss:
+        if self._given_loss is not None:
+            return super().sample_loss()
+        trainer = cast(Any, self)
+        weights = dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))
+        unknown = {
+            f"loss_type={sorted(weights)}": not weights.keys() <= set(PAIR_LOSSES),
+            "ld_alpha": trainer.ld_alpha is not None,
+            "use_weighting": bool(trainer.use_weighting),
+            f"f_divergence_type={trainer.f_divergence_type!r}": trainer.f_divergence_type
+            != "reverse_kl",
+        }
+        if any(unknown.values()):
+            raise OptionError(
+                f"DPOMixin does not know {', '.join(k for k, x in unknown.items() if x)}; it knows "
+                f"the losses {', '.join(PAIR_LOSSES)}. Pass sample_loss=gf.hf.SampleLoss(sums, "
+                "counts, rows=2)."
+            )
+
+        def sums(module: nn.Module, batch: Batch) -> Tensor:
+            parts = [
+                weight * dpo_losses(module, batch, trainer.beta, cast(PairLoss, kind))
+                for kind, weight in weights.items()
+            ]
+            return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+        return SampleLoss(sums, _one_each, rows=2)
+
+    def inputs_of(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        trainer = cast(Any, self)
+        given = dict(inputs)
+        if "ref_chosen_logps" not in given:
+            reference = module if trainer.ref_model is None else trainer.ref_model
+            chosen, rejected = trainer.compute_ref_log_probs(reference, dict(inputs))
+            given |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        return given
+
+
+class RewardMixin(TrlMixin):
+    """Scores for `trl.RewardTrainer`: `class Mine(gf.hf.RewardMixin, trl.RewardTrainer): ...`.
+
+    A sample is a pair.
+    """
+
+    def sample_loss(self) -> SampleLoss:
+        if self._given_loss is not None:
+            return super().sample_loss()
+        center = cast(Any, self.args).center_rewards_coefficient or 0.0
+        return SampleLoss(
+            lambda module, batch: reward_losses(module, batch, center), _one_each, rows=2
+        )
+
+
+def _one_each(batch: Batch) -> Tensor:
+    ids = batch["input_ids"]
+    return torch.ones(len(ids), dtype=torch.int64, device=ids.device)

@@ -1,0 +1,205 @@
+"""TRL's trainers under their default settings, with scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from compare import assert_close
+from hf_trainers import DEFAULTS, Recording, gpt2, scores_by_definition
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+import ghostfunc as gf
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'trl>=1.16'")
+datasets = pytest.importorskip("datasets")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+WORDS = [f"w{i}" for i in range(36)]
+
+
+class ScoringSFTTrainer(Recording, gf.hf.SFTMixin, trl.SFTTrainer):
+    """One line."""
+
+
+class ScoringDPOTrainer(Recording, gf.hf.DPOMixin, trl.DPOTrainer):
+    """One line."""
+
+
+class ScoringRewardTrainer(Recording, gf.hf.RewardMixin, trl.RewardTrainer):
+    """One line."""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "CI"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def fixture_tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def make_tokenizer() -> Any:
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    vocabulary = {w: i for i, w in enumerate([*special.values(), "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
+
+
+def sentence(seed: int, longest: int = 8) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(3, longest, (1,), generator=generator))
+    return " ".join(WORDS[i] for i in torch.randint(0, 36, (length,), generator=generator))
+
+
+def answers(n: int, seed: int) -> Any:
+    rows = range(100 * seed, 100 * seed + n)
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [sentence(i) for i in rows],
+            "completion": [" " + sentence(i + 1000) for i in rows],
+        }
+    )
+
+
+def preferences(n: int, seed: int) -> Any:
+    rows = range(100 * seed, 100 * seed + n)
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [sentence(i) for i in rows],
+            "chosen": [" " + sentence(i + 2000) for i in rows],
+            "rejected": [" " + sentence(i + 3000) for i in rows],
+        }
+    )
+
+
+def rewarder() -> nn.Module:
+    config = copy.deepcopy(gpt2().config)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return GPT2ForSequenceClassification(config)
+
+
+def settings(kind: Any, path: Path, **options: Any) -> Any:
+    given = {k: x for k, x in DEFAULTS.items() if k != "save_strategy"}
+    return kind(output_dir=str(path), save_strategy="no", **{**given, **options})
+
+
+def counts_of_labels(sample: dict[str, Tensor]) -> int:
+    return int((sample["labels"][:, 1:] != -100).sum())
+
+
+def one(sample: dict[str, Tensor]) -> int:
+    return 1
+
+
+CASES: dict[str, tuple[Any, Any, Any, Callable[[], nn.Module], Any, Any, bool]] = {
+    "sft": (
+        *(trl.SFTTrainer, ScoringSFTTrainer, trl.SFTConfig),
+        *(gpt2, answers, counts_of_labels, True),
+    ),
+    "dpo": (trl.DPOTrainer, ScoringDPOTrainer, trl.DPOConfig, gpt2, preferences, one, False),
+    "reward": (
+        *(trl.RewardTrainer, ScoringRewardTrainer, trl.RewardConfig),
+        *(rewarder, preferences, one, False),
+    ),
+}
+
+
+def trained(name: str, tokenizer: Any, path: Path, adapters: bool, **options: Any) -> Any:
+    """A plain and a scoring run of a TRL trainer."""
+    plain_class, ghost_class, config, make, data, _, _ = CASES[name]
+    runs = []
+    for kind, more in ((plain_class, {}), (ghost_class, {"score_dataset": data(5, 1)})):
+        args = settings(config, path, **options)
+        extra = {}
+        if adapters:
+            task = "SEQ_CLS" if name == "reward" else "CAUSAL_LM"
+            targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+            extra["peft_config"] = peft.LoraConfig(r=2, task_type=task, **targets)
+        elif name == "dpo":
+            extra["ref_model"] = gpt2()
+        trainer = kind(
+            model=make(), args=args, train_dataset=data(8, 0), processing_class=tokenizer,
+            **extra, **more,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(trainer)
+    return runs
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize("name", CASES)
+def test_fifty_steps(name: str, adapters: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Two micro-batches, checkpoints of activations as by default; float32 to compare."""
+    options = {"max_steps": 50, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    options |= {"logging_steps": 10}
+    plain, ghost = trained(name, tokenizer, tmp_path, adapters, bf16=False, **options)
+    assert ghost.args.gradient_checkpointing
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert ghost.scores.ids.tolist() == list(range(8))
+    logs = [x for x in ghost.state.log_history if "loss" in x]
+    assert len(logs) == 5
+    assert all("ghost/mean_value" in x for x in logs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_default_settings(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """bf16 too: as close as its rounding."""
+    plain, ghost = trained(name, tokenizer, tmp_path, False, max_steps=6)
+    assert ghost.args.bf16
+    assert ghost.args.gradient_checkpointing
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 5e-3, floor=1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_the_definition(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    _, ghost = trained(
+        name, tokenizer, tmp_path, False, bf16=False, gradient_accumulation_steps=2, max_steps=3
+    )
+    assert_close(ghost.scores.values, expected_scores(ghost, name), 1e-4)
+
+
+def expected_scores(ghost: Any, name: str) -> Tensor:
+    """By the definition, from TRL's own loss of one sample at a time."""
+    dataset, collate = ghost.score_sets["score"].dataset, ghost.data_collator
+
+    def batches(step: int) -> list[dict[str, Tensor]]:
+        return [dict(collate([dataset[(step * 4 + j) % 5] for j in range(4)]))]
+
+    *_, counts, counted = CASES[name]
+    return scores_by_definition(ghost, batches, counts, counted=counted, averaged=not counted)
+
+
+def score_error(ghost: Any, name: str) -> str:
+    """The largest error of a run's scores, in words."""
+    want = expected_scores(ghost, name)
+    return f"{float((ghost.scores.values - want).abs().max() / want.abs().max()):.0e}"
+
+
+def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    data = {"train_dataset": preferences(8, 0), "score_dataset": preferences(5, 1)}
+    for options, said in (
+        ({"loss_type": "nca_pair"}, r"does not know loss_type=\['nca_pair'\].*rows=2"),
+        ({"use_weighting": True}, "use_weighting"),
+    ):
+        args = settings(trl.DPOConfig, tmp_path, **options)
+        with pytest.raises(gf.OptionError, match=said):
+            ScoringDPOTrainer(
+                model=gpt2(), ref_model=gpt2(), args=args, processing_class=tokenizer, **data
+            )

@@ -1,0 +1,184 @@
+"""Write the table of `docs/trainers.md`: what `GhostTrainer` makes of Trainer's settings.
+
+    python tests/hf/write_trainers.py
+
+Every row is run: with scores and without, and its scores are held against the definition, by the
+trainer's own loss of one sample at a time. TRL's rows need TRL (`pip install 'ghostfunc[trl]'`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import test_settings as settings  # noqa: E402
+import test_trained as trained  # noqa: E402
+from hf_trainers import (  # noqa: E402
+    DEFAULTS,
+    Recorded,
+    arguments,
+    gpt2,
+    in_order,
+    llama,
+    scores_by_definition,
+)
+
+import ghostfunc as gf  # noqa: E402
+
+PAGE = HERE.parent.parent / "docs" / "trainers.md"
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+Case = trained.Case
+LM = Case(gpt2)
+
+
+def with_args(case: Any, **args: Any) -> Any:
+    return replace(case, args={**case.args, **args})
+
+
+def with_options(case: Any, **options: Any) -> Any:
+    return replace(case, options={**case.options, **options})
+
+
+LORA = trained.CASES["lora"]
+ON = {"activation_checkpointing": True}
+RECIPE = {**ON, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
+
+ROWS: dict[str, Any] = {
+    **{f"{name}, accumulation 2": case for name, case in trained.CASES.items()},
+    "accumulation 1": with_args(LM, gradient_accumulation_steps=1),
+    "classes, accumulation 3": with_args(trained.CASES["classes"], gradient_accumulation_steps=3),
+    "no clipping, no decay": with_args(LM, max_grad_norm=0.0, weight_decay=0.0),
+    "SGD with momentum": with_args(LM, optim="sgd", optim_args="momentum=0.9"),
+    "cosine schedule with warm-up": with_args(LM, lr_scheduler_type="cosine", warmup_steps=2),
+    "activation checkpoints": with_args(LM, **ON),
+    "activation checkpoints, Llama": with_args(Case(llama), **ON),
+    "activation checkpoints, classes": with_args(trained.CASES["classes"], **ON),
+    "lora, activation checkpoints, schedule": with_args(LORA, **RECIPE),
+    "dora, activation checkpoints, schedule": with_args(trained.CASES["dora"], **RECIPE),
+    "lora on a base in eight bits": Case(settings.quantised),
+    "lora, smoothed": with_args(LORA, label_smoothing_factor=0.1),
+    "bf16": with_args(LM, bf16=True),
+    "lora, bf16, activation checkpoints": with_args(LORA, bf16=True, **ON),
+    'score_form="previous_state"': with_options(LM, score_form="previous_state"),
+    'score_form="exact"': with_options(LM, score_form="exact"),
+    'score_form="exact", activation checkpoints': with_options(
+        with_args(LM, **ON), score_form="exact"
+    ),
+    "score_order=2": with_options(LM, score_order=2),
+    "score_batch_size=1": with_options(LM, score_batch_size=1),
+    "log_gradients=True": with_options(LM, log_gradients=True),
+}
+REFUSED: dict[str, Any] = {
+    "NEFTune": with_args(LM, neftune_noise_alpha=5.0),
+    "auto_find_batch_size": with_args(LM, auto_find_batch_size=True),
+    "bf16, score_order=2": with_options(with_args(LM, bf16=True), score_order=2),
+    'torch_compile, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
+    "token sums for a mean": with_options(LORA, sample_loss=trained.token_sums),
+    "an unknown loss": Case(lambda: nn.Linear(2, 2)),
+}
+
+
+def largest(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def weights_error(model: nn.Module, plain: nn.Module) -> float:
+    pairs = zip(model.state_dict().values(), plain.state_dict().values(), strict=True)
+    moved = [(a.double(), b.double()) for a, b in pairs if a.is_floating_point()]
+    size = max(float(b.abs().max()) for _, b in moved)
+    return max(float((a - b).abs().max()) for a, b in moved) / size
+
+
+def measured(case: Any, folder: Path) -> tuple[str, str]:
+    """The errors of weights and scores of one row."""
+    given = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, **case.args}
+    args, train, score = arguments(folder, **given), case.data(8, 0), case.data(5, 1)
+    own = ("score_form", "score_order", "score_batch_size", "log_gradients", "sample_loss")
+    plain = case.make()
+    rest = {k: x for k, x in case.options.items() if k not in (*own, "compile")}
+    Trainer(model=plain, args=args, train_dataset=train, **rest).train()
+    trainer = Recorded(
+        model=case.make(), args=args, train_dataset=train, score_dataset=score, **case.options
+    )
+    trainer.train()
+    error = f"{weights_error(trainer.model, plain):.0e}"
+    if {"score_form", "score_order"} & case.options.keys():
+        return error, "as `gf.shapley.step`"
+    want = scores_by_definition(
+        trainer,
+        in_order(score, DEFAULTS["per_device_eval_batch_size"]),
+        case.counts,
+        counted=case.counted,
+        averaged=case.averaged,
+    )
+    return error, f"{largest(trainer.scores.values, want):.0e}"
+
+
+def refusal(case: Any, folder: Path) -> str:
+    """What a row is refused with."""
+    try:
+        measured(case, folder)
+    except gf.GhostError as error:
+        said = re.sub(r"[0-9.]{6,}", "...", str(error)).replace("|", "or")
+        return f"{type(error).__name__}: {said}"
+    raise AssertionError("this setting is not refused; move it among those that work")
+
+
+def of_trl(folder: Path) -> Iterator[str]:
+    """The rows of TRL's trainers."""
+    import test_trl as trl
+
+    tokenizer = trl.make_tokenizer()
+    for name in trl.CASES:
+        for adapters in (False, True):
+            options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+            for bf16 in (False, True):
+                plain, ghost = trl.trained(name, tokenizer, folder, adapters, bf16=bf16, **options)
+                error = f"{weights_error(ghost.model, plain.model):.0e}"
+                count = "accumulation 2, activation checkpoints" + (", bf16" if bf16 else "")
+                weights = ", lora" if adapters else ""
+                scores = trl.score_error(ghost, name)
+                yield f"| TRL {name}{weights}, {count} | {error} | {scores} |"
+
+
+def table() -> str:
+    """All rows, in Markdown."""
+    lines = ["| setting | weights | scores |", "| --- | --- | --- |"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in ROWS.items():
+            lines.append("| {} | {} | {} |".format(name, *measured(case, Path(folder))))
+            print(lines[-1], flush=True)
+        for line in of_trl(Path(folder)):
+            lines.append(line)
+            print(line, flush=True)
+        lines += ["", "| setting | refused with |", "| --- | --- |"]
+        for name, case in REFUSED.items():
+            lines.append(f"| {name} | {refusal(case, Path(folder))} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Put the table where it belongs in the page."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
