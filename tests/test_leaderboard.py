@@ -22,13 +22,16 @@ NAMES = ("tasks", "retrain", "methods", "peers", "measure", "report")
 def board() -> Iterator[SimpleNamespace]:
     """The leaderboard's modules, which are scripts beside each other and no package."""
     before = set(sys.modules)
-    sys.path.insert(0, str(BOARD))
+    paths = [str(BOARD), str(BOARD.parents[1] / "examples")]
+    sys.path[:0] = paths
     try:
         yield SimpleNamespace(**{name: __import__(name) for name in NAMES})
     finally:
-        sys.path.remove(str(BOARD))
+        for path in paths:
+            sys.path.remove(path)
         for name in set(sys.modules) - before:
-            if str(BOARD) in str(getattr(sys.modules[name], "__file__", "")):
+            file = str(getattr(sys.modules[name], "__file__", ""))
+            if any(file.startswith(path) for path in paths):
                 del sys.modules[name]
 
 

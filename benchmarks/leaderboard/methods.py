@@ -98,7 +98,7 @@ def loss(task: Task, trained: Trained) -> Tensor:
 def alike(task: Task, trained: Trained) -> Tensor:
     """A control without a model: BM25 of texts, the cosine of images."""
     if task.texts is not None:
-        from examples.retrieval import bm25
+        from retrieval import bm25
 
         return bm25(*task.texts)
     train, queries = (

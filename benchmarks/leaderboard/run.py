@@ -18,7 +18,8 @@ from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+# A peer may bring a package called `examples`, so ours are imported by file.
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
 
 import torch  # noqa: E402
 from measure import measured, rank_agreement  # noqa: E402
@@ -106,8 +107,8 @@ def main() -> None:
             task = TASKS[key](seed, quick=options.quick)
             runs.append(evaluate(task, seed, options.methods))
         results["tasks"][key] = {"name": task.name, "subsets": task.subsets, "runs": runs}
-    results["seconds"] = perf_counter() - start
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+        results["seconds"] = perf_counter() - start
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{results['seconds']:.0f} s; written to {options.out}")
     from report import write
 

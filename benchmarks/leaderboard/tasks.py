@@ -198,7 +198,7 @@ class ByteGPT2(nn.Module):
 
 def gpt2(seed: int, *, quick: bool) -> Task:
     """(c) A GPT-2 of bytes on six kinds of text that Python carries."""
-    from examples.demo_corpus import load_corpus
+    from demo_corpus import load_corpus
 
     length, per_domain, asked, steps = 48, 32, 1 if quick else 2, 90
     g = torch.Generator().manual_seed(seed)
