@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tasks import Batch, Task
+from tasks import Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -67,13 +67,14 @@ def trak(task: Task, trained: Trained) -> Tensor:
     if task.texts is not None:
         raise NotImplementedError("traker has no model output function for language models")
     module = module_of(task, trained)
+    # Fewer dimensions than samples: traker inverts their second moment without damping.
     size = sum(p.numel() for p in module.parameters())
     m = len(task.queries["y"])
     with tempfile.TemporaryDirectory() as directory:
         traker = TRAKer(
             model=module, task="image_classification", train_set_size=task.n, save_dir=directory,
-            device="cpu", proj_dim=512, use_half_precision=False, logging_level=logging.ERROR,
-            projector=BasicProjector(size, 512, 0, ProjectionType.normal, "cpu", block_size=100),
+            device="cpu", proj_dim=128, use_half_precision=False, logging_level=logging.ERROR,
+            projector=BasicProjector(size, 128, 0, ProjectionType.normal, "cpu", block_size=100),
         )  # fmt: skip
         state = module.state_dict()
         traker.load_checkpoint(state, model_id=0)
@@ -121,5 +122,10 @@ PEERS: dict[str, Callable[[Task, Trained], Tensor]] = {
     "dattri EK-FAC": dattri_ekfac,
     "bergson": bergson,
 }
-
-__all__ = ["PEERS", "Batch"]
+MODULES = {
+    "kronfluence EK-FAC": ["kronfluence.analyzer", "kronfluence.task"],
+    "traker": ["trak"],
+    "dattri EK-FAC": ["dattri.algorithm.influence_function", "dattri.task"],
+    "bergson": ["bergson"],
+}
+"""What each of them imports."""

@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
 import torch  # noqa: E402
 from measure import measured, rank_agreement  # noqa: E402
 from methods import METHODS  # noqa: E402
-from peers import PEERS  # noqa: E402
+from peers import MODULES, PEERS  # noqa: E402
 from retrain import datamodeling_scores, query_losses, retrained, subsets  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
@@ -53,7 +53,7 @@ def evaluate(task: Task, seed: int, only: list[str]) -> dict[str, Any]:
     for name, method in {**METHODS, **PEERS}.items():
         if only and name not in only:
             continue
-        got = measured(method, task, trained, limit=LIMIT)
+        got = measured(method, task, trained, limit=LIMIT, modules=MODULES.get(name, ()))
         say(task, seed, name, got.seconds, got.error)
         if got.scores is None:
             rows[name] = {"error": got.error}
