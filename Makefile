@@ -15,14 +15,19 @@ BENCH := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed
 BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# And one for `make leaderboard`.
+BOARD := .venv-leaderboard
+BOARD_STAMP := $(BOARD)/.installed
+BOARD_PIP := $(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format bench bench-check clean
+.PHONY: help install demo test fuzz lint format bench bench-check leaderboard clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (makes $(VENV)), JOBS=$(JOBS) (test processes),"
-	@echo "ARGS (passed on by demo, test, fuzz and bench, e.g. make test ARGS='-k norm')."
+	@echo "ARGS (passed on by demo, test, fuzz, bench, leaderboard, e.g. make test ARGS='-k norm')."
 
 install: $(STAMP) ## Make or complete .venv with everything that is pinned in constraints.txt.
 
@@ -67,6 +72,17 @@ bench: $(BENCH_STAMP) ## Time everything beside plain PyTorch and peers; writes 
 bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above benchmarks/recorded.json.
 	$(BENCH)/bin/python benchmarks/run.py --check $(ARGS)
 
+$(BOARD_STAMP): pyproject.toml constraints.txt benchmarks/leaderboard/requirements.txt benchmarks/leaderboard/peers.txt
+	$(BOARD)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(BOARD)
+	$(BOARD_PIP) torch
+	$(BOARD_PIP) hatchling editables
+	$(BOARD_PIP) --no-build-isolation -e ".[curvature]" -r benchmarks/leaderboard/requirements.txt
+	$(BOARD_PIP) --no-deps -r benchmarks/leaderboard/peers.txt
+	@touch $@
+
+leaderboard: $(BOARD_STAMP) ## Attribution scores against retrained models and peers (60 min; ARGS=--quick: 5).
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BOARD)/bin/python benchmarks/leaderboard/run.py $(ARGS)
+
 clean: ## Remove .venv, caches, builds and outputs.
-	rm -rf $(VENV) $(BENCH) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(BOARD) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

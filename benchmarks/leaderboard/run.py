@@ -1,0 +1,119 @@
+"""Run the leaderboard: every method on every model, against models trained on parts of the data.
+
+python benchmarks/leaderboard/run.py                    # three seeds: 60 minutes on two cores
+python benchmarks/leaderboard/run.py --quick            # one seed, fewer models: 5 minutes
+python benchmarks/leaderboard/run.py --tasks mlp gpt2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# A peer may bring a package called `examples`, so ours are imported by file.
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
+
+import torch  # noqa: E402
+from measure import measured, rank_agreement  # noqa: E402
+from methods import METHODS  # noqa: E402
+from peers import MODULES, PEERS  # noqa: E402
+from retrain import datamodeling_scores, query_losses, retrained, subsets  # noqa: E402
+from tasks import TASKS, Task  # noqa: E402
+
+import ghostfunc as gf  # noqa: E402
+
+LEFT_OUT = (0.1, 0.5)
+"""Shares of the samples that retrained models do without."""
+
+LIMIT = 900.0
+"""Seconds after which a method is stopped."""
+
+
+def evaluate(task: Task, seed: int, only: list[str]) -> dict[str, Any]:
+    """All methods on one trained model."""
+    start = perf_counter()
+    training = task.training()
+    trained = gf.unrolled.train(training, keep_every=12)
+    truth = {}
+    for share in LEFT_OUT:
+        kept = subsets(task, share, seed)
+        models = retrained(task, kept.float())
+        truth[f"{share:g}"] = kept, query_losses(task, models)
+    say(task, seed, "retraining", perf_counter() - start)
+    rows: dict[str, Any] = {}
+    found: dict[str, torch.Tensor] = {}
+    for name, method in {**METHODS, **PEERS}.items():
+        if only and name not in only:
+            continue
+        got = measured(method, task, trained, limit=LIMIT, modules=MODULES.get(name, ()))
+        say(task, seed, name, got.seconds, got.error)
+        if got.scores is None:
+            rows[name] = {"error": got.error}
+            continue
+        found[name] = got.scores
+        lds = {
+            share: datamodeling_scores(got.scores, kept, losses)
+            for share, (kept, losses) in truth.items()
+        }
+        rows[name] = {"lds": lds, "seconds": got.seconds, "peak": got.peak}
+    out = {"seed": seed, "rows": rows, "n": task.n, "m": len(task.queries["y"])}
+    out["parameters"] = sum(x.numel() for x in task.params.values())
+    reference = found.get("EK-FAC, 16 draws")
+    if reference is not None:  # one draw of labels is noisy: both are held against sixteen
+        for name in ("EK-FAC", "kronfluence EK-FAC"):
+            if name in found:
+                rows[name]["agreement"] = rank_agreement(found[name], reference)
+    return out
+
+
+def say(task: Task, seed: int, what: str, seconds: float, error: str = "") -> None:
+    print(f"{task.name:20} seed {seed}  {what:20} {seconds:7.1f} s  {error}", flush=True)
+
+
+def versions() -> dict[str, str]:
+    out = {"python": platform.python_version()}
+    for package in ("torch", "ghostfunc", "kronfluence", "traker", "dattri", "bergson"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "not installed"
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer models and queries")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=[], help="only these, by name")
+    parser.add_argument("--seeds", nargs="+", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=HERE / "recorded.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    start = perf_counter()
+    results: dict[str, Any] = {"quick": options.quick, "versions": versions(), "tasks": {}}
+    for key in options.tasks:
+        runs = []
+        for seed in seeds:
+            task = TASKS[key](seed, quick=options.quick)
+            runs.append(evaluate(task, seed, options.methods))
+        results["tasks"][key] = {"name": task.name, "subsets": task.subsets, "runs": runs}
+        results["seconds"] = perf_counter() - start
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{results['seconds']:.0f} s; written to {options.out}")
+    from report import write
+
+    write(results)
+
+
+if __name__ == "__main__":
+    main()
