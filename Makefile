@@ -16,7 +16,7 @@ BENCH_STAMP := $(BENCH)/.installed
 BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-check clean
+.PHONY: help install demo test docs lint format bench bench-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) hatchling editables
-	$(PIP) --no-build-isolation -e ".[hf,store,faiss,examples,dev]"
+	$(PIP) --no-build-isolation -e ".[hf,cli,store,faiss,examples,docs,dev]"
 	@touch $@
 
 demo: $(STAMP) ## Run examples/demo.py.
@@ -40,6 +40,9 @@ demo: $(STAMP) ## Run examples/demo.py.
 
 test: lint ## Lint, then run the tests.
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+docs: $(STAMP) ## Build the documentation site into site/; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy.
 	$(BIN)/ruff check .
@@ -65,5 +68,5 @@ bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above benchmarks/recorded
 	$(BENCH)/bin/python benchmarks/run.py --check $(ARGS)
 
 clean: ## Remove .venv, caches, builds and outputs.
-	rm -rf $(VENV) $(BENCH) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist outputs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
