@@ -16,7 +16,7 @@ BENCH_STAMP := $(BENCH)/.installed
 BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs lint format bench bench-check clean
+.PHONY: help install demo test docs release-check lint format bench bench-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: lint ## Lint, then run the tests.
 
 docs: $(STAMP) ## Build the documentation site into site/; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+release-check: $(STAMP) ## Build sdist and wheel, install each alone on every Python here, run it.
+	$(BIN)/python -m tests.release $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy.
 	$(BIN)/ruff check .
