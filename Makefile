@@ -21,7 +21,7 @@ BOARD_STAMP := $(BOARD)/.installed
 BOARD_PIP := $(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format bench bench-check leaderboard clean
+.PHONY: help install demo test fuzz docs release-check lint format bench bench-check leaderboard clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) hatchling editables
-	$(PIP) --no-build-isolation -e ".[curvature,hf,store,faiss,examples,dev]"
+	$(PIP) --no-build-isolation -e ".[cli,curvature,hf,store,faiss,examples,docs,dev]"
 	@touch $@
 
 demo: $(STAMP) ## Run examples/demo.py.
@@ -48,6 +48,12 @@ test: lint ## Lint, then run the tests.
 
 fuzz: $(STAMP) ## Random programs beside a loop, e.g. ARGS="--count 10000 --seed 0" (25 min on 2 cores).
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --jobs $(JOBS) $(ARGS)
+
+docs: $(STAMP) ## Build the documentation site into site/; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+release-check: $(STAMP) ## Build sdist and wheel, install each alone on every Python here, run it.
+	$(BIN)/python -m tests.release $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy.
 	$(BIN)/ruff check .
@@ -84,5 +90,5 @@ leaderboard: $(BOARD_STAMP) ## Attribution scores against retrained models and p
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BOARD)/bin/python benchmarks/leaderboard/run.py $(ARGS)
 
 clean: ## Remove .venv, caches, builds and outputs.
-	rm -rf $(VENV) $(BENCH) $(BOARD) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(BOARD) build dist outputs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,18 +1,21 @@
 """What the documentation says is true: code runs, output is the output, links lead somewhere.
 
-The python blocks of a page run from top to bottom in one namespace and an empty directory. A `text`
-block after a python block is what it prints; numbers may differ, words and layout may not. A block
-after `<!-- not run: why -->` is left out. `docs/api.md` lists every public name with its signature.
+The python blocks of a page run from top to bottom in one namespace and an empty directory, and so
+do the lines of `sh` blocks that begin with `ghostfunc`. A `text` block after a python block is what
+it prints; numbers may differ, words and layout may not. A block after `<!-- not run: why -->` is
+left out. `docs/api.md` lists every public name with its signature.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import pkgutil
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,9 @@ import pytest
 import ghostfunc as gf
 from ghostfunc._base.refusals import REFUSED
 from ghostfunc._rules.registry import DECOMPOSITIONS, RULES
+import ghostfunc.cli
+from ghostfunc._rules.registry import (DECOMPOSITIONS, RULES)
+from ghostfunc._base.refusals import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -43,11 +49,12 @@ def name_of(page: Path) -> str:
 
 @dataclass
 class Block:
-    """One python block: its first line, its code, and what it is said to print."""
+    """One block that runs: its first line, its code, and what it is said to print."""
 
     line: int
     code: str
     output: str | None = None
+    language: str = "python"
 
 
 @dataclass
@@ -62,8 +69,9 @@ def blocks_of(text: str) -> list[Block]:
         skipped, language, body = match.groups()
         directly_after = not text[end : match.start()].strip()
         end = match.end()
-        if language == "python" and not skipped:
-            blocks.append(Block(text.count("\n", 0, match.start(3)), body))
+        runs = language == "python" or (language == "sh" and body.startswith("ghostfunc "))
+        if runs and not skipped:
+            blocks.append(Block(text.count("\n", 0, match.start(3)), body, language=language))
         elif language == "text" and blocks and directly_after:
             blocks[-1].output = body
     return blocks
@@ -92,6 +100,10 @@ def test_code(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     for block in blocks_of(page.read_text(encoding="utf-8")):
         printed = io.StringIO()
+        if block.language == "sh":
+            for line in block.code.splitlines():
+                assert ghostfunc.cli.main(shlex.split(line)[1:]) == 0, line
+            continue
         code = compile("\n" * block.line + block.code, str(page), "exec")
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
@@ -104,9 +116,11 @@ def test_blocks_are_told_apart() -> None:
     text = (
         "a\n```python\nx = 1\n```\n\n```text\n1\n```\n```text\nno output\n```\n"
         "<!-- not run: slow -->\n```python\ny\n```\n\n```text\nof y\n```\n```sh\nls\n```\n"
+        "```sh\nghostfunc --help\n```\n"
     )
-    (block,) = blocks_of(text)
+    block, command = blocks_of(text)
     assert (block.line, block.code) == (2, "x = 1\n")
+    assert (command.language, command.code) == ("sh", "ghostfunc --help\n")
 
 
 def test_words() -> None:
@@ -190,6 +204,25 @@ def public() -> dict[str, list[str]]:
 def test_every_public_name_is_listed(name: str) -> None:
     allowed = public()[name]
     assert listed() & set(allowed), f"docs/api.md must have an entry - [{allowed[0]}](its file)"
+
+
+def test_every_public_name_has_its_page_on_the_site() -> None:
+    pytest.importorskip("mkdocs")
+    path = ROOT / "docs" / "_site" / "hooks.py"
+    spec = importlib.util.spec_from_file_location("site_hooks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert sorted(hooks.public_names().values()) == sorted(public())
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    files = {"which_number.md": object()}
+    lookup = type("Files", (), {"get_file_from_path": lambda _, path: files.get(path)})()
+    page = type("Page", (), {"file": type("File", (), {"src_uri": "index.md"})()})()
+    shown = hooks.on_page_markdown(text, page, None, lookup)
+    assert "(which_number.md)" in shown
+    assert "(sharp_edges.md)" not in shown
+    assert "sharp edges" in shown
 
 
 def test_nothing_else_is_listed() -> None:

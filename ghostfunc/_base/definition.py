@@ -30,8 +30,6 @@ from ghostfunc._base.purity import (
 from ghostfunc._base.remembered import memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, tensors_of, unflatten
-from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
 

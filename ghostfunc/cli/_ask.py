@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ghostfunc._transforms import explain as plans
@@ -16,6 +10,7 @@ from ghostfunc.cli import _data
 from ghostfunc.cli._errors import UNVERIFIED, CommandError
 from ghostfunc.cli._model import load
 from ghostfunc.cli._options import Explain, Project, Query, Report, Select, Verify
+from ghostfunc.cli._scores_file import read_scores
 from ghostfunc.data import Rows, Scores, write_rows
 from ghostfunc.projection import kronecker_projection
 from ghostfunc.report import write_report
@@ -26,7 +21,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 def select(options: Select) -> int:
     """Run the command."""
     _data.check_out(options.out, JSON_LINES)
-    rows, scores = _scored(options.scores, options.pool)
+    rows, scores = read_scores(options.scores, options.pool)
     if not 1 <= options.top <= len(scores):
         raise CommandError(f"--top {options.top}: expected between 1 and all {len(scores):,} rows.")
     best = (scores.bottom if options.lowest else scores.top)(options.top, by=options.by)
@@ -38,7 +33,7 @@ def select(options: Select) -> int:
 def report(options: Report) -> int:
     """Run the command."""
     _data.check_out(options.out, (".html",))
-    rows, scores = _scored(options.scores, options.pool)
+    rows, scores = read_scores(options.scores, options.pool)
     write_report(options.out, scores, rows, group=options.group)
     print(f"page to look at: {options.out}")
     return 0
@@ -143,32 +138,3 @@ def query(options: Query) -> int:
     write_rows(options.out, rows, Scores(found.ids[0].tolist(), columns))
     print(f"{options.top:,} of {store.n_samples:,} rows written to {options.out}, best first")
     return 0
-
-
-def _scored(path: Path, pool: Path) -> tuple[Rows, Scores]:
-    """The rows, and their scores from a Parquet file."""
-    rows = Rows.open(pool)
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CommandError(f"{path}: no readable Parquet file: {error}.") from error
-    if "id" not in table.column_names:
-        raise CommandError(
-            f"{path} has the columns {table.column_names}; expected those that --scores writes, "
-            "with id among them."
-        )
-    ids = table["id"].to_pylist()
-    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < len(rows)]
-    if wrong:
-        raise CommandError(
-            f"{path} has the id {wrong[0]!r}; {pool} has rows 0 to {len(rows) - 1}. Are these the "
-            "rows that were scored?"
-        )
-    columns = {
-        name: torch.tensor(table[name].to_pylist(), dtype=torch.float64)
-        for name in table.column_names
-        if name != "id"
-    }
-    metadata: dict[bytes, bytes] = table.schema.metadata or {}
-    facts: dict[str, Any] = json.loads(metadata.get(b"ghostfunc", b"{}"))
-    return rows, Scores(ids, columns, facts)

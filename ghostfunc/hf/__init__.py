@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ghostfunc.hf._grpo import grpo
 from ghostfunc.hf._likelihoods import (
     causal_lm_likelihood,
     classification_likelihood,
     masked_lm_likelihood,
 )
-from ghostfunc.hf._grpo import grpo
 from ghostfunc.hf._losses import (
     causal_lm,
     image_classification,

@@ -38,15 +38,12 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 def save_model(folder: Path, **options: Any) -> Path:
     """A GPT-2 with random weights, and its tokenizer."""
     tokenizer = bytes_tokenizer()
+    sizes = {"n_positions": 96, "n_embd": 8, "n_layer": 1, "n_head": 2, **options}
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=96,
-        n_embd=8,
-        n_layer=1,
-        n_head=2,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        **options,
+        **sizes,
     )
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -13,6 +13,7 @@ import transformers
 import ghostfunc as gf
 from ghostfunc.cli import _ask
 from ghostfunc.data import Rows, batches, encode, padded
+from ghostfunc.hf._files import write_table
 
 Run = Callable[..., tuple[int, str]]
 LINE = "score MODEL --pool pool.jsonl --target target.jsonl --top 7 --out sel.jsonl"
@@ -45,6 +46,18 @@ def test_report(run: Run, files: Path) -> None:
     code, said = run("report s.parquet --pool pool.jsonl --out r.html --group nothing")
     assert code == 2
     assert "no row has a column 'nothing'" in said
+
+
+def test_the_trainers_files_get_the_sign_of_scores(run: Run, files: Path) -> None:
+    """GhostTrainer says by how much a sample changed the loss: negative helps."""
+    values = torch.linspace(-1, 1, 40, dtype=torch.float64)[:, None]
+    scores = gf.shapley.Scores(torch.arange(40), values, torch.full((40,), 3))
+    write_table(scores, ["dev"], {"run": "tiny"}, files / "trainer.parquet")
+    code, said = run("select trainer.parquet --pool pool.jsonl --top 2 --out t.jsonl")
+    assert code == 0, said
+    first = json.loads((files / "t.jsonl").read_text().splitlines()[0])["ghostfunc"]
+    assert first == {"rank": 1, "row": 0, "steps": 3, "shapley_higher_helps/dev": 1}
+    assert run("report trainer.parquet --pool pool.jsonl --out t.html")[0] == 0
 
 
 @pytest.mark.parametrize(

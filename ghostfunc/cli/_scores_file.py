@@ -1,0 +1,62 @@
+"""Files of scores, of `ghostfunc score --scores` or of GhostTrainer, to one table with one sign."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ghostfunc.cli._errors import CommandError
+from ghostfunc.data import Rows, Scores
+from ghostfunc.data._scores import HELPS
+
+VALUE = "value_"
+"""Begins a column of GhostTrainer: what a sample changed a validation loss by, negative: it
+helped."""
+
+
+def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
+    """The rows of a pool, and their scores from a Parquet file.
+
+    GhostTrainer's values change their sign, and their name says so: `shapley_higher_helps/name`.
+
+    Raises:
+        CommandError: no such file, other columns, or ids that are no rows of the pool.
+    """
+    rows = Rows.open(pool)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CommandError(f"{path}: no readable Parquet file: {error}.") from error
+    names = {"id", "sample_id"} & set(table.column_names)
+    if not names:
+        raise CommandError(
+            f"{path} has the columns {table.column_names}; expected those that --scores writes "
+            "(id) or GhostTrainer (sample_id)."
+        )
+    (name,) = names
+    ids = table[name].to_pylist()
+    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < len(rows)]
+    if wrong:
+        raise CommandError(
+            f"{path} has the id {wrong[0]!r}; {pool} has rows 0 to {len(rows) - 1}. Are these the "
+            "rows that were scored?"
+        )
+    columns = dict(
+        _column(column, table[column]) for column in table.column_names if column != name
+    )
+    metadata: dict[bytes, bytes] = table.schema.metadata or {}
+    facts: dict[str, Any] = json.loads(metadata.get(b"ghostfunc", b"{}"))
+    return rows, Scores(ids, columns, facts)
+
+
+def _column(name: str, values: pa.ChunkedArray) -> tuple[str, Tensor]:
+    column = torch.tensor(values.to_pylist(), dtype=torch.float64)
+    if name.startswith(VALUE):
+        return f"shapley{HELPS}/{name.removeprefix(VALUE)}", -column
+    return name, column

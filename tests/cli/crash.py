@@ -1,0 +1,86 @@
+"""Kill `ghostfunc score` at random moments, resume it, and compare the file bit for bit.
+
+    python -m tests.cli.crash --kills 10 --chats 500 --seed 0
+
+The processes are killed by SIGKILL, at moments drawn over the time an undisturbed run takes. The
+tests stop a run in the same process instead; this is the long form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.cli.conftest import chat, lines, save_model
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    run = "import sys; from ghostfunc.cli import main; sys.exit(main())"
+    arguments = ["score", "model", "--pool", "pool.jsonl", "--target", "target.jsonl"]
+    return [sys.executable, "-c", run, *arguments, "--top", "50", "--out", out, "--quiet", *more]
+
+
+def start(folder: Path, out: str, *more: str) -> subprocess.Popen[bytes]:
+    """A run, from the moment on when it begins to compute."""
+    process = subprocess.Popen(
+        command(folder, out, *more), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    begun = folder / Path(out).with_suffix(".run") / "config.json"
+    before = begun.stat().st_mtime_ns if begun.exists() else 0
+    while process.poll() is None and (not begun.exists() or begun.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+    return process
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--chats", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    moments = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp())
+    save_model(folder / "model", n_layer=4, n_embd=64)
+    (folder / "pool.jsonl").write_text(lines(chat(i) for i in range(options.chats)))
+    (folder / "target.jsonl").write_text(lines(chat(i) for i in range(1000, 1020, 2)))
+    process = start(folder, "whole.jsonl")
+    begun = time.perf_counter()
+    output = process.communicate()[0].decode()
+    seconds = time.perf_counter() - begun
+    assert process.returncode == 0, output
+    print(f"undisturbed, {seconds:.1f} s of computing", flush=True)
+    killed = 0
+    while killed < options.kills or not (folder / "sel.jsonl").exists():
+        stopped = (folder / "sel.run" / "run.json").exists()
+        process = start(folder, "sel.jsonl", *(["--resume"] if stopped else []))
+        if killed < options.kills:
+            try:
+                process.wait(timeout=seconds * moments.uniform(0, 0.6))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed += 1
+                parts = len(list((folder / "sel.run").glob("part-*.npz")))
+                print(f"killed {killed}: {parts} parts are done", flush=True)
+                continue
+        output = process.communicate()[0].decode()
+        if process.returncode:
+            sys.exit(f"a resumed run failed: {output}")
+        same = (folder / "sel.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+        told = "the same bits" if same else "OTHER BITS"
+        print(f"whole after {killed} kills: {told}", flush=True)
+        if not same:
+            sys.exit(1)
+        if killed < options.kills:
+            (folder / "sel.jsonl").unlink()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
