@@ -25,11 +25,9 @@ from typing import Any
 import pytest
 
 import ghostfunc as gf
+import ghostfunc.cli
 from ghostfunc._base.refusals import REFUSED
 from ghostfunc._rules.registry import DECOMPOSITIONS, RULES
-import ghostfunc.cli
-from ghostfunc._rules.registry import (DECOMPOSITIONS, RULES)
-from ghostfunc._base.refusals import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
