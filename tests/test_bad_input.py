@@ -546,8 +546,7 @@ def tiled(p: Any, x: Tensor) -> Tensor:
 )
 def test_folds_that_show_in_longer_batches(f: ModelFn, short: Any, long: Any) -> None:
     check_exact(f, params(), draw(*short))
-    with pytest.raises(gf.GhostError, match=r"(?s)rows.*Ways out"):
-        ghost(f, params(), draw(*long))
+    check_exact(f, params(), draw(*long))
 
 
 def test_an_order_of_ones_own() -> None:
