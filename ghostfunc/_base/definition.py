@@ -25,6 +25,7 @@ from ghostfunc._base.purity import (
     check_losses,
     close,
     coupled_samples,
+    lend,
     refuse_checkpoints,
 )
 from ghostfunc._base.remembered import memory, structure
@@ -308,8 +309,8 @@ def _compare_alone(
     n = batch_size(batch)
     if n == 1 or any(map(symbolic, tensors_of(batch))):
         return
-    with torch.no_grad():
-        together = check_losses(model_fn(spec.unflatten(list(leaves)), batch), n)
+    with torch.enable_grad():  # a model may take gradients itself
+        together = check_losses(model_fn(spec.unflatten(lend(leaves)), batch), n).detach()
     if not close(alone, together):
         raise coupled_samples(
             f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "

@@ -105,7 +105,8 @@ def prove_independent(
 
     if key in remembered:
         if randomness == "error" and n > 1:
-            compare({"in a half of the batch": (in_halves(), losses(batch))})
+            whole = losses(batch)
+            compare({"in a half of the batch": (in_halves(), whole)})
         return
     draws = Draws()
     with draws:

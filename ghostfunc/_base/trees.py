@@ -44,8 +44,15 @@ def tensors_of(tree: PyTree) -> list[Tensor]:
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], batch: PyTree) -> PyTree:
-    """`f` of every leaf of a batch."""
-    return optree.tree_map(f, batch)
+    """`f` of every leaf of a batch. Leaves that are one tensor stay one."""
+    made: dict[int, Tensor] = {}
+
+    def of_leaf(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            made[id(x)] = f(x)
+        return made[id(x)]
+
+    return map_leaves(of_leaf, batch)
 
 
 def first_tensor(args: PyTree, kwargs: PyTree) -> Tensor | None:
@@ -102,8 +109,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
             )
         if leaf.is_complex():
             raise ParamsError(
-                f"params leaf {name!r} is complex ({leaf.dtype}); gradients are taken with respect "
-                "to real numbers. Pass torch.view_as_real(x), and have model_fn call "
+                f"params leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are with "
+                "respect to real numbers: pass torch.view_as_real(x), and have model_fn call "
                 "torch.view_as_complex."
             )
         if not leaf.is_floating_point():
@@ -216,11 +223,4 @@ def yields_batches(val: object) -> bool:
 def take(batch: PyTree, index: Sequence[int]) -> PyTree:
     """The samples `index` of `batch`, as a new batch. Leaves that are one tensor stay one:
     attention asks whether its key is its value."""
-    taken: dict[int, Tensor] = {}
-
-    def of_leaf(x: Tensor) -> Tensor:
-        if id(x) not in taken:
-            taken[id(x)] = x[torch.tensor(list(index), device=x.device)]
-        return taken[id(x)]
-
-    return map_leaves(of_leaf, batch)
+    return map_tensors(lambda x: x[torch.tensor(list(index), device=x.device)], batch)

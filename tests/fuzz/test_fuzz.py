@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import fuzz_shrink
 import fuzz_source
 import pytest
-import torch.nn.functional as F
 from fuzz_play import Check, Invalid, play
 from fuzz_program import Program, Setting, Step, random_program
 from fuzz_shrink import kinds, shrunk
 from fuzz_source import source
+from torch import Tensor
 
-from ghostfunc._rules import RULES
+from ghostfunc._factors import pairs
+from ghostfunc._factors.factor import Outer
 
 SEEDS = range(30)
 
@@ -64,10 +66,13 @@ def test_what_is_right_is_found_right() -> None:
 
 
 def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = RULES[F.linear]
-    fn = rule.fn
-    wrong = replace(rule, fn=lambda b, *args, **kwargs: fn(b.roll(1, 0), *args, **kwargs))
-    monkeypatch.setitem(RULES, F.linear, wrong)
+    """Norms of whatever has a product among its uses are wrong."""
+    right = pairs.sqnorms
+
+    def wrong(bundle: Any, **options: Any) -> Tensor:
+        return right(bundle, **options) * (2 if any(isinstance(f, Outer) for f in bundle) else 1)
+
+    monkeypatch.setattr(pairs, "sqnorms", wrong)
     inside = Step("residual", {"spelling": 0}, (ACT, Step("layout", _to("t n d")), LINEAR))
     program = small_program(ACT, inside, ACT, replace(LINEAR, args={**LINEAR.args, "slot": 1}))
     failed = [c for c in play(program, count=3) if c.status == "wrong"]

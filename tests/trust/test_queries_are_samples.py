@@ -12,6 +12,8 @@ from every_quantity import Case, assert_right
 from problems import energy, features, weights
 from torch import Generator, Tensor
 
+import ghostfunc as gf
+
 attention = F.scaled_dot_product_attention
 
 
@@ -66,8 +68,26 @@ def test_samples_are_keys_of_nobody_else(slots: int) -> None:
 
     def model(p: Any, x: Tensor) -> Tensor:
         q = p["q"].expand(len(x), -1, -1)
-        return energy(attention(q, x[:, None] * p["s"], x[:, None].expand(-1, 2, -1)))
+        return energy(attention(q, x[:, None] * p["s"], torch.stack([x, x.sin()], 1)))
 
     draw = features(4)
     batches = (draw(n, 1, Generator().manual_seed(n)) for n in (3, 2))
     assert_right(Case(model, weights(q=(slots, 4), s=(2, 4)), *batches))
+
+
+def test_gradients_that_are_rounding_noise() -> None:
+    """A bias of all keys alike changes no attention: what is left of its gradient is noise, and
+    noise is nothing to be refused for."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        rows = torch.stack([x, x.sin(), x.cos()], 1)
+        return energy(attention(rows, rows + p["b"], rows))
+
+    draw = features(4)
+    train, val = (draw(n, 1, Generator().manual_seed(n)) for n in (5, 2))
+    params = weights(b=(4,))
+    u = {"b": torch.ones(4, dtype=torch.float64)}
+    scores = gf.ghost_dot_prod(model, params, train, direction=u)
+    assert float(scores.abs().max()) < 1e-12
+    assert float(gf.ghost_norm(model, params, train).max()) < 1e-12
+    assert float(gf.ghost_dot_prod(model, params, train, val).abs().max()) < 1e-12

@@ -221,9 +221,10 @@ def seen_in_short_samples(p: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["dots_along_a_direction", "norms", "one_pass", *TRANSFORMS])
 def test_unseen_uses_raise_everywhere(name: str) -> None:
-    """A trace of short samples shows no such use; the guards of every run do."""
+    """A trace of short samples shows no such use; the guards of every run do, or a new trace
+    comes to the right number."""
     case = case_of(seen_in_short_samples, weights(w=(4, 6)))
     case.first = [case.train[:, :2]]
     verdict = judge(case, name)
-    assert verdict.status == "refused", str(verdict)
-    assert "UntrackedUseError" in verdict.said
+    refused = verdict.status == "refused" and "UntrackedUseError" in verdict.said
+    assert verdict.status == "right" or refused, str(verdict)
