@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import (
     RandomnessError,
@@ -31,7 +32,7 @@ from ghostfunc._base.purity import (
     refuse_checkpoints,
 )
 from ghostfunc._base.remembered import memory, structure
-from ghostfunc._base.torch_private import in_transform
+from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
@@ -45,8 +46,9 @@ def val_gradient(
     """The gradient of the summed validation losses, scaled, by reverse mode alone."""
     m = batch_size(val, "val")
     losses, pullback = _vjp(model_fn, leaves, spec, val, m)
-    (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
-    return grads
+    with unrounded(losses):
+        (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
+    return list(map(dense, grads))
 
 
 def val_gradients(
@@ -58,14 +60,17 @@ def val_gradients(
     for j in range(m):
         cotangent = torch.zeros_like(losses)
         cotangent[j] = 1
-        yield pullback(cotangent, retain_graph=True, create_graph=False)[0]
+        with unrounded(losses):
+            (grads,) = pullback(cotangent, retain_graph=True, create_graph=False)
+        yield list(map(dense, grads))
 
 
 def _vjp(
     model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, n: int
 ) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
     def losses(p: list[Tensor]) -> Tensor:
-        return check_losses(model_fn(spec.unflatten(p), batch), n)
+        with DenseGradients():
+            return check_losses(model_fn(spec.unflatten(p), batch), n)
 
     out, pullback = torch.func.vjp(losses, list(leaves))[:2]
     return out, pullback
@@ -92,7 +97,7 @@ def jvp_dots(
             tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[1]
         return wide(tangent)
 
-    direction = [u.to(x.dtype) for u, x in zip(direction, leaves, strict=True)]
+    direction = [dense(u).to(x.dtype) for u, x in zip(direction, leaves, strict=True)]
     if not per_param:
         return [along(direction)]
     zeros = [torch.zeros_like(x) for x in leaves]
@@ -178,9 +183,11 @@ def materialize(
 ) -> list[Tensor]:
     """Every sample's gradient by itself, `[n, *shape]` per parameter."""
     n = batch_size(batch)
+    rounding = autocasting(leaves[0].device.type)
 
     def loss(p: list[Tensor], sample: PyTree) -> Tensor:
-        losses = model_fn(spec.unflatten(p), optree.tree_map(lambda x: x[None], sample))
+        with DenseGradients(), cast_as(rounding):
+            losses = model_fn(spec.unflatten(p), optree.tree_map(lambda x: x[None], sample))
         return _one_loss(losses)
 
     grad_and_value = torch.func.grad_and_value(loss)
@@ -197,7 +204,7 @@ def materialize(
     def of_flat(flat: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         return grad_and_value(list(leaves), unflatten(treedef, flat))
 
-    with _vectorized():
+    with _vectorized(), unrounded(leaves[0]):
         grads, losses = torch.vmap(of_flat, randomness=randomness)(samples)
     check_finite(losses)
     return grads
@@ -210,7 +217,8 @@ def _gradient_of_one(
     which runs what no transform does: checkpoints, packed sequences, scripted functions."""
 
     def loss(p: Sequence[Tensor]) -> Tensor:
-        return _one_loss(model_fn(spec.unflatten(p), sample))
+        with DenseGradients():
+            return _one_loss(model_fn(spec.unflatten(p), sample))
 
     if in_transform():
         grads, value = torch.func.grad_and_value(loss)(list(leaves))
@@ -223,8 +231,9 @@ def _gradient_of_one(
         if not value.requires_grad:
             return [torch.zeros_like(x) for x in leaves], value
         refuse_checkpoints(value)
-        grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-        return grads, value.detach()
+        with unrounded(value):
+            grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+        return list(map(dense, grads)), value.detach()
 
     params = spec.unflatten(inputs)
     if isinstance(model_fn, ModuleFn):

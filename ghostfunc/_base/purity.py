@@ -103,10 +103,11 @@ def prove_independent(
             compare({"in a half of the batch": (in_halves(), known)})
         remembered[key] = True
         return
-    before = _rng_states(leaves)
-    pair = losses(take(batch, [0, last])).detach()
+    draws = Draws()
+    with draws:
+        pair = losses(take(batch, [0, last])).detach()
     if randomness == "error":
-        if not all(map(torch.equal, before, _rng_states(leaves))):
+        if draws.seen:
             raise RandomnessError(
                 "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
                 'pass randomness="different" to give every sample its own draws.'
@@ -262,12 +263,6 @@ def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
         )
 
 
-def _rng_states(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The states of the generators the model could draw from."""
-    cuda = sorted({x.device.index for x in leaves if x.is_cuda})
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in cuda)]
-
-
 def _protected(
     model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree
 ) -> dict[int, str]:
@@ -278,6 +273,45 @@ def _protected(
         named += [(f"frozen parameter {k!r}", x) for k, x in model_fn.module.named_parameters()]
     named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
     return {address(x): name for name, x in named if x.numel()}
+
+
+class Draws(TorchDispatchMode):
+    """Sees whether random numbers are drawn, in this thread.
+
+    Attributes:
+        seen: whether they were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.seen = self.seen or _draws(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call takes numbers from a global generator: some take them in training only."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    arguments = func._schema.arguments
+    given = {x.name: x.default_value for x in arguments if x.has_default_value()}
+    given |= {x.name: value for x, value in zip(arguments, args, strict=False)}
+    given |= kwargs
+    rates = ["dropout_p", "dropout", *(["p"] if "dropout" in func.__name__ else [])]
+    return (
+        given.get("generator") is None
+        and all(given.get(rate) != 0 for rate in rates)
+        and all(given.get(mode) is not False for mode in ("train", "training"))
+    )
 
 
 class _WriteGuard(TorchDispatchMode):

@@ -6,9 +6,9 @@ that drops one fails in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,39 @@ def watched() -> bool:
         or torch._C._get_tracing_state() is not None  # torch.jit
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
     )
+
+
+Autocasting: TypeAlias = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def autocasting(*devices: str) -> Autocasting:
+    """Whether, and to what, `torch.autocast` rounds now."""
+    return tuple(
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in dict.fromkeys(("cpu", *devices))
+        if device == "cpu" or torch.amp.is_autocast_available(device)
+    )
+
+
+@contextmanager
+def cast_as(state: Autocasting) -> Iterator[None]:
+    """What is computed here is rounded as it was at another time."""
+    if state == autocasting(*(device for device, _, _ in state)):
+        yield
+        return
+    with ExitStack() as stack:
+        for device, enabled, dtype in state:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        yield
+
+
+def unrounded(x: Tensor) -> AbstractContextManager[None]:
+    """What is computed here, of tensors like `x`, has their own dtypes, whatever `torch.autocast`
+    the caller or the model is in."""
+    state = autocasting(x.device.type)
+    if not any(enabled for _, enabled, _ in state):
+        return nullcontext()
+    return cast_as(tuple((device, False, dtype) for device, _, dtype in state))
 
 
 def wrapped(x: Tensor) -> bool:

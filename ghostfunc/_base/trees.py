@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
 from ghostfunc._base.types import PyTree
 
@@ -28,6 +29,11 @@ def unflatten(treedef: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
 def tensors_of(tree: PyTree) -> list[Tensor]:
     """The tensors among the leaves of any pytree."""
     return [x for x in flatten(tree)[0] if isinstance(x, Tensor)]
+
+
+def first_tensor(args: PyTree, kwargs: PyTree) -> Tensor | None:
+    """The first tensor that a call is given, in a list or by keyword, too."""
+    return next(iter(tensors_of((args, kwargs))), None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,12 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
                 f"params leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
                 "out of params: close over them in model_fn."
             )
+        if leaf.is_complex():
+            raise ParamsError(
+                f"params leaf {name!r} is complex ({leaf.dtype}); gradients are taken with respect "
+                "to real numbers. Pass torch.view_as_real(x), and have model_fn call "
+                "torch.view_as_complex."
+            )
         if not leaf.is_floating_point():
             raise ParamsError(
                 f"params leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
@@ -100,6 +112,7 @@ def flatten_like(
             f"{what} must be a pytree like params. Missing: {missing or 'nothing'}; "
             f"not in params: {extra or 'nothing'}; structure given: {treedef}."
         )
+    got = [dense(x) if isinstance(x, Tensor) else x for x in got]
     for name, leaf, param in zip(spec.names, got, leaves, strict=True):
         if not isinstance(leaf, Tensor) or leaf.shape != param.shape:
             found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import TypeAlias
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import known
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import symbolic
+from ghostfunc._base.torch_private import address, symbolic
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import contract, cost
 from ghostfunc._factors.contract import add_up, materialize, total
@@ -60,6 +60,31 @@ def take(factor: Factor, index: slice | Tensor) -> Factor:
             return Grouped(left[index], right[index])
         case Dense(g):
             return Dense(g[index])
+
+
+def owned(factor: Factor, foreign: Collection[int]) -> Factor:
+    """The factor, with copies of what lies in memory at these `foreign` addresses."""
+
+    def own(x: Tensor) -> Tensor:
+        if address(x) not in foreign:
+            return x
+        repeated = [
+            i
+            for i, (size, step) in enumerate(zip(x.shape, x.stride(), strict=True))
+            if step == 0 and size > 1
+        ]
+        once = x
+        for i in repeated:
+            once = once.narrow(i, 0, 1)
+        return once.clone().expand(x.shape)
+
+    match factor:
+        case Outer(left, right) | Grouped(left, right):
+            return type(factor)(own(left), own(right))
+        case OneHot(ids, b, rows):
+            return OneHot(own(ids), own(b), rows)
+        case Dense(g):
+            return Dense(own(g))
 
 
 def dot(factor: Factor, u: Tensor) -> Tensor:
@@ -142,7 +167,7 @@ def aligned(bundle: Bundle, p: int, d: int) -> list[Factor]:
     out: list[Factor] = []
     for f in bundle:
         if isinstance(f, Dense) or f.shape != (p, d):
-            dense.append(materialize(f).reshape(-1, p, d))
+            dense.append(materialize(f).reshape(samples([f]), p, d))
         else:
             out.append(f)
     return [*out, Dense(add_up(dense))] if dense else out

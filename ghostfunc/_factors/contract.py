@@ -63,7 +63,7 @@ def _(factor: OneHot) -> Tensor:
 
 @materialize.register
 def _(factor: Grouped) -> Tensor:
-    return wide(factor.left).mT @ wide(factor.right)
+    return product(wide(factor.left).mT, wide(factor.right))
 
 
 @materialize.register
@@ -155,7 +155,7 @@ def _dot_outer(
 
 @dot.register
 def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
-    return _flat(factor.g) @ wide(u).flatten()
+    return product(_flat(factor.g), wide(u).flatten()[:, None])[:, 0]
 
 
 def add_up(tensors: Sequence[Tensor]) -> Tensor:
@@ -252,7 +252,7 @@ def pair_dots(f: Factor, g: Factor, *, each: bool, contract_dtype: ContractDtype
         f, g = _alike(f, g)
     match f, g:
         case (Dense(), Dense()):
-            gram = _flat(f.g) @ _flat(g.g).mT
+            gram = product(_flat(f.g), _flat(g.g).mT)
             return gram if each else gram.sum(1)
         case (_, Dense()):
             if each:
@@ -272,17 +272,17 @@ def pair_dots(f: Factor, g: Factor, *, each: bool, contract_dtype: ContractDtype
     out = []
     for block in _blocks(samples.shape[0], samples.shape[1] * m * s):
         grams = _token_grams(_take(f, block), g, contract_dtype)
-        product = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
-        out.append(product.sum((1, 3)) if each else product.sum((1, 2, 3)))
+        dots = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
+        out.append(dots.sum((1, 3)) if each else dots.sum((1, 2, 3)))
     return torch.cat(out)
 
 
 def _alike(f: Factor, g: Factor) -> tuple[Factor, Factor]:
     """Two factors that see one parameter in several shapes, in one shape."""
     if isinstance(g, Dense):
-        return f, Dense(g.g.reshape(-1, *f.shape))
+        return f, Dense(g.g.reshape(len(g.g), *f.shape))
     if isinstance(f, Dense):
-        return Dense(f.g.reshape(-1, *g.shape)), g
+        return Dense(f.g.reshape(len(f.g), *g.shape)), g
     return Dense(_flat(materialize(f))), Dense(_flat(materialize(g)))
 
 

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import has_onednn_linear, onednn_allowed, onednn_linear, watched
+from ghostfunc._base.torch_private import (
+    has_onednn_linear,
+    onednn_allowed,
+    onednn_linear,
+    unrounded,
+    watched,
+)
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
 
@@ -41,6 +47,9 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def product(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`x @ y`, contiguous; put into `out` where that is given."""
+    if torch.is_autocast_enabled(x.device.type):
+        with unrounded(x):
+            return product(x, y, out=out)
     if x.ndim == 3 and y.ndim == 2 and out is None and x.stride(-1) == 1 and by_onednn(x, y):
         return _onednn(x.flatten(0, 1), y).unflatten(0, x.shape[:2])
     if x.ndim not in (2, 3) or x.ndim != y.ndim or not by_onednn(x, y):
@@ -56,11 +65,15 @@ def product(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def add_product(into: Tensor, x: Tensor, y: Tensor) -> None:
     """`into += x @ y`, of matrices."""
+    if torch.is_autocast_enabled(x.device.type):
+        with unrounded(x):
+            return add_product(into, x, y)
     if not by_onednn(x, y):
         into.addmm_(x, y)
-        return
+        return None
     for rows in cost.row_blocks(*into.shape):  # the product by itself is larger than the caches
         into[rows].add_(_onednn(x[rows], y))
+    return None
 
 
 def by_onednn(x: Tensor, y: Tensor) -> bool:
@@ -90,12 +103,7 @@ def chosen() -> bool:
 
 def _can(*tensors: Tensor) -> bool:
     """Whether tensors are values in the processor's memory, and no more than that."""
-    return (
-        chosen()
-        and all(type(x) in _PLAIN and x.is_cpu for x in tensors)
-        and not watched()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return chosen() and all(type(x) in _PLAIN and x.is_cpu for x in tensors) and not watched()
 
 
 def _copied(x: Tensor, y: Tensor) -> int:

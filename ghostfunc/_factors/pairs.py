@@ -34,6 +34,7 @@ from ghostfunc._factors.bundles import (
     positions,
     samples,
     take,
+    values,
 )
 from ghostfunc._factors.contract import add_up, materialize, row_dots
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
@@ -57,6 +58,8 @@ def sqnorms(
         return squares.view(n, -1).sum(1)
     p, d = matrix_shape(bundle)
     bundle = aligned(bundle, p, d)
+    if not p * d:
+        return wide(values(bundle[0])).new_zeros(n)
     if cost.norms_by_tokens(positions(bundle), p, d):
         workspace = min(workspace, cost.CACHE_ELEMENTS)
         return _sqnorms_by_tokens(bundle, n, workspace, contract_dtype)
@@ -89,6 +92,8 @@ def gram(
     theirs = mine if other is None else aligned(other, p, d)
     ours, others = positions(mine), positions(theirs)
     n, m, same = samples(mine), samples(theirs), other is None
+    if not p * d:
+        return wide(values(mine[0])).new_zeros(n, m)
     if cost.gram_by_tokens(n, m, ours, others, p, d, same=same):
         out = _gram_by_tokens(mine, theirs, n, m, workspace, contract_dtype)
     else:

@@ -7,7 +7,7 @@ a sum of two such tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -43,10 +43,12 @@ class Push(NamedTuple):
         jvp: from a tangent of the tensor in question (the others' are zero) to that of the
             derived tensor.
         derivation: "transpose" or "cast" where the derived tensor is just that, else "general".
+        shape: of tangents of the tensor in question, in real numbers.
     """
 
     jvp: Callable[[Tensor], Tensor]
     derivation: str
+    shape: tuple[int, ...]
 
 
 class DotReader(NamedTuple):
@@ -101,11 +103,52 @@ class PairReader(NamedTuple):
             return self
         if push.derivation == "transpose":
             return self._replace(factors=tuple(map(transpose, self.factors)))
-        g = contract.add_up([contract.materialize(f) for f in self.factors])
+        whole = [contract.materialize(f) for f in self.factors]
+        g = contract.add_up([x.reshape(self.m, *push.shape) for x in whole])
         return self._replace(factors=(Dense(torch.vmap(push.jvp)(g)),))
 
     def plus(self, other: PairReader) -> PairReader:
         return self._replace(factors=self.factors + other.factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How directions of a parameter travel to a tensor derived from it; no steps, no way to go.
+
+    Attributes:
+        steps: from tensors that come before, the last step and the way to them: what they lead to
+            adds up. One tensor may lie on many ways, so the whole is taken tensor by tensor.
+        length: of the longest way.
+    """
+
+    steps: tuple[tuple[DeriveFn, Way], ...] = ()
+    length: int = 0
+
+    def then(self, step: DeriveFn) -> Way:
+        """This way and one step more."""
+        return Way(((step, self),), self.length + 1)
+
+    def beside(self, other: Way) -> Way:
+        """Both ways, which lead to one tensor."""
+        return Way(self.steps + other.steps, max(self.length, other.length))
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Where a direction of the parameter leads."""
+        reached: dict[int, Tensor] = {}
+        for way in sorted(self._tensors(), key=lambda way: way.length):
+            ends = [step(reached[id(source)]) for step, source in way.steps]
+            reached[id(way)] = contract.add_up(ends) if ends else u
+        return reached[id(self)]
+
+    def _tensors(self) -> list[Way]:
+        """The ways to all tensors on this one."""
+        found, todo = {id(self): self}, [self]
+        while todo:
+            for _, source in todo.pop().steps:
+                if id(source) not in found:
+                    found[id(source)] = source
+                    todo.append(source)
+        return list(found.values())
 
 
 class OneRunReader(NamedTuple):
@@ -116,13 +159,13 @@ class OneRunReader(NamedTuple):
     linear in the gradient, the uses of a parameter are to be taken together.
 
     Attributes:
-        paths: the ways from the parameter to the tensor in question; what they lead to adds up.
+        way: from the parameter to the tensor in question.
         direct: whether that is the parameter itself, or a mere transpose or cast of it.
     """
 
     n: int
     contract_dtype: ContractDtype = None
-    paths: tuple[tuple[DeriveFn, ...], ...] = ((),)
+    way: Way = Way()
     direct: bool = True
 
     def tap(self, param: Tensor, n: int) -> Tensor:
@@ -146,8 +189,7 @@ class OneRunReader(NamedTuple):
         theirs = [bundles.take(f, slice(self.n, None)) for f in factors]
         if not self.direct:
             u = pull(bundles.summed(theirs, self.contract_dtype))
-            ends = [reduce(lambda x, step: step(x), path, u) for path in self.paths]
-            return DotReader(contract.add_up(ends), self.contract_dtype)
+            return DotReader(self.way(u), self.contract_dtype)
         ours = [bundles.use_shape(bundles.take(f, slice(self.n))) for f in factors]
         met = list(map(bundles.use_shape, theirs))
         faster = speed(bundles.values(factors[0]), self.contract_dtype)
@@ -157,41 +199,37 @@ class OneRunReader(NamedTuple):
         return DotReader(bundles.summed(theirs, self.contract_dtype), self.contract_dtype)
 
     def push(self, push: Push) -> OneRunReader:
-        paths = tuple((*path, push.jvp) for path in self.paths)
         direct = self.direct and push.derivation != "general"
-        return self._replace(paths=paths, direct=direct)
+        return self._replace(way=self.way.then(push.jvp), direct=direct)
 
     def plus(self, other: OneRunReader) -> OneRunReader:
-        return self._replace(paths=self.paths + other.paths, direct=False)
+        return self._replace(way=self.way.beside(other.way), direct=False)
 
 
-class DeferredGradient(NamedTuple):
-    """Per-sample gradients that are formed one at a time, when it is their turn.
+class DeferredGradients(NamedTuple):
+    """A parameter's per-sample gradients, formed one at a time, when it is their turn.
 
     Attributes:
-        factor: the factor of one use of a derived tensor.
-        maps: the way from that tensor's gradient, one sample's, to where it is needed.
+        factors: of the uses of tensors derived from it.
+        pull: makes of them the parameter's gradients, `[n, *shape]`.
     """
 
-    factor: Factor
-    maps: tuple[DeriveFn, ...]
+    factors: tuple[Factor, ...]
+    pull: Callable[[Sequence[Factor]], Tensor]
 
     def gradient(self, j: int) -> Tensor:
         """Sample j's gradient."""
-        one: list[Any] = [x[j : j + 1] if isinstance(x, Tensor) else x for x in self.factor]
-        g = contract.materialize(type(self.factor)(*one))[0]
-        for step in self.maps:
-            g = step(g)
-        return g
+        return self.pull([bundles.take(f, slice(j, j + 1)) for f in self.factors])[0]
 
 
 class DeferredReader(NamedTuple):
     """`<g_i, g_j>`, `[n, m]`, where derived tensors stand between the samples and the parameter:
     no factor leads past them, so the m gradients are formed in turns."""
 
-    deferred: tuple[DeferredGradient, ...]
+    deferred: DeferredGradients
     m: int
     contract_dtype: ContractDtype = None
+    way: Way = Way()
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, n, self.m)
@@ -199,17 +237,15 @@ class DeferredReader(NamedTuple):
     def read(self, factor: Factor) -> Tensor:
         columns = []
         for j in range(self.m):
-            u = contract.add_up([one.gradient(j) for one in self.deferred])
+            u = self.way(self.deferred.gradient(j))
             columns.append(contract.dot(factor, u.reshape(factor.shape), self.contract_dtype))
         return torch.stack(columns, dim=1)
 
     def push(self, push: Push) -> DeferredReader:
-        return self._replace(
-            deferred=tuple(DeferredGradient(t.factor, (*t.maps, push.jvp)) for t in self.deferred)
-        )
+        return self._replace(way=self.way.then(push.jvp))
 
     def plus(self, other: DeferredReader) -> DeferredReader:
-        return self._replace(deferred=self.deferred + other.deferred)
+        return self._replace(way=self.way.beside(other.way))
 
 
 class SqNormReader(NamedTuple):
@@ -264,7 +300,7 @@ class SampleGradReader(NamedTuple):
         return _zeros(param, n, *self.shape)
 
     def read(self, factor: Factor) -> Tensor:
-        return contract.materialize(factor).reshape(-1, *self.shape)
+        return contract.materialize(factor).reshape(bundles.samples([factor]), *self.shape)
 
     def push(self, push: Push) -> None:
         return None

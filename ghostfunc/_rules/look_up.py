@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,9 @@ def embedding(
 
 def _look_up(b: Tensor, ids: Tensor, rows: int) -> OneHot:
     """`table[ids]`: one row of `b` per id, whatever the table's other axes."""
-    ids = ids.reshape(len(ids), -1)
-    return OneHot(ids, b.reshape(*ids.shape, -1), rows)
+    width = math.prod(b.shape[ids.ndim :])
+    ids = ids[:, None].flatten(1)
+    return OneHot(ids, b.reshape(*ids.shape, width), rows)
 
 
 # --- F.embedding_bag ------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def _selection(b: Tensor, table: Tensor, op: Callable[..., Tensor], *ids: Tensor
     chosen = torch.vmap(lambda *one: op(places, *one))(*ids)
     if chosen.shape != b.shape:
         raise unsupported(f"Choosing elements of a parameter to make shape {tuple(b.shape[1:])}")
-    return OneHot(chosen.flatten(1), b.reshape(len(b), -1, 1), shape.numel())
+    return OneHot(chosen.flatten(1), b[:, None].flatten(1)[..., None], shape.numel())
 
 
 @register_rule(Tensor.__getitem__)
@@ -205,7 +207,7 @@ def take_along_dim(b: Tensor, input: Tensor, indices: Tensor, dim: int | None = 
 @register_rule(torch.take, Tensor.take)
 def take(b: Tensor, input: Tensor, index: Tensor) -> Factors:
     def of_input() -> OneHot:
-        flat = index.reshape(len(index), -1)
+        flat = index[:, None].flatten(1)
         size = input[0].numel()
         return OneHot(flat % size, b.reshape(*flat.shape, 1), size)
 

@@ -24,10 +24,14 @@ from ghostfunc._rules.registry import Factors, coupled, register_rule
 
 def _of_last_axes(b: Tensor, normed: Callable[[], Tensor], shape: Any) -> Factors:
     """Scale and shift with the shape of the last axes."""
-    shape = tuple(shape)
+    last = len(tuple(shape))
+
+    def positions(x: Tensor) -> Tensor:
+        return x[:, None].flatten(1, x.ndim - last)
+
     return {
-        "weight": lambda: Dense((wide(b) * normed()).reshape(len(b), -1, *shape).sum(1)),
-        "bias": lambda: Dense(wide(b).reshape(len(b), -1, *shape).sum(1)),
+        "weight": lambda: Dense(positions(wide(b) * normed()).sum(1)),
+        "bias": lambda: Dense(positions(wide(b)).sum(1)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -199,7 +200,7 @@ def unsupported(what: str, remedy: str = "") -> UnsupportedOpError:
 
 def rows(x: Tensor) -> Tensor:
     """`[n, ..., d]` as `[n, t, d]`: all positions of a sample on one axis (t = 1 if none)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:

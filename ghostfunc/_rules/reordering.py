@@ -48,7 +48,7 @@ SCANS: set[Callable[..., Any]] = {
 
 
 def reorders(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: int, ndim: int
 ) -> bool:
     """Whether a call of one of `MAY_REORDER`, on a tensor with samples on `axis`, does."""
     if func in (torch.where, Tensor.where):
@@ -57,7 +57,7 @@ def reorders(
         entries = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in entries)
     if func in _SORTS:
-        return sorted_dim(func, args, kwargs) % args[0].ndim == axis
+        return sorted_dim(func, args, kwargs) % ndim == axis
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ghostfunc._base.refusals import op_name
@@ -105,8 +106,7 @@ class TapMode(TrackingMode):
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         out = super().elementary(func, args, kwargs)
         if expected is not None:
-            given = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
-            inputs = [x.shape for x in given if isinstance(x, Tensor)]
+            inputs = [x.shape for x in tensors_of((args, kwargs))]
             self._as_traced = pattern(func, inputs, [out.shape]) == expected
         if not self._as_traced:
             self._elsewhere.append((entry, op_key(func)))
@@ -136,7 +136,9 @@ class TapMode(TrackingMode):
             raise StaleLayout(f"{op_name(func)} was called with gradients switched on or off")
         self._n_calls += 1
         if expected.kind == "derived":
-            return self.derive(func, call)
+            return self.derive(func, call, pushes=expected.pushes)
+        if expected.kind == "opaque":  # a gradient that gets here has nowhere to go, and raises
+            return call.run(func, [t.shown for t in call.tracked])
         if expected.kind == "constant":
             return call.run(func, call.consts())
         if isinstance(expected.rule, BroadcastRule):
@@ -168,7 +170,7 @@ class TapMode(TrackingMode):
         tap = self.collect.get(len(self.uses))
         if tap is not None and tap.shape != y.shape:
             raise StaleOutputs
-        use = Use(call, self._n, targets, args, treedef, tap)
+        use = Use(call, self._n, targets, args, treedef, axis, tap)
         self.uses.append(use)
         if self._note_outputs:
             self.outputs.append(output_of(use, y, axis))
@@ -189,6 +191,8 @@ class TapMode(TrackingMode):
 
     def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         layout = expected.out
+        if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
+            return self._apart(func, call, expected)
         args = unfold_all(call, expected, self._n)
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             padded = layout.pad(tracked.const, expected.ndim)
@@ -205,6 +209,27 @@ class TapMode(TrackingMode):
         # A scalar does not take part in the promotion of dtypes, and its copies do.
         return out if out.dtype == expected.dtype else out.to(expected.dtype)
 
+    def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+        """The op on every sample by itself, samples first."""
+        layouts = dict(expected.layouts)
+        for i in layouts:
+            self._check_layout(layouts[i], call.leaves[i])
+        args = call.stacked(layouts, self._n)
+        for i, x in enumerate(args):
+            if i not in layouts and isinstance(x, Tensor):  # a mask may have fewer axes
+                args[i] = x.reshape(self._n, *[1] * (expected.ndim + 1 - x.ndim), *x.shape[1:])
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            copy = args[i].contiguous() if in_transform() else args[i]
+            args[i] = self._site(copy, 0, expected, [("", tracked)], [], call.treedef)
+        call_args, kwargs = call.rebuild(args)
+        out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
+        return out
+
+
+def mixes_last_axes(func: Callable[..., Any]) -> bool:
+    """Whether an op broadcasts all axes but the last two, and mixes those."""
+    return func is F.scaled_dot_product_attention
+
 
 def unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
     """The arguments, the folded sample axis as two axes in all of them."""
@@ -215,6 +240,6 @@ def unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
         if i in layouts:
             layouts[i].check(x, n)
             args[i] = layouts[i].split(x, n)
-        elif expected.out.fold != "none" and isinstance(x, Tensor) and x.ndim >= from_right:
-            args[i] = x.unsqueeze(x.ndim - from_right)
+        elif expected.out.folds and isinstance(x, Tensor) and x.ndim >= from_right:
+            args[i] = x.unflatten(x.ndim - from_right, (*[1] * expected.out.folds, -1))
     return args

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +31,11 @@ def check_owners(
         dots: `dots(model_fn, directions)`, as ghost mode computes them: `[n]` per parameter.
         model_fn, leaves, names, n: the model, its parameters, and the number of samples.
     """
-    generator = torch.Generator().manual_seed(0)
     # Parameters at right angles to a random direction are so by their nature, not by accident.
-    u = [torch.randn(x.shape, generator=generator).to(x) for x in leaves]
-    c = ((torch.randperm(n, generator=generator) + 0.5) / n + 0.5).to(leaves[0].device)
+    # torch draws no numbers inside vmap.
+    generator = np.random.default_rng(0)
+    u = [torch.from_numpy(generator.standard_normal(x.shape)).to(x) for x in leaves]
+    c = torch.from_numpy((generator.permutation(n) + 0.5) / n + 0.5).to(leaves[0].device)
 
     def weighted(params: PyTree, batch: PyTree) -> Tensor:
         losses = model_fn(params, batch)

@@ -13,21 +13,22 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
-from ghostfunc._base.torch_private import in_transform, symbolic, wrapped
+from ghostfunc._base.torch_private import address, in_transform, symbolic, unrounded, wrapped
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.beside_total import RunningTotal
+from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
-from ghostfunc._quantities.readers import DeferredGradient
+from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.row_owners import check_owners
-from ghostfunc._taps.tap import StaleOutputs, leaf_factors
+from ghostfunc._taps.tap import StaleOutputs
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.trace import Trace
-from ghostfunc._trace.tracked import ReaderKey, constants
+from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
 from ghostfunc._trace.watch import gradients
 
 
@@ -40,7 +41,7 @@ class RunResult:
         values: per quantity, what was read.
         grads: the gradient of `scale * sum_i losses[i]`.
         factors: the factors of `scale * g_i`, one per use.
-        turns: the same of the parameters `defer`, not yet pulled back to them.
+        deferred: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
         route: None if model_fn made the calls of the trace and no others.
     """
@@ -49,7 +50,7 @@ class RunResult:
     values: list[list[Any]]
     grads: list[Any]
     factors: list[list[Factor]]
-    deferred: list[list[DeferredGradient]]
+    deferred: list[DeferredGradients | None]
     trace: Trace
     route: Hashable
 
@@ -65,20 +66,31 @@ def run(
     collect: Collection[int] = (),
     defer: Collection[int] = (),
     scale: float | Tensor = 1.0,
+    outlives: bool = False,
     randomness: Randomness = "error",
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
     `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
     `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
-    for every sample, `[n]`, values are those of `scale_i * g_i`, too.
+    for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
+    call have memory of their own.
     """
+    asked = partial(
+        _run,
+        quantities=quantities,
+        grads=grads,
+        collect=collect,
+        scale=scale,
+        defer=defer,
+        outlives=outlives,
+    )
 
     def use(model: TracedModel) -> RunResult:
         try:
-            return _run(model, quantities, grads, collect, scale, defer)
+            return asked(model)
         except StaleOutputs:  # trimmed to its longest sample, say
-            return _run(model, quantities, grads, collect, scale, defer, refresh=True)
+            return asked(model, refresh=True)
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     compiling = any(map(symbolic, tensors_of(batch)))
@@ -117,6 +129,7 @@ def _run(
     scale: float | Tensor,
     defer: Collection[int] = (),
     *,
+    outlives: bool = False,
     refresh: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
@@ -133,6 +146,7 @@ def _run(
     kept = {*collect, *(i for _, i in met)}
     collected = collecting_outputs(model, kept, refresh=refresh)
     modes: list[TapMode] = []
+    foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
 
     def tapped(
@@ -147,7 +161,7 @@ def _run(
         for leaf, guard in zip(tracked, guards, strict=False):
             leaf.shown = guard
         for q, i in keys:
-            tracked[i].readers[q, i] = (readers[q][i], False)
+            tracked[i].readers[q, i] = (readers[q][i], readers[q][i])
         mode = TapMode(
             model.trace,
             tracked,
@@ -165,9 +179,10 @@ def _run(
         # An enclosing transform may differentiate what is made of them; without one they would keep
         # the whole graph alive.
         nested = in_transform()
-        return losses, [
-            [x if nested else x.detach() for x in mode.uses[s].arg_tensors] for s in collected
-        ]
+        kept_args = [mode.uses[s].arg_tensors for s in collected]
+        if outlives:  # what no tap comes before may be the caller's memory
+            foreign.update(address(x) for args in kept_args for x in args if not x.requires_grad)
+        return losses, [[x if nested else x.detach() for x in args] for args in kept_args]
 
     collect_taps = [output.tap(n) for output in collected.values()]
     losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
@@ -188,25 +203,33 @@ def _run(
             whole = whole.view_as(leaves[i])
             grad = whole if grad is None else whole.add_(grad)
         out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
-    factors: list[list[Factor]] = [[] for _ in leaves]
-    deferred: list[list[DeferredGradient]] = [[] for _ in leaves]
-    for output, b, tensors in zip(
-        collected, with_zeros(collected_b, collect_taps), saved, strict=True
-    ):
-        use = modes[0].uses[output]
-        for name, target in use.targets:
-            factor = use.factor(name, target, b, tensors)
-            if target.leaves().isdisjoint(defer):
-                for i, at_leaf in leaf_factors(target, factor).items():
-                    if i in kept:
-                        factors[i].append(at_leaf)
-            else:
-                for i, one in target.deferred(factor):
-                    deferred[i].append(one)
-    for q, i in met:
-        value = readers[q][i].read_all(factors[i])
-        values[q][i] = _unscaled(value, scale, quantities[q].degree)
+    at_once: list[tuple[Tracked, Factor]] = []
+    later: list[tuple[Tracked, Factor]] = []
+    with unrounded(losses):
+        kept_b = with_zeros(collected_b, collect_taps)
+        for number, b, tensors in zip(collected, kept_b, saved, strict=True):
+            use = modes[0].uses[number]
+            for name, target in use.targets:
+                pairs = at_once if target.leaves().isdisjoint(defer) else later
+                pairs.append((target, use.factor(name, target, b, tensors)))
+        found = at_leaves(at_once)
+        factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
+        for q, i in met:
+            value = readers[q][i].read_all(factors[i])
+            values[q][i] = _unscaled(value, scale, quantities[q].degree)
+    if outlives:
+        factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
+    deferred = [_deferred(i, later) for i in range(len(leaves))]
     return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].route)
+
+
+def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:
+    """A parameter's gradients, to be formed one sample at a time; None if nothing leads to it."""
+    own = [(target, factor) for target, factor in pairs if leaf in target.leaves()]
+    if not own:
+        return None
+    targets, factors = zip(*own, strict=True)
+    return DeferredGradients(factors, partial(gradient_at, leaf, targets))
 
 
 def pull_back(
@@ -226,18 +249,20 @@ def pull_back(
     if in_transform():
         out: Any = torch.func.vjp(f, *primals, has_aux=True)
         losses, pullback, aux = out
-        cotangents = pullback(
-            _like(losses, cotangent),
-            retain_graph=differentiable,
-            create_graph=differentiable,
-        )
+        with unrounded(losses):
+            cotangents = pullback(
+                _like(losses, cotangent),
+                retain_graph=differentiable,
+                create_graph=differentiable,
+            )
         return losses, cotangents, aux
     inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
     guards = [x.detach().requires_grad_() for x in guarded.leaves]
     with torch.enable_grad():
         losses, aux = f(*inputs, guards)
     flat = [x for group in inputs for x in group]
-    found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
+    with unrounded(losses):
+        found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
     unseen = [
         name
         for name, g in zip(guarded.spec.names, found[len(flat) :], strict=True)

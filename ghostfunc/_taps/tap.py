@@ -15,7 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ghostfunc._base.torch_private import in_transform
+from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
@@ -23,7 +23,7 @@ from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader
 from ghostfunc._rules.registry import ArgName, BroadcastRule, rows
 from ghostfunc._trace.trace import CallTrace
-from ghostfunc._trace.tracked import ReaderKey, Tracked, real, shaped
+from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, real, shaped
 
 
 class _Tap(torch.autograd.Function):
@@ -71,6 +71,7 @@ class Use:
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
         args, treedef: the call's arguments, flattened, every tensor as `[n, ...]`.
+        axis: where the samples lie in what the tap stands beside.
         collect_tap: hands out the output's cotangent too, for factors that outlive the run.
     """
 
@@ -79,11 +80,15 @@ class Use:
     targets: list[tuple[ArgName, Tracked]]
     args: list[Any]
     treedef: optree.PyTreeSpec
+    axis: int = 0
     collect_tap: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.arg_tensors, self._rest = _split_tensors(self.args)
-        readers = [[r for r, _ in target.readers.values()] for _, target in self.targets]
+        readers = [
+            [root if own is None else own for own, root in target.readers.values()]
+            for _, target in self.targets
+        ]
         reader_leaves, self._reader_spec = flatten(readers)
         self._reader_tensors, self._reader_rest = _split_tensors(reader_leaves)
         self.n_taps = 0
@@ -113,9 +118,10 @@ class Use:
         n_args = self.n_args
         readers = unflatten(self._reader_spec, _merge_tensors(self._reader_rest, saved[n_args:]))
         out: list[Tensor | None] = []
-        for (name, target), own in zip(self.targets, readers, strict=True):
-            if own or target.wants_grad:
-                out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
+        with unrounded(b):
+            for (name, target), own in zip(self.targets, readers, strict=True):
+                if own or target.wants_grad:
+                    out += _read_all(self.factor(name, target, b, saved[:n_args]), target, own)
         if self.collect_tap is not None:
             out.append(b)
         return out
@@ -124,7 +130,7 @@ class Use:
         """The factor of one target, given the output's cotangent."""
         layout = self.call.out
         if isinstance(self.call.rule, BroadcastRule):
-            g = b.movedim(layout.sample_axis, 0)
+            g = b.movedim(self.axis, 0)
             return Dense(real(g.reshape(self.n, *target.const.shape)))
         call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
         assert self.call.rule is not None  # tracing saw to it
@@ -141,7 +147,7 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
         case Outer(left, right) if left.ndim != 3:
             factor = Outer(rows(left), rows(right))
         case OneHot(ids, b, n_rows) if ids.ndim != 2:
-            factor = OneHot(ids.reshape(len(ids), -1), rows(b), n_rows)
+            factor = OneHot(ids[:, None].flatten(1), rows(b), n_rows)
     if factor.shape == shape or (not isinstance(factor, Dense) and len(shape) != 2):
         return factor
     g = contract.materialize(factor)
@@ -151,10 +157,18 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
 def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
     """What every reader of a target reads, and last the cotangent of its training gradient's input
     if there is one: None if the gradient was added to a running total."""
-    if any(isinstance(r, OneRunReader) for r in readers):  # then all are
-        factor, readers = _readers_for_train_rows(factor, target, readers)
-    pulled: dict[int, Factor] | None = None
-    out: list[Tensor | None] = []
+    own = [reader is not None for reader, _ in target.readers.values()]
+    pulled = {} if all(own) else leaf_factors(target, factor)
+    at_leaf = [
+        None if here else reader.read(pulled[i])
+        for (_, i), here, reader in zip(target.readers, own, readers, strict=True)
+    ]
+    readers = [reader for here, reader in zip(own, readers, strict=True) if here]
+    beside = [root for _, root in target.readers.values() if isinstance(root, OneRunReader)]
+    if beside:  # then all are
+        leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
+        readers = _readers_for_train_rows(factor, target, leaves, readers)
+        factor = bundles.take(factor, slice(beside[0].n))
     directions = [r for r in readers if isinstance(r, DotReader)]
     us = [r.u.reshape(factor.shape) for r in directions]
     contract_dtype = directions[0].contract_dtype if us else None  # one call has one
@@ -166,42 +180,36 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
             factor, us, with_total=target.wants_grad, contract_dtype=contract_dtype
         )
     read = iter(dots)
-    for (key, (_, must_pull)), reader in zip(target.readers.items(), readers, strict=True):
-        if isinstance(reader, DotReader):
-            out.append(next(read))
-        elif must_pull:
-            pulled = pulled or leaf_factors(target, factor)
-            out.append(reader.read(pulled[key[1]]))
-        else:
-            out.append(reader.read(factor))
+    here = iter([next(read) if isinstance(r, DotReader) else r.read(factor) for r in readers])
+    out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
     if target.wants_grad:
         out.append(None if grad is None else shaped(grad, target.const))
     return out
 
 
 def _readers_for_train_rows(
-    factor: Factor, target: Tracked, readers: Sequence[Any]
-) -> tuple[Factor, list[Reader]]:
-    """The factor of the first samples, and what reads it, made of the others."""
+    factor: Factor, target: Tracked, leaves: Sequence[int], readers: Sequence[Any]
+) -> list[Reader]:
+    """What reads the first samples, made of the others."""
 
     def at_parameter(i: int, total: Tensor) -> Tensor:
         (g,) = contract.materialize(leaf_factors(target, Dense(total[None]))[i])
         return g
 
-    found: list[Reader] = []
-    for (_, i), reader in zip(target.readers, readers, strict=True):
-        pull = partial(at_parameter, i)
-        found.append(reader.for_train_rows([factor], grads=target.wants_grad, pull=pull))
-    return bundles.take(factor, slice(readers[0].n)), found
+    return [
+        reader.for_train_rows([factor], grads=target.wants_grad, pull=partial(at_parameter, i))
+        for i, reader in zip(leaves, readers, strict=True)
+    ]
 
 
 def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:
     """One factor per parameter that `target` derives from."""
     out: dict[int, Factor] = {}
-    for leaf, at_leaf in target.at_leaves(factor):
-        if leaf in out:
-            at_leaf = Dense(contract.materialize(out[leaf]) + contract.materialize(at_leaf))
-        out[leaf] = at_leaf
+    for leaf, factors in at_leaves([(target, factor)]).items():
+        out[leaf] = factors[0]
+        if len(factors) > 1:
+            whole = list(map(contract.materialize, factors))
+            out[leaf] = Dense(contract.add_up([x.reshape(whole[0].shape) for x in whole]))
     return out
 
 

@@ -1,33 +1,51 @@
 """Where the sample axis of a tensor lies, and how to bring it to the front.
 
 A tensor that carries samples has them on an axis of their own (`[n, T, d]`, `[T, n, d]`), or folded
-together with positions, sample-major (`[n*T, d]`) or position-major (`[T*n, d]`).
+together with positions, sample-major (`[n*T, d]`), position-major (`[T*n, d]`) or between two axes
+of positions (`[A*n*B, d]`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from ghostfunc._base.errors import SampleAxisError
 
-Fold = Literal["none", "sample-major", "position-major"]
+Fold = Literal["none", "sample-major", "position-major", "between"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sample axis of one tensor: its position, and what it is folded with."""
+    """The sample axis of one tensor: its position, and what it is folded with.
+
+    Attributes:
+        outer, inner: how many positions there are before and after the samples where they lie
+            between. Their product is all that other sizes show, so they are fixed.
+    """
 
     axis: int
     fold: Fold = "none"
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def folds(self) -> int:
+        """How many axes `split` adds."""
+        return {"none": 0, "between": 2}.get(self.fold, 1)
+
+    def folded_like(self, other: Layout) -> Layout:
+        """This axis, folded as another layout's is."""
+        return replace(self, fold=other.fold, outer=other.outer, inner=other.inner)
 
     def check(self, x: Tensor, n: int) -> None:
         """Raise `StaleLayout` unless `x` can have n samples in this layout."""
         size = x.shape[self.axis] if self.axis < x.ndim else -1
-        if size % n or (self.fold == "none" and size != n):
+        fixed = {"none": n, "between": self.outer * n * self.inner}.get(self.fold, size)
+        if size % n or size != fixed:
             raise StaleLayout(
                 f"a tensor of shape {tuple(x.shape)} does not hold {n} samples on axis "
                 f"{self.axis} ({self.fold} folding)"
@@ -41,28 +59,40 @@ class Layout:
     @property
     def sample_axis(self) -> int:
         """Index of the sample axis after `split`."""
-        return self.axis + (self.fold == "position-major")
+        return self.axis + (self.fold in ("position-major", "between"))
 
     def split(self, x: Tensor, n: int) -> Tensor:
         """`x` with the sample axis on its own, in place; a view."""
         if self.fold == "none":
             return x
+        if self.fold == "between":
+            return x.unflatten(self.axis, (self.outer, n, self.inner))
         sizes = (n, -1) if self.fold == "sample-major" else (-1, n)
         return x.unflatten(self.axis, sizes)
 
     def merge(self, x: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return x if self.fold == "none" else x.flatten(self.axis, self.axis + 1)
+        return x.flatten(self.axis, self.axis + self.folds) if self.folds else x
 
     def front(self, x: Tensor, n: int) -> Tensor:
-        """`x` as `[n, ...]`; a view."""
+        """`x` as `[n, ...]`, positions on one axis; a view where that can be."""
         x = self.split(x, n)
-        return x.movedim(self.sample_axis, 0) if self.sample_axis else x
+        x = x.movedim(self.sample_axis, 0) if self.sample_axis else x
+        return x.flatten(self.axis + 1, self.axis + 2) if self.fold == "between" else x
 
     def stack(self, x: Tensor, n: int) -> Tensor:
-        """`x` as `[n, *shape]`, where `shape` is what a call with one sample would have; a view."""
+        """`x` as `[n, *shape]`, where `shape` is what a call with one sample would have; a view
+        where that can be."""
         x = self.front(x, n)
         return x.unsqueeze(self.axis + 1) if self.fold == "none" else x
+
+    def unstack(self, x: Tensor) -> Tensor:
+        """The inverse of `stack`."""
+        if self.fold == "none":
+            return x.squeeze(self.axis + 1).movedim(0, self.axis)
+        if self.fold == "between":
+            x = x.unflatten(self.axis + 1, (self.outer, self.inner))
+        return self.merge(x.movedim(0, self.sample_axis))
 
     def pad(self, w: Tensor, ndim: int) -> Tensor:
         """A tensor without samples, shaped to broadcast against a split one of `ndim` axes
@@ -73,7 +103,9 @@ class Layout:
                 f"A parameter of shape {tuple(w.shape)} spans the axis that holds the samples "
                 f"(axis {self.axis}): each sample would have a parameter of its own."
             )
-        return w if self.fold == "none" else w.unsqueeze(self.axis)
+        for _ in range(self.folds):
+            w = w.unsqueeze(self.axis)
+        return w
 
 
 def stack_all(leaves: Sequence[Any], layouts: Mapping[int, Layout], n: int) -> list[Any]:

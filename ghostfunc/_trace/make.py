@@ -29,7 +29,6 @@ from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, p
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
-from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.probe import probe_uses
 from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
@@ -122,9 +121,7 @@ def _settle_layout(
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
-        f
-        for f in seen.folds
-        if all(_only(i, Layout(trace.out.axis, f).front(b, n)) for i, b in enumerate(cotangents))
+        f for f in seen.folds if all(_only(i, f.front(b, n)) for i, b in enumerate(cotangents))
     ]
     what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
     if not owned:
@@ -135,7 +132,9 @@ def _settle_layout(
             + WAYS_OUT
         )
     if len(owned) > 1 and randomness == "error":
-        owned = [f for f in owned if _copy_equal(Layout(trace.out.axis, f).front(y, n))] or owned
+        owned = [f for f in owned if _copy_equal(f.front(y, n))] or owned
+    ordinary = [f for f in owned if f.fold != "between"]
+    owned = ordinary or owned
     if len(owned) > 1:
         raise SampleAxisError(
             f"At {what}, samples and positions share an axis, and neither values nor gradients "
@@ -144,9 +143,9 @@ def _settle_layout(
         )
     (fold,) = owned
     layouts = tuple(
-        (i, lay if lay.fold == "none" else replace(lay, fold=fold)) for i, lay in trace.layouts
+        (i, lay if lay.fold == "none" else lay.folded_like(fold)) for i, lay in trace.layouts
     )
-    return replace(trace, out=Layout(trace.out.axis, fold), layouts=layouts)
+    return replace(trace, out=fold, layouts=layouts)
 
 
 def _only(i: int, b: Tensor) -> bool:

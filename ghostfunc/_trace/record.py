@@ -18,14 +18,15 @@ from ghostfunc._base.errors import (
     SampleAxisError,
     UnsupportedOpError,
 )
+from ghostfunc._base.purity import Draws
 from ghostfunc._base.refusals import Refusals, op_name
-from ghostfunc._base.torch_private import SET_GRAD_ENABLED
-from ghostfunc._base.trees import flatten, tensors_of
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
+from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
 from ghostfunc._rules.registry import REASONS, ArgName, BroadcastRule, FactorRule, lookup
 from ghostfunc._rules.reordering import MAY_REORDER, SCANS, reorders, sorted_dim
-from ghostfunc._trace.layout import Fold, Layout
+from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.trace import CallTrace, Kind, Shape
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
 from ghostfunc._trace.watch import ALIKE, CONSTANTS, TrackingMode, decomposed, writes
@@ -67,9 +68,42 @@ class ShapeLog(Refusals):
         return out
 
 
-def _rng_state(x: Tensor) -> Tensor:
-    """The state of the generator that random numbers like `x` come from."""
-    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
+def _has_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
+    """Whether autograd connects what an op returns with what it is given. Inside transforms, which
+    do not say, it is taken to."""
+    if in_transform():
+        return True
+    with torch.random.fork_rng():
+        out = call.run(func, [x.detach().requires_grad_() for x in call.consts()])
+    nodes = [x.grad_fn for x in tensors_of(out) if x.requires_grad]
+    return any(node is None or type(node).__name__ != "NotImplemented" for node in nodes)
+
+
+def _has_second_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
+    """Whether autograd also knows how the gradient of an op depends on the cotangent of its output.
+    Some ops raise, and some whose gradient is made behind its back take that for a constant."""
+    if in_transform():
+        return True
+    if any(x.layout != torch.strided for x in call.consts()):
+        return False
+    inputs = [x.detach().requires_grad_() for x in call.consts()]
+    with torch.random.fork_rng():
+        outs = [x for x in tensors_of(call.run(func, inputs)) if x.requires_grad]
+    if any(x.layout != torch.strided for x in outs):
+        return False
+    b = [torch.ones_like(x, requires_grad=True) for x in outs]
+    try:
+        pulled: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outs, inputs, b, create_graph=True, allow_unused=True
+        )
+        met: list[Tensor] = [g for g in pulled if g is not None]
+        moving = [g for g in met if g.requires_grad]
+        torch.autograd.grad(moving, b, list(map(torch.zeros_like, moving)), allow_unused=True)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        return False
+    return all(g.requires_grad or not bool(g.any()) for g in met)
 
 
 def shapes(tree: object) -> list[Shape | None]:
@@ -83,7 +117,7 @@ class RecordedCall:
     trace: CallTrace
     tracked: list[Tracked]
     y: Tensor | None
-    folds: tuple[Fold, ...]
+    folds: tuple[Layout, ...]
 
 
 class Recorder(TrackingMode):
@@ -133,12 +167,14 @@ class Recorder(TrackingMode):
         if func is torch.randperm and self._reordered_at is None:
             self._reordered_at = len(self.seen)
         if func in MAY_REORDER or func in SCANS:
-            before, now = self._log.calls[self._entry - 1][1][0], args[0].shape
-            axes = [i for i, (a, b) in enumerate(zip(before or (), now, strict=False)) if a != b]
+            before = next((s for s in self._log.calls[self._entry - 1][1] if s is not None), ())
+            given = first_tensor(args, kwargs)
+            now = () if given is None else given.shape
+            axes = [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]
             if func in SCANS:
-                self.statistics |= sorted_dim(func, args, kwargs) % args[0].ndim in axes
+                self.statistics |= bool(axes) and sorted_dim(func, args, kwargs) % len(now) in axes
             elif self._reordered_at is None and any(
-                reorders(func, args, kwargs, axis) for axis in axes
+                reorders(func, args, kwargs, axis, len(now)) for axis in axes
             ):
                 self._reordered_at = len(self.seen)
         inputs, judged = shapes((args, kwargs)), self._verdicts_among(args, kwargs)
@@ -194,7 +230,11 @@ class Recorder(TrackingMode):
             self.seen.append(RecordedCall(plain, [], None, ()))
             return out
         if not any(grew):
-            self.seen.append(RecordedCall(replace(plain, kind="derived"), [], None, ()))
+            if not _has_derivative(func, call):
+                self.seen.append(RecordedCall(replace(plain, kind="opaque"), [], None, ()))
+                return out
+            derivation = replace(plain, kind="derived", pushes=_has_second_derivative(func, call))
+            self.seen.append(RecordedCall(derivation, [], None, ()))
             return self.derive(func, call)
         self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
         return out
@@ -202,11 +242,10 @@ class Recorder(TrackingMode):
     def _called(self, func: Callable[..., Any], call: CallArgs, kind: Kind) -> CallTrace:
         return CallTrace(func, tuple(call.hits), call.numbers(), torch.is_grad_enabled(), kind)
 
-    def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:
-        x = call.tracked[0].const
-        before = _rng_state(x)
-        out = super().derive(func, call)
-        if not torch.equal(before, _rng_state(x)):
+    def derive(self, func: Callable[..., Any], call: CallArgs, *, pushes: bool = True) -> Any:
+        with Draws() as draws:
+            out = super().derive(func, call, pushes=pushes)
+        if draws.seen:
             raise RandomnessError(
                 f"{op_name(func)} draws random numbers for parameter {call.tracked[0].name!r}: one "
                 "draw for all samples, so the losses are not one function of the parameter for "
@@ -232,30 +271,27 @@ class Recorder(TrackingMode):
         if isinstance(rule, FactorRule) and rule.check is not None:
             args, kwargs = call.rebuild(call.leaves)
             rule.check(*args, **kwargs)
-        axis, folds = self._axis(out_shapes[0], tuple(out.shape), what)
+        folds = self._axis(out_shapes[0], tuple(out.shape), what)
         layouts = []
         for i, x in enumerate(call.leaves):
             shape = arg_shapes[i]
             if isinstance(x, Tensor) and shape is not None and tuple(x.shape) != shape:
-                arg_axis, arg_folds = self._axis(shape, tuple(x.shape), what)
-                if len(arg_folds) > len(folds):
+                arg_folds = self._axis(shape, tuple(x.shape), what)
+                if folds[0].fold == "none" != arg_folds[0].fold:
                     raise SampleAxisError(
                         f"{what}: argument {i} has shape {tuple(x.shape)} with several rows per "
                         f"sample, the output {tuple(out.shape)} with one. {WAYS_OUT}"
                     )
-                layouts.append(
-                    (i, Layout(arg_axis, "none" if arg_folds == ("none",) else folds[0]))
-                )
-        layout = Layout(axis, folds[0])
+                layouts.append((i, arg_folds[0]))
         names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
         if not isinstance(rule, BroadcastRule):
-            names = self._try(rule, call, out, layout, dict(layouts), what)
+            names = self._try(rule, call, out, folds[0], dict(layouts), what)
         trace = replace(
             self._called(func, call, "use"),
             rule=rule,
             names=names,
             layouts=tuple(layouts),
-            out=Layout(axis),
+            out=folds[0],
             ndim=out.ndim,
             dtype=out.dtype,
         )
@@ -300,8 +336,8 @@ class Recorder(TrackingMode):
             ) from error
         return names
 
-    def _axis(self, small: Shape, grown: Shape, what: str) -> tuple[int, tuple[Fold, ...]]:
-        """The axis that grew, and how samples may be folded on it."""
+    def _axis(self, small: Shape, grown: Shape, what: str) -> tuple[Layout, ...]:
+        """The axis that grew, as samples may be folded on it: the ordinary ways first."""
         if len(small) != len(grown):
             raise SampleAxisError(f"{what}: shape {small} became {grown} with one more sample.")
         axes = [i for i, (a, b) in enumerate(zip(small, grown, strict=True)) if a != b]
@@ -320,4 +356,11 @@ class Recorder(TrackingMode):
                 'model.set_experts_implementation("batched_mm") keeps a sample\'s rows together. '
                 + WAYS_OUT
             )
-        return axis, ("none",) if positions == 1 else ("sample-major", "position-major")
+        if positions == 1:
+            return (Layout(axis),)
+        between = [
+            Layout(axis, "between", outer, positions // outer)
+            for outer in range(2, positions)
+            if positions % outer == 0
+        ]
+        return Layout(axis, "sample-major"), Layout(axis, "position-major"), *between

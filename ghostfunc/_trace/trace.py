@@ -13,7 +13,7 @@ from torch import Tensor
 from ghostfunc._rules.registry import ArgName, Rule
 from ghostfunc._trace.layout import Layout
 
-Kind = Literal["use", "derived", "constant"]
+Kind = Literal["use", "derived", "constant", "opaque"]
 Shape = tuple[int, ...]
 
 
@@ -25,7 +25,10 @@ class CallTrace:
         func: the op; `hits`: which of its flattened arguments are tracked.
         numbers: which tracked tensors they are; `grad_enabled`: whether gradients were taken.
         kind: "use" where samples are met, "derived" where not yet, "constant" where autograd
-            sees no dependence.
+            sees no dependence, "opaque" where it has no derivative: what comes of it may be used
+            as a constant only.
+        pushes: for what derives, whether directions can be pushed through it, which takes second
+            derivatives; else factors are pulled back, which takes first ones.
         rule, names: for uses, the op's rule and its names for the tracked arguments.
         layouts: where samples lie in the flattened arguments that carry them.
         out, ndim, dtype: where samples lie in the output, its number of axes, and its dtype.
@@ -36,6 +39,7 @@ class CallTrace:
     numbers: tuple[int, ...]
     grad_enabled: bool
     kind: Kind
+    pushes: bool = True
     rule: Rule | None = None
     names: tuple[ArgName, ...] = ()
     layouts: tuple[tuple[int, Layout], ...] = ()

@@ -4,7 +4,7 @@ directions from a parameter to such a tensor, and of factors back."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.torch_private import in_transform
+from ghostfunc._base.torch_private import autocasting, cast_as, in_transform
 from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal
-from ghostfunc._factors.contract import materialize, transpose
+from ghostfunc._factors.contract import add_up, materialize, transpose
 from ghostfunc._factors.factor import Dense, Factor, OneHot
-from ghostfunc._quantities.readers import DeferredGradient, DeriveFn, Push, Reader
+from ghostfunc._quantities.readers import Push, Reader
 from ghostfunc._trace.layout import Layout, stack_all
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
@@ -48,6 +49,8 @@ _LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
     Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
 }  # fmt: skip
 """Ops that are linear in their first tensor, so that they are their own derivative."""
+LONGEST_NAME = 80
+"""Characters of a derived tensor's name: an expression in full, or its end is left out."""
 _EMBEDDING = inspect.signature(F.embedding)
 
 
@@ -63,8 +66,8 @@ class Tracked:
         shown: the same value, as the program gets it. Outside transforms it is a leaf of autograd's
             graph of its own, which no gradient may reach: all that are seen go another way.
         number: the order in which tracked tensors come up, the parameters first.
-        readers: per tap, the reader of this tensor's factors, and whether factors have to be
-            pulled back to the parameter first.
+        readers: per tap, the reader of this tensor's factors, None where they have to be pulled
+            back to the parameter first, and the parameter's own reader.
         running: where the training gradient is added up, for parameters outside transforms; the
             cotangent of `grad` is then only what comes from derived tensors.
         leaf: index of the parameter, for parameters.
@@ -78,7 +81,7 @@ class Tracked:
     grad: Tensor
     shown: Tensor
     number: int = 0
-    readers: dict[ReaderKey, tuple[Reader, bool]] = field(default_factory=dict)
+    readers: dict[ReaderKey, tuple[Reader | None, Reader]] = field(default_factory=dict)
     running: RunningTotal | None = None
     leaf: int | None = None
     sources: tuple[Tracked, ...] = ()
@@ -102,60 +105,76 @@ class Tracked:
             return False
         return self.sources[0].direct(factor)
 
+    def __post_init__(self) -> None:
+        own = () if self.leaf is None else ((self.leaf, self.name),)
+        self._parameters: dict[int, str] = dict(own)
+        for source in self.sources:
+            self._parameters |= source._parameters
+
     def leaf_names(self) -> set[str]:
         """What those parameters are called."""
-        if self.leaf is not None:
-            return {self.name}
-        return {name for source in self.sources for name in source.leaf_names()}
+        return set(self._parameters.values())
 
     def leaves(self) -> set[int]:
         """The parameters this tensor derives from."""
-        if self.leaf is not None:
-            return {self.leaf}
-        return set().union(*(s.leaves() for s in self.sources))
+        return set(self._parameters)
 
-    def at_leaves(self, factor: Factor) -> list[tuple[int, Factor]]:
-        """The parameters' factors, given this tensor's: `J^T g_i`, parameter by parameter."""
-        if self.leaf is not None:
-            return [(self.leaf, factor)]
+    def pulled(self, factors: Sequence[Factor]) -> list[tuple[Tracked, Factor]]:
+        """The factors of the tensors this one derives from, given its own, whose sum counts."""
         first = self.sources[0]
         if self.derivation == "cast":
-            return first.at_leaves(factor)
+            return [(first, factor) for factor in factors]
         if self.derivation == "transpose":
-            return first.at_leaves(transpose(factor))
+            return [(first, transpose(factor)) for factor in factors]
         assert self.fn is not None
-        g = materialize(factor)
-        g = shaped(g, self.const, len(g))
-        rows = self.looked_up()
-        if rows is not None:
-            ids, counted = rows
+        g = add_up([shaped(x, self.const, len(x)) for x in map(materialize, factors)])
+        looked_up = self.looked_up()
+        if looked_up is not None:
+            ids, counted = looked_up
             b = torch.where(counted[:, None], real(g).reshape(len(g), ids.shape[0], -1), 0)
-            return first.at_leaves(OneHot(ids.expand(len(g), -1), b, len(first.const)))
+            return [(first, OneHot(ids.expand(len(g), -1), b, len(first.const)))]
         pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
-        pulled = torch.vmap(pullback)(g)
-        return [
-            pair
-            for source, g_source in zip(self.sources, pulled, strict=True)
-            for pair in source.at_leaves(Dense(real(g_source)))
-        ]
+        if _sparse((self, *self.sources)):  # no vmap of these
+            rows = [list(map(dense, pullback(x))) for x in g]
+            pulled = tuple(map(torch.stack, zip(*rows, strict=True)))
+        else:
+            pulled = torch.vmap(pullback)(g)
+        return [(source, Dense(real(x))) for source, x in zip(self.sources, pulled, strict=True)]
 
-    def deferred(
-        self, factor: Factor, maps: tuple[DeriveFn, ...] = ()
-    ) -> list[tuple[int, DeferredGradient]]:
-        """`at_leaves`, one sample at a time, when it is its turn."""
-        if self.leaf is not None:
-            return [(self.leaf, DeferredGradient(factor, maps))]
-        return [
-            pair
-            for position, source in enumerate(self.sources)
-            for pair in source.deferred(factor, (*maps, partial(self._pull, position)))
-        ]
 
-    def _pull(self, position: int, g: Tensor) -> Tensor:
-        """One sample's gradient of one source, given that of this tensor."""
-        assert self.fn is not None
-        pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
-        return real(pullback(shaped(g[None], self.const, 1)[0])[position])
+def _sparse(tensors: Iterable[Tracked]) -> bool:
+    return any(x.const.layout != torch.strided for x in tensors)
+
+
+def at_leaves(pairs: Iterable[tuple[Tracked, Factor]]) -> dict[int, list[Factor]]:
+    """The parameters' factors, given those of tensors derived from them: `J^T g_i`, by parameter.
+
+    At every derived tensor all that reaches it is added up before it is pulled back further, the
+    latest tensor first: each is met once, however many ways lead through it.
+    """
+    met: dict[int, Tracked] = {}
+    waiting: dict[int, list[Factor]] = {}
+    for tracked, factor in pairs:
+        met[tracked.number] = tracked
+        waiting.setdefault(tracked.number, []).append(factor)
+    found: dict[int, list[Factor]] = {}
+    while waiting:
+        latest = max(waiting)
+        tracked, factors = met[latest], waiting.pop(latest)
+        if tracked.leaf is not None:
+            found[tracked.leaf] = factors
+            continue
+        for source, factor in tracked.pulled(factors):
+            met[source.number] = source
+            waiting.setdefault(source.number, []).append(factor)
+    return found
+
+
+def gradient_at(leaf: int, targets: Sequence[Tracked], factors: Sequence[Factor]) -> Tensor:
+    """A parameter's gradients `[n, *shape]`, given the factors of tensors derived from it."""
+    found = at_leaves(zip(targets, factors, strict=True))[leaf]
+    g = [materialize(factor) for factor in found]
+    return add_up([x.reshape(g[0].shape) for x in g])
 
 
 def constants(leaves: Sequence[Tensor], spec: ParamSpec) -> list[Tracked]:
@@ -232,17 +251,29 @@ def derived(
     call: CallArgs,
     values: tuple[Tensor, Tensor, Tensor],
     index: int | None,
+    *,
+    pushes: bool = True,
 ) -> Tracked:
+    """What is known of a result of a call on tracked tensors alone.
+
+    Unless it `pushes`, no direction travels through the call: factors are pulled back instead.
+    """
     shown, grad, const = values
 
+    pure = _replayed(pure, call)
+    rounding = autocasting(const.device.type)
+
     def fn(*sources: Tensor) -> Tensor:
-        out = call.run(pure, sources)
+        if rounding == autocasting(const.device.type):
+            out = call.run(pure, sources)
+        else:
+            with cast_as(rounding):
+                out = call.run(pure, sources)
         return out if index is None else flatten(out)[0][index]
 
     derivation = _derivation(func, call, const)
-    names = ", ".join(t.name for t in call.tracked)
     tracked = Tracked(
-        name=f"{op_name(func).rsplit('.', 1)[-1]}({names})",
+        name=_named(func, call),
         const=const,
         grad=grad,
         shown=shown,
@@ -252,24 +283,45 @@ def derived(
         looked_up=partial(_looked_up, func, call),
     )
     for position, source in enumerate(call.tracked):
-        for key, (reader, pulled) in source.readers.items():
-            pushed = None if pulled else reader.push(_push(func, fn, call, position, derivation))
-            added = (reader, True) if pushed is None else (pushed, False)
-            if key in tracked.readers and not added[1]:
+        for key, (reader, root) in source.readers.items():
+            pushed = None
+            if reader is not None and pushes:
+                pushed = reader.push(_push(func, fn, call, position, derivation))
+            if key in tracked.readers:
                 # Two sources of one parameter: directions add up, J u = J_1 u_1 + J_2 u_2.
-                added = (tracked.readers[key][0].plus(pushed), False)
-            tracked.readers[key] = added
+                before = tracked.readers[key][0]
+                pushed = None if before is None or pushed is None else before.plus(pushed)
+            tracked.readers[key] = (pushed, root)
     return tracked
 
 
+def _named(func: Callable[..., Any], call: CallArgs) -> str:
+    names = ", ".join(t.name for t in call.tracked)
+    name = f"{op_name(func).rsplit('.', 1)[-1]}({names})"
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 4] + "...)"
+
+
 def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Derivation:
-    if len(call.tracked) == 1:
-        source = call.tracked[0].const
-        if func in _TRANSPOSES and source.ndim == 2:
-            return "transpose"
-        if func in _CASTS and source.shape == out.shape:
-            return "cast"
+    if len(call.tracked) != 1:
+        return "general"
+    source = call.tracked[0].const
+    if func in _TRANSPOSES and source.ndim == 2:
+        # w.transpose(0, 0) is none.
+        turned = (out.shape, out.stride()) == (source.shape[::-1], source.stride()[::-1])
+        return "transpose" if turned else "general"
+    if func in _CASTS and source.shape == out.shape and source.is_complex() == out.is_complex():
+        return "cast"
     return "general"
+
+
+def _replayed(func: Callable[..., Any], call: CallArgs) -> Callable[..., Any]:
+    """An op as it may be run on tensors with other strides than those of the program."""
+    return Tensor.reshape if func is Tensor.view and not _reads_bits(func, call) else func
+
+
+def _reads_bits(func: Callable[..., Any], call: CallArgs) -> bool:
+    """Whether a view takes the bits of a tensor for numbers of another kind."""
+    return func is Tensor.view and any(isinstance(x, torch.dtype) for x in call.leaves)
 
 
 def _push(
@@ -280,8 +332,10 @@ def _push(
     derivation: Derivation,
 ) -> Push:
     consts = call.consts()
-    if func in _LINEAR and len(consts) == 1 and (func is not F.embedding or not _padded(call)):
-        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation)
+    shape = (*consts[position].shape, *(2,) * consts[position].is_complex())
+    linear = func in _LINEAR and len(consts) == 1 and not _reads_bits(func, call)
+    if linear and (func is not F.embedding or not _padded(call)):
+        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape)
 
     def jvp(tangent: Tensor) -> Tensor:
         def of_one(x: Tensor) -> Tensor:
@@ -297,7 +351,7 @@ def _push(
         twice = torch.func.vjp(lambda v: pullback(v)[0], torch.zeros_like(y))[1]
         return real(twice(along)[0])
 
-    return Push(jvp, derivation)
+    return Push(jvp, derivation, shape)
 
 
 def _padded(call: CallArgs) -> bool:
@@ -331,6 +385,8 @@ def _bound(call: CallArgs) -> dict[str, Any]:
 def _twice(f: Callable[[Tensor], Tensor], x: Tensor, along: Tensor) -> Tensor:
     """The derivative of `f` at `x` along a tangent, by plain autograd."""
     y = f(x)
+    if not y.requires_grad:
+        return torch.zeros_like(y)
     v = torch.zeros_like(y, requires_grad=True)
     (pulled,) = torch.autograd.grad(y, x, v, create_graph=True, materialize_grads=True)
     if not pulled.requires_grad:

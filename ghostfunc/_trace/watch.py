@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ghostfunc._base.dense_gradients import dense, dense_call
 from ghostfunc._base.errors import (
     WAYS_OUT,
     InPlaceError,
@@ -59,6 +60,7 @@ _IN_PLACE_OPERATORS = {
 
 
 _REQUIRES_GRAD = getter("requires_grad")
+_DETACHES: set[Callable[..., Any]] = {Tensor.detach_, torch.detach_}
 
 
 _NESTED: set[Callable[..., Any]] = {
@@ -84,9 +86,17 @@ def gradients(
     if it is needed `again`."""
     if not losses.requires_grad:
         return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(losses, inputs, cotangent, allow_unused=True, retain_graph=again)
-    )
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            losses, inputs, cotangent, allow_unused=True, retain_graph=again
+        )
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise UnsupportedOpError(
+            f"The losses depend on parameters through an op that has no gradient: {error}."
+        ) from error
+    return [None if g is None else dense(g) for g in found]
 
 
 def decomposed(
@@ -109,6 +119,7 @@ class TrackingMode(TorchFunctionMode):
         self._tracked: dict[int, tuple[Any, Tracked]] = {}
         self._n_tracked = 0
         self._stale: dict[int, Tensor] = {}
+        self._detached: list[Tensor] = []
         self._depth = depth()
         for leaf in leaves:
             self.track(leaf.shown, leaf)
@@ -131,6 +142,7 @@ class TrackingMode(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call, seen as it is."""
+        args, kwargs = dense_call(func, args, kwargs)
         if func in REFUSED:
             REFUSED[func](*args, **kwargs)
         if func in _NESTED:
@@ -139,6 +151,8 @@ class TrackingMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is _REQUIRES_GRAD:
             return True
+        if func in _DETACHES:
+            return self._detach_(func, args[0])
         call = self._flatten(args, kwargs)
         self._check_place(func, call, kwargs)
         if self._stale:
@@ -154,6 +168,18 @@ class TrackingMode(TorchFunctionMode):
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
         raise NotImplementedError
+
+    def _detach_(self, func: Callable[..., Any], x: Tensor) -> Tensor:
+        """Have a derived tensor be a constant from now on."""
+        _, tracked = self._tracked.pop(id(x))
+        if tracked.leaf is not None:
+            raise InPlaceError(
+                f"model_fn detaches parameter {tracked.name!r} in place ({op_name(func)}). Its "
+                "caller has it, too: use detach()."
+            )
+        self._detached.append(x)  # as long as it is held, nothing else has its identity
+        func(x)
+        return x
 
     def track(self, x: Tensor, tracked: Tracked) -> None:
         """Take `x`, wherever the program uses it, for `tracked`."""
@@ -228,7 +254,7 @@ class TrackingMode(TorchFunctionMode):
         hits = [i for i, x in enumerate(leaves) if self.find(x) is not None]
         return CallArgs(leaves, treedef, hits, [self._tracked[id(leaves[i])][1] for i in hits])
 
-    def derive(self, func: Callable[..., Any], call: CallArgs) -> Any:
+    def derive(self, func: Callable[..., Any], call: CallArgs, *, pushes: bool = True) -> Any:
         """Run an op on tracked tensors alone; its results are tracked in their turn.
 
         What an in-place op writes to, it writes to a copy, which stands for the original from then
@@ -256,7 +282,8 @@ class TrackingMode(TorchFunctionMode):
         if in_place:
             if call.hits[0] == 0:
                 self._outdate(target, call.tracked[0])
-            made = derived(func, pure, call, (outs[0], grads[0], consts[0]), None)
+            values = outs[0], grads[0], consts[0]
+            made = derived(func, pure, call, values, None, pushes=pushes)
             self.track(outs[0], made)
             self.track(target, made)
             return target
@@ -264,7 +291,8 @@ class TrackingMode(TorchFunctionMode):
         for i, values in enumerate(zip(outs, grads, consts, strict=True)):
             if id(values[0]) not in known and differentiable(values[0]):
                 index = i if len(outs) > 1 else None
-                self.track(values[0], derived(func, func, call, values, index))
+                made = derived(func, func, call, values, index, pushes=pushes)
+                self.track(values[0], made)
         return unflatten(spec, outs)
 
 

@@ -45,7 +45,8 @@ def factored_grads(
         A `FactoredGrads`, to be asked for norms, dot products, Gram matrices and weighted sums in
         any order, without another pass through the model. It holds the input and the output's
         cotangent of every op with a parameter: about as much memory as the activations of a
-        training step, and nothing of the size of n models.
+        training step, and nothing of the size of n models. Its memory is its own: the batch and
+        the parameters may be written to afterwards.
 
     Raises:
         GhostError: one of its children, as for `ghost_vjp`.
@@ -55,7 +56,7 @@ def factored_grads(
     """
     one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
-    return collect(model_fn, leaves, spec, batch, randomness=randomness)
+    return collect(model_fn, leaves, spec, batch, outlives=True, randomness=randomness)
 
 
 def collect(
@@ -66,6 +67,7 @@ def collect(
     *,
     mode: Mode = "ghost",
     vectorize: bool = True,
+    outlives: bool = False,
     randomness: Randomness = "error",
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
@@ -78,7 +80,14 @@ def collect(
         )
         return FactoredGrads(losses, tuple((Dense(g),) for g in grads), tuple(leaves), spec)
     taken = run(
-        model_fn, leaves, spec, batch, [], collect=range(len(leaves)), randomness=randomness
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        [],
+        collect=range(len(leaves)),
+        outlives=outlives,
+        randomness=randomness,
     )
     return FactoredGrads.of(taken, leaves, spec)
 

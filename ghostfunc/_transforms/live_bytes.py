@@ -35,10 +35,10 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # What came from outside is not ours, though views of it will be seen.
-        self._known.update(x.untyped_storage() for x in tensors_of((args, kwargs)))
+        self._known.update(_storages((args, kwargs)))
         out = func(*args, **(kwargs or {}))
-        for x in tensors_of(out):
-            self._count(x.untyped_storage())
+        for storage in _storages(out):
+            self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -52,6 +52,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    """The memory of tensors; of sparse ones, that of their parts is met where those are made."""
+    return [x.untyped_storage() for x in tensors_of(tree) if x.layout == torch.strided]
 
 
 @dataclass(frozen=True)

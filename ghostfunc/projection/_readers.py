@@ -67,7 +67,7 @@ def _as_matrix(factor: Factor, p: int, d: int) -> Factor:
     """Ops may see one parameter in another shape than `[p, d]`."""
     if factor.shape == (p, d):
         return factor
-    return Dense(contract.materialize(factor).reshape(-1, p, d))
+    return Dense(contract.materialize(factor).reshape(len(factor[0]), p, d))
 
 
 class SignsReader(NamedTuple):
@@ -129,7 +129,7 @@ def _pieces(factor: Factor, most: int) -> Iterator[tuple[int, Float[Tensor, "n s
                     yield from _cut(row * d, g[:, j], most)
         case _:
             g = contract.materialize(factor)
-            yield from _cut(0, g.reshape(len(g), -1), most)
+            yield from _cut(0, g[:, None].flatten(1), most)
 
 
 def _cut(start: int, g: Tensor, most: int) -> Iterator[tuple[int, Tensor]]:

@@ -36,7 +36,7 @@ from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.readers import DotReader, Reader
-from ghostfunc._taps.mode import TapMode, unfold_all
+from ghostfunc._taps.mode import TapMode, mixes_last_axes, unfold_all
 from ghostfunc._taps.run import pull_back, with_zeros
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
@@ -128,7 +128,7 @@ class _PositionMode(TapMode):
             leaf.shown = guard
         for k, us in enumerate(directions):
             for i, u in enumerate(us):
-                tracked[i].readers[k, i] = (DotReader(u), False)
+                tracked[i].readers[k, i] = (DotReader(u), DotReader(u))
         super().__init__(model.trace, tracked, model.n, {}, {})
         self.params = model.spec.unflatten([t.shown for t in tracked])
         self.seen: list[tuple[str, tuple[int, ...], int]] = []
@@ -156,6 +156,10 @@ class _PositionMode(TapMode):
 
     def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         layout = expected.out
+        if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
+            raise PositionAxisError(
+                f"{op_name(func)} has samples where it has positions. {WAY_OUT}"
+            )
         args = unfold_all(call, expected, self._n)
         padded = [layout.pad(t.const, expected.ndim) for t in call.tracked]
         for i, copy in zip(call.hits, padded, strict=True):
@@ -236,7 +240,13 @@ class _PositionMode(TapMode):
         return y
 
 
-def _direction(reader: Reader) -> Tensor:
+def _direction(reader: Reader | None) -> Tensor:
+    if reader is None:
+        raise PositionAxisError(
+            "per_position=True pushes directions through what is made of parameters alone, and "
+            "torch has no second derivative for one of those ops (of sparse tensors, say). Ask "
+            "without per_position."
+        )
     assert isinstance(reader, DotReader)  # all that `_PositionMode` is given
     return reader.u
 

@@ -12,7 +12,6 @@ from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import ParamSpec, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, extreme_norms, pairs
-from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._transforms.factored import collect
 
@@ -44,7 +43,7 @@ def length(reader: DotReader | PairReader | DeferredReader, like: Tensor) -> Ten
         case DotReader(u):
             return u.double().norm()[None]
         case DeferredReader(deferred, m):
-            us = (add_up([one.gradient(j) for one in deferred]) for j in range(m))
+            us = (deferred.gradient(j) for j in range(m))
             return torch.stack([u.double().norm() for u in us])
         case PairReader(()):  # the validation losses do not depend on the parameter
             return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)

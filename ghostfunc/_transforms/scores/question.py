@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base import batches, definition
+from ghostfunc._base.dense_gradients import DenseGradients, dense
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_contract_dtype, one_of
@@ -22,6 +23,7 @@ from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomne
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense
+from ghostfunc._factors.matmul import product
 from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
@@ -314,7 +316,7 @@ class Question:
                 theirs = [v.sum(0, keepdim=True) for v in theirs]
             if self.reduction == "mean":
                 theirs = [v / batch_size(piece.val) for v in theirs]
-        dots = [g @ v.mT for g, v in zip(train, theirs, strict=True)]
+        dots = [product(g, v.mT) for g, v in zip(train, theirs, strict=True)]
         if piece.u is not None or self.reduction != "none":
             dots = [x[:, 0] for x in dots]
         if not self.normalize:
@@ -337,12 +339,13 @@ class Question:
 
         def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
             def share(p: list[Tensor]) -> tuple[Tensor, Tensor]:
-                losses = self.model_fn(self.spec.unflatten(p), train)
+                with DenseGradients():
+                    losses = self.model_fn(self.spec.unflatten(p), train)
                 losses = check_losses(losses, batch_size(train))
                 return losses.sum() / n, losses
 
             grads, losses = torch.func.grad(share, has_aux=True)(list(self.leaves))
-            return grads, losses
+            return list(map(dense, grads)), losses
 
         rows, sums = [], batches.Sums()
         for grads, losses in batches.each(of_chunk, self.train, self.chunk_size, "train"):

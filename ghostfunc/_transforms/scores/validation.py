@@ -89,8 +89,9 @@ def validation_readers(
         return factor if after == 1.0 else times(factor, after)
 
     def reader(i: int) -> DotReader | PairReader | DeferredReader:
-        if taken.deferred[i]:  # only of reduction "none", which scales nothing
-            return DeferredReader(tuple(taken.deferred[i]), m, contract_dtype)
+        deferred = taken.deferred[i]
+        if deferred is not None:  # only of reduction "none", which scales nothing
+            return DeferredReader(deferred, m, contract_dtype)
         if i in factored:
             factors = tuple(map(scaled, taken.factors[i]))
             return PairReader(factors, each, m, contract_dtype=contract_dtype)
