@@ -58,9 +58,9 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(matmul_room, "_is_faster", lambda: True)
-    monkeypatch.setattr(matmul_room, "LEAST", 1)
-    monkeypatch.setattr(matmul_room, "NARROW", 1)
-    monkeypatch.setattr(matmul_room, "COPIED", 0)
+    monkeypatch.setattr(matmul_room, "LEAST_OPS", 1)
+    monkeypatch.setattr(matmul_room, "LEAST_SIZE", 1)
+    monkeypatch.setattr(matmul_room, "OPS_PER_COPIED_ELEMENT", 0)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -225,7 +225,7 @@ def test_other_types(onednn: None) -> None:
 
 def test_small_ones_and_narrow_ones(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(20, 30), torch.randn(30, 40)
-    for name, least in [("LEAST", 20 * 30 * 40), ("NARROW", 20)]:
+    for name, least in [("LEAST_OPS", 20 * 30 * 40), ("LEAST_SIZE", 20)]:
         with monkeypatch.context() as patch, Ops() as ops:
             patch.setattr(matmul_room, name, least)
             product(x, y)
@@ -243,13 +243,13 @@ def test_copies_must_pay(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
         y, work = torch.randn(30, n), len(x) * 30 * n
         for limit, count in [(work // copied, 1), (work // copied + 1, 0)]:
             with monkeypatch.context() as patch, Ops() as ops:
-                patch.setattr(matmul_room, "COPIED", limit)
+                patch.setattr(matmul_room, "OPS_PER_COPIED_ELEMENT", limit)
                 found = product(LAYOUTS["columns"](x), y)
             assert ops.count == count
             assert found.is_contiguous()
             assert close(found, x.double() @ y.double())
             with monkeypatch.context() as patch, Ops() as ops:
-                patch.setattr(matmul_room, "COPIED", limit)
+                patch.setattr(matmul_room, "OPS_PER_COPIED_ELEMENT", limit)
                 product(LAYOUTS["rows with gaps"](x), y)
             assert ops.count == 1
 

@@ -10,30 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from ghostfunc._base.compilable import known
 
 OPS_PER_ELEMENT = 32
-"""Operations that cost as much as one pass (read or write) over one element."""
-
+"""Operations that cost as much as one pass (read or write) over one element: at 2 elements a
+nanosecond a core that does 64 operations in that time waits for 32 of them."""
 
 OPS_PER_CACHED_ELEMENT = 20
-"""The same for a block that stays in cache."""
-
+"""The same for a block that stays in cache, which is read about 1.6 times as fast."""
 
 BFLOAT16_SPEED = 3
 """How many times as fast as in float32 by MKL a matrix product is in bfloat16, where the processor
 multiplies it. Every `speed` below is such a ratio."""
 
-
 CACHE_ELEMENTS = 1 << 19
 """Elements of a temporary that is still at home in a core's cache (2 MiB of float32)."""
 
-
 BLOCK_ELEMENTS = 1 << 22
 """Elements of the largest temporary block of several gradients (16 MiB of float32)."""
-
 
 ROWS_ELEMENTS = 1 << 21
 """Elements of a block of one sample's gradient that is read several times (8 MiB of float32)."""
@@ -78,6 +75,47 @@ class UseShape:
     def tokens(self) -> int:
         return self.n * self.positions
 
+    @property
+    def size(self) -> int:
+        """Elements of the gradient."""
+        return prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of an outer product or a table."""
+        p, d = self.shape
+        return p, d
+
+    @property
+    def factorable(self) -> bool:
+        """Whether factors of two batches can meet without a gradient being formed."""
+        return self.direct and self.kind in ("Outer", "OneHot")
+
+
+class Choice(NamedTuple):
+    """One decision: the way that is taken, and the operations of all ways that were weighed.
+
+    `gf.explain` prints the choices that a run makes, so its numbers are those weighed.
+
+    Attributes:
+        way: the way that is taken.
+        ops: its operations.
+        others: the operations of the ways that are not taken, by name.
+    """
+
+    way: str
+    ops: int
+    others: dict[str, int]
+
+
+def _cheapest(ways: dict[str, int]) -> Choice:
+    """The cheapest way; of equals the first."""
+    way = min(ways, key=lambda name: ways[name])
+    return Choice(way, ways[way], {k: v for k, v in ways.items() if k != way})
+
+
+# --- dot products and totals ----------------------------------------------------------------------
+
 
 def outer_dot(n: int, t: int, p: int, d: int, speed: int = 1) -> int:
     """`<g_i, u>` of an outer-product factor with a dense direction."""
@@ -86,20 +124,28 @@ def outer_dot(n: int, t: int, p: int, d: int, speed: int = 1) -> int:
 
 def total_cost(use: UseShape, speed: int = 1) -> int:
     """`sum_i g_i`, dense."""
-    p, d = use.shape
     if use.kind == "Outer":
-        return outer_total(use.n, use.positions, p, d) // speed
-    return OPS_PER_ELEMENT * (p * d + 2 * use.tokens * d)
-
-
-def dot_cost(use: UseShape, *, with_total: bool, speed: int = 1) -> int:
-    """`<g_i, u>` with a dense direction, beyond the cost of the total where that is formed too."""
-    p, d = use.shape
+        return outer_total(use.n, use.positions, *use.matrix) // speed
     if use.kind == "OneHot":
-        return 3 * OPS_PER_ELEMENT * use.tokens * d
-    if with_total and share_dots(use.n, use.positions, p, d, 1, with_total=True, speed=speed):
-        return shared_dots(use.n, p, d, 1, with_total=True)
-    return outer_dot(use.n, use.positions, p, d, speed)
+        p, d = use.matrix
+        return OPS_PER_ELEMENT * (p * d + 2 * use.tokens * d)
+    return OPS_PER_ELEMENT * use.n * use.size
+
+
+def dot_choice(use: UseShape, *, with_total: bool, speed: int = 1) -> Choice:
+    """How `<g_i, u>` of one use is read, beyond the total where that is formed too."""
+    if use.kind == "OneHot":
+        return Choice("looked up", 3 * OPS_PER_ELEMENT * use.tokens * use.matrix[1], {})
+    if use.kind != "Outer":
+        return Choice("g itself", 2 * use.n * use.size, {})
+    p, d = use.matrix
+    alone = outer_dot(use.n, use.positions, p, d, speed)
+    if not with_total:
+        return Choice("product", alone, {})
+    beside = shared_dots(use.n, p, d, 1, with_total=True)
+    if share_dots(use.n, use.positions, p, d, 1, with_total=True, speed=speed):
+        return Choice("beside the gradient", beside, {"product": alone})
+    return Choice("product", alone, {"beside the gradient": beside})
 
 
 def pair_cost(use: UseShape, other: UseShape, speed: int = 1) -> int:
@@ -128,23 +174,30 @@ def share_dots(n: int, t: int, p: int, d: int, k: int, *, with_total: bool, spee
     return shared < k * outer_dot(n, t, p, d, speed)
 
 
-def keep_direction_factored(
+def direction_choice(
     ours: Sequence[UseShape], theirs: Sequence[UseShape], *, grads: bool, speed: int = 1
-) -> bool:
-    """Whether one parameter's validation gradient should stay factored.
+) -> Choice:
+    """In which form one parameter's validation gradient is kept, "dense" or "factored".
 
     Dense, it costs its own total and a dot product at every train use; factored, every train use
     meets every validation use. `grads` says whether the training gradient is formed too.
     """
-    uses = [*ours, *theirs]
-    if not ours or not theirs:
-        return False
-    if not all(x.direct and x.kind in ("Outer", "OneHot") for x in uses):
-        return False
     dense = sum(total_cost(x, speed) for x in theirs)
-    dense += sum(dot_cost(x, with_total=grads, speed=speed) for x in ours)
-    return sum(pair_cost(x, y, speed) for x in ours for y in theirs) < dense
+    dense += sum(dot_choice(x, with_total=grads, speed=speed).ops for x in ours)
+    ways = {"dense": dense}
+    if ours and theirs and all(x.factorable for x in (*ours, *theirs)):
+        ways["factored"] = sum(pair_cost(x, y, speed) for x in ours for y in theirs)
+    return _cheapest(ways)
 
+
+def keep_direction_factored(
+    ours: Sequence[UseShape], theirs: Sequence[UseShape], *, grads: bool, speed: int = 1
+) -> bool:
+    """Whether one parameter's validation gradient stays factored."""
+    return direction_choice(ours, theirs, grads=grads, speed=speed).way == "factored"
+
+
+# --- norms and Gram matrices ----------------------------------------------------------------------
 
 TOKENS = 128
 """Positions per block of a sample's token Gram matrix; of two equal blocks one is computed."""
@@ -160,44 +213,52 @@ class Positions(NamedTuple):
     one_hot: int
     dense: int
 
+    @property
+    def tokens(self) -> int:
+        return self.outer + self.one_hot
 
-def token_norms(t: Positions, p: int, d: int) -> int:
+
+def _token_norms(t: Positions, p: int, d: int) -> int:
     """`||g_i||^2` of one sample from inner products of positions."""
-    tokens = t.outer + t.one_hot
-    blocks = -(-tokens // TOKENS)
+    blocks = -(-t.tokens // TOKENS)
     share = (blocks + 1) / (2 * blocks)  # the block matrix is symmetric
-    products = 2 * tokens**2 * d + 2 * t.outer**2 * p
-    return round(share * (products + 6 * OPS_PER_ELEMENT * tokens**2))
+    products = 2 * t.tokens**2 * d + 2 * t.outer**2 * p
+    return round(share * (products + 6 * OPS_PER_ELEMENT * t.tokens**2))
 
 
-def row_norms(t: Positions, p: int, d: int) -> int:
-    """`||g_i||^2` of one sample from the gradient itself."""
-    return 2 * t.outer * p * d + OPS_PER_ELEMENT * (2 * p * d + t.one_hot * d)
+def norm_choice(t: Positions, p: int, d: int) -> Choice:
+    """How `||g_i||^2` of one sample is taken: from inner products of positions ("tokens"), or from
+    the gradient itself ("rows")."""
+    rows = 2 * t.outer * p * d + OPS_PER_ELEMENT * (2 * p * d + t.one_hot * d)
+    ways = {"rows": rows}
+    if t.tokens > 0 and not t.dense:
+        ways["tokens"] = _token_norms(t, p, d)
+    return _cheapest(ways)
 
 
 def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
     """Whether norms come from inner products of positions rather than from rows."""
-    some = t.outer + t.one_hot > 0
-    return some and not t.dense and token_norms(t, p, d) < row_norms(t, p, d)
+    return norm_choice(t, p, d).way == "tokens"
 
 
-def token_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int) -> int:
-    """`<g_i, g_j>` of n and m samples from inner products of positions."""
-    pairs = n * m * (t.outer + t.one_hot) * (s.outer + s.one_hot)
-    return 2 * pairs * d + 2 * n * m * t.outer * s.outer * p + 6 * OPS_PER_ELEMENT * pairs
-
-
-def row_gram(n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool) -> int:
-    """`<g_i, g_j>` of n and m samples from blocks of rows; `same` if both are one batch."""
+def gram_choice(
+    n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
+) -> Choice:
+    """How `<g_i, g_j>` of n and m samples are taken: from inner products of positions ("tokens"),
+    or from blocks of rows ("rows"); `same` if both are one batch."""
     sides = [(n, t)] if same else [(n, t), (m, s)]
     form = sum(2 * k * x.outer * p * d + OPS_PER_ELEMENT * k * x.one_hot * d for k, x in sides)
-    return form + 2 * n * m * p * d + 2 * OPS_PER_ELEMENT * sum(k for k, _ in sides) * p * d
+    rows = form + 2 * n * m * p * d + 2 * OPS_PER_ELEMENT * sum(k for k, _ in sides) * p * d
+    ways = {"rows": rows}
+    if not (t.dense or s.dense) and t.tokens * s.tokens:
+        pairs = n * m * t.tokens * s.tokens
+        products = 2 * pairs * d + 2 * n * m * t.outer * s.outer * p
+        ways["tokens"] = products + 6 * OPS_PER_ELEMENT * pairs
+    return _cheapest(ways)
 
 
 def gram_by_tokens(
     n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
 ) -> bool:
     """Whether a Gram matrix comes from inner products of positions rather than from rows."""
-    if t.dense or s.dense or not (t.outer + t.one_hot) * (s.outer + s.one_hot):
-        return False
-    return token_gram(n, m, t, s, p, d) < row_gram(n, m, t, s, p, d, same=same)
+    return gram_choice(n, m, t, s, p, d, same=same).way == "tokens"

@@ -41,6 +41,13 @@ _READS: set[Callable[..., Any]] = _NUMBERS | {
 """Ops by which values of tensors come into Python."""
 
 
+_ROWS_CHOSEN: set[Callable[..., Any]] = {
+    Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk,
+    torch.chunk, torch.select, Tensor.select, Tensor.index_select, torch.index_select,
+}  # fmt: skip
+"""Ops that take rows of a tensor; out of one without samples, by the number of samples."""
+
+
 class ShapeLog(Refusals):
     """Notes the shapes of every torch call."""
 
@@ -182,6 +189,8 @@ class Recorder(TrackingMode):
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         outs = shapes(out)
         self._follow_batch(func, args, kwargs, out)
+        if func in _ROWS_CHOSEN and inputs == inputs_before and outs != outs_before:
+            self.reads = True  # `table[:len(x)]`, of a table made for so many samples
         if judged or (inputs != inputs_before and outs == outs_before):
             for x in tensors_of(out):
                 if differentiable(x):

@@ -15,6 +15,7 @@ from ghostfunc._factors import cost
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.matmul import speed
 from ghostfunc._taps.uses import use_shapes
+from ghostfunc._transforms.scores.one_run import reason_for_two_runs
 
 PlannedQuantity: TypeAlias = Literal["dot_prod", "norm", "gram", "clipped_grad"]
 
@@ -48,6 +49,8 @@ class Plan:
         rows: one per parameter.
         cost, materialized: operations, summed over the parameters.
         gradient_bytes: what n + m per-sample gradients would take in memory.
+        two_runs: for "dot_prod", why train and validation samples take a run each; None if they
+            share one.
     """
 
     quantity: str
@@ -55,6 +58,7 @@ class Plan:
     m: int
     rows: tuple[PlanRow, ...]
     gradient_bytes: int
+    two_runs: str | None = None
 
     @property
     def cost(self) -> int:
@@ -97,8 +101,16 @@ class Plan:
                 f"forming every g_i     {self.materialized:.3e} operations ({ratio:.1f} x)",
                 f"                      {self.gradient_bytes:.3e} bytes",
                 f"largest temporary     {cost.BLOCK_ELEMENTS:.3e} elements",
+                *self._runs(),
             ]
         )
+
+    def _runs(self) -> list[str]:
+        if self.quantity != "dot_prod":
+            return []
+        if self.two_runs is None:
+            return ["runs                  1: train and val share a forward and a backward pass"]
+        return [f"runs                  2: {self.two_runs}"]
 
 
 def explain(
@@ -113,8 +125,8 @@ def explain(
 ) -> Plan:
     """The plan of a quantity: how each parameter's per-sample gradients will be contracted.
 
-    The same cost functions that choose at run time are asked, with the shapes of these batches; the
-    model is traced and run on one sample, and nothing is contracted. Costs are those of the
+    The functions of `cost` that choose at run time are asked, with the shapes of these batches; the
+    model is traced and run on two samples, and nothing is contracted. Costs are those of the
     contractions alone, without the model's own forward and backward pass.
 
     Args:
@@ -148,15 +160,18 @@ def explain(
     n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     rows = []
     for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
-        question = _Question(mine, others, leaf.numel(), n, m, grads, speed(leaf))
-        how, cost, materialized = _PLANS[quantity](question) if mine else ("unused", 0, 0)
-        rows.append(PlanRow(name, tuple(leaf.shape), question.uses, how, cost, materialized))
+        uses = _ParamUses(mine, others, leaf.numel(), n, m, grads, speed(leaf))
+        way, ops, formed = _PLANS[quantity](uses) if mine else ("unused", 0, 0)
+        rows.append(PlanRow(name, tuple(leaf.shape), str(uses), way, ops, formed))
     size = sum(x.numel() * wide(x.new_zeros(())).element_size() for x in leaves)
-    return Plan(quantity, n, m, tuple(rows), (n + m) * size)
+    apart = None
+    if quantity == "dot_prod":
+        apart = reason_for_two_runs(model_fn, leaves, spec, train, val)
+    return Plan(quantity, n, m, tuple(rows), (n + m) * size, apart)
 
 
 @dataclass(frozen=True)
-class _Question:
+class _ParamUses:
     """One parameter's uses in both batches, and what is asked of them."""
 
     mine: Sequence[UseShape]
@@ -167,12 +182,11 @@ class _Question:
     grads: bool
     speed: int
 
-    @property
-    def uses(self) -> str:
+    def __str__(self) -> str:
         """`2 x Outer 256 + OneHot 256`: the places where samples meet the parameter."""
         names = [
             x.kind
-            + (f" {x.positions}" if x.kind in _FACTORED else "")
+            + (f" {x.positions}" if x.kind in ("Outer", "OneHot") else "")
             + ("" if x.direct else " (derived)")
             for x in self.mine
         ]
@@ -182,85 +196,65 @@ class _Question:
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the parameter, as its factors see it."""
-        for x in (*self.mine, *self.theirs):
-            if x.direct and x.kind in _FACTORED:
-                p, d = x.shape
-                return p, d
-        return 1, self.size
-
-
-_FACTORED = ("Outer", "OneHot")
+        found = (x.matrix for x in (*self.mine, *self.theirs) if x.factorable)
+        return next(found, (1, self.size))
 
 
 def _positions(batch: Sequence[UseShape]) -> cost.Positions:
-    factored = [x for x in batch if x.direct and x.kind in _FACTORED]
+    factored = [x for x in batch if x.factorable]
     outer = sum(x.positions for x in factored if x.kind == "Outer")
-    return cost.Positions(
-        outer, sum(x.positions for x in factored) - outer, len(batch) - len(factored)
-    )
+    one_hot = sum(x.positions for x in factored if x.kind == "OneHot")
+    return cost.Positions(outer, one_hot, len(batch) - len(factored))
 
 
 _Answer: TypeAlias = tuple[str, int, int]
 """Representation, its operations, and those of forming every gradient."""
 
 
-def _plan_norm(q: _Question) -> _Answer:
-    t, (p, d) = _positions(q.mine), q.matrix
-    formed = q.n * cost.row_norms(t, p, d)
-    kept = ", kept" if len(q.mine) > 1 else ""
-    if cost.norms_by_tokens(t, p, d):
-        tokens = t.outer + t.one_hot
-        return f"{tokens} x {tokens} tokens{kept}", q.n * cost.token_norms(t, p, d), formed
-    if not t.outer + t.one_hot:
-        return f"g itself{kept}", formed, formed
-    return f"rows of g{kept}", formed, formed
+def _way(choice: cost.Choice, t: cost.Positions, s: cost.Positions, *, kept: bool) -> str:
+    named = {"tokens": f"{t.tokens} x {s.tokens} tokens", "rows": "rows of g"}
+    way = named[choice.way] if t.tokens else "g itself"
+    return way + ", kept" * kept
 
 
-def _plan_clipped_grad(q: _Question) -> _Answer:
-    how, norms, formed = _plan_norm(q)
-    t, (p, d) = _positions(q.mine), q.matrix
-    total = (
-        cost.outer_total(q.n, t.outer, p, d)
-        + cost.OPS_PER_ELEMENT * q.n * (t.outer + t.one_hot) * d
-    )
-    weighed = cost.OPS_PER_ELEMENT * q.n * p * d
-    return how, norms + total + t.dense * weighed, formed + weighed
+def _rows_ops(choice: cost.Choice) -> int:
+    return choice.ops if choice.way == "rows" else choice.others["rows"]
 
 
-def _plan_gram(q: _Question) -> _Answer:
-    p, d = q.matrix
+def _plan_norm(q: _ParamUses) -> _Answer:
+    t = _positions(q.mine)
+    choice = cost.norm_choice(t, *q.matrix)
+    way = _way(choice, t, t, kept=len(q.mine) > 1)
+    return way, q.n * choice.ops, q.n * _rows_ops(choice)
+
+
+def _plan_clipped_grad(q: _ParamUses) -> _Answer:
+    way, norms, formed = _plan_norm(q)
+    weighted = sum(cost.total_cost(x, q.speed) for x in q.mine)
+    return way, norms + weighted, formed + cost.OPS_PER_ELEMENT * q.n * q.size
+
+
+def _plan_gram(q: _ParamUses) -> _Answer:
     same = not q.theirs
     m, other = (q.n, q.mine) if same else (q.m, q.theirs)
     t, s = _positions(q.mine), _positions(other)
-    formed = cost.row_gram(q.n, m, t, s, p, d, same=same)
-    kept = ", kept" if len(q.mine) > 1 and same else ""
-    if cost.gram_by_tokens(q.n, m, t, s, p, d, same=same):
-        pairs = f"{t.outer + t.one_hot} x {s.outer + s.one_hot} tokens{kept}"
-        return pairs, cost.token_gram(q.n, m, t, s, p, d), formed
-    return ("rows of g" if t.outer + t.one_hot else "g itself") + kept, formed, formed
+    choice = cost.gram_choice(q.n, m, t, s, *q.matrix, same=same)
+    return _way(choice, t, s, kept=len(q.mine) > 1 and same), choice.ops, _rows_ops(choice)
 
 
-def _plan_dot_prod(q: _Question) -> _Answer:
-    t, s, (p, d) = _positions(q.mine), _positions(q.theirs), q.matrix
-    formed = cost.row_gram(q.n, 1, t, cost.Positions(0, 0, 0), p, d, same=False)
-    formed += cost.outer_total(q.m, s.outer, p, d)
-    if cost.keep_direction_factored(q.mine, q.theirs, grads=q.grads, speed=q.speed):
-        pairs = [cost.pair_cost(x, y) for x in q.mine for y in q.theirs]
-        return "u factored", sum(pairs), formed
-    spent = cost.outer_total(q.m, s.outer, p, d) + cost.OPS_PER_ELEMENT * q.m * s.one_hot * d
-    shares = cost.share_dots(q.n, t.outer, p, d, 1, with_total=True, speed=q.speed)
-    if q.grads and t.outer and shares:
-        return (
-            "u dense, beside the gradient",
-            spent + cost.shared_dots(q.n, p, d, 1, with_total=True),
-            formed,
-        )
-    dots = cost.outer_dot(q.n, t.outer, p, d) if t.outer else 0
-    looked_up = 2 * cost.OPS_PER_ELEMENT * q.n * t.one_hot * d
-    return "u dense", spent + dots + looked_up + t.dense * 2 * q.n * p * d, formed
+def _plan_dot_prod(q: _ParamUses) -> _Answer:
+    t = _positions(q.mine)
+    formed = _rows_ops(cost.gram_choice(q.n, 1, t, cost.Positions(0, 0, 0), *q.matrix, same=False))
+    formed += sum(cost.total_cost(x, q.speed) for x in q.theirs)
+    choice = cost.direction_choice(q.mine, q.theirs, grads=q.grads, speed=q.speed)
+    if choice.way == "factored":
+        return "u factored", choice.ops, formed
+    dots = [cost.dot_choice(x, with_total=q.grads, speed=q.speed) for x in q.mine]
+    beside = any(x.way == "beside the gradient" for x in dots)
+    return "u dense" + ", beside the gradient" * beside, choice.ops, formed
 
 
-_PLANS: dict[str, Callable[[_Question], _Answer]] = {
+_PLANS: dict[str, Callable[[_ParamUses], _Answer]] = {
     "dot_prod": _plan_dot_prod,
     "norm": _plan_norm,
     "gram": _plan_gram,

@@ -9,6 +9,7 @@ import torch
 from problems import CASES, Problem
 
 import ghostfunc as gf
+from ghostfunc._factors import cost
 
 
 @pytest.mark.parametrize("quantity", ["dot_prod", "norm", "gram", "clipped_grad"])
@@ -75,3 +76,76 @@ def test_options_that_do_not_exist() -> None:
         gf.explain(fn, params, ids)
     with pytest.raises(gf.OptionError, match="drop val"):
         gf.explain(fn, params, ids, ids, quantity="norm")
+
+
+class Spy:
+    """Notes the choices that a run makes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.made: list[cost.Choice] = []
+        choose = getattr(cost, name)
+
+        def noted(*args: Any, **options: Any) -> cost.Choice:
+            choice = choose(*args, **options)
+            self.made.append(choice)
+            return choice
+
+        monkeypatch.setattr(cost, name, noted)
+
+
+def test_the_plan_is_the_one_that_a_run_takes(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forms of validation gradients: the same choices, the same numbers, in the same order."""
+    train, val = problem.batch(3, t=4), problem.batch(2, t=4, seed=1)
+    for grads, call in ((False, gf.ghost_dot_prod), (True, gf.ghost_value_and_grad)):
+        plan = gf.explain(problem.model_fn, problem.params, train, val, grads=grads)
+        spy = Spy(monkeypatch, "direction_choice")
+        call(problem.model_fn, problem.params, train, val, chunk_size=3)
+        monkeypatch.undo()
+        used = [c for c, row in zip(spy.made, plan.rows, strict=True) if row.uses != "-"]
+        planned = [row for row in plan.rows if row.uses != "-"]
+        assert [row.cost for row in planned] == [c.ops for c in used]
+        assert [row.representation == "u factored" for row in planned] == [
+            c.way == "factored" for c in used
+        ]
+
+
+@pytest.mark.parametrize("case", ["mlp", "tied_lm", "layer_called_twice"])
+@pytest.mark.parametrize(("quantity", "choice"), [("norm", "norm_choice"), ("gram", "gram_choice")])
+def test_norms_and_gram_matrices_take_their_plan(
+    case: str, quantity: Any, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = CASES[case]()
+    batch = problem.batch(3, t=4)
+    plan = gf.explain(problem.model_fn, problem.params, batch, quantity=quantity)
+    call = {"norm": gf.ghost_norm, "gram": gf.ghost_gram}[quantity]
+    call(problem.model_fn, problem.params, batch)
+    spy = Spy(monkeypatch, choice)
+    call(problem.model_fn, problem.params, batch)
+    scale = 3 if quantity == "norm" else 1
+    contracted = ("tokens", "rows of g")
+    factored = [
+        row.cost for row in plan.rows if any(way in row.representation for way in contracted)
+    ]
+    assert sorted(factored) == sorted(
+        scale * c.ops for c in spy.made if "tokens" in (c.way, *c.others)
+    )
+
+
+def test_the_reason_for_two_runs_is_printed() -> None:
+    problem = CASES["tied_lm"]()
+    args = problem.model_fn, problem.params
+    train, val = problem.batch(8, 4), problem.batch(2, 4, seed=1)
+    assert "runs                  1: train and val share" in str(gf.explain(*args, train, val))
+    for batch, reason in (
+        (problem.batch(3, 4), "at least 4 train samples per validation sample"),
+        (problem.batch(2, 5), "the batches differ in length"),
+    ):
+        plan = gf.explain(*args, train, batch)
+        assert plan.two_runs is not None
+        assert reason in plan.two_runs
+        assert f"runs                  2: {plan.two_runs}" in str(plan)
+    twice = CASES["layer_called_twice"]()
+    plan = gf.explain(twice.model_fn, twice.params, twice.batch(8, 4), twice.batch(2, 4))
+    assert "several uses" in str(plan.two_runs)

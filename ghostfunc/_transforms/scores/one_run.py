@@ -7,7 +7,7 @@ parameter by parameter, between the first samples and the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.remembered import memory, shapes_key
 from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, unflatten
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree
 from ghostfunc._factors import bundles
 from ghostfunc._factors.beside_total import RunningTotal, dots_and_total
@@ -53,6 +53,39 @@ class OneRunResult(NamedTuple):
     dots: list[Tensor]
 
 
+def reason_for_two_runs(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, train: PyTree, val: PyTree
+) -> str | None:
+    """Why train and validation samples take a run each; None if they share one.
+
+    Two runs are needed when a sample's computation may depend on which other samples are in its
+    batch, and when one run would take more memory than a training step over all rows.
+    """
+    n, m = batch_size(train), batch_size(val)
+    if n < TRAIN_PER_VAL * m:
+        return f"one run is for at least {TRAIN_PER_VAL} train samples per validation sample"
+    if in_transform():
+        return "a torch.func transform is active"
+    if any(wide(x).dtype != x.dtype for x in leaves):
+        return "parameters in half precision have their validation gradient added up in float32"
+    if (difference := _difference(train, val)) is not None:
+        return f"the batches differ in {difference}"
+    copied = sum(known(x.numel()) for x in tensors_of(train))
+    if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in leaves)):
+        return "one run would copy batches that are larger than the model"
+    apart = memory(model_fn).get(_key(leaves, train, val))
+    if apart is not None:
+        return str(apart)
+    trace = trace_of(model_fn, leaves, spec, train, randomness="error")
+    if (company := _company(trace)) is not None:
+        return company
+    uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
+    for name, met in zip(spec.names, uses, strict=True):
+        if not _needs_no_waiting(met):
+            return f"parameter {name!r} has several uses whose factors would wait for each other"
+    return None
+
+
 def in_one_run(
     model_fn: ModelFn,
     leaves: Sequence[Tensor],
@@ -64,47 +97,41 @@ def in_one_run(
     grads: bool,
     contract_dtype: ContractDtype,
 ) -> OneRunResult | None:
-    """Scores, and the training gradient if it is wanted, from one run; None where that takes two.
-
-    It does where samples could be told by the company they are in (the program makes a number of
-    several samples, or reads values: two batches that are each of one kind are not when mixed), and
-    where one run takes more memory than it is worth.
-    """
+    """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
+    for two."""
+    if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
+        return None
     n, m = batch_size(train), batch_size(val)
-    if n < TRAIN_PER_VAL * m or in_transform() or any(wide(x).dtype != x.dtype for x in leaves):
-        return None
-    ours, treedef = flatten(train)
-    theirs, other = flatten(val)
-    if (
-        treedef != other
-        or not _alike(ours, theirs)
-        or _size(ours) > max(COPIED_ELEMENTS, _size(leaves))
-    ):
-        return None
-    remembered, key = memory(model_fn), ("apart", shapes_key((train, val, leaves)))
-    if key in remembered or _depends_on_other_samples(
-        trace_of(model_fn, leaves, spec, train, randomness="error")
-    ):
-        return None
     uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-    if not all(map(_needs_no_waiting, uses)):
-        return None
     trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
     shared = [i for i, met in enumerate(uses) if len(met) > 1]
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = torch.tensor([scales[0]] * n + [scales[1]] * m, dtype=torch.float64)
-    batch = unflatten(treedef, _joined(ours, theirs))
     reader = OneRunReader(n, contract_dtype)
     try:
-        found = _run(model_fn, leaves, spec, batch, reader, shared, weights, grads=grads)
+        found = _run(
+            model_fn, leaves, spec, _joined(train, val), reader, shared, weights, grads=grads
+        )
     except NonFiniteLossError:
-        return None  # two runs say whose it is
-    except Exception:  # whatever it is (a mask made for n samples, no memory), two runs may do
-        found = None
-    if found is None:
-        remembered[key] = True
+        return None  # two runs raise, and say whose loss it is
+    if (company := _company(found.trace)) is not None:
+        # The joined batch took another way than either batch by itself.
+        memory(model_fn)[_key(leaves, train, val)] = company
         return None
-    return found._replace(losses=found.losses[:n], dots=[x / scales[0] for x in found.dots])
+    return OneRunResult(found.losses[:n], found.grads, [x / scales[0] for x in found.dots])
+
+
+def _key(leaves: Sequence[Tensor], train: PyTree, val: PyTree) -> Hashable:
+    return "apart", shapes_key((train, val, leaves))
+
+
+class _Found(NamedTuple):
+    """`OneRunResult` of all rows, not scaled yet, and the trace that the run followed."""
+
+    losses: Tensor
+    grads: list[Tensor]
+    dots: list[Tensor]
+    trace: Trace
 
 
 def _run(
@@ -117,12 +144,11 @@ def _run(
     weights: Tensor,
     *,
     grads: bool,
-) -> OneRunResult | None:
-    """One run of a batch of both. The parameters `shared` are read at its end; None if the program
-    went another way than expected, where samples could be told by their company."""
+) -> _Found:
+    """One run of a batch of both. The parameters `shared` are read at its end."""
     single = [i for i in range(len(leaves)) if i not in shared]
     readers = [None if i in shared else reader for i in range(len(leaves))]
-    taken = run(
+    result = run(
         model_fn,
         leaves,
         spec,
@@ -132,46 +158,53 @@ def _run(
         collect=shared,
         scale=weights,
     )
-    if _depends_on_other_samples(taken.trace):
-        return None
-    dots, out = list(taken.values[0]), list(taken.grads)
+    dots, out = list(result.values[0]), list(result.grads)
     for i in shared:
-        bundle = sorted(taken.factors[i], key=lambda f: isinstance(f, OneHot))  # added to the rest
+        # Look-ups come last: they are added to the total of the other uses.
+        bundle = sorted(result.factors[i], key=lambda f: isinstance(f, OneHot))
         dots[i], total = _read(reader, bundle, grads=grads)
         if total is not None:
             out[i] = total.view_as(leaves[i])
-    return OneRunResult(taken.losses, out, dots)
+    return _Found(result.losses, out, dots, result.trace)
 
 
-def _depends_on_other_samples(trace: Trace) -> bool:
-    return trace.statistics or trace.reads
+def _company(trace: Trace) -> str | None:
+    """How a sample could be told by its company: two batches of one kind each are right by
+    themselves, and not when mixed."""
+    if trace.statistics:
+        return "model_fn makes numbers of several samples"
+    if trace.reads:
+        return "model_fn reads values of its batch, or chooses rows by its size"
+    return None
 
 
-def _size(tensors: Sequence[Tensor]) -> int:
-    return sum(known(x.numel()) for x in tensors)
-
-
-def _alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether batches differ in nothing but their numbers of samples. What is expanded along the
-    samples would be written out; leaves that are one tensor in one batch are to be one in both."""
+def _difference(train: PyTree, val: PyTree) -> str | None:
+    """In what batches differ besides their numbers of samples; None if in nothing."""
+    (ours, treedef), (theirs, other) = flatten(train), flatten(val)
+    if treedef != other:
+        return "structure"
     pairs = list(zip(ours, theirs, strict=True))
     tied = [len(set(map(id, x))) for x in (ours, theirs)]
-    return tied == [len({(id(x), id(y)) for x, y in pairs})] * 2 and all(
-        (x.dtype, x.device, x.ndim) == (y.dtype, y.device, y.ndim)
-        and symbolic(x) == symbolic(y)
-        and x.stride(0) != 0
-        and all(map(same_size, x.shape[1:], y.shape[1:]))
-        for x, y in pairs
-    )
+    if tied != [len({(id(x), id(y)) for x, y in pairs})] * 2:
+        return "which of their tensors are one"
+    for x, y in pairs:
+        if (x.dtype, x.device, symbolic(x)) != (y.dtype, y.device, symbolic(y)):
+            return "dtype or device"
+        if x.ndim != y.ndim or not all(map(same_size, x.shape[1:], y.shape[1:])):
+            return "length"
+        if x.stride(0) == 0:  # joined, it would be written out
+            return "memory: a tensor is expanded along the samples"
+    return None
 
 
-def _joined(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
+def _joined(train: PyTree, val: PyTree) -> PyTree:
     """One batch of both. Leaves that are one tensor stay one."""
+    (ours, treedef), theirs = flatten(train), flatten(val)[0]
     joined: dict[int, Tensor] = {}
     for x, y in zip(ours, theirs, strict=True):
         if id(x) not in joined:
             joined[id(x)] = torch.cat([x, y])
-    return [joined[id(x)] for x in ours]
+    return unflatten(treedef, [joined[id(x)] for x in ours])
 
 
 def _needs_no_waiting(uses: Sequence[UseShape]) -> bool:
