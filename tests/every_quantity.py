@@ -168,9 +168,7 @@ def held_sum(
 ) -> Iterator[Held]:
     """`sum_i w_i g_i` per parameter."""
     per_param = weights if isinstance(weights, list) else [weights] * len(g)
-    for i, (a, x, size, w) in enumerate(
-        zip(leaves_of(got), g, lengths(g), per_param, strict=True)
-    ):
+    for i, (a, x, size, w) in enumerate(zip(leaves_of(got), g, lengths(g), per_param, strict=True)):
         want = (w[:, None] * x).sum(0)
         scale = (w.abs() * size).sum().expand(want.shape)
         yield Held(f"{what}, parameter {i}", a.to_dense().reshape(-1), want, scale)
@@ -280,9 +278,7 @@ def steps(case: Case) -> Iterator[Held]:
         step = case.of(gf.ghost_value_and_grad, case.val, reduction=reduction)
         yield Held("losses", step.losses, case.losses, 1e-2 + case.losses.abs())
         yield from held_sum("grads", step.grads, case.g, _evenly(n))
-        yield from held_pairs(
-            reduction, step.dot_prods, case.g, case.v, reduction, per_param=False
-        )
+        yield from held_pairs(reduction, step.dot_prods, case.g, case.v, reduction, per_param=False)
 
 
 @quantity
@@ -340,9 +336,7 @@ def gram_in_blocks(case: Case) -> Iterator[Held]:
 
 @quantity
 def cosines(case: Case) -> Iterator[Held]:
-    yield from held_cosines(
-        "mean", case.of(gf.ghost_cosine, case.val), case.g, case.v, mean=True
-    )
+    yield from held_cosines("mean", case.of(gf.ghost_cosine, case.val), case.g, case.v, mean=True)
     got = case.of(gf.ghost_cosine, case.val, reduction="none")
     yield from held_cosines("none", got, case.g, case.v, mean=False)
     got = case.of(gf.ghost_gram, case.val, normalize=True)
@@ -518,9 +512,7 @@ def grad_of_scores(case: Case) -> Iterator[Held]:
 def jvp_of_scores(case: Case) -> Iterator[Held]:
     """Scores are linear in the direction."""
     zero = optree.tree_map(torch.zeros_like, case.u)
-    _, got = torch.func.jvp(
-        lambda u: case.of(gf.ghost_dot_prod, direction=u), (zero,), (case.u,)
-    )
+    _, got = torch.func.jvp(lambda u: case.of(gf.ghost_dot_prod, direction=u), (zero,), (case.u,))
     yield from held_pairs("jvp", got, case.g, case.directions, "sum", per_param=False)
 
 

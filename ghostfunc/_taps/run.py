@@ -23,7 +23,8 @@ from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.row_owners import check_owners
-from ghostfunc._taps.tap import StaleOutputs
+from ghostfunc._taps.sinks import as_cotangent, pour
+from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.probe import unseen_use
@@ -133,7 +134,7 @@ def _run(
     refresh: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
-    leaves, spec, n = model.leaves, model.spec, model.n
+    leaves, spec = model.leaves, model.spec
     readers = [q.readers(leaves, spec) for q in quantities]
     keys: list[ReaderKey] = []
     met: list[ReaderKey] = []
@@ -142,73 +143,24 @@ def _run(
             # Not linear in the gradient, a quantity needs all uses of a parameter together.
             together = quantities[q].degree > 1 and model.trace.uses[i] > 1
             (met if together else keys).append((q, i))
-    taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
     kept = {*collect, *(i for _, i in met)}
-    collected = collecting_outputs(model, kept, refresh=refresh)
-    modes: list[TapMode] = []
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
-    running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
-
-    def tapped(
-        taps: list[Tensor],
-        collect_taps: list[Tensor],
-        primals: list[Tensor],
-        guards: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, list[list[Tensor]]]:
-        tracked = constants(leaves, spec)
-        for i, primal in zip(grads, primals, strict=True):
-            tracked[i].grad = tracked[i].shown = primal
-        for leaf, guard in zip(tracked, guards, strict=False):
-            leaf.shown = guard
-        for q, i in keys:
-            tracked[i].readers[q, i] = (readers[q][i], readers[q][i])
-        mode = TapMode(
-            model.trace,
-            tracked,
-            n,
-            dict(zip(keys, taps, strict=True)),
-            dict(zip(collected, collect_taps, strict=True)),
-        )
-        with mode:
-            losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
-        mode.finish()
-        check_losses(losses, n)
-        modes.append(mode)
-        for i, total in running.items():  # the model may have pulled something back itself
-            tracked[i].running = total
-        # An enclosing transform may differentiate what is made of them; without one they would keep
-        # the whole graph alive.
-        nested = in_transform()
-        kept_args = [mode.uses[s].arg_tensors for s in collected]
-        if outlives:  # what no tap comes before may be the caller's memory
-            foreign.update(address(x) for args in kept_args for x in args if not x.requires_grad)
-        return losses, [[x if nested else x.detach() for x in args] for args in kept_args]
-
-    collect_taps = [output.tap(n) for output in collected.values()]
-    losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
-        tapped,
-        (taps, collect_taps, [leaves[i] for i in grads]),
-        scale,
-        guarded=model,
-        differentiable=_derivative_wanted(leaves, model.batch, readers),
-    )
-
+    own = {(q, i): readers[q][i] for q, i in keys}
+    backward = _by_cotangents if in_transform() else _by_sinks
+    taken = backward(model, own, grads, kept, scale, refresh=refresh)
+    losses = taken.losses
+    if outlives:  # what no tap comes before may be the caller's memory
+        foreign.update(taken.untapped)
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
-    for (q, i), value in zip(keys, with_zeros(tap_cotangents, taps), strict=True):
+    for (q, i), value in taken.values.items():
         values[q][i] = _unscaled(value, scale, quantities[q].degree)
     out_grads: list[Any] = [None] * len(leaves)
-    for i, grad in zip(grads, param_grads, strict=True):
-        whole = running[i].value if i in running else None
-        if whole is not None:
-            whole = whole.view_as(leaves[i])
-            grad = whole if grad is None else whole.add_(grad)
+    for i, grad in taken.grads.items():
         out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
     at_once: list[tuple[Tracked, Factor]] = []
     later: list[tuple[Tracked, Factor]] = []
     with unrounded(losses):
-        kept_b = with_zeros(collected_b, collect_taps)
-        for number, b, tensors in zip(collected, kept_b, saved, strict=True):
-            use = modes[0].uses[number]
+        for use, b, tensors in taken.kept:
             for name, target in use.targets:
                 pairs = at_once if target.leaves().isdisjoint(defer) else later
                 pairs.append((target, use.factor(name, target, b, tensors)))
@@ -220,7 +172,112 @@ def _run(
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].route)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.route)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a forward and a backward pass under taps leave.
+
+    Attributes:
+        values: what was read, not unscaled yet.
+        grads: of the parameters asked for; None stands for zero.
+        kept: of every use that is collected the use, its output's cotangent and its arguments.
+        untapped: addresses of arguments that no tap comes before.
+    """
+
+    losses: Tensor
+    values: dict[ReaderKey, Tensor]
+    grads: dict[int, Tensor | None]
+    kept: list[tuple[Use, Tensor, list[Tensor]]]
+    untapped: set[int]
+    route: Hashable
+
+
+def _by_sinks(
+    model: TracedModel,
+    readers: dict[ReaderKey, Any],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float | Tensor,
+    *,
+    refresh: bool,
+) -> _Taken:
+    """Outside transforms: taps add up what they read themselves."""
+    leaves, n = model.leaves, model.n
+    running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
+    poured = pour(model, readers, grads=grads, running=running, collect=collect, cotangent=scale)
+    values = {
+        key: poured.values[key] if key in poured.values else _zeros(reader.tap(leaves[key[1]], n))
+        for key, reader in readers.items()
+    }
+    uses = [use for use in poured.mode.uses if use.collecting is not None]
+    kept = [(use, poured.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
+    untapped = {address(x) for use in uses for x in use.arg_tensors if not x.requires_grad}
+    return _Taken(poured.losses, values, poured.grads, kept, untapped, poured.mode.route)
+
+
+def _by_cotangents(
+    model: TracedModel,
+    readers: dict[ReaderKey, Any],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float | Tensor,
+    *,
+    refresh: bool,
+) -> _Taken:
+    """Inside transforms, which follow the cotangents of zero taps."""
+    leaves, spec, n = model.leaves, model.spec, model.n
+    taps = [reader.tap(leaves[i], n) for (_, i), reader in readers.items()]
+    collected = collecting_outputs(model, collect, refresh=refresh)
+    modes: list[TapMode] = []
+
+    def tapped(
+        taps: list[Tensor], collect_taps: list[Tensor], primals: list[Tensor]
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        tracked = constants(leaves, spec)
+        for i, primal in zip(grads, primals, strict=True):
+            tracked[i].grad = tracked[i].shown = primal
+        for key, reader in readers.items():
+            tracked[key[1]].readers[key] = (reader, reader)
+        mode = TapMode(
+            model.trace,
+            tracked,
+            n,
+            dict(zip(readers, taps, strict=True)),
+            dict(zip(collected, collect_taps, strict=True)),
+        )
+        with mode:
+            losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
+        mode.finish()
+        check_losses(losses, n)
+        modes.append(mode)
+        # An enclosing transform may differentiate what is made of them.
+        return losses, [mode.uses[number].arg_tensors for number in collected]
+
+    collect_taps = [output.tap(n) for output in collected.values()]
+    losses, (read, cotangents, param_grads), saved = pull_back(
+        tapped,
+        (taps, collect_taps, [leaves[i] for i in grads]),
+        scale,
+        guarded=model,
+        differentiable=_derivative_wanted(leaves, model.batch, list(readers.values())),
+    )
+    kept_b = with_zeros(cotangents, collect_taps)
+    uses = [modes[0].uses[number] for number in collected]
+    return _Taken(
+        losses,
+        dict(zip(readers, with_zeros(read, taps), strict=True)),
+        dict(zip(grads, param_grads, strict=True)),
+        list(zip(uses, kept_b, saved, strict=True)),
+        {address(x) for args in saved for x in args if not x.requires_grad},
+        modes[0].route,
+    )
+
+
+def _zeros(tap: Tensor) -> Tensor:
+    """What a tap reads that no cotangent comes to."""
+    return torch.zeros_like(tap)
 
 
 def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:
@@ -251,7 +308,7 @@ def pull_back(
         losses, pullback, aux = out
         with unrounded(losses):
             cotangents = pullback(
-                _like(losses, cotangent),
+                as_cotangent(losses, cotangent),
                 retain_graph=differentiable,
                 create_graph=differentiable,
             )
@@ -262,7 +319,7 @@ def pull_back(
         losses, aux = f(*inputs, guards)
     flat = [x for group in inputs for x in group]
     with unrounded(losses):
-        found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
+        found = gradients(losses, [*flat, *guards], as_cotangent(losses, cotangent))
     unseen = [
         name
         for name, g in zip(guarded.spec.names, found[len(flat) :], strict=True)
@@ -272,12 +329,6 @@ def pull_back(
         raise unseen_use(unseen)
     rest = iter(found)
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
-
-
-def _like(losses: Tensor, cotangent: float | Tensor) -> Tensor:
-    if isinstance(cotangent, Tensor):
-        return cotangent.to(losses)
-    return torch.full_like(losses, cotangent)
 
 
 def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:

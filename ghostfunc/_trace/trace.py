@@ -3,6 +3,7 @@ the samples lie there. `make` makes traces."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -47,6 +48,11 @@ class CallTrace:
     ndim: int = 0
     dtype: torch.dtype = torch.float32
 
+    @functools.cached_property
+    def places(self) -> dict[int, Layout]:
+        """`layouts` by argument."""
+        return dict(self.layouts)
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
@@ -74,6 +80,12 @@ class Trace:
     reorders: bool
     statistics: bool
     reads: bool
+
+    @functools.cached_property
+    def derived_from(self) -> frozenset[int]:
+        """Tracked tensors that others derive from, by number: parameters have the first ones."""
+        derived = (call for call in self.calls if call.kind != "use")
+        return frozenset(number for call in derived for number in call.numbers)
 
 
 Pattern: TypeAlias = tuple[Any, ...]

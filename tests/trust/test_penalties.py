@@ -74,9 +74,7 @@ MODELS: list[Model] = [
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
 def test_penalised(model: Model) -> None:
-    params = weights(
-        k=(4, 4, 3), b=(4,), grouped=(4, 2, 3), planes=(3, 1, 2, 2), bi=(3, 4, 4)
-    )
+    params = weights(k=(4, 4, 3), b=(4,), grouped=(4, 2, 3), planes=(3, 1, 2, 2), bi=(3, 4, 4))
 
     def draw(n: int) -> Tensor:
         return torch.randn(n, 4, 5, generator=Generator().manual_seed(n), dtype=torch.float64)
