@@ -13,9 +13,17 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
-from ghostfunc._base.torch_private import address, in_transform, symbolic, unrounded, wrapped
+from ghostfunc._base.torch_private import (
+    address,
+    divide_all,
+    in_transform,
+    symbolic,
+    unrounded,
+    wrapped,
+)
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors import contract
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
@@ -68,6 +76,7 @@ def run(
     defer: Collection[int] = (),
     scale: float | Tensor = 1.0,
     outlives: bool = False,
+    summed: Collection[int] = (),
     randomness: Randomness = "error",
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
@@ -75,7 +84,8 @@ def run(
     `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
     `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
-    call have memory of their own.
+    call have memory of their own. The values of quantities that are `summed` over parameters are
+    one in all.
     """
     asked = partial(
         _run,
@@ -85,6 +95,7 @@ def run(
         scale=scale,
         defer=defer,
         outlives=outlives,
+        summed=summed,
     )
 
     def use(model: TracedModel) -> RunResult:
@@ -131,6 +142,7 @@ def _run(
     defer: Collection[int] = (),
     *,
     outlives: bool = False,
+    summed: Collection[int] = (),
     refresh: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
@@ -146,14 +158,15 @@ def _run(
     kept = {*collect, *(i for _, i in met)}
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
-    backward = _by_cotangents if in_transform() else _by_sinks
-    taken = backward(model, own, grads, kept, scale, refresh=refresh)
+    followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
+    backward = _by_cotangents if followed else _by_sinks
+    taken = backward(model, own, grads, kept, scale, summed, refresh=refresh)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(taken.untapped)
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
     for (q, i), value in taken.values.items():
-        values[q][i] = _unscaled(value, scale, quantities[q].degree)
+        values[q][i] = value
     out_grads: list[Any] = [None] * len(leaves)
     for i, grad in taken.grads.items():
         out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
@@ -167,8 +180,12 @@ def _run(
         found = at_leaves(at_once)
         factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
         for q, i in met:
-            value = readers[q][i].read_all(factors[i])
-            values[q][i] = _unscaled(value, scale, quantities[q].degree)
+            values[q][i] = readers[q][i].read_all(factors[i])
+    for q, quantity in enumerate(quantities):
+        if q in summed:
+            pieces = [*taken.pieces.get(q, ()), *(x for x in values[q] if x is not None)]
+            values[q] = [contract.add_up(pieces)] if pieces else []
+        values[q] = _unscaled(values[q], scale, quantity.degree)
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) for i in range(len(leaves))]
@@ -181,6 +198,7 @@ class _Taken:
 
     Attributes:
         values: what was read, not unscaled yet.
+        pieces: of quantities that are summed over parameters, what is to be added up.
         grads: of the parameters asked for; None stands for zero.
         kept: of every use that is collected the use, its output's cotangent and its arguments.
         untapped: addresses of arguments that no tap comes before.
@@ -188,6 +206,7 @@ class _Taken:
 
     losses: Tensor
     values: dict[ReaderKey, Tensor]
+    pieces: dict[int, list[Tensor]]
     grads: dict[int, Tensor | None]
     kept: list[tuple[Use, Tensor, list[Tensor]]]
     untapped: set[int]
@@ -200,21 +219,30 @@ def _by_sinks(
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
+    summed: Collection[int],
     *,
     refresh: bool,
 ) -> _Taken:
-    """Outside transforms: taps add up what they read themselves."""
+    """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
     running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
-    poured = pour(model, readers, grads=grads, running=running, collect=collect, cotangent=scale)
-    values = {
-        key: poured.values[key] if key in poured.values else _zeros(reader.tap(leaves[key[1]], n))
-        for key, reader in readers.items()
-    }
+    poured = pour(
+        model,
+        readers,
+        grads=grads,
+        running=running,
+        collect=collect,
+        cotangent=scale,
+        summed=summed,
+    )
+    values, pieces = poured.sinks.values, poured.sinks.pieces
+    for key, reader in readers.items():
+        if key not in values and key[0] not in pieces:
+            values[key] = torch.zeros_like(reader.tap(leaves[key[1]], n))
     uses = [use for use in poured.mode.uses if use.collecting is not None]
     kept = [(use, poured.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
     untapped = {address(x) for use in uses for x in use.arg_tensors if not x.requires_grad}
-    return _Taken(poured.losses, values, poured.grads, kept, untapped, poured.mode.route)
+    return _Taken(poured.losses, values, pieces, poured.grads, kept, untapped, poured.mode.route)
 
 
 def _by_cotangents(
@@ -223,21 +251,27 @@ def _by_cotangents(
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
+    summed: Collection[int],
     *,
     refresh: bool,
 ) -> _Taken:
-    """Inside transforms, which follow the cotangents of zero taps."""
+    """Inside transforms and while a program is compiled: both follow the cotangents of zero taps."""
     leaves, spec, n = model.leaves, model.spec, model.n
     taps = [reader.tap(leaves[i], n) for (_, i), reader in readers.items()]
     collected = collecting_outputs(model, collect, refresh=refresh)
     modes: list[TapMode] = []
 
     def tapped(
-        taps: list[Tensor], collect_taps: list[Tensor], primals: list[Tensor]
+        taps: list[Tensor],
+        collect_taps: list[Tensor],
+        primals: list[Tensor],
+        guards: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[list[Tensor]]]:
         tracked = constants(leaves, spec)
         for i, primal in zip(grads, primals, strict=True):
             tracked[i].grad = tracked[i].shown = primal
+        for leaf, guard in zip(tracked, guards, strict=False):
+            leaf.shown = guard
         for key, reader in readers.items():
             tracked[key[1]].readers[key] = (reader, reader)
         mode = TapMode(
@@ -252,8 +286,11 @@ def _by_cotangents(
         mode.finish()
         check_losses(losses, n)
         modes.append(mode)
-        # An enclosing transform may differentiate what is made of them.
-        return losses, [mode.uses[number].arg_tensors for number in collected]
+        # An enclosing transform may differentiate what is made of them; without one they would keep
+        # the whole graph alive.
+        nested = in_transform()
+        args = [mode.uses[number].arg_tensors for number in collected]
+        return losses, [[x if nested else x.detach() for x in row] for row in args]
 
     collect_taps = [output.tap(n) for output in collected.values()]
     losses, (read, cotangents, param_grads), saved = pull_back(
@@ -268,16 +305,12 @@ def _by_cotangents(
     return _Taken(
         losses,
         dict(zip(readers, with_zeros(read, taps), strict=True)),
+        {},
         dict(zip(grads, param_grads, strict=True)),
         list(zip(uses, kept_b, saved, strict=True)),
         {address(x) for args in saved for x in args if not x.requires_grad},
         modes[0].route,
     )
-
-
-def _zeros(tap: Tensor) -> Tensor:
-    """What a tap reads that no cotangent comes to."""
-    return torch.zeros_like(tap)
 
 
 def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:
@@ -331,10 +364,12 @@ def pull_back(
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
 
 
-def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:
+def _unscaled(values: list[Any], scale: float | Tensor, degree: int) -> list[Any]:
     if isinstance(scale, Tensor) or scale == 1.0:
-        return value
-    return value / scale**degree
+        return values
+    read = [x for x in values if x is not None]
+    divided = iter(divide_all(read, scale**degree))
+    return [None if x is None else next(divided) for x in values]
 
 
 def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:

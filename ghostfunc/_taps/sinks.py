@@ -20,6 +20,7 @@ from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.tap import ANCHOR, Sinks, Use
 from ghostfunc._trace.find import TracedModel
 from ghostfunc._trace.probe import unseen_use
@@ -33,13 +34,12 @@ class Poured:
 
     Attributes:
         losses: `[n]`.
-        values: what was read; nothing for parameters that the losses do not depend on.
         grads: gradients of the parameters asked for, by number; None stands for zero.
         mode: the mode that watched the run; its `uses` have what is kept of them.
+        sinks: with what was read; nothing for parameters that the losses do not depend on.
     """
 
     losses: Tensor
-    values: dict[ReaderKey, Tensor]
     grads: dict[int, Tensor | None]
     mode: TapMode
     sinks: Sinks
@@ -59,6 +59,7 @@ def pour(
     running: dict[int, RunningTotal],
     collect: Collection[int],
     cotangent: float | Tensor,
+    summed: Collection[int],
 ) -> Poured:
     """Run a model under taps, outside transforms, and pull its losses back by plain autograd.
 
@@ -67,9 +68,10 @@ def pour(
         grads: parameters whose training gradient is wanted; those of `running` are added up there.
         collect: parameters the cotangents of whose uses are kept.
         cotangent: of the losses.
+        summed: quantities that are added up over parameters.
     """
     leaves, spec = model.leaves, model.spec
-    sinks = Sinks(frozenset(collect))
+    sinks = Sinks(frozenset(collect), frozenset(summed), Straight() if summed else None)
     anchor = leaves[0].new_empty(()).requires_grad_()
     guards = [x.detach().requires_grad_() for x in leaves]
     # A gradient that comes by way of derived tensors is autograd's to add up.
@@ -95,6 +97,8 @@ def pour(
     with unrounded(losses):
         given = [*primals.values(), *guards, anchor]
         found = gradients(losses, given, as_cotangent(losses, cotangent))
+        if sinks.straight is not None:
+            sinks.straight.finish(sinks.add)
     unseen = [
         name for name, g in zip(spec.names, found[len(primals) : -1], strict=True) if g is not None
     ]
@@ -106,7 +110,7 @@ def pour(
         if total.value is not None:
             whole, beside = total.value.view_as(leaves[i]), out[i]
             out[i] = whole if beside is None else whole.add_(beside)
-    return Poured(losses.detach(), sinks.values, out, mode, sinks)
+    return Poured(losses.detach(), out, mode, sinks)
 
 
 def as_cotangent(losses: Tensor, cotangent: float | Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader
 from ghostfunc._rules.registry import ArgName, BroadcastRule, Factors, rows
+from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, real, shaped
@@ -93,18 +94,27 @@ class Sinks:
 
     Attributes:
         collect: parameters the cotangents of whose uses are kept.
+        summed: quantities that are added up over parameters.
         open: whether the backward pass has begun; what is read before is for nobody.
         values: what was read, added up over uses.
+        pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
+        straight: reads what has a way of its own, where something is `summed`.
     """
 
     collect: frozenset[int]
+    summed: frozenset[int]
+    straight: Straight | None
     open: bool = False
     values: dict[ReaderKey, Tensor] = field(default_factory=dict)
+    pieces: dict[int, list[Tensor]] = field(default_factory=dict)
     cotangents: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, key: ReaderKey, value: Tensor) -> None:
         """Add what one use has of a value."""
+        if key[0] in self.summed:
+            self.pieces.setdefault(key[0], []).append(value)
+            return
         before = self.values.get(key)
         self.values[key] = value if before is None else before + value
 
@@ -202,19 +212,21 @@ class Use:
             sinks.cotangents[self.number] = b
         if not self.reading:
             return out
-        with unrounded(b):
-            factors = self.factors(b, args)
-            for name, target in self.targets:
-                if not target.readers and not target.wants_grad:
-                    continue
-                factor = self._shaped(factors[name](), target)
-                readers = [root if own is None else own for own, root in target.readers.values()]
-                found = _read_all(factor, target, readers)
-                for key, value in zip(target.readers, found, strict=False):
-                    assert value is not None
-                    sinks.add(key, value)
-                if target.grad is not target.const:
-                    out.append(found[-1])
+        factors = self.factors(b, args)
+        for name, target in self.targets:
+            if not target.readers and not target.wants_grad:
+                continue
+            factor = self._shaped(factors[name](), target)
+            straight = sinks.straight
+            if straight is not None and straight.read(self.call, target, factor, sinks.add):
+                continue
+            readers = [root if own is None else own for own, root in target.readers.values()]
+            found = _read_all(factor, target, readers)
+            for key, value in zip(target.readers, found, strict=False):
+                assert value is not None
+                sinks.add(key, value)
+            if target.grad is not target.const:
+                out.append(found[-1])
         return out
 
     def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:

@@ -4,7 +4,7 @@ the samples lie there. `make` makes traces."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +33,7 @@ class CallTrace:
         rule, names: for uses, the op's rule and its names for the tracked arguments.
         layouts: where samples lie in the flattened arguments that carry them.
         out, ndim, dtype: where samples lie in the output, its number of axes, and its dtype.
+        plans: choices made for uses of certain shapes.
     """
 
     func: Callable[..., Any]
@@ -47,6 +48,7 @@ class CallTrace:
     out: Layout = field(default=Layout(0))
     ndim: int = 0
     dtype: torch.dtype = torch.float32
+    plans: dict[Hashable, bool] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def places(self) -> dict[int, Layout]:

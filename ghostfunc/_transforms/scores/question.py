@@ -191,6 +191,7 @@ class Question:
                 quantities,
                 grads=range(len(self.leaves)) if grads else (),
                 scale=1 / batch_size(self.train) if grads else 1.0,
+                summed=() if self.per_param else range(len(readers)),
                 randomness=self.randomness,
             )
             dots = taken.values[: len(readers)]
@@ -229,6 +230,7 @@ class Question:
             piece.val,
             mean=self.reduction == "mean",
             grads=grads,
+            per_param=self.per_param,
             contract_dtype=self.contract_dtype,
         )
         if found is None:
