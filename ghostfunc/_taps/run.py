@@ -163,7 +163,7 @@ def _run(
     taken = backward(model, own, grads, kept, scale, summed, refresh=refresh)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
-        foreign.update(taken.untapped)
+        foreign.update(map(address, taken.untapped))
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
     for (q, i), value in taken.values.items():
         values[q][i] = value
@@ -201,7 +201,7 @@ class _Taken:
         pieces: of quantities that are summed over parameters, what is to be added up.
         grads: of the parameters asked for; None stands for zero.
         kept: of every use that is collected the use, its output's cotangent and its arguments.
-        untapped: addresses of arguments that no tap comes before.
+        untapped: arguments that no tap comes before.
     """
 
     losses: Tensor
@@ -209,7 +209,7 @@ class _Taken:
     pieces: dict[int, list[Tensor]]
     grads: dict[int, Tensor | None]
     kept: list[tuple[Use, Tensor, list[Tensor]]]
-    untapped: set[int]
+    untapped: list[Tensor]
     route: Hashable
 
 
@@ -241,7 +241,7 @@ def _by_sinks(
             values[key] = torch.zeros_like(reader.tap(leaves[key[1]], n))
     uses = [use for use in poured.mode.uses if use.collecting is not None]
     kept = [(use, poured.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
-    untapped = {address(x) for use in uses for x in use.arg_tensors if not x.requires_grad}
+    untapped = [x for use in uses for x in use.arg_tensors if not x.requires_grad]
     return _Taken(poured.losses, values, pieces, poured.grads, kept, untapped, poured.mode.route)
 
 
@@ -255,7 +255,7 @@ def _by_cotangents(
     *,
     refresh: bool,
 ) -> _Taken:
-    """Inside transforms and while a program is compiled: both follow the cotangents of zero taps."""
+    """In transforms and in programs being compiled, which follow the cotangents of zero taps."""
     leaves, spec, n = model.leaves, model.spec, model.n
     taps = [reader.tap(leaves[i], n) for (_, i), reader in readers.items()]
     collected = collecting_outputs(model, collect, refresh=refresh)
@@ -308,7 +308,7 @@ def _by_cotangents(
         {},
         dict(zip(grads, param_grads, strict=True)),
         list(zip(uses, kept_b, saved, strict=True)),
-        {address(x) for args in saved for x in args if not x.requires_grad},
+        [x for args in saved for x in args if not x.requires_grad],
         modes[0].route,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._base.purity import check_losses
+from ghostfunc._base.purity import check_finite, check_shape
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
@@ -92,13 +92,14 @@ def pour(
     with torch.enable_grad(), mode:
         losses = model.model_fn(params, model.batch)
     mode.finish()
-    check_losses(losses, model.n)
+    check_shape(losses, model.n)
     sinks.open = True  # the model may have pulled something back itself
     with unrounded(losses):
         given = [*primals.values(), *guards, anchor]
         found = gradients(losses, given, as_cotangent(losses, cotangent))
         if sinks.straight is not None:
             sinks.straight.finish(sinks.add)
+    check_finite(losses)  # waits for the device, which has all it has to do
     unseen = [
         name for name, g in zip(spec.names, found[len(primals) : -1], strict=True) if g is not None
     ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
-from ghostfunc._base.remembered import memory, shapes_key
+from ghostfunc._base.remembered import memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree
@@ -100,12 +100,22 @@ def in_one_run(
 ) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
     for two."""
-    if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
+    if in_transform() or _difference(train, val) is not None:
         return None
+    remembered = memory(model_fn)
+    key = (
+        "one run",
+        *(structure(model_fn, spec, leaves, batch, "error") for batch in (train, val)),
+        shapes_key((train, val, leaves)),
+    )
+    if key not in remembered:
+        if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
+            return None
+        uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
+        trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
+        remembered[key] = [i for i, met in enumerate(uses) if len(met) > 1]
+    shared: list[int] = remembered[key]
     n, m = batch_size(train), batch_size(val)
-    uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-    trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
-    shared = [i for i, met in enumerate(uses) if len(met) > 1]
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = leaves[0].new_full((n + m,), scales[0], dtype=torch.float64)
     weights[n:].fill_(scales[1])
@@ -126,7 +136,8 @@ def in_one_run(
         return None  # two runs raise, and say whose loss it is
     if (company := _company(found.trace)) is not None:
         # The joined batch took another way than either batch by itself.
-        memory(model_fn)[_key(leaves, train, val)] = company
+        remembered[_key(leaves, train, val)] = company
+        remembered.pop(key, None)
         return None
     dots = found.dots if per_param else [add_up(found.dots)]
     dots = dots if scales[0] == 1 else divide_all(dots, scales[0])
