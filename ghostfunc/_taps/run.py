@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
 from ghostfunc._base.torch_private import (
     address,
@@ -77,6 +78,7 @@ def run(
     scale: float | Tensor = 1.0,
     outlives: bool = False,
     summed: Collection[int] = (),
+    finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
@@ -85,8 +87,9 @@ def run(
     `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
     call have memory of their own. The values of quantities that are `summed` over parameters are
-    one in all.
+    one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
     """
+    own = FiniteLosses() if finite is None else finite
     asked = partial(
         _run,
         quantities=quantities,
@@ -96,6 +99,7 @@ def run(
         defer=defer,
         outlives=outlives,
         summed=summed,
+        finite=own,
     )
 
     def use(model: TracedModel) -> RunResult:
@@ -105,6 +109,8 @@ def run(
             return asked(model, refresh=True)
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    if finite is None or taken.route is not None or model.trace.statistics:
+        own.look()
     compiling = any(map(symbolic, tensors_of(batch)))
     if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
         raise TransformError(
@@ -143,6 +149,7 @@ def _run(
     *,
     outlives: bool = False,
     summed: Collection[int] = (),
+    finite: FiniteLosses | None = None,
     refresh: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
@@ -160,7 +167,9 @@ def _run(
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
     backward = _by_cotangents if followed else _by_sinks
-    taken = backward(model, own, grads, kept, scale, summed, refresh=refresh)
+    taken = backward(
+        model, own, grads, kept, scale, summed, finite or FiniteLosses(), refresh=refresh
+    )
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
@@ -220,6 +229,7 @@ def _by_sinks(
     collect: Collection[int],
     scale: float | Tensor,
     summed: Collection[int],
+    finite: FiniteLosses,
     *,
     refresh: bool,
 ) -> _Taken:
@@ -234,6 +244,7 @@ def _by_sinks(
         collect=collect,
         cotangent=scale,
         summed=summed,
+        finite=finite,
     )
     values, pieces = poured.sinks.values, poured.sinks.pieces
     for key, reader in readers.items():
@@ -252,6 +263,7 @@ def _by_cotangents(
     collect: Collection[int],
     scale: float | Tensor,
     summed: Collection[int],
+    finite: FiniteLosses,
     *,
     refresh: bool,
 ) -> _Taken:

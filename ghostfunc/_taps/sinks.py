@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._base.purity import check_finite, check_shape
+from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.purity import check_shape
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
@@ -60,6 +61,7 @@ def pour(
     collect: Collection[int],
     cotangent: float | Tensor,
     summed: Collection[int],
+    finite: FiniteLosses,
 ) -> Poured:
     """Run a model under taps, outside transforms, and pull its losses back by plain autograd.
 
@@ -69,6 +71,7 @@ def pour(
         collect: parameters the cotangents of whose uses are kept.
         cotangent: of the losses.
         summed: quantities that are added up over parameters.
+        finite: gets the losses, to look at them later.
     """
     leaves, spec = model.leaves, model.spec
     sinks = Sinks(frozenset(collect), frozenset(summed), Straight() if summed else None)
@@ -99,7 +102,7 @@ def pour(
         found = gradients(losses, given, as_cotangent(losses, cotangent))
         if sinks.straight is not None:
             sinks.straight.finish(sinks.add)
-    check_finite(losses)  # waits for the device, which has all it has to do
+    finite.add(losses)
     unseen = [
         name for name, g in zip(spec.names, found[len(primals) : -1], strict=True) if g is not None
     ]

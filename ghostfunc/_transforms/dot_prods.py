@@ -44,6 +44,7 @@ def ghost_dot_prod(
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> PyTree:
     """Dot products of every train sample's gradient with the validation gradient.
 
@@ -87,6 +88,9 @@ def ghost_dot_prod(
             chunk of `train` is run once for every chunk of `val`. None also allows one run of both
             batches, where they are alike and the validation samples few.
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
+        check_finite: whether to look for losses that are NaN or infinite, which waits for the
+            device once, when all is queued. Without it nothing waits: look at what is returned.
+            Ghost mode only.
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`), float32 or wider; for `per_param` a pytree like
@@ -132,6 +136,7 @@ def ghost_dot_prod(
         contract_dtype=contract_dtype,
         chunk_size=chunk_size,
         randomness=randomness,
+        check_finite=check_finite,
     )
     return asked.positions() if per_position else asked.scores()
 
@@ -152,6 +157,7 @@ def ghost_value_and_grad(
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> GhostStep:
     """One training step's losses, gradient and scores, from one backward pass over `train` (and
     over `val`, the same one where the batches are alike).
@@ -183,6 +189,7 @@ def ghost_value_and_grad(
         contract_dtype=contract_dtype,
         chunk_size=chunk_size,
         randomness=randomness,
+        check_finite=check_finite,
     )
     losses, grads, scores = asked.step()
     return GhostStep(losses, asked.spec.unflatten(grads), scores)
@@ -203,6 +210,7 @@ def ghost_cosine(
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> PyTree:
     """Cosines between every train sample's gradient and the validation gradient.
 
@@ -228,6 +236,8 @@ def ghost_cosine(
             it, in dot products and in norms, as in `ghost_dot_prod` and `ghost_norm`.
         chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.
         randomness: "error" or "different".
+        check_finite: as in `ghost_dot_prod`. Without it cosines of gradients whose square over- or
+            underflows are NaN.
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`) in [-1, 1]; for `per_param` a pytree like `params`
@@ -252,4 +262,5 @@ def ghost_cosine(
         contract_dtype=contract_dtype,
         chunk_size=chunk_size,
         randomness=randomness,
+        check_finite=check_finite,
     ).scores()

@@ -16,6 +16,7 @@ from torch import Tensor
 from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.remembered import memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
@@ -97,6 +98,7 @@ def in_one_run(
     grads: bool,
     per_param: bool,
     contract_dtype: ContractDtype,
+    check_finite: bool,
 ) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
     for two."""
@@ -131,6 +133,7 @@ def in_one_run(
             weights,
             grads=grads,
             per_param=per_param,
+            finite=FiniteLosses(check_finite),
         )
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
@@ -168,6 +171,7 @@ def _run(
     *,
     grads: bool,
     per_param: bool,
+    finite: FiniteLosses,
 ) -> _Found:
     """One run of a batch of both. The parameters `shared` are read at its end."""
     single = [i for i in range(len(leaves)) if i not in shared]
@@ -182,6 +186,7 @@ def _run(
         collect=shared,
         scale=weights,
         summed=() if per_param else (0,),
+        finite=finite,
     )
     dots, out = list(result.values[0]), list(result.grads)
     for i in shared:
@@ -194,6 +199,7 @@ def _run(
             dots.append(read)
         if total is not None:
             out[i] = total.view_as(leaves[i])
+    finite.look()
     return _Found(result.losses, out, dots, result.trace)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
@@ -37,6 +38,7 @@ def validation_readers(
     reduction: Reduction,
     grads: bool,
     contract_dtype: ContractDtype = None,
+    finite: FiniteLosses | None = None,
     randomness: Randomness,
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
@@ -81,6 +83,7 @@ def validation_readers(
         collect=factored,
         defer=deferred,
         scale=1.0 if apart else mean,
+        finite=finite,
         randomness=randomness,
     )
     after = mean if apart else 1.0
