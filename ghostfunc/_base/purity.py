@@ -4,6 +4,7 @@ that depends on no other sample. Every mode asks for it once per structure."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -246,6 +247,13 @@ def coupled_samples(observed: str) -> CoupledSamplesError:
 
 def check_losses(losses: object, n: int) -> Tensor:
     """`losses`, if they are one finite float per sample."""
+    checked = check_shape(losses, n)
+    check_finite(checked)
+    return checked
+
+
+def check_shape(losses: object, n: int) -> Tensor:
+    """`losses`, if they are one float per sample, finite or not."""
     if not isinstance(losses, Tensor):
         raise LossShapeError(
             f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
@@ -257,7 +265,6 @@ def check_losses(losses: object, n: int) -> Tensor:
             f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
             'samples (use reduction="none", then average over each sample\'s own positions).'
         )
-    check_finite(losses)
     return losses
 
 
@@ -266,6 +273,8 @@ def check_finite(losses: Tensor) -> None:
     what it returns is not finite either."""
     if symbolic(losses):
         return
+    if not batched(losses) and math.isfinite(losses.detach().sum().item()):
+        return  # one wait for the device; what is to be said of other losses takes more
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()

@@ -178,6 +178,14 @@ PACK_PADDED_SEQUENCE: Any = torch._pack_padded_sequence
 GROUPED_MM: Any = torch._grouped_mm
 """What transformers' mixture-of-experts layers called before `F.grouped_mm`."""
 
+
+def divide_all(tensors: Sequence[Tensor], by: float) -> list[Tensor]:
+    """Every tensor divided by a number, in one call where no transform watches."""
+    if not tensors or in_transform():
+        return [x / by for x in tensors]
+    return list(torch._foreach_div(list(tensors), by))
+
+
 # --- the compiler ---------------------------------------------------------------------------------
 
 

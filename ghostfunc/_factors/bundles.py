@@ -101,12 +101,15 @@ def summed(bundle: Bundle, contract_dtype: ContractDtype = None) -> Tensor:
     return out
 
 
-def weighted_total(bundle: Bundle, weights: Tensor) -> Tensor:
+def weighted_total(bundle: Bundle, weights: Tensor, *, finite: bool = False) -> Tensor:
     """`sum_i w_i g_i`, in the shape of the first factor.
 
     Samples of weight zero are left out: whatever their gradients hold, they cost and spoil nothing.
+    Of gradients that are taken to be `finite`, nobody asks which: that would wait for the device.
     """
-    if symbolic(weights):
+    if finite:
+        pass
+    elif symbolic(weights):
         bundle = [_blanked(f, weights == 0) for f in bundle]
     elif bool((weights == 0).any()):
         kept = weights.nonzero().flatten()

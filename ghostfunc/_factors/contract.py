@@ -172,6 +172,8 @@ def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
 
 def add_up(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of one or more tensors."""
+    if len(tensors) > 2 and all(x.ndim == 1 for x in tensors):
+        return torch.stack(list(tensors)).sum(0)  # two calls, however many there are
     out = tensors[0]
     for x in tensors[1:]:
         out = out + x

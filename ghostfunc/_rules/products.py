@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._factors.factor import Dense, Outer
+from ghostfunc._factors.factor import Dense, Factor, Outer
 from ghostfunc._rules.contraction import BATCH_LETTERS, explicit, products
 from ghostfunc._rules.registry import Factors, register_rule, rows, sum_to
 
@@ -22,11 +22,13 @@ from ghostfunc._rules.registry import Factors, register_rule, rows, sum_to
 def linear(b: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Factors:
     if weight.ndim == 2:  # a single output feature, without an axis of its own
         b, weight = b[..., None], weight[:, None]
-    factors = products(
-        b, explicit("...a,Pa->...P", input, weight), {"input": input, "weight": weight}
-    )
+
+    def of_input() -> Factor:
+        equation = explicit("...a,Pa->...P", input, weight)
+        return products(b, equation, {"input": input, "weight": weight})["input"]()
+
     return {
-        **factors,
+        "input": of_input,
         "weight": lambda: Outer(rows(b), rows(input)),
         "bias": lambda: Dense(wide(rows(b)).sum(1)),
     }
@@ -87,6 +89,10 @@ def inner(b: Tensor, input: Tensor, other: Tensor) -> Factors:
     return products(b, f"{left}a,{right}a->{left}{right}", {"input": input, "other": other})
 
 
+def _scaled(x: Tensor, c: float) -> Tensor:
+    return x if c == 1 else c * x
+
+
 # --- products added to something ----------------------------------------------------------------
 
 
@@ -95,7 +101,7 @@ def _added(
 ) -> Factors:
     return {
         **products(b if alpha == 1 else alpha * b, equation, operands),
-        "input": lambda: Dense(beta * sum_to(b, input.shape[1:])),
+        "input": lambda: Dense(_scaled(sum_to(b, input.shape[1:]), beta)),
     }
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,7 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
-from ghostfunc._taps.tap import StaleOutputs, Use, UseOutput, output_of
+from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, output_of
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
@@ -31,7 +32,7 @@ class TapMode(TrackingMode):
     """Runs a traced model with a tap at every use.
 
     `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
-    `note_outputs` fills `outputs`, for shapes and costs.
+    `note_outputs` fills `outputs`, for shapes and costs. With `sinks`, what taps read goes there.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class TapMode(TrackingMode):
         collect: dict[int, Tensor],
         *,
         note_outputs: bool = False,
+        sinks: Sinks | None = None,
     ) -> None:
         super().__init__(leaves)
+        self.sinks = sinks
         self._note_outputs = note_outputs
         self._trace = trace
         self._entry = 0
@@ -185,15 +188,25 @@ class TapMode(TrackingMode):
         tap = self.collect.get(len(self.uses))
         if tap is not None and tap.shape != y.shape:
             raise StaleOutputs
-        use = Use(call, self._n, targets, args, treedef, axis, tap)
+        number = len(self.uses)
+        use = Use(call, self._n, targets, args, treedef, axis, tap, number, self.sinks)
+        if self.sinks is not None and self.sinks.collects(targets):
+            use.collecting = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
         self.uses.append(use)
         if self._note_outputs:
             self.outputs.append(output_of(use, y, axis))
         if self._tapping:
             y = use.tap(y, self.taps)
-        if tap is None:
+        if tap is None and use.collecting is None:
             use.release()
         return y
+
+    def tap_keys(self, uses: Iterable[Use]) -> list[ReaderKey]:
+        """Which of the taps some uses have."""
+        if self.sinks is not None:
+            return [ANCHOR]
+        targets = (target for use in uses for _, target in use.targets)
+        return list(dict.fromkeys(key for target in targets for key in target.readers))
 
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         y = call.run(func, call.consts())
@@ -202,7 +215,9 @@ class TapMode(TrackingMode):
         self._check_layout(expected.out, y)
         for i, layout in expected.layouts:
             self._check_layout(layout, call.leaves[i])
-        args = call.stacked(dict(expected.layouts), self._n)
+        args = list(call.leaves)
+        for i, tracked in zip(call.hits, call.tracked, strict=True):
+            args[i] = tracked.const
         targets = list(zip(expected.names, call.tracked, strict=True))
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import close, coupled_samples, distinct
+from ghostfunc._base.purity import check_finite, close, coupled_samples, distinct
 from ghostfunc._base.remembered import memory, shapes_key
 from ghostfunc._base.torch_private import symbolic, unrounded
 from ghostfunc._base.trees import take, tensors_of
@@ -128,6 +128,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
     if known and check == "new" and not by_values:
         return
+    check_finite(claim.losses)
     error = _mismatch(claim, randomness)
     if isinstance(error, CoupledSamplesError):
         raise error

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import check_losses
 from ghostfunc._base.torch_private import (
     address,
+    divide_all,
     in_transform,
     innermost,
     symbolic,
@@ -23,6 +25,7 @@ from ghostfunc._base.torch_private import (
 )
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
+from ghostfunc._factors import contract
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
@@ -30,7 +33,8 @@ from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.proof import Claim, prove
-from ghostfunc._taps.tap import StaleOutputs
+from ghostfunc._taps.sinks import as_cotangent, pour
+from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.probe import unseen_use
@@ -75,6 +79,8 @@ def run(
     scale: float | Tensor = 1.0,
     outlives: bool = False,
     check: Check = "new",
+    summed: Collection[int] = (),
+    finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
@@ -82,8 +88,10 @@ def run(
     `grads` and `collect` are the parameters whose gradient, or whose factors, are wanted; those of
     `defer`, some of `collect`, are not pulled back through derived tensors yet. With a `scale`
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
-    call have memory of their own.
+    call have memory of their own. The values of quantities that are `summed` over parameters are
+    one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
     """
+    own = FiniteLosses() if finite is None else finite
     asked = partial(
         _run,
         quantities=quantities,
@@ -92,6 +100,8 @@ def run(
         scale=scale,
         defer=defer,
         outlives=outlives,
+        summed=summed,
+        finite=own,
     )
 
     def use(model: TracedModel) -> RunResult:
@@ -103,6 +113,8 @@ def run(
         return taken
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    if finite is None:
+        own.look()
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return taken
@@ -132,10 +144,12 @@ def _run(
     defer: Collection[int] = (),
     *,
     outlives: bool = False,
+    summed: Collection[int] = (),
+    finite: FiniteLosses | None = None,
     refresh: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
-    leaves, spec, n = model.leaves, model.spec, model.n
+    leaves, spec = model.leaves, model.spec
     readers = [q.readers(leaves, spec) for q in quantities]
     keys: list[ReaderKey] = []
     met: list[ReaderKey] = []
@@ -144,12 +158,116 @@ def _run(
             # Not linear in the gradient, a quantity needs all uses of a parameter together.
             together = quantities[q].degree > 1 and model.trace.uses[i] > 1
             (met if together else keys).append((q, i))
-    taps = [readers[q][i].tap(leaves[i], n) for q, i in keys]
     kept = {*collect, *(i for _, i in met)}
-    collected = collecting_outputs(model, kept, refresh=refresh)
-    modes: list[TapMode] = []
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
+    own = {(q, i): readers[q][i] for q, i in keys}
+    followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
+    backward = _by_cotangents if followed else _by_sinks
+    taken = backward(
+        model, own, grads, kept, scale, summed, finite or FiniteLosses(), refresh=refresh
+    )
+    losses = taken.losses
+    if outlives:  # what no tap comes before may be the caller's memory
+        foreign.update(map(address, taken.untapped))
+    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
+    for (q, i), value in taken.values.items():
+        values[q][i] = value
+    out_grads: list[Any] = [None] * len(leaves)
+    for i, grad in taken.grads.items():
+        out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+    at_once: list[tuple[Tracked, Factor]] = []
+    later: list[tuple[Tracked, Factor]] = []
+    with unrounded(losses):
+        for use, b, tensors in taken.kept:
+            for name, target in use.targets:
+                pairs = at_once if target.leaves().isdisjoint(defer) else later
+                pairs.append((target, use.factor(name, target, b, tensors)))
+        found = at_leaves(at_once)
+        factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
+        for q, i in met:
+            values[q][i] = readers[q][i].read_all(factors[i])
+    for q, quantity in enumerate(quantities):
+        if q in summed:
+            pieces = [*taken.pieces.get(q, ()), *(x for x in values[q] if x is not None)]
+            values[q] = [contract.add_up(pieces)] if pieces else []
+        values[q] = _unscaled(values[q], scale, quantity.degree)
+    if outlives:
+        factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
+    deferred = [_deferred(i, later) for i in range(len(leaves))]
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a forward and a backward pass under taps leave.
+
+    Attributes:
+        values: what was read, not unscaled yet.
+        pieces: of quantities that are summed over parameters, what is to be added up.
+        grads: of the parameters asked for; None stands for zero.
+        kept: of every use that is collected the use, its output's cotangent and its arguments.
+        untapped: arguments that no tap comes before.
+    """
+
+    losses: Tensor
+    values: dict[ReaderKey, Tensor]
+    pieces: dict[int, list[Tensor]]
+    grads: dict[int, Tensor | None]
+    kept: list[tuple[Use, Tensor, list[Tensor]]]
+    untapped: list[Tensor]
+    way: Hashable
+
+
+def _by_sinks(
+    model: TracedModel,
+    readers: dict[ReaderKey, Any],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float | Tensor,
+    summed: Collection[int],
+    finite: FiniteLosses,
+    *,
+    refresh: bool,
+) -> _Taken:
+    """Elsewhere: taps add up what they read themselves."""
+    leaves, n = model.leaves, model.n
     running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
+    poured = pour(
+        model,
+        readers,
+        grads=grads,
+        running=running,
+        collect=collect,
+        cotangent=scale,
+        summed=summed,
+        finite=finite,
+    )
+    values, pieces = poured.sinks.values, poured.sinks.pieces
+    for key, reader in readers.items():
+        if key not in values and key[0] not in pieces:
+            values[key] = torch.zeros_like(reader.tap(leaves[key[1]], n))
+    uses = [use for use in poured.mode.uses if use.collecting is not None]
+    kept = [(use, poured.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
+    untapped = [x for use in uses for x in use.arg_tensors if not x.requires_grad]
+    return _Taken(poured.losses, values, pieces, poured.grads, kept, untapped, poured.mode.way)
+
+
+def _by_cotangents(
+    model: TracedModel,
+    readers: dict[ReaderKey, Any],
+    grads: Collection[int],
+    collect: Collection[int],
+    scale: float | Tensor,
+    summed: Collection[int],
+    finite: FiniteLosses,
+    *,
+    refresh: bool,
+) -> _Taken:
+    """In transforms and in programs being compiled, which follow the cotangents of zero taps."""
+    leaves, spec, n = model.leaves, model.spec, model.n
+    taps = [reader.tap(leaves[i], n) for (_, i), reader in readers.items()]
+    collected = collecting_outputs(model, collect, refresh=refresh)
+    modes: list[TapMode] = []
 
     def tapped(
         taps: list[Tensor],
@@ -162,13 +280,13 @@ def _run(
             tracked[i].grad = tracked[i].shown = primal
         for leaf, guard in zip(tracked, guards, strict=False):
             leaf.shown = guard
-        for q, i in keys:
-            tracked[i].readers[q, i] = (readers[q][i], readers[q][i])
+        for key, reader in readers.items():
+            tracked[key[1]].readers[key] = (reader, reader)
         mode = TapMode(
             model.trace,
             tracked,
             n,
-            dict(zip(keys, taps, strict=True)),
+            dict(zip(readers, taps, strict=True)),
             dict(zip(collected, collect_taps, strict=True)),
         )
         with mode:
@@ -176,53 +294,31 @@ def _run(
         mode.finish()
         check_losses(losses, n)
         modes.append(mode)
-        for i, total in running.items():  # the model may have pulled something back itself
-            tracked[i].running = total
         # An enclosing transform may differentiate what is made of them; without one they would keep
         # the whole graph alive.
         nested = in_transform()
-        kept_args = [mode.uses[s].arg_tensors for s in collected]
-        if outlives:  # what no tap comes before may be the caller's memory
-            foreign.update(address(x) for args in kept_args for x in args if not x.requires_grad)
-        return losses, [[x if nested else x.detach() for x in args] for args in kept_args]
+        args = [mode.uses[number].arg_tensors for number in collected]
+        return losses, [[x if nested else x.detach() for x in row] for row in args]
 
     collect_taps = [output.tap(n) for output in collected.values()]
-    losses, (tap_cotangents, collected_b, param_grads), saved = pull_back(
+    losses, (read, cotangents, param_grads), saved = pull_back(
         tapped,
         (taps, collect_taps, [leaves[i] for i in grads]),
         scale,
         guarded=model,
-        differentiable=_derivative_wanted(leaves, model.batch, readers),
+        differentiable=_derivative_wanted(leaves, model.batch, list(readers.values())),
     )
-
-    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
-    for (q, i), value in zip(keys, with_zeros(tap_cotangents, taps), strict=True):
-        values[q][i] = _unscaled(value, scale, quantities[q].degree)
-    out_grads: list[Any] = [None] * len(leaves)
-    for i, grad in zip(grads, param_grads, strict=True):
-        whole = running[i].value if i in running else None
-        if whole is not None:
-            whole = whole.view_as(leaves[i])
-            grad = whole if grad is None else whole.add_(grad)
-        out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
-    at_once: list[tuple[Tracked, Factor]] = []
-    later: list[tuple[Tracked, Factor]] = []
-    with unrounded(losses):
-        kept_b = with_zeros(collected_b, collect_taps)
-        for number, b, tensors in zip(collected, kept_b, saved, strict=True):
-            use = modes[0].uses[number]
-            for name, target in use.targets:
-                pairs = at_once if target.leaves().isdisjoint(defer) else later
-                pairs.append((target, use.factor(name, target, b, tensors)))
-        found = at_leaves(at_once)
-        factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
-        for q, i in met:
-            value = readers[q][i].read_all(factors[i])
-            values[q][i] = _unscaled(value, scale, quantities[q].degree)
-    if outlives:
-        factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
-    deferred = [_deferred(i, later) for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, modes[0].way)
+    kept_b = with_zeros(cotangents, collect_taps)
+    uses = [modes[0].uses[number] for number in collected]
+    return _Taken(
+        losses,
+        dict(zip(readers, with_zeros(read, taps), strict=True)),
+        {},
+        dict(zip(grads, param_grads, strict=True)),
+        list(zip(uses, kept_b, saved, strict=True)),
+        [x for args in saved for x in args if not x.requires_grad],
+        modes[0].way,
+    )
 
 
 def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:
@@ -254,7 +350,7 @@ def pull_back(
         losses, pullback, aux = out
         with unrounded(losses):
             cotangents = pullback(
-                _like(losses, cotangent),
+                as_cotangent(losses, cotangent),
                 retain_graph=differentiable,
                 create_graph=differentiable,
             )
@@ -268,7 +364,7 @@ def pull_back(
         losses, aux = f(*inputs, guards)
     flat = [x for group in inputs for x in group]
     with unrounded(losses):
-        found = gradients(losses, [*flat, *guards], _like(losses, cotangent))
+        found = gradients(losses, [*flat, *guards], as_cotangent(losses, cotangent))
     _refuse_unseen(guarded, found[len(flat) :])
     rest = iter(found)
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
@@ -282,16 +378,12 @@ def _refuse_unseen(guarded: TracedModel, cotangents: Sequence[Tensor | None]) ->
         raise unseen_use(unseen)
 
 
-def _like(losses: Tensor, cotangent: float | Tensor) -> Tensor:
-    if isinstance(cotangent, Tensor):
-        return cotangent.to(losses)
-    return torch.full_like(losses, cotangent)
-
-
-def _unscaled(value: Tensor, scale: float | Tensor, degree: int) -> Tensor:
+def _unscaled(values: list[Any], scale: float | Tensor, degree: int) -> list[Any]:
     if isinstance(scale, Tensor) or scale == 1.0:
-        return value
-    return value / scale**degree
+        return values
+    read = [x for x in values if x is not None]
+    divided = iter(divide_all(read, scale**degree))
+    return [None if x is None else next(divided) for x in values]
 
 
 def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:

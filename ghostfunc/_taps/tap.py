@@ -6,10 +6,10 @@ its input; the training gradient, where it is wanted, is one more thing read off
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -21,7 +21,9 @@ from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, OneRunReader, PositionsReader, Reader
-from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, rows
+from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
+from ghostfunc._taps.straight import Straight
+from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, real, shaped
 
@@ -62,6 +64,67 @@ class _TopLevelTap(torch.autograd.Function):
     backward = staticmethod(_Tap.backward)
 
 
+class _SinkTap(torch.autograd.Function):
+    """A tap that puts what it reads into sinks."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, use: Use, n_inputs: int, *tensors: Tensor) -> Tensor:
+        ctx.use, ctx.n_inputs = use, n_inputs
+        ctx.save_for_backward(*tensors[n_inputs:])
+        return y.detach()  # y itself would count as a view, which in-place ops may not touch
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        out: list[Tensor | None] = [b, None, None, *[None] * (ctx.n_inputs + len(saved))]
+        for i, grad in enumerate(ctx.use.pour(b, saved)):
+            out[3 + i] = grad
+        return tuple(out)
+
+
+Blank: TypeAlias = Callable[[], Tensor]
+
+ANCHOR: ReaderKey = (-1, -1)
+"""The one tap of a run whose taps put what they read into sinks."""
+
+
+@dataclass
+class Sinks:
+    """Where the taps of one run put what they read.
+
+    Attributes:
+        collect: parameters the cotangents of whose uses are kept.
+        summed: quantities that are added up over parameters.
+        open: whether the backward pass has begun; what is read before is for nobody.
+        values: what was read, added up over uses.
+        pieces: of quantities that are `summed`, what is to be added up.
+        cotangents: of the outputs of uses, by number of the use.
+        straight: reads what has a way of its own, where something is `summed`.
+    """
+
+    collect: frozenset[int]
+    summed: frozenset[int]
+    straight: Straight | None
+    open: bool = False
+    values: dict[ReaderKey, Tensor] = field(default_factory=dict)
+    pieces: dict[int, list[Tensor]] = field(default_factory=dict)
+    cotangents: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, key: ReaderKey, value: Tensor) -> None:
+        """Add what one use has of a value."""
+        if key[0] in self.summed:
+            self.pieces.setdefault(key[0], []).append(value)
+            return
+        before = self.values.get(key)
+        self.values[key] = value if before is None else before + value
+
+    def collects(self, targets: Sequence[tuple[ArgName, Tracked]]) -> bool:
+        """Whether the cotangent of a use's output is kept."""
+        return bool(self.collect) and any(
+            not self.collect.isdisjoint(target.leaves()) for _, target in targets
+        )
+
+
 @dataclass(eq=False)
 class Use:
     """One place where parameters meet samples, in one run of the model.
@@ -70,9 +133,13 @@ class Use:
         call: what the trace knows of it.
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
-        args, treedef: the call's arguments, flattened, every tensor as `[n, ...]`.
+        args, treedef: the call's arguments, flattened.
         axis: where the samples lie in what the tap stands beside.
         collect_tap: hands out the output's cotangent too, for factors that outlive the run.
+        number: of this use in the run.
+        sinks: where to put what is read; None inside transforms, whose taps return it.
+        collecting: makes a zero cotangent of the output, where that is kept.
+        reading: whether something is read.
     """
 
     call: CallTrace
@@ -82,9 +149,15 @@ class Use:
     treedef: optree.PyTreeSpec
     axis: int = 0
     collect_tap: Tensor | None = None
+    number: int = 0
+    sinks: Sinks | None = None
+    collecting: Blank | None = None
+    reading: bool = False
 
     def __post_init__(self) -> None:
         self.arg_tensors, self._rest = _split_tensors(self.args)
+        if self.sinks is not None:
+            return
         readers = [
             [root if own is None else own for own, root in target.readers.values()]
             for _, target in self.targets
@@ -100,6 +173,8 @@ class Use:
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
         """`y` with the taps of all targets beside it."""
+        if self.sinks is not None:
+            return self._tap_into(y, taps)
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
@@ -112,6 +187,61 @@ class Use:
             return y
         function = _Tap if in_transform() else _TopLevelTap
         return function.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
+
+    def _tap_into(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
+        """`y` with a tap beside it whose inputs are the anchor, and what training gradients are
+        read at that are autograd's to add up."""
+        inputs = [target.grad for _, target in self.targets if target.grad is not target.const]
+        self.reading = any(target.readers or target.wants_grad for _, target in self.targets)
+        if not self.reading and self.collecting is None:
+            return y
+        out: Tensor = _SinkTap.apply(
+            y, self, len(inputs) + 1, *inputs, taps[ANCHOR], *self.arg_tensors
+        )
+        return out
+
+    def pour(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
+        """Put what is read into the sinks. Returns the training gradients that are autograd's to
+        add up."""
+        sinks = self.sinks
+        assert sinks is not None
+        out: list[Tensor | None] = []
+        if not sinks.open:
+            return out
+        if self.collecting is not None:
+            sinks.cotangents[self.number] = b
+        if not self.reading:
+            return out
+        factors = self.factors(b, args)
+        for name, target in self.targets:
+            if not target.readers and not target.wants_grad:
+                continue
+            readers = [root if own is None else own for own, root in target.readers.values()]
+            by_position = any(isinstance(r, PositionsReader) for r in readers)
+            factor = self._shaped(factors[name], target, by_position=by_position)
+            straight = sinks.straight
+            if straight is not None and straight.read(self.call, target, factor, sinks.add):
+                continue
+            found = _read_all(factor, target, readers)
+            for key, value in zip(target.readers, found, strict=False):
+                assert value is not None
+                sinks.add(key, value)
+            if target.grad is not target.const:
+                out.append(found[-1])
+        return out
+
+    def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
+        """What makes the factors of all targets, by the rule's names for them, given the output's
+        cotangent."""
+        layout, rule = self.call.out, self.call.rule
+        if isinstance(rule, BroadcastRule):
+            g = b.movedim(self.axis, 0) if self.axis else b
+            const = self.targets[0][1].const
+            return {"": lambda: Dense(real(g.reshape(self.n, *const.shape)))}
+        leaves = _merge_tensors(self._rest, args)
+        call_args, kwargs = unflatten(self.treedef, stack_all(leaves, self.call.places, self.n))
+        assert rule is not None  # tracing saw to it
+        return rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
         """The cotangents of all tap inputs, in the order of `tap`."""
@@ -139,16 +269,13 @@ class Use:
     ) -> Factor:
         """The factor of one target, given the output's cotangent; `by_position`, no rule may form
         the gradient because that is smaller."""
-        layout = self.call.out
-        if isinstance(self.call.rule, BroadcastRule):
-            g = b.movedim(self.axis, 0)
-            return Dense(real(g.reshape(self.n, *target.const.shape)))
-        call_args, kwargs = unflatten(self.treedef, _merge_tensors(self._rest, args))
-        assert self.call.rule is not None  # tracing saw to it
-        factors = self.call.rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
-        make = factors[name]
+        return self._shaped(self.factors(b, args)[name], target, by_position=by_position)
+
+    def _shaped(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
         if by_position and isinstance(make, ByPosition):
             make = make.outer
+        if isinstance(self.call.rule, BroadcastRule):
+            return make()
         return as_param_shape(make(), target)
 
 

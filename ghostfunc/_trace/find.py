@@ -137,4 +137,4 @@ def trace_of(
 
 def _plain(x: Tensor) -> Tensor:
     """A parameter without the caller's autograd history, but inside the caller's transforms."""
-    return x if wrapped(x) else x.detach()
+    return x.detach() if x.requires_grad and not wrapped(x) else x

@@ -3,7 +3,8 @@ the samples lie there. `make` makes traces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -32,6 +33,7 @@ class CallTrace:
         rule, names: for uses, the op's rule and its names for the tracked arguments.
         layouts: where samples lie in the flattened arguments that carry them.
         out, ndim, dtype: where samples lie in the output, its number of axes, and its dtype.
+        plans: choices made for uses of certain shapes.
     """
 
     func: Callable[..., Any]
@@ -46,6 +48,12 @@ class CallTrace:
     out: Layout = field(default=Layout(0))
     ndim: int = 0
     dtype: torch.dtype = torch.float32
+    plans: dict[Hashable, bool] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def places(self) -> dict[int, Layout]:
+        """`layouts` by argument."""
+        return dict(self.layouts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,12 @@ class Trace:
     statistics: bool
     reads: bool
     reads_at: frozenset[int]
+
+    @functools.cached_property
+    def derived_from(self) -> frozenset[int]:
+        """Tracked tensors that others derive from, by number: parameters have the first ones."""
+        derived = (call for call in self.calls if call.kind != "use")
+        return frozenset(number for call in derived for number in call.numbers)
 
 
 Pattern: TypeAlias = tuple[Any, ...]

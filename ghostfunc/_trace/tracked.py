@@ -92,7 +92,7 @@ class Tracked:
     @property
     def wants_grad(self) -> bool:
         """Whether the training gradient is to be read here."""
-        return self.grad is not self.const
+        return self.running is not None or self.grad is not self.const
 
     def direct(self, factor: Factor) -> bool:
         """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at
@@ -177,8 +177,16 @@ def gradient_at(leaf: int, targets: Sequence[Tracked], factors: Sequence[Factor]
     return add_up([x.reshape(g[0].shape) for x in g])
 
 
-def constants(leaves: Sequence[Tensor], spec: ParamSpec) -> list[Tracked]:
-    """Every parameter as a constant; a new object each, whatever is tied outside."""
+def constants(
+    leaves: Sequence[Tensor], spec: ParamSpec, shown: Sequence[Tensor] = ()
+) -> list[Tracked]:
+    """Every parameter as a constant; a new object each, whatever is tied outside. The program may
+    get others (`shown`) with the same values."""
+    if shown:
+        return [
+            Tracked(name, const=x, grad=x, shown=y, leaf=i)
+            for i, (name, x, y) in enumerate(zip(spec.names, leaves, shown, strict=True))
+        ]
     values = [x.view_as(x) for x in leaves]
     return [
         Tracked(name, const=x, grad=x, shown=x, leaf=i)

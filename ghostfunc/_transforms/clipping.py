@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import CHECKS, one_of
 from ghostfunc._base.reprs import brief
+from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
-from ghostfunc._transforms.factored import check_weights, collect
+from ghostfunc._transforms.factored import check_weight_shape, check_weights, collect
 
 
 class ClippedGrad(NamedTuple):
@@ -49,6 +51,7 @@ def ghost_clipped_grad(
     vectorize: bool | None = None,
     check: Check = "new",
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> ClippedGrad:
     """The sum of clipped per-sample gradients, from one forward and one backward pass.
 
@@ -92,6 +95,10 @@ def ghost_clipped_grad(
         check: when numbers are held against plain autograd, in two more passes: "new", where the
             way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
+        check_finite: whether to look for what is not finite, and for squares that over- or
+            underflow: one wait for the device, when all is queued. Without it nothing waits, and
+            the lines of the table below the second hold for none but finite gradients with squares
+            in the dtype's range: the sum is bounded only if you see to that. Ghost mode only.
 
     Returns:
         `ClippedGrad(grads, norms)`. `grads` is a sum, not a mean: divide by the (expected) batch
@@ -111,11 +118,14 @@ def ghost_clipped_grad(
     one_of("mode", mode, ("ghost", "materialized"))
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
+    if not check_finite and mode != "ghost":
+        raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     leaves, spec = flatten_params(params)
     n = batch_size(batch)
     bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
     if weights is not None:
-        check_weights(weights, n)
+        check_weight_shape(weights, n)
+    finite = FiniteLosses(check_finite)
     book = collect(
         model_fn,
         leaves,
@@ -124,18 +134,36 @@ def ghost_clipped_grad(
         mode=mode,
         vectorize=vectorize,
         check=check,
+        finite=finite,
         randomness=randomness,
     )
-    rows = book.param_norms()
-    joint = extreme_norms.joint(rows)
-    compared = rows if per_layer else joint[None]
-    factors = _factors_of(compared, bounds.to(rows)[:, None], normalize=normalize)
-    # A gradient with one entry that is not finite is left out as a whole.
-    factors = torch.where(rows.isfinite().all(0) & joint.isfinite(), factors, 0)
+
+    def clipped(rows: Tensor, *, finite: bool) -> ClippedGrad:
+        joint = extreme_norms.joint(rows)
+        compared = rows if per_layer else joint[None]
+        like = rows.new_full((len(bounds), 1), bounds[0])
+        for k in range(1, len(bounds)):
+            like[k].fill_(bounds[k])
+        factors = _factors_of(compared, like, normalize=normalize)
+        # A gradient with one entry that is not finite is left out as a whole.
+        factors = torch.where(rows.isfinite().all(0) & joint.isfinite(), factors, 0)
+        if weights is not None:
+            factors = factors * weights.to(factors)
+        grads = book.param_sums(list(factors.expand(len(leaves), n)), finite=finite)
+        return ClippedGrad(grads, spec.unflatten(list(rows)) if per_layer else joint)
+
+    squares = book.squares()
+    if not symbolic(squares) and not in_transform():
+        # As if all were finite, which one look tells when everything is queued.
+        taken = clipped(extreme_norms.root(squares), finite=True)
+        unlikely = extreme_norms.extremes(squares.sum(0))
+        if weights is not None:
+            unlikely = unlikely | ~weights.isfinite()
+        if not check_finite or not finite.look(unlikely):
+            return taken
     if weights is not None:
-        factors = factors * weights.to(factors)
-    grads = book.param_sums(list(factors.expand(len(leaves), n)))
-    return ClippedGrad(grads, spec.unflatten(list(rows)) if per_layer else joint)
+        check_weights(weights, n)
+    return clipped(book.param_norms(squares), finite=False)
 
 
 def _factors_of(norms: Tensor, bounds: Tensor, *, normalize: bool) -> Tensor:
@@ -148,7 +176,7 @@ def _factors_of(norms: Tensor, bounds: Tensor, *, normalize: bool) -> Tensor:
 
 def _bounds(
     max_norm: float | PyTree, spec: ParamSpec, *, per_layer: bool, normalize: bool
-) -> Float[Tensor, " k"]:
+) -> list[float]:
     """One bound for every norm that is compared: one in all, or one per parameter."""
     if isinstance(max_norm, (int, float)):
         count = len(spec.names) if per_layer else 1
@@ -169,4 +197,4 @@ def _bounds(
     if not all(map(allowed, bounds)):
         finite = " and finite (normalize=True)" if normalize else ""
         raise OptionError(f"max_norm must not be negative{finite}; got {max_norm!r}.")
-    return torch.tensor(bounds, dtype=torch.float64)
+    return [float(c) for c in bounds]

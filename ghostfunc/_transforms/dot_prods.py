@@ -49,6 +49,7 @@ def ghost_dot_prod(
     chunk_size: int | None = None,
     check: Check = "new",
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> PyTree:
     """Dot products of every train sample's gradient with the validation gradient.
 
@@ -94,6 +95,9 @@ def ghost_dot_prod(
         check: when numbers are held against plain autograd, in two more passes: "new", where the
             way through the program or the shapes are new; "always"; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
+        check_finite: whether to look for losses that are NaN or infinite, which waits for the
+            device once, when all is queued. Without it nothing waits: look at what is returned.
+            Ghost mode only.
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`), float32 or wider; for `per_param` a pytree like
@@ -140,6 +144,7 @@ def ghost_dot_prod(
         chunk_size=chunk_size,
         check=check,
         randomness=randomness,
+        check_finite=check_finite,
     )
     return asked.positions() if per_position else asked.scores()
 
@@ -161,6 +166,7 @@ def ghost_value_and_grad(
     chunk_size: int | None = None,
     check: Check = "new",
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> GhostStep:
     """One training step's losses, gradient and scores, from one backward pass over `train` (and
     over `val`, the same one where the batches are alike).
@@ -193,6 +199,7 @@ def ghost_value_and_grad(
         chunk_size=chunk_size,
         check=check,
         randomness=randomness,
+        check_finite=check_finite,
     )
     losses, grads, scores = asked.step()
     return GhostStep(losses, asked.spec.unflatten(grads), scores)
@@ -214,6 +221,7 @@ def ghost_cosine(
     chunk_size: int | None = None,
     check: Check = "new",
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> PyTree:
     """Cosines between every train sample's gradient and the validation gradient.
 
@@ -242,6 +250,8 @@ def ghost_cosine(
         check: when numbers are held against plain autograd, in two more passes: "new", where the
             way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
+        check_finite: as in `ghost_dot_prod`. Without it cosines of gradients whose square over- or
+            underflows are NaN.
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`) in [-1, 1]; for `per_param` a pytree like `params`
@@ -267,4 +277,5 @@ def ghost_cosine(
         chunk_size=chunk_size,
         check=check,
         randomness=randomness,
+        check_finite=check_finite,
     ).scores()

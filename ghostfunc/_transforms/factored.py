@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ghostfunc._base import definition
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import CHECKS, check_model_fn, one_of
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.reprs import brief
@@ -79,6 +80,7 @@ def collect(
     vectorize: bool | None = None,
     outlives: bool = False,
     check: Check = "new",
+    finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
@@ -99,6 +101,7 @@ def collect(
         collect=range(len(leaves)),
         outlives=outlives,
         check=check,
+        finite=finite,
         randomness=randomness,
     )
     return FactoredGrads.of(taken, leaves, spec)
@@ -145,9 +148,15 @@ class FactoredGrads:
         rows = self.param_norms()
         return self._spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)
 
-    def param_norms(self) -> Float[Tensor, "params n"]:
+    def squares(self) -> Float[Tensor, "params n"]:
+        """`||g_i||^2`, one row per parameter, over- and underflows included."""
+        return torch.stack([pairs.sqnorms(bundle) for bundle in self.bundles])
+
+    def param_norms(
+        self, squares: Float[Tensor, "params n"] | None = None
+    ) -> Float[Tensor, "params n"]:
         """`norms`, one row per parameter."""
-        squares = torch.stack([pairs.sqnorms(bundle) for bundle in self.bundles])
+        squares = self.squares() if squares is None else squares
         if symbolic(squares):
             return extreme_norms.trusted_roots(squares)
         out = extreme_norms.root(squares)
@@ -236,20 +245,27 @@ class FactoredGrads:
         made: T = self._made[key]
         return made
 
-    def param_sums(self, weights: Sequence[Float[Tensor, " n"]]) -> PyTree:
-        """`weighted_sum` with weights of its own for every parameter."""
+    def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False) -> PyTree:
+        """`weighted_sum` with weights of its own for every parameter. Where all gradients are
+        `finite`, nobody looks for those to leave out."""
         sums = [
-            bundles.weighted_total(bundle, w).reshape(x.shape).to(x.dtype)
+            bundles.weighted_total(bundle, w, finite=finite).reshape(x.shape).to(x.dtype)
             for bundle, w, x in zip(self.bundles, weights, self.leaves, strict=True)
         ]
         return self._spec.unflatten(sums)
 
 
-def check_weights(weights: object, n: int) -> Float[Tensor, " n"]:
-    """`weights`, if they are n finite numbers."""
+def check_weight_shape(weights: object, n: int) -> Float[Tensor, " n"]:
+    """`weights`, if they are n numbers, finite or not."""
     if not isinstance(weights, Tensor) or weights.shape != (n,):
         found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise OptionError(f"weights must be a tensor of shape [{n}], one per sample; got {found}.")
-    if not symbolic(weights) and not bool(weights.isfinite().all()):
-        raise OptionError("weights must be finite; leave a sample out with weight 0.")
     return weights
+
+
+def check_weights(weights: object, n: int) -> Float[Tensor, " n"]:
+    """`weights`, if they are n finite numbers."""
+    checked = check_weight_shape(weights, n)
+    if not symbolic(checked) and not bool(checked.isfinite().all()):
+        raise OptionError("weights must be finite; leave a sample out with weight 0.")
+    return checked

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
@@ -31,6 +33,7 @@ def ghost_norm(
     chunk_size: int | None = None,
     check: Check = "new",
     randomness: Randomness = "error",
+    check_finite: bool = True,
 ) -> PyTree:
     """Norms of per-sample gradients.
 
@@ -56,6 +59,9 @@ def ghost_norm(
         check: when numbers are held against plain autograd, in two more passes: "new", where the
             way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
+        check_finite: whether to look for losses that are NaN or infinite, and for squares that
+            over- or underflow: one wait for the device, when all is queued. Without it nothing
+            waits, and norms of such squares are NaN. Ghost mode only.
 
     Returns:
         `[n]`, float32 or wider; for `per_param` a pytree like `params` of those. NaN or infinite
@@ -74,15 +80,26 @@ def ghost_norm(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
+    if not check_finite and mode != "ghost":
+        raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     leaves, spec = flatten_params(params)
     squares = SqNorm().contracting(contract_dtype)
 
     def of_chunk(chunk: PyTree) -> list[Tensor]:
         if mode == "ghost":
-            taken = run(
-                model_fn, leaves, spec, chunk, [squares], check=check, randomness=randomness
+            finite = FiniteLosses(check_finite)
+            result = run(
+                model_fn,
+                leaves,
+                spec,
+                chunk,
+                [squares],
+                check=check,
+                finite=finite,
+                randomness=randomness,
             )
-            return [sample_norms(model_fn, leaves, spec, chunk, taken.values[0], randomness)]
+            rows = result.values[0]
+            return [sample_norms(model_fn, leaves, spec, chunk, rows, randomness, finite)]
         book = collect(
             model_fn,
             leaves,

@@ -232,10 +232,9 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     ]
     met = [(x, start.find(x)) for x in found]
     free = [x for x, t in met if t is None and standing_in(x).requires_grad]
-    tracked = [(x, t.grad) for x, t in met if t is not None and t.wants_grad]
+    tracked = [(x, t.grad) for x, t in met if t is not None and t.grad is not t.const]
     uses = range(len(start.uses), len(mode.uses))
-    targets = [target for number in uses for _, target in mode.uses[number].targets]
-    taps = list(dict.fromkeys(key for target in targets for key in target.readers))
+    taps = mode.tap_keys(mode.uses[number] for number in uses)
     collected = [number for number in uses if number in mode.collect]
     again = _Again(
         region, start, surroundings, free, [x for x, _ in tracked], taps, collected, moving

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import ParamSpec, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -23,14 +24,16 @@ def sample_norms(
     batch: PyTree,
     squares: Sequence[Float[Tensor, " n"]],
     randomness: Randomness,
+    finite: FiniteLosses,
 ) -> Float[Tensor, "params n"]:
-    """`||g_i||`, one row per parameter, from squares; extreme samples are run once more."""
+    """`||g_i||`, one row per parameter, from squares; extreme samples are run once more. The losses
+    are looked at on the same occasion; where nobody looks, extreme norms are NaN."""
     table = torch.stack(list(squares))
-    if symbolic(table):
+    if symbolic(table) or not finite.wanted:
         return extreme_norms.trusted_roots(table)
     rows = extreme_norms.root(table)
     extreme = extreme_norms.extremes(table.sum(0))
-    if randomness == "error" and bool(extreme.any()):
+    if finite.look(extreme) and randomness == "error":
         index = extreme.nonzero().flatten()
         again = collect(model_fn, leaves, spec, take(batch, index.tolist()), check="never")
         rows[:, index] = again.param_norms().to(rows.dtype)

@@ -16,8 +16,9 @@ from torch import Tensor
 from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
-from ghostfunc._base.remembered import memory, shapes_key
-from ghostfunc._base.torch_private import in_transform, symbolic
+from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.remembered import memory, shapes_key, structure
+from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree
 from ghostfunc._factors import bundles
@@ -45,8 +46,8 @@ WAITING_USES = 4
 
 
 class OneRunResult(NamedTuple):
-    """Losses of the train samples `[n]`, the gradient of their mean, and for every parameter
-    `<g_i, u>`, `[n]`."""
+    """Losses of the train samples `[n]`, the gradient of their mean, and `<g_i, u>`, `[n]`, for
+    every parameter or one in all."""
 
     losses: Tensor
     grads: list[Tensor]
@@ -95,19 +96,32 @@ def in_one_run(
     *,
     mean: bool,
     grads: bool,
+    per_param: bool,
     contract_dtype: ContractDtype,
     check: Check,
+    check_finite: bool,
 ) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
     for two."""
-    if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
+    if in_transform() or _difference(train, val) is not None:
         return None
+    remembered = memory(model_fn)
+    key = (
+        "one run",
+        *(structure(model_fn, spec, leaves, batch, "error") for batch in (train, val)),
+        shapes_key((train, val, leaves)),
+    )
+    if key not in remembered:
+        if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
+            return None
+        uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
+        trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
+        remembered[key] = [i for i, met in enumerate(uses) if len(met) > 1]
+    shared: list[int] = remembered[key]
     n, m = batch_size(train), batch_size(val)
-    uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-    trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
-    shared = [i for i, met in enumerate(uses) if len(met) > 1]
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
-    weights = torch.tensor([scales[0]] * n + [scales[1]] * m, dtype=torch.float64)
+    weights = leaves[0].new_full((n + m,), scales[0], dtype=torch.float64)
+    weights[n:].fill_(scales[1])
     reader = OneRunReader(n, contract_dtype)
     try:
         found = _run(
@@ -120,14 +134,19 @@ def in_one_run(
             weights,
             grads=grads,
             check=check,
+            per_param=per_param,
+            finite=FiniteLosses(check_finite),
         )
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
     if (company := _company(found.trace)) is not None:
         # The joined batch took another way than either batch by itself.
-        memory(model_fn)[_key(leaves, train, val)] = company
+        remembered[_key(leaves, train, val)] = company
+        remembered.pop(key, None)
         return None
-    return OneRunResult(found.losses[:n], found.grads, [x / scales[0] for x in found.dots])
+    dots = found.dots if per_param else [add_up(found.dots)]
+    dots = dots if scales[0] == 1 else divide_all(dots, scales[0])
+    return OneRunResult(found.losses[:n], found.grads, dots)
 
 
 def _key(leaves: Sequence[Tensor], train: PyTree, val: PyTree) -> Hashable:
@@ -154,6 +173,8 @@ def _run(
     *,
     grads: bool,
     check: Check,
+    per_param: bool,
+    finite: FiniteLosses,
 ) -> _Found:
     """One run of a batch of both. The parameters `shared` are read at its end."""
     single = [i for i in range(len(leaves)) if i not in shared]
@@ -168,14 +189,21 @@ def _run(
         collect=shared,
         scale=weights,
         check=check,
+        summed=() if per_param else (0,),
+        finite=finite,
     )
     dots, out = list(result.values[0]), list(result.grads)
     for i in shared:
         # Look-ups come last: they are added to the total of the other uses.
         bundle = sorted(result.factors[i], key=lambda f: isinstance(f, OneHot))
-        dots[i], total = _read(reader, bundle, grads=grads)
+        read, total = _read(reader, bundle, grads=grads)
+        if per_param:
+            dots[i] = read
+        else:
+            dots.append(read)
         if total is not None:
             out[i] = total.view_as(leaves[i])
+    finite.look()
     return _Found(result.losses, out, dots, result.trace)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
@@ -78,6 +79,7 @@ class Question:
     chunk_size: int | None
     check: Check
     randomness: Randomness
+    check_finite: bool
 
     def scores(self) -> PyTree:
         """`[n]` (`[n, m]`), in a dict of several targets, in a pytree for `per_param`."""
@@ -178,7 +180,8 @@ class Question:
         at_once = self._at_once(pieces, grads=grads)
         if at_once is not None:
             return at_once
-        readers = [self._readers(piece, grads=grads) for piece in pieces]
+        finite = FiniteLosses(self.check_finite)
+        readers = [self._readers(piece, finite, grads=grads) for piece in pieces]
         quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
         if self.normalize:
             quantities.append(SqNorm().contracting(self.contract_dtype))
@@ -193,13 +196,22 @@ class Question:
                 grads=range(len(self.leaves)) if grads else (),
                 scale=1 / batch_size(self.train) if grads else 1.0,
                 check=self.check,
+                summed=() if self.per_param else range(len(readers)),
+                finite=finite,
                 randomness=self.randomness,
             )
             dots = taken.values[: len(readers)]
             if not self.normalize:
+                finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
             rows = lengths.sample_norms(
-                self.model_fn, self.leaves, self.spec, train, taken.values[-1], self.randomness
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                train,
+                taken.values[-1],
+                self.randomness,
+                finite,
             )
             table = [
                 self._cosines(x, rows, _lengths(r, rows))
@@ -231,14 +243,16 @@ class Question:
             piece.val,
             mean=self.reduction == "mean",
             grads=grads,
+            per_param=self.per_param,
             contract_dtype=self.contract_dtype,
             check=self.check,
+            check_finite=self.check_finite,
         )
         if found is None:
             return None
         return _Step(found.losses, found.grads, [self._summed(found.dots)])
 
-    def _readers(self, piece: _Piece, *, grads: bool) -> _Readers:
+    def _readers(self, piece: _Piece, finite: FiniteLosses, *, grads: bool) -> _Readers:
         if piece.u is not None:
             return [DotReader(u, self.contract_dtype) for u in piece.u]
         if piece.kept is not None:
@@ -259,6 +273,7 @@ class Question:
             self.spec,
             self.train,
             piece.val,
+            finite=finite,
             reduction=self.reduction,
             grads=grads,
             contract_dtype=self.contract_dtype,
@@ -408,6 +423,7 @@ def ask(
     chunk_size: int | None,
     check: Check,
     randomness: Randomness,
+    check_finite: bool,
 ) -> Question:
     """Validate a call of one of the public functions."""
     one_of("mode", mode, _MODES)
@@ -416,6 +432,8 @@ def ask(
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
     check_chunk_size(chunk_size)
+    if not check_finite and mode != "ghost":
+        raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     if normalize and mode == "jvp":
         raise OptionError(
             'Cosines need norms of gradients, which mode="jvp" does not have. Use mode="ghost" or '
@@ -444,6 +462,7 @@ def ask(
         chunk_size,
         check,
         randomness,
+        check_finite,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
@@ -44,6 +45,7 @@ def validation_readers(
     grads: bool,
     contract_dtype: ContractDtype = None,
     check: Check,
+    finite: FiniteLosses | None = None,
     randomness: Randomness,
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
@@ -89,6 +91,7 @@ def validation_readers(
         defer=deferred,
         scale=1.0 if apart else mean,
         check=check,
+        finite=finite,
         randomness=randomness,
     )
     after = mean if apart else 1.0

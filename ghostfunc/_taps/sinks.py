@@ -1,0 +1,124 @@
+"""Sinks: where taps put what they read, outside transforms.
+
+A quantity is the cotangent of a tap. Autograd would add the cotangents of a tap up over its uses,
+and would need a zero tap per parameter for it. Where no transform follows what is read, the taps of
+a run share one input, the *anchor*, which has autograd come by; their backward passes add what they
+read to a sink themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.purity import check_shape
+from ghostfunc._base.torch_private import unrounded
+from ghostfunc._base.types import PyTree
+from ghostfunc._factors.beside_total import RunningTotal
+from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.straight import Straight
+from ghostfunc._taps.tap import ANCHOR, Sinks, Use
+from ghostfunc._trace.find import TracedModel
+from ghostfunc._trace.probe import unseen_use
+from ghostfunc._trace.tracked import ReaderKey, constants
+from ghostfunc._trace.watch import gradients
+
+
+@dataclass(frozen=True)
+class Poured:
+    """What a backward pass into sinks leaves.
+
+    Attributes:
+        losses: `[n]`.
+        grads: gradients of the parameters asked for, by number; None stands for zero.
+        mode: the mode that watched the run; its `uses` have what is kept of them.
+        sinks: with what was read; nothing for parameters that the losses do not depend on.
+    """
+
+    losses: Tensor
+    grads: dict[int, Tensor | None]
+    mode: TapMode
+    sinks: Sinks
+
+    def cotangent(self, use: Use) -> Tensor:
+        """That of a collected use's output; zero where the losses do not depend on it."""
+        b = self.sinks.cotangents.get(use.number)
+        assert use.collecting is not None
+        return use.collecting() if b is None else b
+
+
+def pour(
+    model: TracedModel,
+    readers: dict[ReaderKey, Any],
+    *,
+    grads: Collection[int],
+    running: dict[int, RunningTotal],
+    collect: Collection[int],
+    cotangent: float | Tensor,
+    summed: Collection[int],
+    finite: FiniteLosses,
+) -> Poured:
+    """Run a model under taps, outside transforms, and pull its losses back by plain autograd.
+
+    Args:
+        readers: of every parameter that is read, one per quantity.
+        grads: parameters whose training gradient is wanted; those of `running` are added up there.
+        collect: parameters the cotangents of whose uses are kept.
+        cotangent: of the losses.
+        summed: quantities that are added up over parameters.
+        finite: gets the losses, to look at them later.
+    """
+    leaves, spec = model.leaves, model.spec
+    sinks = Sinks(frozenset(collect), frozenset(summed), Straight() if summed else None)
+    anchor = leaves[0].new_empty(()).requires_grad_()
+    guards = [x.detach().requires_grad_() for x in leaves]
+    # A gradient that comes by way of derived tensors is autograd's to add up.
+    primals = {
+        i: leaves[i].detach().requires_grad_()
+        for i in grads
+        if i not in running or i in model.trace.derived_from
+    }
+    tracked = constants(leaves, spec, guards)
+    for i, primal in primals.items():
+        tracked[i].grad = primal
+    for i, total in running.items():
+        tracked[i].running = total
+    for key, reader in readers.items():
+        tracked[key[1]].readers[key] = (reader, reader)
+    mode = TapMode(model.trace, tracked, model.n, {ANCHOR: anchor}, {}, sinks=sinks)
+    params: PyTree = spec.unflatten(guards)
+    with torch.enable_grad(), mode:
+        losses = model.model_fn(params, model.batch)
+    mode.finish()
+    check_shape(losses, model.n)
+    sinks.open = True  # the model may have pulled something back itself
+    with unrounded(losses):
+        given = [*primals.values(), *guards, anchor]
+        found = gradients(losses, given, as_cotangent(losses, cotangent))
+        if sinks.straight is not None:
+            sinks.straight.finish(sinks.add)
+    finite.add(losses)
+    unseen = [
+        name for name, g in zip(spec.names, found[len(primals) : -1], strict=True) if g is not None
+    ]
+    if unseen:
+        raise unseen_use(unseen)
+    out: dict[int, Tensor | None] = dict.fromkeys(grads)
+    out.update(zip(primals, found, strict=False))
+    for i, total in running.items():
+        if total.value is not None:
+            whole, beside = total.value.view_as(leaves[i]), out[i]
+            out[i] = whole if beside is None else whole.add_(beside)
+    return Poured(losses.detach(), out, mode, sinks)
+
+
+def as_cotangent(losses: Tensor, cotangent: float | Tensor) -> Tensor:
+    """A cotangent of the losses, like them."""
+    if isinstance(cotangent, Tensor):
+        return cotangent.to(losses)
+    return torch.full_like(losses, cotangent)
