@@ -105,5 +105,5 @@ def test_a_class_that_lacks_a_method() -> None:
     class Nothing(gf.Quantity):
         degree = 1
 
-    with pytest.raises(NotImplementedError, match="Nothing must define shape"):
+    with pytest.raises(NotImplementedError, match=r"Nothing must define (shape|value)\("):
         gf.ghost_vjp(lambda p, x: x @ p, torch.ones(2), torch.ones(3, 2), Nothing())
