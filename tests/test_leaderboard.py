@@ -66,6 +66,7 @@ def test_a_datamodeling_score_is_a_rank_correlation(board: SimpleNamespace) -> N
     scores = torch.tensor([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
     losses = torch.tensor([[0.1, 3.0], [0.2, 2.0], [0.3, 1.0]])  # 0 helps most; 0 hurts most
     assert board.retrain.datamodeling_scores(scores, kept, losses) == pytest.approx([1.0, -1.0])
+    assert board.retrain.datamodeling_scores(torch.zeros(3, 2), kept, losses) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
