@@ -14,7 +14,7 @@ from ghostfunc.unrolled import Trained
 
 DAMPING = 0.1
 """Relative to each parameter's mean eigenvalue, as kronfluence's heuristic has it. For CG it is the
-mean eigenvalue of the whole matrix. Neither is tuned."""
+mean eigenvalue of the whole matrix, chosen after a look at the MLP: see docs/leaderboard.md."""
 
 Method = Callable[[Task, Trained], Tensor]
 

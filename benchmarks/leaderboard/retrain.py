@@ -57,11 +57,12 @@ def subsets(task: Task, left_out: float, seed: int) -> Tensor:
 
 def datamodeling_scores(scores: Tensor, kept: Tensor, losses: Tensor) -> list[float]:
     """The linear datamodeling score of every query: rank correlation, over models, of the sum of
-    the scores of their samples with minus their loss."""
+    the scores of their samples with minus their loss; 0 where all models have the same sum, which
+    says nothing."""
     from scipy.stats import spearmanr
 
     predicted = kept.double() @ scores.double()
     return [
-        float(spearmanr(p.numpy(), -y.numpy()).statistic)
+        float(spearmanr(p.numpy(), -y.numpy()).statistic) if bool((p != p[0]).any()) else 0.0
         for p, y in zip(predicted.mT, losses.mT, strict=True)
     ]
