@@ -43,6 +43,8 @@ class _Run:
     gradients: dict[str, Any] = field(default_factory=dict)
     pending: list[Values] = field(default_factory=list)
     """Of the step that the optimizer has not taken yet."""
+    scale: float = 1.0
+    """Of the losses, by a loss scaler."""
 
 
 class GhostMixin(Trainer):
@@ -193,6 +195,7 @@ class GhostMixin(Trainer):
         ids = inputs.pop(SAMPLE_ID).cpu()
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones(())))
+        self._run.scale = scale
         given = self.inputs_of(module, inputs)
         # What calls the trainer's own methods comes first: they may switch checkpoints on and off.
         last = self.accelerator.sync_gradients
@@ -340,8 +343,14 @@ class GhostMixin(Trainer):
         return self._kept.resume(resume_from, folder, weights_alone=weights_alone)
 
     def _step_taken(self) -> None:
-        """After the optimizer: values count if its step was taken (a loss scaler may skip it)."""
-        if not self.accelerator.optimizer_step_was_skipped:
+        """After the optimizer: values count if its step was taken (a loss scaler may skip it).
+
+        Of fused optimizers, which skip inside their kernel, accelerate does not notice; the scaler
+        then lowers its scale.
+        """
+        scaler = self.accelerator.scaler
+        lowered = scaler is not None and scaler.get_scale() < self._run.scale
+        if not (lowered or self.accelerator.optimizer_step_was_skipped):
             for values in self._run.pending:
                 self._kept.add(values)
                 self._run.metrics.add(values)
