@@ -22,18 +22,23 @@ from ghostfunc.data._files import write_whole
 
 Columns = dict[str, NDArray[Any]]
 
+RECIPE = "recipe"
+"""The array of a part that says which run it belongs to."""
+
 
 class Parts:
     """A folder of a run: `run.json`, and one file per part, each written whole.
 
-    The recipe says all that decides the numbers. A folder with another recipe is refused.
+    The recipe says all that decides the numbers. A folder with another recipe is refused. A part
+    that another recipe left there (a folder may have been removed in part) counts as not done.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         self.folder = folder
         path = folder / "run.json"
+        text = json.dumps(dict(recipe), indent=1, sort_keys=True)
+        self._recipe = hashlib.sha256(text.encode()).hexdigest()
         if not path.exists():
-            text = json.dumps(dict(recipe), indent=1, sort_keys=True)
             write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
             return
         before = read_recipe(folder)
@@ -53,14 +58,16 @@ class Parts:
             return None
         try:
             with np.load(path, allow_pickle=False) as file:  # checks its checksums
-                return {name: file[name] for name in file.files}
+                columns = {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
             raise ResumeError(
                 f"{path} is damaged ({error}). Delete this file: its samples are scored again."
             ) from error
+        return columns if str(columns.pop(RECIPE, "")) == self._recipe else None
 
     def save(self, part: int, columns: Columns) -> None:
         """Write a part."""
+        columns = {**columns, RECIPE: np.array(self._recipe)}
         write_whole(
             self._path(part),
             lambda temporary: np.savez(temporary, allow_pickle=False, **columns),

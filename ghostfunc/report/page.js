@@ -127,9 +127,7 @@
       token.style.background = `rgba(var(--${share > 0 ? "good" : "bad"}-rgb), ${(0.75 * Math.sqrt(Math.abs(share))).toFixed(3)})`;
       text.append(token);
     });
-    const legend = make("p", { class: "legend" },
-      `Each token's place is coloured by its share in the score: blue helps, orange hinders. Largest share ${number(most)}.`);
-    return [text, legend];
+    return [text];
   }
 
   function card(i) {
@@ -189,7 +187,7 @@
     svg.append(draw("line", { x1: zero, x2: zero, y1: 0, y2: height - foot, class: "axis" }));
     svg.append(draw("text", { x: 0, y: height - 5 }, number(low)), draw("text", { x: width, y: height - 5, "text-anchor": "end" }, number(high)));
     if (zero > 60 && zero < width - 60) svg.append(draw("text", { x: zero, y: height - 5, "text-anchor": "middle" }, "0"));
-    svg.append(draw("text", { x: 0, y: 10 }, `${whole(most)} samples in the tallest bar`));
+    svg.append(draw("text", zero < 200 ? { x: width, y: 10, "text-anchor": "end" } : { x: 0, y: 10 }, `${whole(most)} samples in the tallest bar`));
     by("histogram").append(svg);
   }
 
@@ -218,6 +216,12 @@
     by("groups").querySelector("div").append(svg);
     by("group").hidden = false;
     by("group").append(make("option", { value: "" }, `any ${data.group}`), ...[...members.keys()].sort().map((g) => make("option", { value: g }, g)));
+  }
+
+  if (Object.keys(data.heat).length) {
+    by("legend").hidden = false;
+    by("legend").textContent = "Where tokens are coloured, each token's place has the colour of its share in the score: " +
+      "blue helps, orange hinders. The deepest colour of a sample is its largest share; the pointer shows the numbers.";
   }
 
   // --- together ----------------------------------------------------------------------------------

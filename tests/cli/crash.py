@@ -61,7 +61,7 @@ def main() -> None:
         process = start(folder, "sel.jsonl", *(["--resume"] if stopped else []))
         if killed < options.kills:
             try:
-                process.wait(timeout=seconds * moments.uniform(0, 0.6))
+                process.wait(timeout=seconds * moments.uniform(0.1, 1))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()

@@ -188,6 +188,17 @@ def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any], said
         gf.score_dataset(model_fn, resume=tmp_path, **{**options, **change})
 
 
+def test_a_part_that_another_run_left_is_not_taken(tmp_path: Path) -> None:
+    """As where a folder was removed in part: its description is gone, a part is still there."""
+    u = gf.direction(model_fn, P, target())
+    other = gf.score_dataset(model_fn, P, POOL, direction=P, resume=tmp_path, **COMMON)
+    (tmp_path / "run.json").unlink()
+    scores = gf.score_dataset(model_fn, P, POOL, direction=u, resume=tmp_path, **COMMON)
+    expected = gf.score_dataset(model_fn, P, POOL, direction=u, **COMMON)
+    assert torch.equal(scores["dot_higher_helps"], expected["dot_higher_helps"])
+    assert not torch.equal(scores["dot_higher_helps"], other["dot_higher_helps"])
+
+
 def test_frozen_parameters_are_part_of_the_run(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)).double()
     net[0].requires_grad_(False)
