@@ -97,8 +97,8 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
             )
         if leaf.is_complex():
             raise ParamsError(
-                f"params leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are with "
-                "respect to real numbers: pass torch.view_as_real(x), and have model_fn call "
+                f"params leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are "
+                "with respect to real numbers: pass torch.view_as_real(x), and have model_fn call "
                 "torch.view_as_complex."
             )
         if not leaf.is_floating_point():
