@@ -8,7 +8,7 @@ Python function. A step that does not fit where it stands writes nothing, so any
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Literal
 
@@ -108,6 +108,9 @@ def random_program(seed: int) -> Program:
         steps = (*steps, _leaf(rng, "product"))
     penalties = tuple(rng.sample(PENALTIES, rng.choice([0, 0, 0, 1, 2])))
     settings = tuple(_setting(rng, k) for k in range(rng.choice([1, 2, 2, 3])))
+    if rng.random() < 0.5:  # the last shapes again, first in order and then in disorder
+        last = replace(settings[-1], alike=False)
+        settings = (*settings[:-1], replace(last, lengths=rng.choice(["sorted", "full"])), last)
     return Program(seed, steps, rng.choice(LOSSES), penalties, settings, rng.random() < 0.2)
 
 

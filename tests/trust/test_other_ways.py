@@ -127,6 +127,43 @@ def test_unpadded(model: Model, lengths: list[int]) -> None:
     assert_right_or_refused(case, *REFUSALS, gf.UnsupportedOpError)
 
 
+def in_order(n: int, t: int) -> dict[str, Tensor]:
+    """Samples that a sort by length leaves where they are."""
+    batch = ragged(n, t)
+    lengths, order = batch["lengths"].sort(stable=True)
+    return {"x": batch["x"][order], "mask": batch["mask"][order], "lengths": lengths}
+
+
+def picked_when_large(p: Any, batch: Any) -> Tensor:
+    """Ranks by comparison: no sort, and no index of a bool."""
+    x, lengths = batch["x"], batch["lengths"]
+    if len(x) <= 4:
+        return energy(torch.tanh(x @ p["w"]))
+    keys = lengths + torch.arange(len(x)) / (len(x) + 1)
+    back = (keys[:, None] > keys).sum(1)
+    order = torch.zeros_like(back).index_add(0, back, torch.arange(len(x)))
+    return energy(torch.tanh(x[order] @ p["w"])[back])
+
+
+@pytest.mark.parametrize("model", [sorted_when_large, picked_when_large], ids=lambda f: f.__name__)
+def test_the_same_way_with_other_values(model: Model) -> None:
+    """A way that no trace went was proved on samples in order; the next ones are in disorder."""
+    first = [ragged(3, 3, full=True), in_order(6, 3)]
+    params = weights(w=(4, 5), s=(4,))
+    case = Case(model, params, ragged(6, 3), ragged(2, 3, full=True), first=first)
+    assert_right_or_refused(case, *REFUSALS)
+
+
+def test_the_same_rows_of_other_samples() -> None:
+    """Two rows of two samples: one each, then both of the first."""
+    one_each, both = ragged(2, 4), ragged(2, 4)
+    one_each["mask"] = torch.arange(4) < torch.tensor([1, 1])[:, None]
+    both["mask"] = torch.arange(4) < torch.tensor([2, 0])[:, None]
+    first = [ragged(3, 4, full=True), one_each]
+    case = Case(unpadded_by_mask, weights(w=(4, 5)), both, ragged(2, 3, full=True), first=first)
+    assert_right_or_refused(case, *REFUSALS)
+
+
 def by_length(combine: Callable[[Any, Tensor], Tensor]) -> Model:
     """Short samples batch-first, long ones time-first."""
 
