@@ -294,7 +294,7 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
     eps = torch.finfo(a.dtype if dtype is None else dtype).eps
     tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
     largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)
 
 
 def distinct(batch: PyTree) -> bool:

@@ -212,6 +212,7 @@ class TapMode(TrackingMode):
         y = call.run(func, call.consts())
         if in_transform() and 0 in y.stride():
             y = y.contiguous()  # forward mode writes tangents into its like
+        _check_axes(func, expected, y.ndim)
         self._check_layout(expected.out, y)
         for i, layout in expected.layouts:
             self._check_layout(layout, call.leaves[i])
@@ -223,6 +224,7 @@ class TapMode(TrackingMode):
 
     def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         layout = expected.out
+        _check_axes(func, expected, max(x.ndim for x in call.leaves if isinstance(x, Tensor)))
         if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
             return self._apart(func, call, expected)
         args = unfold_all(call, expected, self._n)
@@ -282,6 +284,12 @@ def seen_by_python(x: Any) -> Hashable:
     if isinstance(x, np.ndarray):
         return x.shape, x.tobytes()
     return x if isinstance(x, (bool, int, float, complex, str)) else None
+
+
+def _check_axes(func: Callable[..., Any], expected: CallTrace, ndim: int) -> None:
+    """Raise `StaleLayout` if the output of a call has another number of axes than in the trace."""
+    if ndim != expected.ndim:
+        raise StaleLayout(f"{op_name(func)} has {ndim} axes")
 
 
 def mixes_last_axes(func: Callable[..., Any]) -> bool:

@@ -15,6 +15,7 @@ their losses are compared in another company at the same time.
 
 One direction cannot see everything:
 
+- Gradients that are themselves rounding noise: below 16 units in the last place of their loss.
 - What is wrong by less than the tolerance, relative to the parameter's own numbers or to a fiftieth
   of the largest parameter's. The tolerance follows the coarsest dtype of the run: 1e-8 in float64,
   2e-3 in float32, 0.1 in half precision, where errors of single samples in large batches pass.
@@ -68,6 +69,10 @@ TOLERANCES = {
 """Relative errors that are rounding, by the coarsest dtype of a run."""
 
 NOT_THEIRS = "The numbers of ghost mode are not those of plain autograd"
+
+
+NOISE = 16
+"""Units in the last place of a loss, or of one, that a derivative of it may be rounded by."""
 
 
 class Proofs:
@@ -181,14 +186,18 @@ def _compare(
                 g = wide(g).flatten()
                 totals[i] = totals[i] + (g @ wide(u).flatten()).double().cpu()
                 sizes[i] = sizes[i] + g.norm().double().cpu()
-    return _judge(claim, weights * table[:, index], torch.stack(totals), torch.stack(sizes))
+    size = claim.losses[index].detach().abs().clamp_min(1).double().cpu()
+    noise = NOISE * torch.finfo(_coarsest(model)).eps * float((weights * size).norm())
+    return _judge(claim, weights * table[:, index], torch.stack(totals), torch.stack(sizes), noise)
 
 
-def _judge(claim: Claim, terms: Tensor, totals: Tensor, sizes: Tensor) -> Disproved | None:
+def _judge(
+    claim: Claim, terms: Tensor, totals: Tensor, sizes: Tensor, noise: float
+) -> Disproved | None:
     """Whether `sum_i c_i s_ip` and `t_p` agree. `terms` are `c_i s_ip`, `[P, n]`."""
     names, tolerance = claim.model.spec.names, TOLERANCES[_coarsest(claim.model)]
     scales = terms.square().sum(1).sqrt() + sizes
-    limits = tolerance * torch.maximum(scales, FLOOR * scales.max())
+    limits = (tolerance * torch.maximum(scales, FLOOR * scales.max())).clamp_min(noise)
     errors = (terms.sum(1) - totals).abs()
     bad = (~(errors <= limits)).nonzero().flatten().tolist()
     if not bad:
