@@ -27,6 +27,7 @@ from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
+    check_shape,
     close,
     coupled_samples,
     refuse_checkpoints,
@@ -41,13 +42,20 @@ FORWARD_MODE = threading.RLock()
 
 
 def val_gradient(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, scale: float
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    val: PyTree,
+    scale: float,
+    check: Callable[[Tensor], None] = check_finite,
 ) -> list[Tensor]:
-    """The gradient of the summed validation losses, scaled, by reverse mode alone."""
+    """The gradient of the summed validation losses, scaled, by reverse mode alone. `check` gets the
+    losses when all is queued."""
     m = batch_size(val, "val")
     losses, pullback = _vjp(model_fn, leaves, spec, val, m)
     with unrounded(losses):
         (grads,) = pullback(torch.full_like(losses, scale), retain_graph=False, create_graph=False)
+    check(losses)
     return list(map(dense, grads))
 
 
@@ -57,6 +65,7 @@ def val_gradients(
     """The gradient of every validation loss in turn."""
     m = batch_size(val, "val")
     losses, pullback = _vjp(model_fn, leaves, spec, val, m)
+    check_finite(losses)
     for j in range(m):
         cotangent = torch.zeros_like(losses)
         cotangent[j] = 1
@@ -70,7 +79,7 @@ def _vjp(
 ) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
     def losses(p: list[Tensor]) -> Tensor:
         with DenseGradients():
-            return check_losses(model_fn(spec.unflatten(p), batch), n)
+            return check_shape(model_fn(spec.unflatten(p), batch), n)
 
     out, pullback = torch.func.vjp(losses, list(leaves))[:2]
     return out, pullback

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import TransformError
+from ghostfunc._base.errors import GhostError, TransformError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
 from ghostfunc._base.torch_private import (
@@ -109,7 +109,7 @@ def run(
             return asked(model, refresh=True)
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
-    if finite is None or taken.route is not None or model.trace.statistics:
+    if finite is None:
         own.look()
     compiling = any(map(symbolic, tensors_of(batch)))
     if compiling and (model.trace.statistics or (model.trace.reorders and model.n > 1)):
@@ -119,15 +119,19 @@ def run(
             "cannot record that. Call it uncompiled."
         )
     if taken.route is not None or model.trace.statistics:
-        prove_independent(
-            model_fn,
-            model.leaves,
-            spec,
-            batch,
-            randomness,
-            route=ALWAYS_PROVE if model.trace.statistics else taken.route,
-            known=taken.losses,
-        )
+        try:
+            prove_independent(
+                model_fn,
+                model.leaves,
+                spec,
+                batch,
+                randomness,
+                route=ALWAYS_PROVE if model.trace.statistics else taken.route,
+                known=taken.losses,
+            )
+        except GhostError:
+            own.look()  # losses that are not finite are like no others
+            raise
     if model.trace.reorders and model.n > 1:
         check_owners(partial(_dots, model), model_fn, model.leaves, spec.names, model.n)
     return taken

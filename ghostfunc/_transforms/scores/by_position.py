@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
-from ghostfunc._base.purity import ALWAYS_PROVE, check_losses, prove_independent
+from ghostfunc._base.purity import ALWAYS_PROVE, check_finite, check_shape, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import in_transform
@@ -59,10 +59,11 @@ def position_dots(
     *,
     per_param: bool,
     randomness: Randomness,
+    check: Callable[[Tensor], None] = check_finite,
 ) -> list[list[Tensor]]:
     """For every direction the shares of all positions: `[n, T]`, one in all or one per
     parameter."""
-    use = partial(_shares, directions=directions, per_param=per_param)
+    use = partial(_shares, directions=directions, per_param=per_param, check=check)
     model, (shares, route) = with_trace(use, model_fn, leaves, spec, batch, randomness)
     statistics = model.trace.statistics
     if route is not None or statistics:
@@ -78,7 +79,11 @@ def position_dots(
 
 
 def _shares(
-    model: TracedModel, *, directions: Sequence[Sequence[Tensor]], per_param: bool
+    model: TracedModel,
+    *,
+    directions: Sequence[Sequence[Tensor]],
+    per_param: bool,
+    check: Callable[[Tensor], None],
 ) -> tuple[list[list[Tensor]], Hashable]:
     if model.trace.reorders:
         raise SampleAxisError(
@@ -98,11 +103,12 @@ def _shares(
         with mode:
             losses = model.model_fn(mode.params, model.batch)
         mode.finish()
-        return check_losses(losses, model.n), []
+        return check_shape(losses, model.n), []
 
     flat = [tap for row in taps for tap in row]
     nested = in_transform()
-    _, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
+    losses, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
+    check(losses)
     cotangents = with_zeros(cotangents, flat)
     shares = [cotangents[i : i + columns] for i in range(0, len(flat), columns)]
     return shares, modes[0].route

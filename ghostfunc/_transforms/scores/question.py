@@ -18,7 +18,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import check_chunk_size, check_contract_dtype, one_of
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.purity import check_finite, check_losses, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
@@ -114,7 +114,9 @@ class Question:
                 'per_position=True needs reduction="mean" or "sum": ask for several validation '
                 "batches, a dict of them, to tell validation samples apart."
             )
-        us = [*map(self._direction, self.targets.vals), *map(self._dense, self.targets.directions)]
+        finite = FiniteLosses(self.check_finite)
+        vals = [self._direction(val, finite) for val in self.targets.vals]
+        us = [*vals, *map(self._dense, self.targets.directions)]
 
         def of_chunk(train: PyTree) -> list[Tensor]:
             parts = position_dots(
@@ -125,7 +127,9 @@ class Question:
                 us,
                 per_param=self.per_param,
                 randomness=self.randomness,
+                check=finite.add,
             )
+            finite.look()
             return _flat(parts)
 
         flat = batches.joined(batches.each(of_chunk, self.train, self.chunk_size, "train"))
@@ -162,7 +166,7 @@ class Question:
         c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
         return [direction.total(i, c) for i in range(len(self.leaves))]
 
-    def _direction(self, val: PyTree) -> list[Tensor]:
+    def _direction(self, val: PyTree, finite: FiniteLosses | None = None) -> list[Tensor]:
         return dense_direction(
             self.model_fn,
             self.leaves,
@@ -171,6 +175,7 @@ class Question:
             mean=self.reduction == "mean",
             chunk_size=self.chunk_size,
             randomness=self.randomness,
+            check=check_finite if finite is None else finite.add,
         )
 
     # --- ghost -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ parameter, from shapes, for every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import bundles, cost
@@ -141,13 +141,14 @@ def dense_direction(
     mean: bool,
     chunk_size: int | None,
     randomness: Randomness,
+    check: Callable[[Tensor], None] = check_finite,
 ) -> list[Tensor]:
     """The gradient of the mean or summed validation losses, a few samples at a time."""
     m = batch_size(val, "val")
 
     def gradient(chunk: PyTree) -> list[Tensor]:
         prove_independent(model_fn, leaves, spec, chunk, randomness)
-        return definition.val_gradient(model_fn, leaves, spec, chunk, 1 / m if mean else 1.0)
+        return definition.val_gradient(model_fn, leaves, spec, chunk, 1 / m if mean else 1.0, check)
 
     sums = batches.Sums()
     for grads in batches.each(gradient, val, chunk_size, "val"):
