@@ -207,6 +207,7 @@ class Question:
             if not self.normalize:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
+            sides = [_lengths(r, dots[0][0]) for r in readers]
             rows = lengths.sample_norms(
                 self.model_fn,
                 self.leaves,
@@ -216,10 +217,7 @@ class Question:
                 self.randomness,
                 finite,
             )
-            table = [
-                self._cosines(x, rows, _lengths(r, rows))
-                for x, r in zip(dots, readers, strict=True)
-            ]
+            table = [self._cosines(x, rows, y) for x, y in zip(dots, sides, strict=True)]
             return _Step(taken.losses, taken.grads, table)
 
         parts, sums = [], batches.Sums()
