@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -118,22 +119,27 @@ def count(run: Callable[[], Any]) -> Counts:
     }
 
 
-def functions(shape: Shape = SHAPE) -> dict[str, Callable[[], Any]]:
+def functions(
+    shape: Shape = SHAPE,
+    make: Callable[[Shape], torch.nn.Module] = gpt2,
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] = gpt2_loss,
+    layers: str = "*.c_*.weight",
+) -> dict[str, Callable[[], Any]]:
     """The plain step over all rows and over the n, and every public function that runs a model.
-    Those of more than one mode are run in ghost mode."""
-    module, ids = gpt2(shape), shape.ids()
+    Those of more than one mode are run in ghost mode. `layers` are those that are projected."""
+    module, ids = make(shape), shape.ids()
     train, val = ids[: shape.n], ids[shape.n :]
-    model_fn, params = gf.from_module(module, gpt2_loss)
+    model_fn, params = gf.from_module(module, loss)
     args = model_fn, params, train
     u, kept = gf.direction(model_fn, params, val), gf.factored_grads(model_fn, params, val)
     projection = gf.kronecker_projection(
-        params, rank_total=64, rank_min=4, kind="rademacher", seed=0, layers=["*.c_*.weight"]
+        params, rank_total=64, rank_min=4, kind="rademacher", seed=0, layers=[layers]
     )
 
     def plain(rows: torch.Tensor) -> Callable[[], Any]:
         def step() -> None:
             module.zero_grad(set_to_none=True)
-            gpt2_loss(module, rows).mean().backward()
+            loss(module, rows).mean().backward()
 
         return step
 
@@ -157,6 +163,17 @@ def functions(shape: Shape = SHAPE) -> dict[str, Callable[[], Any]]:
         "ghost_vjp": lambda: gf.ghost_vjp(*args, gf.SqNorm(), grads=True),
         "factored_grads": lambda: gf.factored_grads(*args),
         "direction": lambda: gf.direction(model_fn, params, val),
+        **{
+            f"{name}, no check": lambda run=run: run(check_finite=False)
+            for name, run in {
+                "ghost_value_and_grad": partial(gf.ghost_value_and_grad, *args, val),
+                "ghost_dot_prod": partial(gf.ghost_dot_prod, *args, val),
+                "ghost_dot_prod, direction": partial(gf.ghost_dot_prod, *args, direction=u),
+                "ghost_cosine": partial(gf.ghost_cosine, *args, val),
+                "ghost_norm": partial(gf.ghost_norm, *args),
+                "ghost_clipped_grad": partial(gf.ghost_clipped_grad, *args, max_norm=1.0),
+            }.items()
+        },
         "per_sample_grads": lambda: gf.per_sample_grads(*args, mode="ghost"),
     }
 

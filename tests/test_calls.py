@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,52 @@ def test_no_more_calls_than_recorded(name: str, found: dict[str, dict[str, int]]
     now, then = found[name], dict(RECORDED[name])
     then["lines"] = int(then["lines"] * LINES_OFF)
     assert all(now[k] <= then[k] for k in then), (now, then)
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "most"),
+    [
+        ("ghost_value_and_grad", "calls", 1.8),
+        ("ghost_value_and_grad", "all", 2.5),
+        ("ghost_value_and_grad, direction", "calls", 1.8),
+        ("ghost_dot_prod", "calls", 1.6),
+        ("ghost_dot_prod", "all", 2.5),
+    ],
+)
+def test_beside_a_plain_step(name: str, figure: str, most: float) -> None:
+    assert RECORDED[name][figure] <= most * RECORDED["plain"][figure]
+
+
+@pytest.fixture(scope="module")
+def waiting(calls: ModuleType) -> dict[str, Any]:
+    """Every function, counted on a model that never waits itself."""
+    from shapes import Shape, untied_gpt, untied_loss
+
+    shape = Shape(1, 64, 20, 6, 8, 1)
+    counts = {}
+    runs = calls.functions(shape, untied_gpt, untied_loss, "blocks.*.up.weight")
+    for name, run in runs.items():
+        run()
+        with calls.CountCalls() as counts[name]:
+            run()
+    return counts
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_no_function_waits_twice(name: str, waiting: dict[str, Any]) -> None:
+    silent = name.startswith("plain") or name.endswith("no check")
+    assert waiting[name].waits.total() == (0 if silent else 1), waiting[name].waits
+
+
+@pytest.mark.parametrize("name", [x for x in RECORDED if not x.startswith("plain")])
+def test_functions_wait_when_all_is_queued(name: str, waiting: dict[str, Any]) -> None:
+    """After the last product and the last kernel of attention."""
+    order = waiting[name].order
+    if name.endswith("no check"):
+        return
+    (at,) = [i for i, op in enumerate(order) if op == "_local_scalar_dense"]
+    large = {"mm", "addmm", "bmm", "native_layer_norm_backward", "embedding_dense_backward"}
+    assert not large.intersection(order[at:]), order[at:]
 
 
 def test_what_waits(calls: ModuleType) -> None:

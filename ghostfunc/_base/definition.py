@@ -23,6 +23,7 @@ from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
+    check_shape,
     close,
     coupled_samples,
     lend,
@@ -35,34 +36,49 @@ from ghostfunc._base.types import ModelFn, PyTree, Randomness
 
 
 def val_gradient(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree, scale: float
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    val: PyTree,
+    scale: float,
+    look: Callable[[Tensor], None] = check_finite,
 ) -> list[Tensor]:
-    """The gradient of the summed validation losses, scaled, by reverse mode alone."""
+    """The gradient of the summed validation losses, scaled, by reverse mode alone. `look` gets the
+    losses when all is queued."""
     weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
-    return weighted_gradient(model_fn, leaves, spec, val, weights)[1]
+    return weighted_gradient(model_fn, leaves, spec, val, weights, look)[1]
 
 
 def weighted_gradient(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, weights: Tensor
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    weights: Tensor,
+    look: Callable[[Tensor], None] = check_finite,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone."""
+    """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone. `look`
+    gets the losses when all is queued."""
     n = batch_size(batch)
     if in_transform():
         losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
         with unrounded(losses):
             (grads,) = pullback(weights.to(losses), retain_graph=False, create_graph=False)
+        look(losses)
         return losses, list(map(dense, grads))
     inputs = [x.detach().requires_grad_() for x in leaves]
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad(), DenseGradients():
-            losses = check_losses(losses_of(batch), n)
+            losses = check_shape(losses_of(batch), n)
         if not losses.requires_grad:
+            look(losses)
             return losses, [torch.zeros_like(x) for x in leaves]
         with unrounded(losses):
             grads = torch.autograd.grad(
                 losses, inputs, weights.to(losses), allow_unused=True, materialize_grads=True
             )
+        look(losses.detach())
         return losses.detach(), list(map(dense, grads))
 
     params = spec.unflatten(inputs)
@@ -77,6 +93,7 @@ def val_gradients(
     """The gradient of every validation loss in turn."""
     m = batch_size(val, "val")
     losses, pullback = _vjp(model_fn, leaves, spec, val, m)
+    check_finite(losses)
     for j in range(m):
         cotangent = torch.zeros_like(losses)
         cotangent[j] = 1
@@ -90,7 +107,7 @@ def _vjp(
 ) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
     def losses(p: list[Tensor]) -> Tensor:
         with DenseGradients():
-            return check_losses(model_fn(spec.unflatten(p), batch), n)
+            return check_shape(model_fn(spec.unflatten(p), batch), n)
 
     out, pullback = torch.func.vjp(losses, list(leaves))[:2]
     return out, pullback

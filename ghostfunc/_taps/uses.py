@@ -58,13 +58,13 @@ def _outputs(model: TracedModel) -> list[UseOutput]:
     """All uses and what their outputs look like: those of a run on two samples, remembered by
     the exact shapes of the batch, where those are known."""
     few = min(model.n, 2)
-    sample = take(model.batch, range(few))
-    if _open(sample):
-        return _look_at_outputs(model, few, sample)
+    sizes = [x.shape[1:] for x in tensors_of(model.batch)]
+    if any(isinstance(size, torch.SymInt) for shape in sizes for size in shape):
+        return _look_at_outputs(model, few, take(model.batch, range(few)))
     remembered = memory(model.model_fn)
-    key = ("sites", model.trace, shapes_key((model.leaves, sample)))
+    key = ("sites", model.trace, few, tuple(map(tuple, sizes)), shapes_key(model.leaves))
     if key not in remembered:
-        remembered[key] = _look_at_outputs(model, few, sample)
+        remembered[key] = _look_at_outputs(model, few, take(model.batch, range(few)))
     return remembered[key]
 
 

@@ -27,7 +27,10 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
-from ghostfunc._base.purity import check_losses
+from ghostfunc._base.purity import (
+    check_finite,
+    check_shape,
+)
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import in_transform, symbolic
@@ -60,12 +63,13 @@ def position_dots(
     per_param: bool,
     check: Check,
     randomness: Randomness,
+    look: Callable[[Tensor], None] = check_finite,
 ) -> list[list[Tensor]]:
     """For every direction the shares of all positions: `[n, T]`, one in all or one per
     parameter."""
 
     def use(model: TracedModel) -> list[list[Tensor]]:
-        shares, losses, way = _shares(model, directions=directions, per_param=per_param)
+        shares, losses, way = _shares(model, directions=directions, per_param=per_param, look=look)
         prove(Claim(model, way, losses, partial(dots, model)), check, randomness)
         return shares
 
@@ -76,7 +80,11 @@ def position_dots(
 
 
 def _shares(
-    model: TracedModel, *, directions: Sequence[Sequence[Tensor]], per_param: bool
+    model: TracedModel,
+    *,
+    directions: Sequence[Sequence[Tensor]],
+    per_param: bool,
+    look: Callable[[Tensor], None],
 ) -> tuple[list[list[Tensor]], Tensor, Hashable]:
     """The shares, the losses, and the way through the program."""
     if model.trace.reorders:
@@ -97,11 +105,12 @@ def _shares(
         with mode:
             losses = model.model_fn(mode.params, model.batch)
         mode.finish()
-        return check_losses(losses, model.n), []
+        return check_shape(losses, model.n), []
 
     flat = [tap for row in taps for tap in row]
     nested = in_transform()
     losses, (cotangents,), _ = pull_back(tapped, (flat,), 1.0, guarded=model, differentiable=nested)
+    look(losses)
     cotangents = with_zeros(cotangents, flat)
     shares = [cotangents[i : i + columns] for i in range(0, len(flat), columns)]
     return shares, losses, modes[0].way

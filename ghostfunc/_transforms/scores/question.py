@@ -17,7 +17,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
-from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
@@ -114,7 +114,9 @@ class Question:
                 'per_position=True needs reduction="mean" or "sum": ask for several validation '
                 "batches, a dict of them, to tell validation samples apart."
             )
-        us = [*map(self._direction, self.targets.vals), *map(self._dense, self.targets.directions)]
+        finite = FiniteLosses(self.check_finite)
+        vals = [self._direction(val, finite) for val in self.targets.vals]
+        us = [*vals, *map(self._dense, self.targets.directions)]
 
         def of_chunk(train: PyTree) -> list[Tensor]:
             parts = position_dots(
@@ -126,7 +128,9 @@ class Question:
                 per_param=self.per_param,
                 check=self.check,
                 randomness=self.randomness,
+                look=finite.add,
             )
+            finite.look()
             return _flat(parts)
 
         flat = batches.joined(batches.each(of_chunk, self.train, self.chunk_size, "train"))
@@ -163,7 +167,7 @@ class Question:
         c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
         return [direction.total(i, c) for i in range(len(self.leaves))]
 
-    def _direction(self, val: PyTree) -> list[Tensor]:
+    def _direction(self, val: PyTree, finite: FiniteLosses | None = None) -> list[Tensor]:
         return dense_direction(
             self.model_fn,
             self.leaves,
@@ -172,6 +176,7 @@ class Question:
             mean=self.reduction == "mean",
             chunk_size=self.chunk_size,
             randomness=self.randomness,
+            look=check_finite if finite is None else finite.add,
         )
 
     # --- ghost -----------------------------------------------------------------------------------
@@ -204,6 +209,7 @@ class Question:
             if not self.normalize:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
+            sides = [_lengths(r, dots[0][0]) for r in readers]
             rows = lengths.sample_norms(
                 self.model_fn,
                 self.leaves,
@@ -213,10 +219,7 @@ class Question:
                 self.randomness,
                 finite,
             )
-            table = [
-                self._cosines(x, rows, _lengths(r, rows))
-                for x, r in zip(dots, readers, strict=True)
-            ]
+            table = [self._cosines(x, rows, y) for x, y in zip(dots, sides, strict=True)]
             return _Step(taken.losses, taken.grads, table)
 
         parts, sums = [], batches.Sums()

@@ -7,7 +7,7 @@ parameter, from shapes, for every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import bundles, cost
@@ -149,6 +149,7 @@ def dense_direction(
     mean: bool,
     chunk_size: int | None,
     randomness: Randomness,
+    look: Callable[[Tensor], None] = check_finite,
 ) -> list[Tensor]:
     """The gradient of the mean or summed validation losses, a few samples at a time. `val` is a
     batch or an iterable of batches."""
@@ -156,7 +157,7 @@ def dense_direction(
     def gradient(batch: PyTree, scale: float) -> list[Tensor]:
         def of_chunk(chunk: PyTree) -> list[Tensor]:
             prove_independent(model_fn, leaves, spec, chunk, randomness)
-            return definition.val_gradient(model_fn, leaves, spec, chunk, scale)
+            return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look)
 
         sums = batches.Sums()
         for grads in batches.each(of_chunk, batch, chunk_size, "val"):
