@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
 from ghostfunc._base.torch_private import hooks_within, uncompiled
-from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
-from ghostfunc.hf._files import write_table
-from ghostfunc.hf._kept import KeptScores, recipe_of
+from ghostfunc.hf._keeping import RunState, ScoreKeeper
+from ghostfunc.hf._kept import KeptScores
 from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
-from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
+from ghostfunc.hf._numbered import SAMPLE_ID
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
-from ghostfunc.hf._scoring import Book, Form, Pieces, Scoring, Values, evaluating, trainable
+from ghostfunc.hf._scoring import Form, Pieces, Scoring, evaluating, trainable
 from ghostfunc.hf._settings import refuse_settings
 from ghostfunc.hf._trained import SampleLoss, one_item_each, trained_loss
-from ghostfunc.shapley import Scores, finalize
-
-TABLE_FILE = "scores.parquet"
 
 
-@dataclass
-class _Run:
-    """What a run needs from one micro-batch to the next."""
-
-    metrics: Metrics
-    scorings: dict[Hashable, Scoring] = field(default_factory=dict)
-    divisor: Divisor | None = None
-    books: list[Book] = field(default_factory=list)
-    directions: dict[str, Any] | None = None
-    gradients: dict[str, Any] = field(default_factory=dict)
-    pending: list[Values] = field(default_factory=list)
-    """Of the step that the optimizer has not taken yet."""
-    scale: float = 1.0
-    """Of the losses, by a loss scaler."""
-
-
-class GhostMixin(Trainer):
+class GhostMixin(ScoreKeeper):
     """Scores for any trainer that is a `transformers.Trainer`: `class Mine(GhostMixin, Theirs)`.
 
     Arguments, results and errors are those of `gf.hf.GhostTrainer`, which is
@@ -70,7 +47,7 @@ class GhostMixin(Trainer):
         _check_options(score_form, score_order, score_batch_size)
         sets = score_sets(score_dataset)
         super().__init__(*args, **self.with_score_sets(args, kwargs, sets))
-        self.score_sets: dict[str, ScoreSet] = self.prepared_score_sets(sets)
+        self.score_sets = self.prepared_score_sets(sets)
         refuse_settings(self, second_order=score_order == 2)
         self.score_form, self.score_order = score_form, score_order
         self._together, self.id_column = score_batch_size, id_column
@@ -85,7 +62,7 @@ class GhostMixin(Trainer):
         self._given_loss = sample_loss
         self._loss = self.sample_loss()
         self._kept = KeptScores(len(self.score_sets), {})
-        self._run = _Run(Metrics(list(self.score_sets)))
+        self._run = RunState(Metrics(list(self.score_sets)))
         self.add_callback(StepTaken(self._step_taken))
 
     # --- for trainers with a loss of their own ---
@@ -111,79 +88,6 @@ class GhostMixin(Trainer):
     def inputs_of(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The collated batch with whatever else `sample_loss` takes."""
         return dict(inputs)
-
-    # --- what a run yields ---
-
-    @property
-    def scores(self) -> Scores:
-        """The scores so far: `ids`, `values [s, sets]` (negative helps), `counts`."""
-        return finalize(self._kept.state)
-
-    def save_scores(self, path: str | Path) -> None:
-        """Write the table of scores as Parquet, whole or not at all."""
-        facts = {
-            "values": "what the sample changed the validation loss by; negative helps",
-            "form": self.score_form,
-            "order": self.score_order,
-            "global_step": self.state.global_step,
-            "scored_from_step": self._kept.scored_from,
-        }
-        write_table(self.scores, list(self.score_sets), facts, Path(path))
-
-    # --- Trainer's own methods ---
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As `Trainer.train`; scores go on from the checkpoint too, and are written at the end,
-        also where an exception ends it."""
-        resume_from_checkpoint = self._begin(resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        finally:
-            self.save_scores(Path(cast(str, self.args.output_dir)) / TABLE_FILE)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; a checkpoint gets the scores first and what marks it as whole,
-        `trainer_state.json`, last."""
-        if _internal_call and output_dir is not None:
-            folder = Path(output_dir)
-            # A folder of an earlier run is not whole while it is written over.
-            (folder / LAST_WRITTEN).unlink(missing_ok=True)
-            self._kept.save(folder, self.state.global_step)
-        super().save_model(output_dir, _internal_call)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; where a training loss is logged, what the scores were since the last
-        time stands beside it."""
-        if "loss" in logs:
-            logs.update(self._run.metrics.taken())
-        super().log(logs, start_time)
-
-    def get_train_dataloader(self) -> Any:
-        """As `Trainer.get_train_dataloader`, with a number beside every sample."""
-        dataset, collate = self.train_dataset, self.data_collator
-        key = self.id_column or SAMPLE_ID
-        self._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        # For the time of this call: validation batches carry no numbers.
-        self._signature_columns = cast(Any, [*columns, key])
-        self.data_collator = NumberedCollator(collate, key)
-        if self.id_column is None and dataset is not None:
-            if isinstance(dataset, torch.utils.data.IterableDataset):
-                raise OptionError(
-                    "An iterable train_dataset has no indices: give every sample an integer id and "
-                    "name its column with id_column."
-                )
-            self.train_dataset = Numbered(dataset)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.data_collator = dataset, collate
-            self._signature_columns = columns
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -324,37 +228,6 @@ class GhostMixin(Trainer):
             numbered,
             TOLERANCE[self.accelerator.mixed_precision],
         )
-
-    # --- what is kept ---
-
-    def _begin(self, resume_from: str | bool | None) -> str | bool | None:
-        """A run begins: nothing is scored yet, except by the checkpoint that is resumed from."""
-        settings = {
-            "score_form": self.score_form,
-            "score_order": self.score_order,
-            "id_column": self.id_column,
-        }
-        recipe = recipe_of(settings, self.score_sets, self.train_dataset, self.args.seed)
-        self._kept = KeptScores(len(self.score_sets), recipe)
-        self._run = _Run(Metrics(list(self.score_sets)))
-        if not resume_from:
-            return resume_from
-        folder, weights_alone = Path(cast(str, self.args.output_dir)), self.args.save_only_model
-        return self._kept.resume(resume_from, folder, weights_alone=weights_alone)
-
-    def _step_taken(self) -> None:
-        """After the optimizer: values count if its step was taken (a loss scaler may skip it).
-
-        Of fused optimizers, which skip inside their kernel, accelerate does not notice; the scaler
-        then lowers its scale.
-        """
-        scaler = self.accelerator.scaler
-        lowered = scaler is not None and scaler.get_scale() < self._run.scale
-        if not (lowered or self.accelerator.optimizer_step_was_skipped):
-            for values in self._run.pending:
-                self._kept.add(values)
-                self._run.metrics.add(values)
-        self._run.pending = []
 
 
 def _check_options(form: object, order: object, batch_size: object) -> None:
