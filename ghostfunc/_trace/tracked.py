@@ -133,13 +133,26 @@ class Tracked:
             ids, counted = looked_up
             b = torch.where(counted[:, None], real(g).reshape(len(g), ids.shape[0], -1), 0)
             return [(first, OneHot(ids.expand(len(g), -1), b, len(first.const)))]
-        pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
-        if _sparse((self, *self.sources)):  # no vmap of these
-            rows = [list(map(dense, pullback(x))) for x in g]
-            pulled = tuple(map(torch.stack, zip(*rows, strict=True)))
+        if _sparse((self, *self.sources)):  # no transform runs these
+            pulled = self._pulled_one_by_one(g)
         else:
+            pullback = torch.func.vjp(self.fn, *(s.const for s in self.sources))[1]
             pulled = torch.vmap(pullback)(g)
         return [(source, Dense(real(x))) for source, x in zip(self.sources, pulled, strict=True)]
+
+    def _pulled_one_by_one(self, g: Tensor) -> list[Tensor]:
+        """Every source's gradients, by plain autograd, sample by sample."""
+        assert self.fn is not None
+        inputs = [s.const.detach().requires_grad_() for s in self.sources]
+        with torch.enable_grad():
+            out = self.fn(*inputs)
+        rows = [
+            torch.autograd.grad(
+                out, inputs, x, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for x in g
+        ]
+        return [torch.stack(list(map(dense, column))) for column in zip(*rows, strict=True)]
 
 
 def _sparse(tensors: Iterable[Tracked]) -> bool:
