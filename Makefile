@@ -21,7 +21,7 @@ BOARD_STAMP := $(BOARD)/.installed
 BOARD_PIP := $(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz docs release-check lint format bench bench-check leaderboard clean
+.PHONY: help install demo test fuzz docs release-check lint format bench bench-gpu bench-check leaderboard clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench: $(BENCH_STAMP) ## Time everything beside plain PyTorch and peers; writes docs/benchmarks (35 min).
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
+
+bench-gpu: $(STAMP) ## Tests marked gpu, then a table: docs/benchmarks/gpu.md (one CUDA device, 8 min).
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above benchmarks/recorded.json.
 	$(BENCH)/bin/python benchmarks/run.py --check $(ARGS)

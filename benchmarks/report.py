@@ -43,7 +43,7 @@ weights.
 
 KEPT = (
     "glibc keeps what is freed for the next step (`MALLOC_MMAP_MAX_=0`, a high\n"
-    "  `MALLOC_TRIM_THRESHOLD_`), as [speed.md](../speed.md) advises;\n"
+    "  `MALLOC_TRIM_THRESHOLD_`), as [speed.md]({speed}) advises;\n"
     "  `--free-memory` leaves it alone."
 )
 FREED = "glibc gives freed memory back to the system, as it does by default."
@@ -51,12 +51,13 @@ FREED = "glibc gives freed memory back to the system, as it does by default."
 
 ONEDNN = {
     "ours": (
-        "ghostfunc hands its products to oneDNN where that is faster than MKL, on processors of\n"
-        "  AMD's; the model's own are left alone, in all contestants. `--onednn none` and `all`\n"
-        "  have the same products done by the same library: [speed.md](../speed.md)."
+        "Uneven: ghostfunc hands its products to oneDNN where that is faster than MKL, on\n"
+        "  processors of AMD's; the model's own stay with MKL, in all contestants.\n"
+        "  `--onednn none` and `all` have all products done by one library:\n"
+        "  [speed.md](../../speed.md)."
     ),
-    "all": "All float32 products go to oneDNN, plain steps' as well.",
-    "none": "All float32 products go to MKL.",
+    "all": "One library on both sides: all float32 products go to oneDNN, plain steps' as well.",
+    "none": "One library on both sides: all float32 products go to MKL.",
 }
 
 
@@ -65,6 +66,7 @@ def markdown(lines: list[Line], threads: int, *, onednn: str, memory_kept: bool)
     shapes = "\n".join(
         ["| shape | |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in SHAPES.items())]
     )
+    speed = "../../speed.md" if onednn == "ours" else "../speed.md"
     where = f"{platform.system()} {platform.machine()}"
     head = HEAD.format(
         where=where,
@@ -73,7 +75,7 @@ def markdown(lines: list[Line], threads: int, *, onednn: str, memory_kept: bool)
         wrong=WRONG,
         shapes=shapes,
         onednn=ONEDNN[onednn],
-        memory=KEPT if memory_kept else FREED,
+        memory=KEPT.format(speed=speed) if memory_kept else FREED,
     )
     table = [
         "| work | shape | against | figure | at most | | error | the other's error | |",

@@ -58,7 +58,7 @@ def materialize(factor: Factor) -> Float[Tensor, "n ..."]:
 
 @materialize.register
 def _(factor: Outer) -> Tensor:
-    return product(wide(factor.left).mT, wide(factor.right))
+    return matmul(factor.left.mT, factor.right)
 
 
 @materialize.register
@@ -75,7 +75,7 @@ def _(factor: OneHot) -> Tensor:
 
 @materialize.register
 def _(factor: Grouped) -> Tensor:
-    return product(wide(factor.left).mT, wide(factor.right))
+    return matmul(factor.left.mT, factor.right)
 
 
 @materialize.register
@@ -118,7 +118,7 @@ def add_total(
     """Add `sum_i g_i` to a tensor in place, without forming it where it can be avoided."""
     match factor:
         case Outer(left, right) if contract_dtype is None:
-            add_product(into, wide(left).flatten(0, 1).mT, wide(right).flatten(0, 1))
+            add_product(into, left.flatten(0, 1).mT, right.flatten(0, 1))
         case OneHot(ids, b, _):
             into.index_add_(0, ids.flatten(), wide(b).flatten(0, 1))
         case _:

@@ -95,7 +95,7 @@ def _paired(call: CallTrace, factor: Outer, n: int, running: RunningTotal | None
     if not call.plans[plan]:
         return None
     cut = n * left.shape[1]
-    left, right = wide(left).flatten(0, 1), wide(right).flatten(0, 1)
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
     ours, rights = left[:cut], right[:cut]
     tokens = matmul(ours, left[cut:].mT).view(n, 1, -1)
     others = matmul(rights, right[cut:].mT).view(n, -1, 1)
