@@ -161,7 +161,7 @@ def _compare(
     # numpy's numbers: torch draws none inside vmap.
     v = [torch.from_numpy(generator.standard_normal(x.shape)).to(x) for x in model.leaves]
     states = torch.get_rng_state()
-    table = torch.stack([wide(x).double().cpu() for x in claim.dots(v)])
+    table = torch.stack([wide(x).detach().double().cpu() for x in claim.dots(v)])
     index = table.isfinite().all(0).nonzero().flatten().tolist()
     if not index:
         return None
@@ -184,8 +184,8 @@ def _compare(
         with unrounded(losses):
             for i, (g, u) in enumerate(zip(grads, v, strict=True)):
                 g = wide(g).flatten()
-                totals[i] = totals[i] + (g @ wide(u).flatten()).double().cpu()
-                sizes[i] = sizes[i] + g.norm().double().cpu()
+                totals[i] = totals[i] + (g @ wide(u).flatten()).detach().double().cpu()
+                sizes[i] = sizes[i] + g.norm().detach().double().cpu()
     size = claim.losses[index].detach().abs().clamp_min(1).double().cpu()
     noise = NOISE * torch.finfo(_coarsest(model)).eps * float((weights * size).norm())
     return _judge(claim, weights * table[:, index], torch.stack(totals), torch.stack(sizes), noise)
