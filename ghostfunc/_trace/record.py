@@ -153,6 +153,7 @@ class Recorder(TrackingMode):
         self._of_batch = {id(x): x for x in tensors_of(batch)}  # what is made of its values
         self._entry = 0
         self._reordered_at: int | None = None
+        self.dtypes: set[torch.dtype] = set()
         self.statistics = False
         self.reads = False
         self.reads_at: set[int] = set()
@@ -208,6 +209,8 @@ class Recorder(TrackingMode):
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         outs = shapes(out)
         self._follow_batch(func, args, kwargs, out)
+        if outs != outs_before:
+            self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
         if func in _ROWS_CHOSEN and inputs == inputs_before and outs != outs_before:
             self.reads = True  # `table[:len(x)]`, of a table made for so many samples
         if judged or (inputs != inputs_before and outs == outs_before):

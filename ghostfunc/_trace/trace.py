@@ -74,6 +74,7 @@ class Trace:
         reads_at: the calls, by number, that hand values of the batch to Python.
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
+        dtypes: of floating-point tensors that carry samples; the coarsest decides what rounding is.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -84,6 +85,7 @@ class Trace:
     statistics: bool
     reads: bool
     reads_at: frozenset[int]
+    dtypes: frozenset[torch.dtype]
 
     @functools.cached_property
     def derived_from(self) -> frozenset[int]:
