@@ -245,9 +245,8 @@ def _parts(n: int, generator: np.random.Generator, *, whole: bool) -> list[_Part
 
 def _coarsest(model: TracedModel) -> torch.dtype:
     """The dtype of the run with the fewest digits."""
-    uses = [call.dtype for call in model.trace.calls if call.kind == "use"]
-    dtypes = {x.dtype for x in model.leaves}.union(uses)
-    return max((x for x in dtypes if x.is_floating_point), key=lambda x: torch.finfo(x).eps)
+    dtypes = {x.dtype for x in model.leaves} | model.trace.dtypes
+    return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,7 @@ def trace_model(
         recorder.statistics,
         recorder.reads,
         frozenset(recorder.reads_at),
+        frozenset(recorder.dtypes),
     )
     return trace
 

@@ -149,6 +149,7 @@ class Recorder(TrackingMode):
         self.statistics = False
         self.reads = False
         self.reads_at: set[int] = set()
+        self.dtypes: set[torch.dtype] = set()
         self._number = -1  # of the call, reads of attributes not counted
         self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.seen: list[RecordedCall] = []
@@ -200,6 +201,7 @@ class Recorder(TrackingMode):
         out = self.elementary(func, args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         outs = shapes(out)
+        self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
         self._follow_batch(func, args, kwargs, out)
         if judged or (inputs != inputs_before and outs == outs_before):
             for x in tensors_of(out):

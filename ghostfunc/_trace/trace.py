@@ -64,6 +64,7 @@ class Trace:
         statistics: whether a number is made of several samples, so that their independence has to
             be.
         reads_at: the calls, by number, that hand values of the batch to Python.
+        dtypes: of all numbers on the way that are not whole.
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
     """
@@ -76,6 +77,7 @@ class Trace:
     statistics: bool
     reads: bool
     reads_at: frozenset[int]
+    dtypes: frozenset[torch.dtype]
 
 
 Pattern: TypeAlias = tuple[Any, ...]
