@@ -247,7 +247,7 @@ def _parts(n: int, generator: np.random.Generator, *, whole: bool) -> list[_Part
 def _coarsest(model: TracedModel) -> torch.dtype:
     """The dtype of the run with the fewest digits."""
     dtypes = {x.dtype for x in model.leaves} | model.trace.dtypes
-    return max((x for x in dtypes if x.is_floating_point), key=lambda x: torch.finfo(x).eps)
+    return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from ghostfunc._factors.factor import Dense, Outer
 from ghostfunc._quantities import readers
 from ghostfunc._quantities.quantity import Dot
 from ghostfunc._rules.registry import RULES
-from ghostfunc._taps import run
+from ghostfunc._taps import run, sinks
 from ghostfunc._trace import tracked
 from ghostfunc._trace.layout import Layout
 from ghostfunc.projection import _readers
@@ -229,14 +229,14 @@ def folds_are_sample_major(patch: Patch) -> None:
 
 
 def unseen_uses_pass(patch: Patch) -> None:
-    """The cotangents of the guards are the last ones."""
-    right = run.gradients
+    """The cotangents of the guards are the last ones before that of the anchor."""
+    right = sinks.gradients
 
     def wrong(losses: Tensor, inputs: Any, *args: Any, **options: Any) -> Any:
         found = right(losses, inputs, *args, **options)
-        return [*found[:-1], None]
+        return [*found[:-2], None, found[-1]]
 
-    patch.setattr(run, "gradients", wrong)
+    patch.setattr(sinks, "gradients", wrong)
 
 
 class Square(torch.autograd.Function):
