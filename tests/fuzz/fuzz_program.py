@@ -107,10 +107,7 @@ def random_program(seed: int) -> Program:
     if not any(map(uses, steps)):
         steps = (*steps, _leaf(rng, "product"))
     penalties = tuple(rng.sample(PENALTIES, rng.choice([0, 0, 0, 1, 2])))
-    settings = tuple(_setting(rng, k) for k in range(rng.choice([1, 2, 2, 3])))
-    if rng.random() < 0.5:  # the last shapes again, first in order and then in disorder
-        last = replace(settings[-1], alike=False)
-        settings = (*settings[:-1], replace(last, lengths=rng.choice(["sorted", "full"])), last)
+    settings = _settings(rng)
     return Program(seed, steps, rng.choice(LOSSES), penalties, settings, rng.random() < 0.2)
 
 
@@ -167,6 +164,20 @@ def _chain(rng: Random) -> tuple[tuple[str, int], ...]:
     """Derivations of a weight, each with a spelling."""
     length = rng.choice([0, 0, 1, 1, 2, 3])
     return tuple((rng.choice(DERIVATIONS), rng.randrange(SPELLINGS)) for _ in range(length))
+
+
+def _settings(rng: Random) -> tuple[Setting, ...]:
+    """Shapes and values that are likely to be mistaken for those before them."""
+    settings = [_setting(rng, k) for k in range(rng.choice([1, 2, 2, 3]))]
+    kind = rng.random()
+    if kind < 0.3:  # a way for small batches, then another one, in order at first
+        small = replace(settings[0], n=rng.choice([2, 3]), t=rng.choice([2, 3]), lengths="full")
+        settings = [small, replace(settings[-1], n=rng.choice([4, 5, 6]), t=rng.choice([3, 5]))]
+    if kind < 0.6:
+        last = replace(settings[-1], alike=False, lengths="ragged")
+        in_order = replace(last, lengths=rng.choice(["sorted", "sorted", "full"]))
+        settings = [*settings[:-1], in_order, last]
+    return tuple(settings)
 
 
 def _setting(rng: Random, number: int) -> Setting:
