@@ -31,7 +31,7 @@ from ghostfunc._factors.factor import Dense, Outer
 from ghostfunc._quantities import readers
 from ghostfunc._quantities.quantity import Dot
 from ghostfunc._rules.registry import RULES
-from ghostfunc._taps import run, sinks
+from ghostfunc._taps import sinks
 from ghostfunc._trace import tracked
 from ghostfunc._trace.layout import Layout
 from ghostfunc.projection import _readers
