@@ -23,7 +23,7 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
 from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, output_of
 from ghostfunc._trace.layout import Layout, StaleLayout
-from ghostfunc._trace.trace import CallTrace, Trace, pattern
+from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
 from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, writes
 
@@ -51,9 +51,8 @@ class TapMode(TrackingMode):
         self._note_outputs = note_outputs
         self._trace = trace
         self._entry = 0
-        self._as_traced = True
+        self._as_traced = self._same_ops = True
         self._n_calls = 0
-        self._elsewhere: list[Any] = []
         self._way = 0
         self._n = n
         self.taps = taps
@@ -87,7 +86,7 @@ class TapMode(TrackingMode):
         }
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
         other.uses, other.outputs = list(self.uses), list(self.outputs)
-        other._stale, other._elsewhere = dict(self._stale), list(self._elsewhere)
+        other._stale = dict(self._stale)
         return other
 
     @contextmanager
@@ -108,7 +107,8 @@ class TapMode(TrackingMode):
             return super().elementary(func, args, kwargs)
         entry, funcs = self._entry, self._trace.funcs
         self._entry += 1
-        self._as_traced = self._as_traced and entry < len(funcs) and funcs[entry] == op_key(func)
+        self._same_ops = self._same_ops and entry < len(funcs) and funcs[entry] == op_key(func)
+        self._as_traced = self._as_traced and self._same_ops
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         out = super().elementary(func, args, kwargs)
         read = not self._as_traced or entry in self._trace.reads_at
@@ -118,23 +118,15 @@ class TapMode(TrackingMode):
         if expected is not None:
             inputs = [x.shape for x in tensors_of((args, kwargs))]
             self._as_traced = pattern(func, inputs, [out.shape]) == expected
-        if not self._as_traced:
-            self._elsewhere.append((entry, op_key(func)))
         return out
 
     @property
-    def route(self) -> Hashable:
-        """None if all calls were those of the trace, else what tells these from others."""
-        if self._as_traced and self._entry == len(self._trace.funcs):
-            return None
-        return self._entry, hash(tuple(self._elsewhere))
-
-    @property
-    def way(self) -> Hashable:
+    def way(self) -> WayTaken:
         """What tells this way through the program from others: its calls, what they were told
         besides tensors, the values that Python read, and the shapes where parameters met samples.
         """
-        return self._entry, self._way
+        same_ops = self._same_ops and self._entry == len(self._trace.funcs)
+        return WayTaken(same_ops, self._entry, self._way)
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
         """The samples must lie where they lay in the trace. Where the shape would allow other

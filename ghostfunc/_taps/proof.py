@@ -48,6 +48,7 @@ from ghostfunc._base.torch_private import symbolic, unrounded
 from ghostfunc._base.trees import take, tensors_of
 from ghostfunc._base.types import Check, Randomness
 from ghostfunc._trace.find import Disproved, TracedModel
+from ghostfunc._trace.trace import WayTaken
 
 REMEMBERED = 4096
 """Proofs that are remembered of a model function. The oldest are forgotten, and made again."""
@@ -108,7 +109,7 @@ class Claim:
     """
 
     model: TracedModel
-    way: Hashable
+    way: WayTaken
     losses: Tensor
     dots: Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -121,7 +122,8 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     """Raise `Disproved` or `CoupledSamplesError` unless the claim holds, or was proved before.
 
     Programs that make numbers of several samples, or that may reorder them by their values, are
-    proved in every run: other values make another program of them at the same shapes.
+    proved in every run: other values make another program of them at the same shapes. So is a way
+    through the program that no trace went, of which nobody has seen whether it does.
     """
     model = claim.model
     if check == "never" or any(map(symbolic, tensors_of(model.batch))):
@@ -131,6 +133,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     if known is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
     by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
+    by_values |= not claim.way.same_ops and model.n > 1
     if known and check == "new" and not by_values:
         return
     check_finite(claim.losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.probe import unseen_use
-from ghostfunc._trace.trace import Trace
+from ghostfunc._trace.trace import Trace, WayTaken
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
 from ghostfunc._trace.watch import gradients
 
@@ -63,7 +63,7 @@ class RunResult:
     factors: list[list[Factor]]
     deferred: list[DeferredGradients | None]
     trace: Trace
-    way: Hashable
+    way: WayTaken
 
 
 def run(
@@ -215,7 +215,7 @@ class _Taken:
     grads: dict[int, Tensor | None]
     kept: list[tuple[Use, Tensor, list[Tensor]]]
     untapped: list[Tensor]
-    way: Hashable
+    way: WayTaken
 
 
 def _by_sinks(

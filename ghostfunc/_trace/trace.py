@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,6 +54,21 @@ class CallTrace:
     def places(self) -> dict[int, Layout]:
         """`layouts` by argument."""
         return dict(self.layouts)
+
+
+class WayTaken(NamedTuple):
+    """The way that a run took through the program.
+
+    Attributes:
+        same_ops: whether it called the ops of its trace and no others. Of other ops nobody has seen
+            whether they reorder samples by their values.
+        calls: how many calls it made.
+        told: a hash of all that tells it from other ways.
+    """
+
+    same_ops: bool
+    calls: int
+    told: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ once more on samples that are one position shorter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ from ghostfunc._taps.proof import Claim, prove
 from ghostfunc._taps.run import dots, pull_back, refuse_unproved, with_zeros
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
-from ghostfunc._trace.trace import CallTrace
+from ghostfunc._trace.trace import CallTrace, WayTaken
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, constants, shaped
 
 WAY_OUT = (
@@ -85,7 +85,7 @@ def _shares(
     directions: Sequence[Sequence[Tensor]],
     per_param: bool,
     look: Callable[[Tensor], None],
-) -> tuple[list[list[Tensor]], Tensor, Hashable]:
+) -> tuple[list[list[Tensor]], Tensor, WayTaken]:
     """The shares, the losses, and the way through the program."""
     if model.trace.reorders:
         raise SampleAxisError(
