@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, one_of
+from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._transforms.factored import check_weight_shape, check_weights, collect
@@ -50,6 +51,7 @@ def ghost_clipped_grad(
     mode: Mode = "ghost",
     vectorize: bool | None = None,
     check: Check = "new",
+    chunk_size: int | None = None,
     randomness: Randomness = "error",
     check_finite: bool = True,
 ) -> ClippedGrad:
@@ -77,8 +79,8 @@ def ghost_clipped_grad(
 
     **Time and memory.** Norms and sum are contracted from factors that are kept until the backward
     pass is over (`factored_grads`): there is no second pass. What is kept grows while the
-    activations of a training step are freed, so the peak is about a step's. The sum is additive
-    over batches: to need less memory, add up the results of smaller ones.
+    activations of a training step are freed, so the peak is about a step's; with a `chunk_size` it
+    is that of a chunk.
 
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
@@ -94,6 +96,7 @@ def ghost_clipped_grad(
             loop where vmap cannot run the model.
         check: when numbers are held against plain autograd, in two more passes: "new", where the
             way through the program or the shapes are new; "always"; or "never".
+        chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
         check_finite: whether to look for what is not finite, and for squares that over- or
             underflow: one wait for the device, when all is queued. Without it nothing waits, and
@@ -118,6 +121,7 @@ def ghost_clipped_grad(
     one_of("mode", mode, ("ghost", "materialized"))
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
+    check_chunk_size(chunk_size)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     leaves, spec = flatten_params(params)
@@ -125,6 +129,58 @@ def ghost_clipped_grad(
     bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
     if weights is not None:
         check_weight_shape(weights, n)
+    start = 0
+
+    def of_chunk(chunk: PyTree) -> ClippedGrad:
+        nonlocal start
+        stop = start + batch_size(chunk)
+        own = None if weights is None else weights[start:stop]
+        start = stop
+        return _clipped(
+            model_fn,
+            leaves,
+            spec,
+            chunk,
+            bounds,
+            own,
+            per_layer=per_layer,
+            normalize=normalize,
+            mode=mode,
+            vectorize=vectorize,
+            check=check,
+            randomness=randomness,
+            check_finite=check_finite,
+        )
+
+    norms, sums = [], batches.Sums()
+    for part in batches.each(of_chunk, batch, chunk_size):
+        sums.add(flatten(part.grads)[0])
+        norms.append(flatten(part.norms)[0])
+        del part
+    found = batches.joined(norms)
+    return ClippedGrad(
+        spec.unflatten(sums.result()), spec.unflatten(found) if per_layer else found[0]
+    )
+
+
+def _clipped(
+    model_fn: ModelFn,
+    leaves: list[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    bounds: list[float],
+    weights: Tensor | None,
+    *,
+    per_layer: bool,
+    normalize: bool,
+    mode: Mode,
+    vectorize: bool | None,
+    check: Check,
+    randomness: Randomness,
+    check_finite: bool,
+) -> ClippedGrad:
+    """The clipped sum of one chunk."""
+    n = batch_size(batch)
     finite = FiniteLosses(check_finite)
     book = collect(
         model_fn,

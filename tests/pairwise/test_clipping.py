@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_close, leaves_of, sample_grads
-from problems import Problem
+from problems import CASES, Problem
 from torch import Tensor
 
 import ghostfunc as gf
@@ -260,3 +260,20 @@ def test_options_that_do_not_exist(options: dict[str, Any], message: str) -> Non
     params, batch = setting(torch.float64)
     with pytest.raises(OptionError, match=message):
         gf.ghost_clipped_grad(scaled_losses, params, batch, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_layer": True}, {"normalize": True}])
+@pytest.mark.parametrize("mode", ["ghost", "materialized"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_chunks_change_nothing(size: int, mode: Any, options: dict[str, Any]) -> None:
+    problem = CASES["tied_lm"]()
+    batch = problem.batch(5, 4)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0], dtype=torch.float64)
+    args = problem.model_fn, problem.params, batch
+    whole = gf.ghost_clipped_grad(*args, max_norm=0.3, weights=weights, mode=mode, **options)
+    parts = gf.ghost_clipped_grad(
+        *args, max_norm=0.3, weights=weights, mode=mode, chunk_size=size, **options
+    )
+    assert_close([parts.grads, parts.norms], [whole.grads, whole.norms], 1e-12)
+    with pytest.raises(gf.OptionError, match="chunk_size must be a positive integer"):
+        gf.ghost_clipped_grad(*args, max_norm=1.0, chunk_size=0)
