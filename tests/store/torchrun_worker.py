@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -34,7 +35,10 @@ def main() -> None:
     dist.all_gather_object(everyone, chunks)
     if dist.get_rank() == 0:
         print(json.dumps(everyone), flush=True)
+    dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads may not have ended when the interpreter takes itself apart, which aborts it.
+    os._exit(0)
 
 
 if __name__ == "__main__":
