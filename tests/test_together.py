@@ -313,3 +313,19 @@ def test_where_two_runs_take_less_memory(
     train, val = draw(32), draw(4)
     at_once = peak(lambda: gf.ghost_dot_prod(*args, train, val))
     assert at_once <= 1.05 * peak(lambda: gf.ghost_dot_prod(*args, train, val, chunk_size=32))
+
+
+def test_long_samples_keep_their_digits() -> None:
+    """The products of 65,536 pairs of positions are added up in pairs, not one by one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> torch.Tensor:
+        return torch.rand(n, 256, 640, generator=generator)  # sums that grow
+
+    def model_fn(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, params["w"]).square().sum((1, 2))
+
+    w, train, val = torch.rand(640, 640, generator=generator), draw(4), draw(1)
+    found = gf.ghost_dot_prod(model_fn, {"w": w}, train, val)
+    right = gf.ghost_dot_prod(model_fn, {"w": w.double()}, train.double(), val.double())
+    assert ((found - right).abs() / right.abs()).max() < 1e-6

@@ -33,6 +33,10 @@ from ghostfunc._trace.tracked import ReaderKey, Tracked
 SMALL = 1 << 16
 """Elements of the per-sample gradients of one parameter that may wait for the others."""
 
+FEW = 1 << 12
+"""Terms that a product of vectors may add up one after the other: of more, digits are lost, and a
+sum in pairs has them."""
+
 Add: TypeAlias = Callable[[ReaderKey, Tensor], None]
 """Takes what was read of a quantity of a parameter."""
 
@@ -97,13 +101,15 @@ def _paired(call: CallTrace, factor: Outer, n: int, running: RunningTotal | None
     cut = n * left.shape[1]
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     ours, rights = left[:cut], right[:cut]
-    tokens = matmul(ours, left[cut:].mT).view(n, 1, -1)
-    others = matmul(rights, right[cut:].mT).view(n, -1, 1)
+    tokens = matmul(ours, left[cut:].mT)
+    others = matmul(rights, right[cut:].mT)
     if running is not None and running.value is not None:
         add_product(running.value.view(factor.shape), ours.mT, rights)
     elif running is not None:
         running.value = matmul(ours.mT, rights)
-    return torch.bmm(tokens, others).view(n)
+    if tokens.numel() > n * FEW:
+        return tokens.mul_(others).view(n, -1).sum(1)
+    return torch.bmm(tokens.view(n, 1, -1), others.view(n, -1, 1)).view(n)
 
 
 def _pairs_are_cheapest(factor: Outer, n: int, *, grads: bool) -> bool:
