@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import check_chunk_size, one_of
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
-from ghostfunc.curvature import _files
 from ghostfunc.curvature._blocks import Limits, patterns
 from ghostfunc.curvature._errors import check_count
 from ghostfunc.curvature._fisher import Fisher, Gradients
@@ -145,5 +145,5 @@ def ekfac(
         bases,
         samples=state.samples,
         fisher=fisher,
-        fingerprint=_files.fingerprint(spec.names, leaves),
+        fingerprint=fingerprint(spec.names, leaves),
     )

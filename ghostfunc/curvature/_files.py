@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import GhostError
@@ -56,13 +54,3 @@ def read(
             f"{os.fspath(path)!r} has format {about['format']!r}; this version reads {FORMAT}."
         )
     return tensors, about
-
-
-def fingerprint(names: Sequence[str], leaves: Sequence[Tensor]) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of parameters."""
-    digest = hashlib.sha256()
-    for name, x in sorted(zip(names, leaves, strict=True), key=lambda pair: pair[0]):
-        digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
-        values = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()

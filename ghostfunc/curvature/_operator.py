@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import ParamsError
+from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
@@ -166,7 +167,7 @@ class EKFAC(Operator):
         """Raise `CurvatureError` unless `params` are those that the curvature was made at."""
         leaves, spec = flatten_params(params)
         self._check_names(spec, leaves)
-        if _files.fingerprint(spec.names, leaves) != self.fingerprint:
+        if fingerprint(spec.names, leaves) != self.fingerprint:
             raise CurvatureError(
                 "the curvature was made at other values of these parameters: a curvature belongs "
                 "to one checkpoint. Make it again at this one."

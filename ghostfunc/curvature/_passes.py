@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._quantities.quantity import Prepared, Quantity
@@ -276,7 +277,7 @@ def about_of(gradients: Gradients, data: Data, limits: Limits, reduce: bool) -> 
     """What tells one computation from another, ready for JSON."""
     return {
         "kind": "state",
-        "params": _files.fingerprint(data.spec.names, data.leaves),
+        "params": fingerprint(data.spec.names, data.leaves),
         "fisher": gradients.fisher,
         "draws": gradients.draws,
         "seed": gradients.seed,

@@ -8,9 +8,9 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ghostfunc._base.fingerprint import fingerprint as of_tensors
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import PyTree
 
@@ -18,25 +18,12 @@ from ghostfunc._base.types import PyTree
 def fingerprint(params: PyTree) -> str:
     """SHA-256 of the names, shapes, dtypes and values of all parameters, in order of names."""
     leaves, spec = flatten_params(params)
-    digest = hashlib.sha256()
-    for name, x in sorted(zip(spec.names, leaves, strict=True), key=lambda pair: pair[0]):
-        _add(digest, name, x)
-    return digest.hexdigest()
+    return of_tensors(spec.names, leaves)
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The fingerprint of every tensor by itself: its shape, dtype and values."""
-    out = {}
-    for name, x in tensors.items():
-        digest = hashlib.sha256()
-        _add(digest, "", x)
-        out[name] = digest.hexdigest()[:32]
-    return out
-
-
-def _add(digest: Any, name: str, x: Tensor) -> None:
-    digest.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
-    digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {name: of_tensors([""], [x])[:32] for name, x in tensors.items()}
 
 
 def description(function: Callable[..., Any]) -> str:

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import one_of
 from ghostfunc._base.purity import check_losses
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature import _files
-from ghostfunc.curvature._files import fingerprint
 from ghostfunc.shapley import Scores
 from ghostfunc.unrolled._adjoint import Adjoint, Hvp, step_back
 from ghostfunc.unrolled._errors import UnrolledError

@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
-from ghostfunc.curvature._files import fingerprint
 from ghostfunc.unrolled._errors import UnrolledError
 from ghostfunc.unrolled._optimizers import Optimizer
 
