@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.options import check_chunk_size
-from ghostfunc._base.trees import batch_size, map_leaves
+from ghostfunc._base.trees import batch_size, map_tensors
 from ghostfunc._base.types import PyTree
 
 T = TypeVar("T")
@@ -79,6 +79,5 @@ class Sums:
 
 
 def _cut(batch: PyTree, start: int, stop: int) -> PyTree:
-    """Some samples of a batch. Leaves that are one tensor stay one, as in `take`."""
-    cut: dict[int, Tensor] = {}
-    return map_leaves(lambda x: cut.setdefault(id(x), x[start:stop]), batch)
+    """Some samples of a batch."""
+    return map_tensors(lambda x: x[start:stop], batch)

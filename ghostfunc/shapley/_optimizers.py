@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optree
@@ -197,6 +197,15 @@ def adam_change(
     return change - lr * weight_decay * p if weight_decay and decoupled else change
 
 
+def clip_factor(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies a gradient by, a scalar."""
+    squares = torch.stack([g.square().sum() for g in grads]).sum()
+    # No derivative of the norm of a gradient that is short enough, and none at zero.
+    long = squares > max_norm**2
+    norm = torch.where(long, squares, 1.0).sqrt()
+    return torch.where(long, (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+
+
 def clipped(optimizer: Optimizer, *, max_norm: float) -> Optimizer:
     """The optimizer after `torch.nn.utils.clip_grad_norm_`.
 
@@ -216,11 +225,7 @@ def clipped(optimizer: Optimizer, *, max_norm: float) -> Optimizer:
         raise OptionError(f"max_norm={max_norm!r} must be positive.")
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
-        squares = torch.stack([g.square().sum() for g in optree.tree_leaves(grads)]).sum()
-        # No derivative of the norm of a gradient that is short enough, and none at zero.
-        long = squares > max_norm**2
-        norm = torch.where(long, squares, 1.0).sqrt()
-        factor = torch.where(long, (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        factor = clip_factor(optree.tree_leaves(grads), max_norm)
         return optimizer.update(optree.tree_map(lambda g: factor * g, grads), params)
 
     return Optimizer(update)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc.shapley._optimizers import adam_change, sgd_change
+from ghostfunc.shapley._optimizers import adam_change, clip_factor, sgd_change
 
 Leaves: TypeAlias = list[Tensor]
 Schedule: TypeAlias = float | Callable[[int], float]
@@ -137,11 +137,7 @@ class Clipped(Optimizer):
     def update(
         self, grads: Sequence[Tensor], state: Sequence[Tensor], params: Sequence[Tensor], step: int
     ) -> tuple[Leaves, Leaves]:
-        squares = torch.stack([g.square().sum() for g in grads]).sum()
-        # A gradient that is short enough is not touched, and a zero one has no norm's derivative.
-        long = squares > self.max_norm**2
-        norm = torch.where(long, squares, 1.0).sqrt()
-        factor = torch.where(long, (self.max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        factor = clip_factor(grads, self.max_norm)
         return self.inner.update([factor * g for g in grads], state, params, step)
 
     def settings(self, steps: int) -> str:
