@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import CoupledSamplesError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
@@ -161,6 +162,18 @@ def _refuse_compiled(module: nn.Module) -> None:
             )
 
 
+def _refuse_dtensors(module: nn.Module) -> None:
+    """Raise for parameters and buffers that are spread over processes."""
+    for name, x in _held(module):
+        if is_dtensor(x):
+            raise ParamsError(
+                f"{name!r} of {type(module).__name__} is {described(x)}: tensor parallel plans "
+                "(parallelize_module) and other distributed tensors are not supported, and a "
+                "rank's part of a gradient is not the gradient. Give from_module the module before "
+                "it is distributed, or one with its parameters gathered (x.full_tensor())."
+            )
+
+
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
     """Make a pure `model_fn(params, batch) -> losses[n]` of a module and a per-sample loss.
 
@@ -176,10 +189,11 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
         are closed over: not tracked, never touched.
 
     Raises:
-        ParamsError: no parameter requires a gradient, or the module or a part of it has been
-            compiled.
+        ParamsError: no parameter requires a gradient, the module or a part of it has been compiled,
+            or a parameter is a distributed tensor.
     """
     _refuse_compiled(module)
+    _refuse_dtensors(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ParamsError(
