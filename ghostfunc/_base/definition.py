@@ -20,6 +20,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.pieces import in_step
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
@@ -60,6 +61,10 @@ def weighted_gradient(
     """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone. `look`
     gets the losses when all is queued."""
     n = batch_size(batch)
+    ranks = in_step(model_fn)
+    if ranks is not None and not ranks.together:
+        with ranks.in_step("a gradient"):
+            return weighted_gradient(model_fn, leaves, spec, batch, weights, look)
     if in_transform():
         losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
         with unrounded(losses):

@@ -23,3 +23,21 @@ def described(x: Tensor) -> str:
     mesh = " x ".join(map(str, tensor.device_mesh.shape))
     named = f" ({', '.join(names)})" if names else ""
     return f"a DTensor of shape {tuple(x.shape)}, placed [{placements}] on a mesh of {mesh}{named}"
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor; the tensor itself if it is not distributed."""
+    tensor: Any = x.detach()
+    part: Tensor = tensor.to_local() if is_dtensor(x) else tensor
+    return part
+
+
+def like_parameter(part: Tensor, p: Tensor) -> Tensor:
+    """A tensor distributed like `p`, of which `part` is this rank's."""
+    if not is_dtensor(p):
+        return part
+    like: Any = p
+    out: Tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+    return out

@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.dtensors import described, is_dtensor
+from ghostfunc._base.dtensors import like_parameter, local
 from ghostfunc._base.errors import CoupledSamplesError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
+from ghostfunc._base.sharding import Sharding, sharding_of, without_hooks
 from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -37,8 +38,9 @@ class _Bound(nn.Module):
 class ModuleFn:
     """`model_fn(params, batch)` of a module; made by `from_module`."""
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, sharding: Sharding | None = None) -> None:
         self._bound = _Bound(module, loss)
+        self.sharding = sharding
         # Every name of every tensor: tied parameters have several.
         first_name: dict[int, str] = {}
         self._aliases: dict[str, list[str]] = {}
@@ -99,6 +101,8 @@ class ModuleFn:
         """`run` a function of `losses(batch)` while the module has `params`: what calls the module
         later, as a checkpoint does in the backward pass, finds the module's own."""
         self._check(params)
+        if self.sharding is not None:
+            return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
         tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         with alone_with(self.module):
@@ -109,6 +113,27 @@ class ModuleFn:
                 return self._called(tensors, run)
             finally:
                 loan.give_back()
+
+    def _lending_pieces(
+        self,
+        sharding: Sharding,
+        params: dict[str, Tensor],
+        run: Callable[[Callable[[PyTree], Tensor]], T],
+    ) -> T:
+        """`lending`, where `params` are this rank's pieces."""
+        sharding.check(params)
+
+        def losses(batch: PyTree) -> Tensor:
+            whole = sharding.tensors(params)
+            tensors = {alias: x for name, x in whole.items() for alias in self._aliases[name]}
+            loan = Loan(self.module, tensors.values())
+            try:
+                return self._called(tensors, lambda of: of(batch))
+            finally:
+                loan.give_back()
+
+        with alone_with(self.module), without_hooks(self.module):
+            return run(losses)
 
     def _check(self, params: object) -> None:
         """Raise unless these are tensors under names of the module's."""
@@ -162,18 +187,6 @@ def _refuse_compiled(module: nn.Module) -> None:
             )
 
 
-def _refuse_dtensors(module: nn.Module) -> None:
-    """Raise for parameters and buffers that are spread over processes."""
-    for name, x in _held(module):
-        if is_dtensor(x):
-            raise ParamsError(
-                f"{name!r} of {type(module).__name__} is {described(x)}: tensor parallel plans "
-                "(parallelize_module) and other distributed tensors are not supported, and a "
-                "rank's part of a gradient is not the gradient. Give from_module the module before "
-                "it is distributed, or one with its parameters gathered (x.full_tensor())."
-            )
-
-
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
     """Make a pure `model_fn(params, batch) -> losses[n]` of a module and a per-sample loss.
 
@@ -193,14 +206,17 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             or a parameter is a distributed tensor.
     """
     _refuse_compiled(module)
-    _refuse_dtensors(module)
-    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    sharding = sharding_of(module, list(_held(module)))
+    if sharding is None:
+        params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    else:
+        params = sharding.params(module)
     if not params:
         raise ParamsError(
             f"{type(module).__name__} has no parameter with requires_grad=True: there is nothing "
             "to take gradients of. Unfreeze the parameters you want scores for."
         )
-    return ModuleFn(module, loss), params
+    return ModuleFn(module, loss, sharding), params
 
 
 def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: float = 1.0) -> None:
@@ -215,6 +231,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         module: the module that `gf.from_module` was given.
         grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
             parameter once, under its first name; frozen parameters not at all.
+            Of a module that `fully_shard` has sharded, this rank's pieces.
         weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
             loss scaler, its scale.
 
@@ -237,15 +254,15 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             "and grads anew (gf.from_module) when parameters are frozen or unfrozen."
         )
     for name, p in trainable.items():
-        if grads[name].shape != p.shape:
+        if grads[name].shape != local(p).shape:
             raise ParamsError(
                 f"The gradient of {name!r} has shape {tuple(grads[name].shape)}; the parameter's "
-                f"is {tuple(p.shape)}."
+                f"is {tuple(local(p).shape)}."
             )
     with torch.no_grad():
         for name, p in trainable.items():
             # A new tensor: what the optimizer or a clipping does to .grad stays out of `grads`.
-            grad = (grads[name] * weight).to(p.device, p.dtype)
+            grad = like_parameter((grads[name] * weight).to(p.device, p.dtype), p)
             if p.grad is None:
                 p.grad = grad
             else:

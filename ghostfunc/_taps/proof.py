@@ -118,6 +118,24 @@ class Claim:
         return self.model.trace, self.way, shapes_key((self.model.batch, self.model.leaves))
 
 
+def _proofs(claim: Claim) -> Proofs:
+    proofs: Proofs = memory(claim.model.model_fn).setdefault("proofs", Proofs())
+    return proofs
+
+
+def wanted(claim: Claim, check: Check) -> bool:
+    """Whether the claim is still to be proved. `Disproved` is raised where it was found wrong."""
+    model = claim.model
+    if check == "never" or any(map(symbolic, tensors_of(model.batch))):
+        return False
+    known = _proofs(claim).get(claim.key)
+    if known is False:
+        raise Disproved(f"{NOT_THEIRS} (found before)")
+    by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
+    by_values |= not claim.way.same_ops and model.n > 1
+    return not known or check == "always" or by_values
+
+
 def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     """Raise `Disproved` or `CoupledSamplesError` unless the claim holds, or was proved before.
 
@@ -125,17 +143,10 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     proved in every run: other values make another program of them at the same shapes. So is a way
     through the program that no trace went, of which nobody has seen whether it does.
     """
+    if not wanted(claim, check):
+        return
     model = claim.model
-    if check == "never" or any(map(symbolic, tensors_of(model.batch))):
-        return
-    proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
-    known = proofs.get(claim.key)
-    if known is False:
-        raise Disproved(f"{NOT_THEIRS} (found before)")
-    by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
-    by_values |= not claim.way.same_ops and model.n > 1
-    if known and check == "new" and not by_values:
-        return
+    proofs = _proofs(claim)
     check_finite(claim.losses)
     error = _mismatch(claim, randomness)
     if isinstance(error, CoupledSamplesError):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.refusals import op_name
+from ghostfunc._base.shards import gather
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform
 from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal
@@ -46,7 +47,7 @@ _CASTS = {
 _LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
     F.embedding, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute,
     Tensor.expand, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze,
-    Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
+    Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split, gather,
 }  # fmt: skip
 """Ops that are linear in their first tensor, so that they are their own derivative."""
 LONGEST_NAME = 80
@@ -325,6 +326,8 @@ def _named(func: Callable[..., Any], call: CallArgs) -> str:
 def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Derivation:
     if len(call.tracked) != 1:
         return "general"
+    if func is gather:  # a factor is one of the whole parameter, and this rank's own
+        return "cast"
     source = call.tracked[0].const
     if func in _TRANSPOSES and source.ndim == 2:
         # w.transpose(0, 0) is none.

@@ -19,6 +19,7 @@ from ghostfunc._base import definition
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import CHECKS, check_model_fn, one_of
+from ghostfunc._base.pieces import gathered, in_step, summed_and_cut, whole_likes
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
@@ -104,7 +105,7 @@ def collect(
         finite=finite,
         randomness=randomness,
     )
-    return FactoredGrads.of(taken, leaves, spec)
+    return FactoredGrads.of(taken, leaves, spec, None if in_step(model_fn) is None else model_fn)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class FactoredGrads:
     bundles: tuple[tuple[Factor, ...], ...]
     leaves: tuple[Tensor, ...]
     _spec: ParamSpec
+    _model_fn: ModelFn | None = None
     _made: dict[tuple[str, int, float], Any] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -129,14 +131,21 @@ class FactoredGrads:
         return brief("FactoredGrads", losses=self.losses, params=self.leaves)
 
     @staticmethod
-    def of(taken: RunResult, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
-        """From a run that collected the factors of all parameters."""
+    def of(
+        taken: RunResult,
+        leaves: Sequence[Tensor],
+        spec: ParamSpec,
+        model_fn: ModelFn | None = None,
+    ) -> FactoredGrads:
+        """From a run that collected the factors of all parameters. A `model_fn` of a sharded
+        module says how sums of gradients are cut."""
         n = len(taken.losses)
+        wholes = leaves if model_fn is None else whole_likes(model_fn, leaves, spec)
         bundles = tuple(
             tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
-            for bundle, x in zip(taken.factors, leaves, strict=True)
+            for bundle, x in zip(taken.factors, wholes, strict=True)
         )
-        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec)
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, model_fn)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.
@@ -174,6 +183,8 @@ class FactoredGrads:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
         `normalize`: 0 where `g_i` or `u` is zero."""
         us = flatten_like(direction, self.leaves, self._spec, "direction")
+        if self._model_fn is not None:
+            us = list(gathered(self._model_fn, us, self._spec))
         dots = self.param_dots(us)
         dots = dots if per_param else [add_up(dots)]
         if normalize:
@@ -235,7 +246,7 @@ class FactoredGrads:
 
         def summed() -> Tensor:
             weights = self.losses.new_full((len(self.losses),), c, dtype=torch.float64)
-            return bundles.weighted_total(self.bundles[i], weights).reshape(self.leaves[i].shape)
+            return self._at_leaf(i, bundles.weighted_total(self.bundles[i], weights))
 
         return self._once(("total", i, c), summed)
 
@@ -248,11 +259,20 @@ class FactoredGrads:
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False) -> PyTree:
         """`weighted_sum` with weights of its own for every parameter. Where all gradients are
         `finite`, nobody looks for those to leave out."""
-        sums = [
-            bundles.weighted_total(bundle, w, finite=finite).reshape(x.shape).to(x.dtype)
-            for bundle, w, x in zip(self.bundles, weights, self.leaves, strict=True)
-        ]
-        return self._spec.unflatten(sums)
+        sums = (
+            bundles.weighted_total(bundle, w, finite=finite)
+            for bundle, w in zip(self.bundles, weights, strict=True)
+        )
+        return self._spec.unflatten(
+            [self._at_leaf(i, x).to(self.leaves[i].dtype) for i, x in enumerate(sums)]
+        )
+
+    def _at_leaf(self, i: int, total: Tensor) -> Tensor:
+        """A sum of gradients like parameter i; of a sharded one, this rank's piece of the sum over
+        all ranks."""
+        if self._model_fn is None:
+            return total.reshape(self.leaves[i].shape)
+        return summed_and_cut(self._model_fn, self._spec.names[i], total)
 
 
 def check_weight_shape(weights: object, n: int) -> Float[Tensor, " n"]:

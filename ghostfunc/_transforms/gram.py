@@ -12,6 +12,7 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -83,6 +84,8 @@ def ghost_gram(
             'normalize=True with other needs randomness="error": norms come from a run of their '
             'own. ghost_cosine(..., reduction="none") takes them from the same one.'
         )
+    if mode != "ghost" or chunk_size is not None:
+        refuse_pieces(model_fn, f"ghost_gram with mode={mode!r} and chunk_size={chunk_size}")
     leaves, spec = flatten_params(params)
     if mode == "ghost":
         model = _Gradients(model_fn, leaves, spec, randomness, per_param, check)
