@@ -14,8 +14,10 @@ from ghostfunc._base.dtensors import like_parameter, local
 from ghostfunc._base.errors import CoupledSamplesError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.sharding import Sharding, sharding_of, without_hooks
+from ghostfunc._base.shards import gather
 from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
 from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.units import Unit, made_whole_when_called
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
 
@@ -48,6 +50,10 @@ class ModuleFn:
         for name, x in _held(module):
             own = first_name.setdefault(id(x), name)
             self._aliases.setdefault(own, []).append(f"module.{name}")
+        self._units: list[Unit] = []
+        if sharding is not None:
+            places = {name: [x[7:] for x in alias] for name, alias in self._aliases.items()}
+            self._units = sharding.units(module, places)
 
     @property
     def module(self) -> nn.Module:
@@ -123,12 +129,19 @@ class ModuleFn:
         """`lending`, where `params` are this rank's pieces."""
         sharding.check(params)
 
+        shards, pieces = sharding.lent(params)
+        keep = sharding.whole is not None
+        in_units = {name for unit in self._units for name in unit.places}
+
         def losses(batch: PyTree) -> Tensor:
-            whole = sharding.tensors(params)
-            tensors = {alias: x for name, x in whole.items() for alias in self._aliases[name]}
+            tensors: dict[str, Tensor] = {}
+            for name in (x for x in shards if x not in in_units):
+                whole = gather(pieces[name], shards[name])
+                tensors.update(dict.fromkeys(self._aliases[name], whole))
             loan = Loan(self.module, tensors.values())
             try:
-                return self._called(tensors, lambda of: of(batch))
+                with made_whole_when_called(self._units, shards, pieces, keep=keep):
+                    return self._called(tensors, lambda of: of(batch))
             finally:
                 loan.give_back()
 

@@ -1,7 +1,8 @@
 """Modules that `fully_shard` (FSDP2) has sharded, called with this rank's pieces.
 
 FSDP2's own hooks would make parameters whole where torch functions do not see it. They are put
-aside while `model_fn` runs, and `gather` makes the parameters whole.
+aside while `model_fn` runs. Instead a unit (a module that `fully_shard` was called with, and that
+holds no other) is made whole when it is called; what lies outside of units is from the beginning.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import ParamsError, TransformError
 from ghostfunc._base.in_step import InStep
-from ghostfunc._base.shards import Shards, gather
+from ghostfunc._base.shards import Shards
 from ghostfunc._base.torch_private import fsdp_hooks, fsdp_policies, is_fsdp_unit
+from ghostfunc._base.units import Unit
 
 T = TypeVar("T")
 
@@ -84,16 +86,29 @@ class Sharding:
                 "ghost_norm, ghost_clipped_grad, ghost_gram or ghost_project."
             )
 
-    def tensors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All parameters, made whole, by their first names."""
-        frozen = self.whole
-        if frozen is None:
-            held: Mapping[str, Tensor] = {**self.pieces, **params}
-            return {name: gather(held[name], shards) for name, shards in self.shards.items()}
-        held = {**frozen, **params}
-        return {
-            name: gather(held[name], shards.held_whole()) for name, shards in self.shards.items()
-        }
+    def lent(self, params: Mapping[str, Tensor]) -> tuple[dict[str, Shards], dict[str, Tensor]]:
+        """What `gather` makes the parameters of, by their first names."""
+        if self.whole is None:
+            return dict(self.shards), {**self.pieces, **params}
+        known = {name: shards.held_whole() for name, shards in self.shards.items()}
+        return known, {**self.whole, **params}
+
+    def units(self, module: nn.Module, aliases: Mapping[str, Sequence[str]]) -> list[Unit]:
+        """The units that hold no other, with the parameters that only they hold. `aliases` are all
+        places of a parameter in `module`, by its first name."""
+        found = [(prefix, part) for prefix, part in module.named_modules() if is_fsdp_unit(part)]
+        out = []
+        for prefix, part in found:
+            if any(_within(other, prefix) and other != prefix for other, _ in found):
+                continue
+            places = {
+                name: [alias[len(prefix) + 1 :] for alias in aliases[name]]
+                for name in self.shards
+                if prefix and all(_within(alias, prefix) for alias in aliases[name])
+            }
+            if places:
+                out.append(Unit(part, places))
+        return out
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def collect(
         finite=finite,
         randomness=randomness,
     )
-    return FactoredGrads.of(taken, leaves, spec, None if in_step(model_fn) is None else model_fn)
+    return FactoredGrads.of(taken, leaves, spec, model_fn)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ class FactoredGrads:
             tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
             for bundle, x in zip(taken.factors, wholes, strict=True)
         )
-        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, model_fn)
+        cut = model_fn is not None and in_step(model_fn) is not None
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, model_fn if cut else None)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.

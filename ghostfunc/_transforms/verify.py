@@ -10,6 +10,7 @@ from torch import Tensor
 from ghostfunc._base.definition import vmap_runs
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.options import check_model_fn
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness
@@ -136,6 +137,7 @@ def verify(
         A `Report`, which prints as a table.
     """
     check_model_fn(model_fn)
+    refuse_pieces(model_fn, "gf.verify")
     leaves, spec = flatten_params(params)
 
     def scores(

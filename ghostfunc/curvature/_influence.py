@@ -14,6 +14,7 @@ from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import SampleGrad
@@ -94,6 +95,7 @@ def influence(
         Grosse et al., "Studying Large Language Model Generalization with Influence Functions",
         2023.
     """
+    refuse_pieces(model_fn, "gf.influence")
     check_count("directions_at_once", directions_at_once)
     check_chunk_size(chunk_size)
     leaves, spec = flatten_params(params)

@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
 from ghostfunc._base.options import one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import flatten, flatten_like, flatten_params, map_leaves, yields_batches
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._transforms.grads import direction as gradient_of
@@ -129,6 +130,7 @@ def score_dataset(
         scores = gf.score_dataset(model_fn, params, pool, val=target, collate=gf.data.padded(0))
         best = scores.top(100).ids
     """
+    refuse_pieces(model_fn, "gf.data.score_dataset")
     check_wanted(quantities)
     check_limits(token_budget, batch_size)
     one_of("randomness", randomness, ("error", "different"))

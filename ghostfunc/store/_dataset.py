@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.projection import Projection
 from ghostfunc.store._again import Comparison
@@ -76,6 +77,7 @@ def project_dataset(
         IncompatibleStoreError: another projection, model or recipe than the store's.
         OptionError: a dataset of another size, or a bad option.
     """
+    refuse_pieces(model_fn, "gf.store.project_dataset")
     store.check_projection(projection)
     store.check_model(checkpoint, params)
     if len(dataset) != store.n_samples:

@@ -115,6 +115,46 @@ def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Result
     chunks = gf.ghost_value_and_grad(model_fn, params, mine, own_val, chunk_size=2)
     found["grads in chunks"] = error(chunks.grads, cut(step.grads))
     found["dots in chunks"] = error(chunks.dot_prods, step.dot_prods[rows])
+    found |= in_run_values(problem, rank, world, (whole_fn, whole), (model_fn, params))
+    return found
+
+
+def in_run_values(
+    problem: Problem, rank: int, world: int, one: tuple[Any, Any], ours: tuple[Any, Any]
+) -> Results:
+    """Shapley values of samples in training steps, whose optimizer has pieces of its state."""
+    whole_fn, whole = one
+    model_fn, params = ours
+    train, val = joined(problem.train), {"val": joined(problem.val)}
+    mine, own_val = problem.train[rank], {"val": problem.val[rank]}
+    start = sum(len(next(iter(b.values()))) for b in problem.train[:rank])
+    rows = slice(start, start + len(next(iter(mine.values()))))
+    found: Results = {}
+    module = model_fn.module
+    copied = whole_fn.module
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
+        for m in (copied, module)
+    ]
+    for number in range(2):
+        steps = []
+        for fn, p, batch, sets, m, optimizer in (
+            (whole_fn, whole, train, val, copied, optimizers[0]),
+            (model_fn, params, mine, own_val, module, optimizers[1]),
+        ):
+            update = gf.shapley.from_optimizer(optimizer, m)
+            step = gf.shapley.step(fn, p, batch, sets, optimizer=update)
+            optimizer.zero_grad()
+            gf.accumulate_grads(m, step.grads)
+            optimizer.step()
+            steps.append(step)
+        found[f"in-run values, step {number}"] = error(steps[1].values, steps[0].values[rows])
+    found["params after training"] = error(params, pieces(whole, params, rank, world))
+    plain = gf.shapley.sgd(lr=0.1)
+    values = gf.shapley.step(whole_fn, whole, train, val, optimizer=plain).values
+    found["in-run values, SGD"] = error(
+        gf.shapley.step(model_fn, params, mine, own_val, optimizer=plain).values, values[rows]
+    )
     return found
 
 
