@@ -76,9 +76,7 @@ class Shards:
         """The whole, of every rank's piece."""
         rest = [*self.shape[: self.dim], *self.shape[self.dim + 1 :]]
         with without_torch_functions():  # what is done here is no op of the program
-            piece = x.detach().movedim(self.dim, 0)
-            padded = x.new_zeros(self._most, *rest)
-            padded[: len(piece)] = piece
+            padded = _padded(x.detach().movedim(self.dim, 0), self._most)
             out = x.new_empty(self.ranks.size * self._most, *rest)
             self._communicate("gathering", all_gather, out, padded)
             return out[: self.shape[self.dim]].movedim(0, self.dim).contiguous()
@@ -86,10 +84,8 @@ class Shards:
     def reduce_scatter(self, g: Tensor) -> Tensor:
         """This rank's piece of the sum over ranks."""
         with without_torch_functions():
-            rows = g.detach().movedim(self.dim, 0)
-            padded = g.new_zeros(self.ranks.size * self._most, *rows.shape[1:])
-            padded[: len(rows)] = rows
-            out = g.new_empty(self._most, *rows.shape[1:])
+            padded = _padded(g.detach().movedim(self.dim, 0), self.ranks.size * self._most)
+            out = g.new_empty(self._most, *padded.shape[1:])
             self._communicate("reducing", reduce_scatter, out, padded)
             return out[: self.rows(self.ranks.rank)].movedim(0, self.dim).contiguous()
 
@@ -100,6 +96,15 @@ class Shards:
             collective(*tensors, group=self.ranks.group)
         except RuntimeError as error:
             raise self.ranks.lost(place, error) from error
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """`x` with rows of zeros added, in memory without gaps."""
+    if len(x) == rows:
+        return x.contiguous()
+    out = x.new_zeros(rows, *x.shape[1:])
+    out[: len(x)] = x
+    return out
 
 
 class _Gathered(torch.autograd.Function):

@@ -73,6 +73,7 @@ class Tracked:
             cotangent of `grad` is then only what comes from derived tensors.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
+        made_whole: whether it, or what it derives from, was made of the pieces of several ranks.
         looked_up: finds, for rows of a table, their numbers and which of them autograd does not
             hold constant, `[rows]` each; None for what is no such thing.
     """
@@ -89,6 +90,7 @@ class Tracked:
     derivation: Derivation = "general"
     fn: Callable[..., Tensor] | None = None
     looked_up: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
+    made_whole: bool = False
 
     @property
     def wants_grad(self) -> bool:
@@ -303,6 +305,7 @@ def derived(
         derivation=derivation,
         fn=fn,
         looked_up=partial(_looked_up, func, call),
+        made_whole=func is gather or any(source.made_whole for source in call.tracked),
     )
     for position, source in enumerate(call.tracked):
         for key, (reader, root) in source.readers.items():
@@ -359,7 +362,8 @@ def _push(
     shape = (*consts[position].shape, *(2,) * consts[position].is_complex())
     linear = func in _LINEAR and len(consts) == 1 and not _reads_bits(func, call)
     if linear and (func is not F.embedding or not _padded(call)):
-        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape)
+        later = func is gather and not in_transform()
+        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape, later)
 
     def jvp(tangent: Tensor) -> Tensor:
         def of_one(x: Tensor) -> Tensor:

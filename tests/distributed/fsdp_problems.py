@@ -99,7 +99,7 @@ def llama_lora(world: int) -> Problem:
         num_key_value_heads=1, vocab_size=31, max_position_embeddings=16,
     )  # fmt: skip
     lora = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-    model = get_peft_model(LlamaForCausalLM(config), lora).eval()
+    model = get_peft_model(LlamaForCausalLM(config), lora).eval().double()
     for name, p in model.named_parameters():
         if "lora_B" in name:  # zeros at first
             nn.init.normal_(p)

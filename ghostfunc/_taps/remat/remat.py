@@ -250,6 +250,7 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     uses = range(len(start.uses), len(mode.uses))
     taps = mode.tap_keys(mode.uses[number] for number in uses)
     collected = [number for number in uses if number in mode.collect]
+    mode.forget(start, leaves)
     again = _Again(
         region, start, surroundings, free, [x for x, _ in tracked], taps, collected, moving
     )
