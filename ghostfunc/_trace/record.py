@@ -242,10 +242,9 @@ class Recorder(TrackingMode):
         """Note what a call is told: apart if values decide where rows go, as an index into a tensor
         of samples does."""
         key = op_key(func), told(args, kwargs)
-        leaves = flatten((args, kwargs))[0]
-        tensors = [(x, s) for x, s in zip(leaves, before, strict=True) if isinstance(x, Tensor)]
-        indices = [x for x, _ in tensors if x.ndim and not differentiable(x)]
-        grown = [x for x, shape in tensors if x.shape != shape]
+        tensors, known = tensors_of((args, kwargs)), iter(s for s in before if s is not None)
+        indices = [x for x in tensors if x.ndim and not differentiable(x)]
+        grown = [x for x in tensors if x.shape != next(known, None)]  # a list may be longer
         moves = func in MAY_REORDER and any(
             reorders(func, args, kwargs, axis, x.ndim) for x in grown for axis in range(x.ndim)
         )
