@@ -30,9 +30,16 @@ from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
-from ghostfunc._quantities.readers import DeferredGradients
+from ghostfunc._quantities.readers import DeferredGradients, TotalReader
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.readings import (
+    Read,
+    Sum,
+    kind_of,
+    reading_of,
+    reading_of_factors,
+)
 from ghostfunc._taps.sinks import as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
@@ -55,6 +62,7 @@ class RunResult:
         deferred: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
         way: what tells the way through the program from others.
+        readers: per quantity, what the values were read by.
     """
 
     losses: Tensor
@@ -64,6 +72,7 @@ class RunResult:
     deferred: list[DeferredGradients | None]
     trace: Trace
     way: WayTaken
+    readers: list[list[Any]]
 
 
 def run(
@@ -104,12 +113,44 @@ def run(
         finite=own,
     )
 
+    options = (
+        *(tuple(sorted(x)) for x in (grads, collect, defer, summed)),
+        isinstance(scale, Tensor),
+    )
+
+    def what_was_read(taken: RunResult) -> Read:
+        readings = [
+            reading_of(q, readers, values, scale=scale, summed=number in summed)
+            for number, (q, readers, values) in enumerate(
+                zip(quantities, taken.readers, taken.values, strict=True)
+            )
+        ]
+        shapes = [tuple(x.shape) for x in leaves]
+        kept = sorted(collect)
+        readings.append(reading_of_factors(taken.factors, taken.deferred, kept, shapes, scale))
+        sums = [Sum(i, taken.grads[i], scale) for i in grads]
+        for readers, values in zip(taken.readers, taken.values, strict=True):
+            for i, reader in enumerate(readers):
+                if isinstance(reader, TotalReader):
+                    own = scale if isinstance(scale, Tensor) else 1.0
+                    sums.append(Sum(i, values[i], own, reader.contract_dtype))
+        return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+
     def use(model: TracedModel) -> RunResult:
         try:
             taken = asked(model)
         except StaleOutputs:  # trimmed to its longest sample, say
             taken = asked(model, refresh=True)
-        prove(Claim(model, taken.way, taken.losses, partial(dots, model)), check, randomness)
+        followed = in_transform()
+        claim = Claim(
+            model,
+            taken.way,
+            taken.losses,
+            partial(dots, model),
+            lambda again: what_was_read(asked(model) if again else taken),
+            lambda: (kind_of(taken.readers), *options, followed),
+        )
+        prove(claim, check, randomness)
         return taken
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
@@ -194,7 +235,7 @@ def _run(
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way, readers)
 
 
 @dataclass(frozen=True)
