@@ -15,7 +15,7 @@ definition is asked again for gradients that are off by the tolerance, in a few 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -143,14 +143,12 @@ def reading_of(
 def reading_of_factors(
     bundles_of: Sequence[Sequence[Factor]],
     deferred: Sequence[DeferredGradients | None],
-    collect: Sequence[int],
     shapes: Sequence[tuple[int, ...]],
     scale: float | Tensor,
 ) -> Reading:
     """The factors that a run kept, of `scale * g_i`."""
     numbers: dict[int, Numbers] = {}
-    for i in collect:
-        later = deferred[i]
+    for i, later in enumerate(deferred):
         if later is not None:
             numbers[i] = Numbers(_itself, _formed(later))
         elif bundles_of[i]:
@@ -194,6 +192,34 @@ def _materialized(bundle: Sequence[Factor], shape: tuple[int, ...]) -> Pick:
     return pick
 
 
+def what_was_read(
+    quantities: Sequence[Quantity],
+    summed: Collection[int],
+    scale: float | Tensor,
+    leaves: Sequence[Tensor],
+    taken: Any,
+) -> Read:
+    """All that a run read, to be proved.
+
+    Args:
+        quantities, summed, scale, leaves: what the run was asked for, as `run` has it.
+        taken: its `RunResult`.
+    """
+    readings: list[Reading | None] = []
+    sums = [Sum(i, g, scale) for i, g in enumerate(taken.grads) if g is not None]
+    rows = zip(quantities, taken.readers, taken.values, strict=True)
+    for number, (quantity, readers, values) in enumerate(rows):
+        of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
+        readings.append(of)
+        for i, reader in enumerate(readers):
+            if isinstance(reader, TotalReader):
+                own = scale if isinstance(scale, Tensor) else 1.0
+                sums.append(Sum(i, values[i], own, reader.contract_dtype))
+    shapes = [tuple(x.shape) for x in leaves]
+    readings.append(reading_of_factors(taken.factors, taken.deferred, shapes, scale))
+    return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+
+
 def kind_of(readers: Any) -> Hashable:
     """What tells readers from others that would go another way through this package."""
     leaves, treedef = flatten(readers)
@@ -208,7 +234,7 @@ def _kind(x: Any) -> Hashable:
             return type(x), x.contract_dtype
         case None | bool() | int() | str() | torch.dtype():
             return x
-    return type(x)
+    return type(x).__module__, type(x).__qualname__
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -30,16 +30,11 @@ from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
-from ghostfunc._quantities.readers import DeferredGradients, TotalReader
+from ghostfunc._quantities.readers import DeferredGradients
+from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
-from ghostfunc._taps.proof import Claim, prove
-from ghostfunc._taps.readings import (
-    Read,
-    Sum,
-    kind_of,
-    reading_of,
-    reading_of_factors,
-)
+from ghostfunc._taps.proof import prove
+from ghostfunc._taps.readings import kind_of, what_was_read
 from ghostfunc._taps.sinks import as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
@@ -112,29 +107,8 @@ def run(
         summed=summed,
         finite=own,
     )
-
-    options = (
-        *(tuple(sorted(x)) for x in (grads, collect, defer, summed)),
-        isinstance(scale, Tensor),
-    )
-
-    def what_was_read(taken: RunResult) -> Read:
-        readings = [
-            reading_of(q, readers, values, scale=scale, summed=number in summed)
-            for number, (q, readers, values) in enumerate(
-                zip(quantities, taken.readers, taken.values, strict=True)
-            )
-        ]
-        shapes = [tuple(x.shape) for x in leaves]
-        kept = sorted(collect)
-        readings.append(reading_of_factors(taken.factors, taken.deferred, kept, shapes, scale))
-        sums = [Sum(i, taken.grads[i], scale) for i in grads]
-        for readers, values in zip(taken.readers, taken.values, strict=True):
-            for i, reader in enumerate(readers):
-                if isinstance(reader, TotalReader):
-                    own = scale if isinstance(scale, Tensor) else 1.0
-                    sums.append(Sum(i, values[i], own, reader.contract_dtype))
-        return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+    read = partial(what_was_read, quantities, summed, scale, leaves)
+    options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
 
     def use(model: TracedModel) -> RunResult:
         try:
@@ -146,8 +120,8 @@ def run(
             model,
             taken.way,
             taken.losses,
-            partial(dots, model),
-            lambda again: what_was_read(asked(model) if again else taken),
+            dots,
+            lambda again: read(asked(model) if again else taken),
             lambda: (kind_of(taken.readers), *options, followed),
         )
         prove(claim, check, randomness)
@@ -171,9 +145,10 @@ def refuse_unproved(model: TracedModel) -> None:
         )
 
 
-def dots(model: TracedModel, directions: Sequence[Tensor]) -> list[Tensor]:
+def dots(model: TracedModel, directions: Sequence[Tensor]) -> Dots:
     """`<g_i, u>` per parameter."""
-    return _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
+    taken = _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0)
+    return Dots(taken.losses, taken.values[0], taken.way)
 
 
 def _run(

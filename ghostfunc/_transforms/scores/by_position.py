@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, Reader
+from ghostfunc._taps.claim import Claim
 from ghostfunc._taps.mode import TapMode, mixes_last_axes, unfold_all
-from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import Read, Reading, reading_of
 from ghostfunc._taps.run import dots, pull_back, refuse_unproved, with_zeros
 from ghostfunc._trace.find import TracedModel, with_trace
@@ -82,7 +82,7 @@ def position_dots(
             return Read(of, [reading for reading in made if reading is not None], [])
 
         asked = "positions", per_param, len(directions), in_transform()
-        claim = Claim(model, way, losses, partial(dots, model), read, lambda: asked)
+        claim = Claim(model, way, losses, dots, read, lambda: asked)
         prove(claim, check, randomness)
         return shares
 
