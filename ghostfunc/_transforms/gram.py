@@ -11,7 +11,13 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -73,6 +79,8 @@ def ghost_gram(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_chunk_size(chunk_size)
+    check_flags(per_param=per_param, normalize=normalize)
+    check_vectorize(vectorize)
     if chunk_size is not None and (mode, randomness) != ("ghost", "error"):
         raise OptionError(
             'chunk_size needs mode="ghost" and randomness="error" here: it runs samples in chunks, '
