@@ -129,10 +129,27 @@ def run(
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if finite is None:
+        for quantity, values in zip(quantities, taken.values, strict=True):
+            _doubt(own, quantity, leaves, spec, values)
         own.look()
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return taken
+
+
+def _doubt(
+    finite: FiniteLosses,
+    quantity: Quantity,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    values: Sequence[Tensor | None],
+) -> None:
+    """Have a quantity looked into if its values are not finite; most cannot be at fault."""
+    if type(quantity).check_finite is Quantity.check_finite:
+        return
+    for x in values:
+        if x is not None:
+            finite.doubt(x, partial(quantity.check_finite, leaves, spec))
 
 
 def refuse_unproved(model: TracedModel) -> None:
