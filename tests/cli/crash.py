@@ -84,7 +84,7 @@ def main() -> None:
                 killed += 1
                 parts = len(list((folder / "sel.run").rglob("*.*"))) - 1
                 written = (folder / "sel.jsonl").exists()
-                print(f"killed {killed}: {parts} files of the run, selection written: {written}", flush=True)
+                print(f"killed {killed}: {parts} files kept, file written: {written}", flush=True)
                 compare(folder)
                 continue
         output = process.communicate()[0].decode()
