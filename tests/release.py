@@ -122,11 +122,15 @@ def install_torch(python: str, asked: str, index: str, folder: Path) -> Path:
     programs = folder / "bin"
     pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
     pip += ["--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
+    # An old pip downloads whole wheels to plan; a new one asks for their metadata alone.
+    subprocess.run([*pip, "--upgrade", "pip"], check=True)
     source = ["--index-url", index] if index else []
     plan = [*pip, *source, "--dry-run", "--report", "-", asked]
     found = subprocess.run(plan, capture_output=True, text=True)
     if found.returncode:
-        raise NotInstallable(f"{asked}: {found.stderr.strip().splitlines()[-1]}")
+        said = [line for line in found.stderr.splitlines() if line.startswith("ERROR")]
+        unreachable = " (the index cannot be reached)" if "Connection" in found.stderr else ""
+        raise NotInstallable(f"{asked}: {' '.join(said[:2])}{unreachable}")
     version = check_plan(found.stdout, asked)
     subprocess.run([*pip, *source, f"torch=={version}"], check=True)
     return programs

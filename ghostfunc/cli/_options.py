@@ -82,6 +82,8 @@ class Score:
     """Where a page to look at goes: .html."""
     group: str | None = None
     """A column of the pool whose values make groups on the page (source, language, ...)."""
+    image: str | None = None
+    """A column of the pool with images, to be shown on the page."""
     heat: int = 10
     """Samples of either end of which the page shows every token's share in the score."""
     resume: bool = False
@@ -147,13 +149,16 @@ class Report:
     """Make a page to look at from scores that were written before."""
 
     scores: tyro.conf.Positional[Path]
-    """A file of --scores, or of GhostTrainer: .parquet."""
+    """A file of --scores, or of GhostTrainer: .parquet. The folder of a run of GhostTrainer adds a
+    chart over training time, from its checkpoints."""
     pool: Path
     """The rows that were scored."""
     out: Path
     """Where the page goes: .html."""
     group: str | None = None
     """A column of the pool whose values make groups (source, language, ...)."""
+    image: str | None = None
+    """A column of the pool with images, to be shown on the page."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,12 @@ class Query:
     """How many rows to find."""
     score: Literal["dot", "cosine"] = "cosine"
     """What rows are ranked by."""
+    report: Path | None = None
+    """Where a page to look at goes: .html."""
+    group: str | None = None
+    """A column of the pool whose values make groups on the page."""
+    image: str | None = None
+    """A column of the pool with images, to be shown on the page."""
     loading: tyro.conf.OmitArgPrefixes[Loading] = Loading()
 
 

@@ -181,7 +181,9 @@ def _report(inputs: Inputs, scores: Scores, options: Score, u: PyTree) -> None:
             heat = shares(inputs, u, [int(str(row)) for row in dict.fromkeys(ends)])
         except PositionAxisError as error:
             say(f"the page shows no shares of tokens: {error}")
-    write_report(options.report, scores, inputs.rows, heat=heat, group=options.group)
+    write_report(
+        options.report, scores, inputs.rows, heat=heat, group=options.group, image=options.image
+    )
 
 
 def _summary(scores: Scores, best: Scores, options: Score) -> str:

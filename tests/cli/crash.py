@@ -82,7 +82,7 @@ def main() -> None:
                 process.kill()
                 process.communicate()
                 killed += 1
-                parts = len(list((folder / "sel.run").rglob("*.*"))) - 1
+                parts = len(list((folder / "sel.run").rglob("*.*")))
                 written = (folder / "sel.jsonl").exists()
                 print(f"killed {killed}: {parts} files kept, file written: {written}", flush=True)
                 compare(folder)
