@@ -33,7 +33,7 @@ from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.proof import Claim, prove
-from ghostfunc._taps.sinks import as_cotangent, pour
+from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
@@ -82,6 +82,7 @@ def run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
+    ready: Ready | None = None,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
@@ -90,6 +91,7 @@ def run(
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
     call have memory of their own. The values of quantities that are `summed` over parameters are
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
+    Outside transforms, `ready` gets most gradients while the backward pass goes on.
     """
     own = FiniteLosses() if finite is None else finite
     asked = partial(
@@ -102,6 +104,7 @@ def run(
         outlives=outlives,
         summed=summed,
         finite=own,
+        ready=ready,
     )
 
     def use(model: TracedModel) -> RunResult:
@@ -147,6 +150,7 @@ def _run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     refresh: bool = False,
+    ready: Ready | None = None,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
@@ -162,10 +166,11 @@ def _run(
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
-    backward = _by_cotangents if followed else _by_sinks
-    taken = backward(
-        model, own, grads, kept, scale, summed, finite or FiniteLosses(), refresh=refresh
-    )
+    look_at = finite or FiniteLosses()
+    if followed:
+        taken = _by_cotangents(model, own, grads, kept, scale, refresh=refresh)
+    else:
+        taken = _by_sinks(model, own, grads, kept, scale, summed, look_at, ready)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
@@ -226,8 +231,7 @@ def _by_sinks(
     scale: float | Tensor,
     summed: Collection[int],
     finite: FiniteLosses,
-    *,
-    refresh: bool,
+    ready: Ready | None,
 ) -> _Taken:
     """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
@@ -241,6 +245,7 @@ def _by_sinks(
         cotangent=scale,
         summed=summed,
         finite=finite,
+        ready=ready,
     )
     values, pieces = poured.sinks.values, poured.sinks.pieces
     for key, reader in readers.items():
@@ -258,8 +263,6 @@ def _by_cotangents(
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
-    summed: Collection[int],
-    finite: FiniteLosses,
     *,
     refresh: bool,
 ) -> _Taken:
