@@ -123,7 +123,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
 
     Programs that make numbers of several samples, or that may reorder them by their values, are
     proved in every run: other values make another program of them at the same shapes. So is a way
-    through the program that no trace went, of which nobody has seen whether it does.
+    through the program with calls that no trace has seen, of which nobody knows whether they do.
     """
     model = claim.model
     if check == "never" or any(map(symbolic, tensors_of(model.batch))):
@@ -133,7 +133,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     if known is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
     by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
-    by_values |= not claim.way.same_ops and model.n > 1
+    by_values |= not claim.way.seen and model.n > 1
     if known and check == "new" and not by_values:
         return
     check_finite(claim.losses)

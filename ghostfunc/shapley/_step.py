@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import optree
@@ -115,52 +116,39 @@ def step(
     """
     one_of("form", form, ("exact", "previous_state"))
     _check_order(order)
+    if order == 2 and form == "previous_state":
+        raise OptionError('order=2 needs the gradient of the step: use form="exact".')
     _check_sets(val_sets)
     leaves, spec = flatten_params(params)
-    n = batch_size(train, "train")
-    weight = 1 / n if weight is None else weight
-    everything, scale = range(len(leaves)), weight * loss_scale
+    weight = 1 / batch_size(train, "train") if weight is None else weight
+    tapped = partial(
+        run,
+        model_fn,
+        leaves,
+        spec,
+        train,
+        scale=weight * loss_scale,
+        check=check,
+        randomness=randomness,
+    )
 
     if order == 1 and (optimizer.linear or form == "previous_state"):
         quantities, factor = _one_pass(
             model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
         )
-        taken = run(
-            model_fn,
-            leaves,
-            spec,
-            train,
-            quantities,
-            grads=everything,
-            scale=scale,
-            check=check,
-            randomness=randomness,
-        )
+        taken = tapped(quantities, grads=range(len(leaves)))
         values = torch.stack([add_up(dots) for dots in taken.values], dim=1) * (factor * weight)
         grads = _unscaled(taken.grads, loss_scale)
         return ShapleyStep(taken.losses, spec.unflatten(grads), values)
 
-    if order == 2 and form == "previous_state":
-        raise OptionError('order=2 needs the gradient of the step: use form="exact".')
-    taken = run(
-        model_fn,
-        leaves,
-        spec,
-        train,
-        [],
-        grads=everything,
-        collect=everything if keep_factors else (),
-        scale=scale,
-        check=check,
-        randomness=randomness,
-    )
-    grads = spec.unflatten(_unscaled(taken.grads, loss_scale))
+    taken = tapped([], grads=range(len(leaves)), collect=range(len(leaves)) if keep_factors else ())
+    gradient = spec.unflatten(_unscaled(taken.grads, loss_scale))
     us = directions(
         model_fn,
         params,
         val_sets,
         optimizer=optimizer,
-        grads=grads,
+        grads=gradient,
         order=order,
         hvp=hvp,
         randomness=randomness,
@@ -169,18 +157,9 @@ def step(
         book = FactoredGrads.of(taken, leaves, spec)
         columns = [book.dot_prods(u) / loss_scale for u in us.values()]
     else:
-        dots = run(
-            model_fn,
-            leaves,
-            spec,
-            train,
-            [Dot(u) for u in us.values()],
-            scale=scale,
-            check=check,
-            randomness=randomness,
-        )
-        columns = [add_up(row) * weight for row in dots.values]
-    return ShapleyStep(taken.losses, grads, torch.stack(columns, dim=1))
+        dots = tapped([Dot(u) for u in us.values()]).values
+        columns = [add_up(row) * weight for row in dots]
+    return ShapleyStep(taken.losses, gradient, torch.stack(columns, dim=1))
 
 
 def directions(
