@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
-from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
+from ghostfunc._base.torch_private import BatchNorm
 from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.wrappers import refuse_wrapped
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
 
@@ -154,23 +155,6 @@ def check_module(module: object) -> None:
         )
 
 
-def _refuse_compiled(module: nn.Module) -> None:
-    """Raise for what `torch.compile` made of a module: it would be traced inside our passes."""
-    if uncompiled(module) is not module:
-        raise ParamsError(
-            "from_module got a compiled module (torch.compile(module)). Give it the module itself "
-            "(compiled._orig_mod) and compile the function that calls ghostfunc instead: "
-            "torch.compile(lambda params, batch: gf.ghost_norm(model_fn, params, batch))."
-        )
-    for name, part in module.named_modules():
-        if compiled_in_place(part) or uncompiled(part) is not part:
-            raise ParamsError(
-                f"{name or 'the module'!r} in {type(module).__name__} has been compiled "
-                "(module.compile(), torch.compile(submodule)). Give from_module a module that has "
-                "not, and compile the function that calls ghostfunc instead."
-            )
-
-
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
     """Make a pure `model_fn(params, batch) -> losses[n]` of a module and a per-sample loss.
 
@@ -187,7 +171,8 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
 
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
-            compiled.
+            compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+            DeepSpeedEngine): the message names what to give instead.
     """
     check_module(module)
     if isinstance(loss, nn.Module) or not callable(loss):
@@ -195,7 +180,7 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             f"loss is a {type(loss).__name__}; expected a function loss(module, batch) -> [n] that "
             "calls the module and returns one loss per sample."
         )
-    _refuse_compiled(module)
+    refuse_wrapped(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ParamsError(
@@ -237,7 +222,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
     if isinstance(weight, Tensor):
         if weight.ndim:
             raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
-    elif not (isinstance(weight, float) and math.isinf(weight)):  # a loss scaler may overflow
+    elif weight not in (math.inf, -math.inf):  # a loss scaler may overflow
         check_number("weight", weight)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(grads, Mapping):

@@ -35,7 +35,7 @@ from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import kind_of, what_was_read
-from ghostfunc._taps.sinks import as_cotangent, pour
+from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
@@ -86,6 +86,7 @@ def run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
+    ready: Ready | None = None,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
@@ -94,6 +95,7 @@ def run(
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
     call have memory of their own. The values of quantities that are `summed` over parameters are
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
+    Outside transforms, `ready` gets most gradients while the backward pass goes on.
     """
     own = FiniteLosses() if finite is None else finite
     asked = partial(
@@ -106,6 +108,7 @@ def run(
         outlives=outlives,
         summed=summed,
         finite=own,
+        ready=ready,
     )
     read = partial(what_was_read, quantities, summed, scale, leaves)
     options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
@@ -180,6 +183,7 @@ def _run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     refresh: bool = False,
+    ready: Ready | None = None,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
@@ -195,10 +199,11 @@ def _run(
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
-    backward = _by_cotangents if followed else _by_sinks
-    taken = backward(
-        model, own, grads, kept, scale, summed, finite or FiniteLosses(), refresh=refresh
-    )
+    look_at = finite or FiniteLosses()
+    if followed:
+        taken = _by_cotangents(model, own, grads, kept, scale, refresh=refresh)
+    else:
+        taken = _by_sinks(model, own, grads, kept, scale, summed, look_at, ready)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
@@ -259,8 +264,7 @@ def _by_sinks(
     scale: float | Tensor,
     summed: Collection[int],
     finite: FiniteLosses,
-    *,
-    refresh: bool,
+    ready: Ready | None,
 ) -> _Taken:
     """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
@@ -274,6 +278,7 @@ def _by_sinks(
         cotangent=scale,
         summed=summed,
         finite=finite,
+        ready=ready,
     )
     values, pieces = poured.sinks.values, poured.sinks.pieces
     for key, reader in readers.items():
@@ -291,8 +296,6 @@ def _by_cotangents(
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
-    summed: Collection[int],
-    finite: FiniteLosses,
     *,
     refresh: bool,
 ) -> _Taken:

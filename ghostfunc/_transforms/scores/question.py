@@ -35,6 +35,7 @@ from ghostfunc._factors.matmul import product
 from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
+from ghostfunc._taps.sinks import Ready
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
@@ -95,13 +96,14 @@ class Question:
             return self._joined([(p, self._ghost(p, grads=False).table) for p in self._rounds()])
         return self._joined([(p, self._other(p)) for p in self._rounds()])
 
-    def step(self) -> tuple[Tensor, list[Tensor], PyTree]:
-        """Losses, the gradient of the mean loss, and the scores."""
+    def step(self, ready: Ready | None = None) -> tuple[Tensor, list[Tensor], PyTree]:
+        """Losses, the gradient of the mean loss, and the scores. `ready` gets most gradients of a
+        batch that is run at one time while the backward pass goes on."""
         if self.mode != "ghost":
             scores = self.scores()
             return *self._plain_gradient(), scores
         first, *others = self._rounds()
-        losses, grads, table = self._ghost(first, grads=True)
+        losses, grads, table = self._ghost(first, grads=True, ready=ready)
         tables = [(p, self._ghost(p, grads=False).table) for p in others]
         return losses, grads, self._joined([(first, table), *tables])
 
@@ -123,7 +125,7 @@ class Question:
                 "batches, a dict of them, to tell validation samples apart."
             )
         finite = FiniteLosses(self.check_finite)
-        vals = [self._direction(val, finite) for val in self.targets.vals]
+        vals = [self.direction_of(val, finite) for val in self.targets.vals]
         us = [*vals, *map(self._dense, self.targets.directions)]
 
         def of_chunk(train: PyTree) -> list[Tensor]:
@@ -169,7 +171,7 @@ class Question:
             return [(chunk, None) for _, chunk in batches.chunks(val, self.chunk_size, "val")]
         if batch_size(val) <= self.chunk_size and self.mode == "ghost":
             return [(val, None)]
-        return [(None, self._direction(val))]
+        return [(None, self.direction_of(val))]
 
     def _dense(self, direction: list[Tensor] | FactoredGrads) -> list[Tensor]:
         if not isinstance(direction, FactoredGrads):
@@ -177,7 +179,10 @@ class Question:
         c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
         return [direction.total(i, c) for i in range(len(self.leaves))]
 
-    def _direction(self, val: PyTree, finite: FiniteLosses | None = None) -> list[Tensor]:
+    def direction_of(
+        self, val: PyTree, finite: FiniteLosses | None = None, ready: Ready | None = None
+    ) -> list[Tensor]:
+        """The validation gradient of a batch."""
         return dense_direction(
             self.model_fn,
             self.leaves,
@@ -187,11 +192,12 @@ class Question:
             chunk_size=self.chunk_size,
             randomness=self.randomness,
             look=check_finite if finite is None else finite.add,
+            ready=ready,
         )
 
     # --- ghost -----------------------------------------------------------------------------------
 
-    def _ghost(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step:
+    def _ghost(self, pieces: Sequence[_Piece], *, grads: bool, ready: Ready | None = None) -> _Step:
         at_once = self._at_once(pieces, grads=grads)
         if at_once is not None:
             return at_once
@@ -214,6 +220,7 @@ class Question:
                 summed=() if self.per_param else range(len(readers)),
                 finite=finite,
                 randomness=self.randomness,
+                ready=ready if train is self.train else None,
             )
             dots = taken.values[: len(readers)]
             for piece, columns in zip(pieces, dots, strict=True):

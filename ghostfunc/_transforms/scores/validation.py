@@ -183,14 +183,17 @@ def dense_direction(
     chunk_size: int | None,
     randomness: Randomness,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """The gradient of the mean or summed validation losses, a few samples at a time. `val` is a
-    batch or an iterable of batches."""
+    batch or an iterable of batches. `ready` gets the gradients of a batch that is run at one time
+    as they come up."""
 
     def gradient(batch: PyTree, scale: float) -> list[Tensor]:
         def of_chunk(chunk: PyTree) -> list[Tensor]:
             prove_independent(model_fn, leaves, spec, chunk, randomness)
-            return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look)
+            whole = ready if chunk is val else None
+            return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look, whole)
 
         sums = batches.Sums()
         for grads in batches.each(of_chunk, batch, chunk_size, "val"):
