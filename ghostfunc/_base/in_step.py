@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import RankError
+from ghostfunc._base.ranks import Ranks
 from ghostfunc._base.torch_private import all_gather
 
 _RUNS, _STOPPED, _RETRIES = range(3)
@@ -51,6 +52,7 @@ class InStep:
             members = dist.get_process_group_ranks(group)
             self.control = dist.new_group(members, backend="gloo", use_local_synchronization=True)
         self.together = 0
+        self._ranks = Ranks(self.control, "A sharded module")
 
     # --- meetings ---
 
@@ -90,10 +92,7 @@ class InStep:
 
     def lost(self, place: str, error: RuntimeError) -> RankError:
         """What is said where the connection to another rank breaks or times out."""
-        return RankError(
-            f"Rank {self.rank} of {self.size} waited at {place}, and lost another rank, which has "
-            f"ended, or did not come there in time. torch.distributed said: {error}"
-        )
+        return self._ranks.lost(place, error)
 
     def _stop(self, place: str, told: _Told, state: int) -> None:
         """All ranks are here, and know that they do not go on."""
@@ -103,15 +102,15 @@ class InStep:
         if state != _RUNS and (state == _STOPPED or not stopped):
             return  # whoever says so has an error of its own
         if stopped:
-            listed = "; ".join(f"rank {r}: {texts[r]}" for r in stopped)
+            listed = "; ".join(f"rank {r} failed with {texts[r]}" for r in stopped)
             raise RankError(
-                f"Rank {self.rank} stopped at {place}, since another rank did: {listed}."
+                f"Rank {self.rank} stopped while {place}, since another rank did: {listed}"
             )
         if any(told.states):
             raise OtherRankRetries
-        listed = "; ".join(f"rank {r} at {text}" for r, text in enumerate(texts))
+        listed = "; ".join(f"rank {r} is {text}" for r, text in enumerate(texts))
         raise RankError(
-            f"The ranks are not at one place of the program: {listed}. Every rank has to make the "
+            f"The ranks are at several places of the program: {listed}. Every rank has to make the "
             "same calls of ghostfunc in the same order, with as many chunks of batches of its own, "
             "and the model has to use its parameters in one order on all of them."
         )
@@ -132,13 +131,13 @@ class InStep:
     ) -> None:
         """Meet the others where a stretch ends, and tell them how it did."""
         if error is None:
-            self._meet(f"the end of {place}")
+            self._meet(f"done with {place}")
         elif isinstance(error, Exception) and not isinstance(error, (RankError, OtherRankRetries)):
             self._tell(place, error, _RETRIES if isinstance(error, retries) else _STOPPED)
 
     def _tell(self, place: str, error: Exception, state: int) -> None:
         said = str(error).splitlines()
-        text = f"{type(error).__name__} in {place}: {said[0] if said else ''}"
+        text = f"{type(error).__name__} while {place}: {said[0] if said else ''}"
         self._meet(text, state)
 
 

@@ -60,7 +60,7 @@ def prove_independent(
     ranks = in_step(model_fn)
     if ranks is not None:
         new = anew or key not in remembered
-        if ranks.any("the question whether samples are known to be independent", new):
+        if ranks.any("asking whether all ranks know this structure", new):
             whole_fn, wholes = held_whole(model_fn, leaves, spec)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:

@@ -19,7 +19,7 @@ from ghostfunc._base.in_step import InStep, OtherRankRetries
 from ghostfunc._base.pieces import held_whole, whole_likes
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
-from ghostfunc._taps.proof import Claim, wanted
+from ghostfunc._taps.proof import gradients_unproved
 from ghostfunc._trace.find import TracedModel, known_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.trace import Trace, WayTaken
@@ -67,22 +67,24 @@ class Together:
         looked = False
         trace = self._known()
         for _ in range(ATTEMPTS):
-            looked |= self._look(trace is None, "the question whether all ranks have a trace")
+            looked |= self._look(trace is None, "asking whether all ranks have a trace")
             trace = self._known() if trace is None else trace
             assert trace is not None
             model = TracedModel(
                 self.model_fn, self.leaves, self.spec, self.batch, batch_size(self.batch), trace
             )
             try:
-                with self.ranks.in_step("a run", retries=(StaleLayout,)):
+                with self.ranks.in_step("running the model", retries=(StaleLayout,)):
                     taken = asked(model)
             except StaleLayout:
                 trace = None
                 continue
             except OtherRankRetries:
                 continue
-            unproved = not looked and wanted(self._claim(model, taken), self.check)
-            self._look(unproved, "the question whether all ranks have a proof")
+            unproved = not looked and gradients_unproved(
+                replace(model, leaves=self._likes()), taken.way, self.check
+            )
+            self._look(unproved, "asking whether all ranks have a proof")
             return model, taken
         raise ControlFlowError(
             "model_fn does not call the same ops each time it runs on this rank's batch, or on "
@@ -102,7 +104,6 @@ class Together:
                 self.look(whole_fn, wholes)
         return new
 
-    def _claim(self, model: TracedModel, taken: Taken) -> Claim:
-        """What `look` proves of whole parameters."""
-        likes = list(whole_likes(self.model_fn, self.leaves, self.spec))
-        return Claim(replace(model, leaves=likes), taken.way, taken.losses, lambda v: [])
+    def _likes(self) -> list[Tensor]:
+        """The shapes of the whole parameters, of which proofs are."""
+        return list(whole_likes(self.model_fn, self.leaves, self.spec))

@@ -14,7 +14,13 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.pieces import chunks_of_all, on_any_rank, refuse_pieces, together
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic
@@ -123,6 +129,8 @@ def ghost_clipped_grad(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_chunk_size(chunk_size)
+    check_flags(per_layer=per_layer, normalize=normalize, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     if mode != "ghost":
@@ -221,7 +229,7 @@ def _clipped(
             if weights is not None:
                 unlikely = unlikely | ~weights.isfinite()
             again = check_finite and finite.look(unlikely)
-            if not on_any_rank(model_fn, "the question whether all is finite", flag=again):
+            if not on_any_rank(model_fn, "asking whether all is finite", flag=again):
                 return taken
         if weights is not None:
             check_weights(weights, n)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsdp_ranks import ranks_of
 
 from ghostfunc._factors.cost import CACHE_ELEMENTS
-
-from .test_fsdp import ranks_of
 
 WORLD = 2
 BLOCKS = 2 * 4 * CACHE_ELEMENTS

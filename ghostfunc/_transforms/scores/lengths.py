@@ -35,7 +35,7 @@ def sample_norms(
     rows = extreme_norms.root(table)
     extreme = extreme_norms.extremes(table.sum(0))
     again = finite.look(extreme) and randomness == "error"
-    if on_any_rank(model_fn, "the question whether norms over- or underflow", flag=again):
+    if on_any_rank(model_fn, "asking whether norms over- or underflow", flag=again):
         index = extreme.nonzero().flatten()
         few = index.tolist() or [0]  # others run with those that have such samples
         book = collect(model_fn, leaves, spec, take(batch, few), check="never")
