@@ -30,13 +30,14 @@ class Sharding:
     """How the parameters of a sharded module lie on the ranks; made by `sharding_of`.
 
     Attributes:
-        ranks: that hold the pieces.
+        ranks: that hold the pieces; `cut`: how they do.
         shards: of every parameter, frozen ones included, by its first name.
         pieces: the module's own pieces, by the same names.
         whole: the whole parameters that are frozen, where all ranks have all parameters whole.
     """
 
     ranks: InStep
+    cut: Cut
     shards: Mapping[str, Shards]
     pieces: Mapping[str, Tensor]
     whole: Mapping[str, Tensor] | None = None
@@ -167,9 +168,9 @@ def sharding_of(module: nn.Module, held: Sequence[tuple[str, Tensor]]) -> Shardi
         assert cut is not None
         shards[name] = Shards(name, tuple(x.shape), tensor.placements[-1].dim, ranks, cut)
         pieces[name] = tensor.detach().to_local()
-    if ranks is None:
+    if ranks is None or cut is None:
         return None
-    return Sharding(ranks, shards, pieces)
+    return Sharding(ranks, cut, shards, pieces)
 
 
 def _ranks_of(mesh: Any) -> tuple[InStep, Cut]:

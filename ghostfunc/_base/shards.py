@@ -105,10 +105,9 @@ class Shards:
             padded = _padded(g.detach().movedim(self.dim, 0), self.cut.size * self._most)
             out = g.new_empty(self._most, *padded.shape[1:])
             self._communicate("reducing", reduce_scatter, out, padded)
-            if self.cut.copies is not None:
-                self._guarded(
-                    "reducing", lambda: torch.distributed.all_reduce(out, group=self.cut.copies)
-                )
+            copies = self.cut.copies
+            if copies is not None:
+                self._guarded("reducing", lambda: torch.distributed.all_reduce(out, group=copies))
             return out[: self.rows(self.cut.rank)].movedim(0, self.dim).contiguous()
 
     def _communicate(self, what: str, collective: Callable[..., Any], *tensors: Tensor) -> None:
