@@ -203,6 +203,11 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
         loss: `loss(module, batch) -> [n]`, ordinary PyTorch code that calls the module in any way
             it likes and returns one loss per sample, not reduced over samples.
 
+    Of a module that `torch.distributed.fsdp.fully_shard` has sharded, `params` are this rank's
+    pieces of the parameters. All ranks then make the same calls, each with samples of its own:
+    scores, norms and projections are those of the whole parameters, and gradients (the training
+    gradient, a direction) are of the mean over all ranks' samples, in pieces.
+
     Returns:
         `(model_fn, params)`. `params` holds the parameters with `requires_grad=True` under their
         names in `module.named_parameters()`, a tied parameter once. Frozen parameters and buffers
