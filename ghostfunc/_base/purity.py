@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._base.dtensors import is_dtensor
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     InPlaceError,
@@ -225,6 +226,12 @@ def _refuse_kept(
     for node in _nodes(losses):
         if node.name() != "torch::autograd::AccumulateGrad" or node in own:
             continue
+        if is_dtensor(node.variable):
+            raise UntrackedUseError(
+                "The losses depend on a parameter of a sharded module outside of its unit (a "
+                "module that fully_shard was called with), where it is not whole. Use it in the "
+                "unit's forward, or shard that part together with the rest of the module."
+            )
         name = names.get(address(node.variable)) if node.variable.numel() else None
         if name is not None:
             raise UntrackedUseError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
+from ghostfunc._base.locks import Loan
 from ghostfunc._base.shards import Shards, gather
 
 
@@ -61,9 +62,13 @@ def _run(
         for whole in [gather(pieces[name], shards[name])]
         for place in places
     }
-    return torch.func.functional_call(
-        _Part(unit.part, forward), tensors, args, kwargs, tie_weights=False
-    )
+    loan = Loan(unit.part, tensors.values())
+    try:
+        return torch.func.functional_call(
+            _Part(unit.part, forward), tensors, args, kwargs, tie_weights=False
+        )
+    finally:
+        loan.give_back()
 
 
 def call_again(

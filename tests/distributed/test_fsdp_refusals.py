@@ -136,3 +136,31 @@ def test_options_that_are_not_for_sharded_modules() -> None:
     for said, call in calls.items():
         with pytest.raises(gf.OptionError, match=said):
             call()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_parameter_outside_of_its_unit_is_seen() -> None:
+    """Parameters of the whole module may be used anywhere, those of a unit in it alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    def penalized(place: int) -> Any:
+        def penalty(module: Any, batch: Tensor) -> Tensor:
+            weight: Any = module[place].weight
+            whole = weight.full_tensor() if isinstance(module[place], FSDPModule) else weight
+            return loss(module, batch) + whole.square().sum()
+
+        return penalty
+
+    from torch.distributed.fsdp import FSDPModule
+
+    module = net()
+    fully_shard(module[0], mesh=mesh(1))
+    fully_shard(module, mesh=mesh(1))
+    batch = torch.randn(5, 4, dtype=torch.float64)
+    plain = gf.from_module(net(), penalized(2))
+    expected = gf.ghost_norm(*plain, batch)
+    sharded = gf.from_module(module, penalized(2))
+    torch.testing.assert_close(gf.ghost_norm(*sharded, batch), expected)
+    sharded = gf.from_module(module, penalized(0))
+    with pytest.raises(gf.UntrackedUseError, match="outside of its unit"):
+        gf.ghost_norm(*sharded, batch)
