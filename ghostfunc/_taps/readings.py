@@ -303,7 +303,7 @@ def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -
         return float("inf")
     squares = [x.square() for x in (got - want, want)] + [moves]
     if not pairs:
-        squares = [x.reshape(len(want), -1).sum(1) for x in squares]
+        squares = [x.reshape(len(want), want[0].numel()).sum(1) for x in squares]
     error, size, moved = (x.sqrt() for x in squares)
     # What over- or underflowed shows that it did: it is run again, or is infinite.
     bad = (error > tolerance * size + MARGIN * moved) & error.isfinite()
