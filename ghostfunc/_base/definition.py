@@ -125,7 +125,8 @@ def _vjp(
         with DenseGradients():
             return check_shape(model_fn(spec.unflatten(p), batch), n)
 
-    out, pullback = torch.func.vjp(losses, list(leaves))[:2]
+    with _unwrapped_memory():
+        out, pullback = torch.func.vjp(losses, list(leaves))[:2]
     return out, pullback
 
 
@@ -146,7 +147,13 @@ def jvp_dots(
         return check_losses(model_fn(spec.unflatten(p), train), n)
 
     def along(tangents: list[Tensor]) -> Tensor:
-        with FORWARD_MODE, _forward_mode(), torch.enable_grad(), ReverseModeConstants():
+        with (
+            FORWARD_MODE,
+            _forward_mode(),
+            _unwrapped_memory(),
+            torch.enable_grad(),
+            ReverseModeConstants(),
+        ):
             tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[1]
         return wide(tangent)
 
@@ -390,6 +397,29 @@ def _one_loss(losses: Tensor) -> Tensor:
     return losses[0]
 
 
+_NO_MEMORY = ("Cannot access data pointer", "doesn't have storage")
+"""What torch says where an op asks for the memory of a tensor that a transform has wrapped."""
+
+_OF_KERNELS = ("must be contiguous", "view size is not compatible")
+"""What kernels say of the memory layouts that vmap makes."""
+
+
+@contextmanager
+def _unwrapped_memory() -> Iterator[None]:
+    """Translate what torch says of ops that a transform cannot run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise TransformError(
+            "An op of model_fn looks at the memory of a tensor that a torch.func transform has "
+            'wrapped (numpy, or a sparse tensor whose indices are checked). Use mode="ghost", or '
+            'mode="materialized" with vectorize=False, which run the model without transforms. '
+            f"torch said: {str(error).splitlines()[0]}"
+        ) from error
+
+
 @contextmanager
 def _vectorized() -> Iterator[None]:
     """Translate what torch.vmap says of models it cannot run."""
@@ -406,5 +436,11 @@ def _vectorized() -> Iterator[None]:
             raise _VmapError(
                 "torch.vmap cannot run this model: its control flow or masks depend on data. Pass "
                 f"vectorize=False to loop over samples instead. torch said: {said.splitlines()[0]}"
+            ) from error
+        if any(words in said for words in (*_NO_MEMORY, *_OF_KERNELS)):
+            raise _VmapError(
+                "torch.vmap cannot run one of this model's ops (numpy, sparse tensors and some "
+                "kernels look at memory that a batched tensor does not have). Pass vectorize=False "
+                f"to loop over samples instead. torch said: {said.splitlines()[0]}"
             ) from error
         raise

@@ -54,7 +54,7 @@ class InStep:
         self.together = 0
         self._ranks = Ranks(self.control, "A sharded module")
 
-    # --- meetings ---
+    # --- waiting for each other ---
 
     def meet(self, place: str) -> None:
         """Wait for the others, before all of them communicate at one place."""

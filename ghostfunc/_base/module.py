@@ -239,6 +239,15 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     return ModuleFn(module, loss, sharding), params
 
 
+def _check_weight(weight: object) -> None:
+    """Raise `OptionError` unless it is one number; a loss scaler's may be infinite."""
+    if isinstance(weight, Tensor):
+        if weight.ndim:
+            raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
+    elif not isinstance(weight, float) or not math.isinf(weight):
+        check_number("weight", weight)
+
+
 def _check_grad(name: str, grad: object) -> None:
     """Raise `ParamsError` unless it is a floating-point tensor."""
     if not isinstance(grad, Tensor) or not grad.is_floating_point():
@@ -269,11 +278,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             then.
     """
     check_module(module)
-    if isinstance(weight, Tensor):
-        if weight.ndim:
-            raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
-    elif weight not in (math.inf, -math.inf):  # a loss scaler may overflow
-        check_number("weight", weight)
+    _check_weight(weight)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(grads, Mapping):
         raise ParamsError(

@@ -218,6 +218,15 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
     return n
 
 
+def check_samples(batch: PyTree, n: int, what: str) -> None:
+    """Raise `BatchError` unless the batch holds n samples."""
+    found = batch_size(batch, what)
+    if found != n:
+        raise BatchError(
+            f"{what} holds {found} samples, made of {n}: expected one row for each, in their order."
+        )
+
+
 def yields_batches(val: object) -> bool:
     """Whether this is an iterable of batches (a loader, a generator) rather than one batch: a list
     of tensors is a batch, and so is every tree that optree looks into."""

@@ -28,7 +28,7 @@ ATTEMPTS = 4
 """How often ranks look at a batch again before its way through the program counts as unsteady."""
 
 
-class Taken(Protocol):
+class Went(Protocol):
     """What is asked of the result of a run."""
 
     @property
@@ -38,7 +38,7 @@ class Taken(Protocol):
     def way(self) -> WayTaken: ...
 
 
-R = TypeVar("R", bound=Taken)
+R = TypeVar("R", bound=Went)
 
 Look = Callable[[ModelFn, Sequence[Tensor]], object]
 """Traces and proves a function of whole parameters on this rank's batch."""

@@ -15,6 +15,7 @@ definition is asked again for gradients that are off by the tolerance, in a few 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.torch_private import batched_within
-from ghostfunc._base.trees import flatten
+from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Dense, Factor
@@ -161,7 +162,10 @@ def _itself(g: Tensor, company: Tensor | None) -> Tensor:
 
 
 def _defined(reader: Any) -> Define:
+    wider = [x.dtype for x in tensors_of(reader) if x.is_floating_point()]
+
     def define(g: Tensor, company: Tensor | None) -> Tensor:
+        g = g.to(functools.reduce(torch.promote_types, wider, g.dtype))
         if isinstance(reader, OneRunReader):
             assert company is not None
             alone = reader._replace(n=len(g))
@@ -303,7 +307,7 @@ def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -
         return float("inf")
     squares = [x.square() for x in (got - want, want)] + [moves]
     if not pairs:
-        squares = [x.reshape(len(want), -1).sum(1) for x in squares]
+        squares = [x.reshape(len(want), want[0].numel()).sum(1) for x in squares]
     error, size, moved = (x.sqrt() for x in squares)
     # What over- or underflowed shows that it did: it is run again, or is infinite.
     bad = (error > tolerance * size + MARGIN * moved) & error.isfinite()

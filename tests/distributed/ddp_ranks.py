@@ -1,4 +1,4 @@
-"""Starts functions of `ddp_worker.py` in processes of one group, and collects what they return.
+"""Starts functions of worker files in processes of one group, and collects what they return.
 
 A server imports torch and ghostfunc once and forks the ranks: starting one takes no time.
 """
@@ -16,7 +16,7 @@ import ddp_worker
 
 HERE = Path(__file__).resolve().parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ddp_worker"])
+FORKS.set_forkserver_preload(["ddp_worker", "trainer_worker"])
 
 
 class Ended(NamedTuple):
@@ -28,10 +28,12 @@ class Ended(NamedTuple):
 
 
 def ranks(name: str, size: int, folder: Path, *args: Any, seconds: float = 60) -> list[Ended]:
-    """`ddp_worker.<name>(*args)` in every process of a group whose collectives time out after so
-    many seconds. Those that still run after four times as many, and a minute, are killed: their
+    """`<name>(*args)` of a worker file in every process of a group whose collectives time out after
+    so many seconds. Those that still run after four times as many, and a minute, are killed: their
     exit code is -9."""
-    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]  # for the server, when it starts
+    tests = HERE.parent
+    # For the server, when it starts.
+    paths = [str(HERE), str(tests), str(tests / "hf"), str(tests.parent)]
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     os.environ["OMP_NUM_THREADS"] = "1"
     started = [

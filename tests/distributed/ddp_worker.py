@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -290,7 +291,8 @@ def rank(
         world_size=size,
         timeout=timedelta(seconds=seconds),
     )
-    result = globals()[name](*args)
+    here = globals() if name in globals() else vars(importlib.import_module("trainer_worker"))
+    result = here[name](*args)
     Path(folder, f"{name}-{number}.json").write_text(json.dumps(result))
     dist.barrier()
     # gloo's threads may not have ended when the interpreter takes itself apart, which aborts it.
