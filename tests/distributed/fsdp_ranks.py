@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TIMEOUT = 300
+TIMEOUT = 900
 """Seconds for all ranks of one start."""
 
 
