@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=120),
     )  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
