@@ -136,6 +136,15 @@ def batched(x: Tensor) -> bool:
     return inside
 
 
+def batched_within(x: Tensor) -> bool:
+    """Whether one of the active `torch.vmap` has wrapped `x`, or what is inside of it."""
+    while wrapped(x):
+        if batched(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def innermost(x: Tensor) -> Tensor:
     """The tensor without the wrappers of transforms."""
     while wrapped(x):

@@ -31,8 +31,10 @@ from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
+from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
-from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.proof import prove
+from ghostfunc._taps.readings import kind_of, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
@@ -55,6 +57,7 @@ class RunResult:
         deferred: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
         way: what tells the way through the program from others.
+        readers: per quantity, what the values were read by.
     """
 
     losses: Tensor
@@ -64,6 +67,7 @@ class RunResult:
     deferred: list[DeferredGradients | None]
     trace: Trace
     way: WayTaken
+    readers: list[list[Any]]
 
 
 def run(
@@ -106,21 +110,49 @@ def run(
         finite=own,
         ready=ready,
     )
+    read = partial(what_was_read, quantities, summed, scale, leaves)
+    options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
 
     def use(model: TracedModel) -> RunResult:
         try:
             taken = asked(model)
         except StaleOutputs:  # trimmed to its longest sample, say
             taken = asked(model, refresh=True)
-        prove(Claim(model, taken.way, taken.losses, partial(dots, model)), check, randomness)
+        followed = in_transform()
+        claim = Claim(
+            model,
+            taken.way,
+            taken.losses,
+            dots,
+            lambda again: read(asked(model) if again else taken),
+            lambda: (kind_of(taken.readers), *options, followed),
+        )
+        prove(claim, check, randomness)
         return taken
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if finite is None:
+        for quantity, values in zip(quantities, taken.values, strict=True):
+            _doubt(own, quantity, leaves, spec, values)
         own.look()
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return taken
+
+
+def _doubt(
+    finite: FiniteLosses,
+    quantity: Quantity,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    values: Sequence[Tensor | None],
+) -> None:
+    """Have a quantity looked into if its values are not finite; most cannot be at fault."""
+    if type(quantity).check_finite is Quantity.check_finite:
+        return
+    for x in values:
+        if x is not None:
+            finite.doubt(x, partial(quantity.check_finite, leaves, spec))
 
 
 def refuse_unproved(model: TracedModel) -> None:
@@ -133,9 +165,10 @@ def refuse_unproved(model: TracedModel) -> None:
         )
 
 
-def dots(model: TracedModel, directions: Sequence[Tensor]) -> list[Tensor]:
+def dots(model: TracedModel, directions: Sequence[Tensor]) -> Dots:
     """`<g_i, u>` per parameter."""
-    return _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
+    taken = _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0)
+    return Dots(taken.losses, taken.values[0], taken.way)
 
 
 def _run(
@@ -199,7 +232,7 @@ def _run(
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way, readers)
 
 
 @dataclass(frozen=True)

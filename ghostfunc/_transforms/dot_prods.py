@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
+from ghostfunc._base.options import check_flags
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._transforms.scores.over_ranks import asked_of_all
@@ -139,6 +140,7 @@ def ghost_dot_prod(
     Reference:
         Wang et al., "Data Shapley in One Training Run", ICLR 2025.
     """
+    check_flags(per_position=per_position)
     make = partial(
         ask,
         model_fn,

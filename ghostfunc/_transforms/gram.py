@@ -11,7 +11,13 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -70,6 +76,8 @@ def ghost_gram(
         GhostError: another of its children, as for `ghost_vjp`.
     """
     _check_options(mode, chunk_size, normalize and other is not None, check, randomness)
+    check_flags(per_param=per_param, normalize=normalize)
+    check_vectorize(vectorize)
     leaves, spec = flatten_params(params)
     lengths: list[list[Tensor]] = []
     if mode == "ghost":

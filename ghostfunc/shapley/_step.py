@@ -14,7 +14,15 @@ from torch import Tensor
 from ghostfunc._base import definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_flags,
+    check_model_fn,
+    check_number,
+    check_positive,
+    check_type,
+    one_of,
+)
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
@@ -119,6 +127,13 @@ def step(
     if order == 2 and form == "previous_state":
         raise OptionError('order=2 needs the gradient of the step: use form="exact".')
     _check_sets(val_sets)
+    _check_asked(model_fn, optimizer, randomness)
+    check_flags(keep_factors=keep_factors)
+    one_of("check", check, CHECKS)
+    one_of("hvp", hvp, ("forward", "reverse"))
+    check_positive("loss_scale", loss_scale)
+    if weight is not None:
+        check_number("weight", weight)
     leaves, spec = flatten_params(params)
     weight = 1 / batch_size(train, "train") if weight is None else weight
     tapped = partial(
@@ -191,6 +206,8 @@ def directions(
     """
     _check_order(order)
     _check_sets(val_sets)
+    _check_asked(model_fn, optimizer, randomness)
+    one_of("hvp", hvp, ("forward", "reverse"))
     if order == 2 and grads is None:
         raise OptionError("order=2 needs grads, the gradient of the step.")
     leaves, spec = flatten_params(params)
@@ -249,8 +266,15 @@ def _unscaled(grads: Sequence[Tensor], loss_scale: float) -> list[Tensor]:
     return list(grads) if loss_scale == 1.0 else [g / loss_scale for g in grads]
 
 
-def _check_order(order: int) -> None:
-    if order not in (1, 2):
+def _check_asked(model_fn: object, optimizer: object, randomness: object) -> None:
+    check_model_fn(model_fn)
+    how = "an Optimizer, as gf.shapley.sgd(lr=...) or from_optimizer(...) makes"
+    check_type("optimizer", optimizer, Optimizer, how)
+    one_of("randomness", randomness, ("error", "different"))
+
+
+def _check_order(order: object) -> None:
+    if isinstance(order, bool) or not isinstance(order, int) or order not in (1, 2):
         raise OptionError(f"order={order!r} is not an option. Use one of: 1, 2.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple, TypeAlias
 
@@ -15,8 +16,15 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
+from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_contract_dtype,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
@@ -132,6 +140,8 @@ class Question:
                 randomness=self.randomness,
                 look=finite.add,
             )
+            for k, (u, columns) in enumerate(zip(us, parts, strict=True)):
+                self._doubt(finite, _Piece(k, u=u), columns)
             finite.look()
             return _flat(parts)
 
@@ -213,6 +223,8 @@ class Question:
                 ready=ready if train is self.train else None,
             )
             dots = taken.values[: len(readers)]
+            for piece, columns in zip(pieces, dots, strict=True):
+                self._doubt(finite, piece, columns)
             if not self.normalize:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
@@ -236,6 +248,13 @@ class Question:
             del part
         losses, *flat = batches.joined(parts)
         return _Step(losses, sums.result(), self._unflat(flat, len(pieces)))
+
+    def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
+        """Have a direction that was given looked at if what is made of it is not finite."""
+        if piece.u is not None and self.targets.directions:
+            blame = partial(refuse_not_finite, piece.u, self.spec, self.targets.title(piece.target))
+            for values in columns:
+                finite.doubt(values, blame)
 
     def _at_once(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step | None:
         """`_ghost` in one run of both batches, where that can be."""
@@ -442,6 +461,8 @@ def ask(
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
     check_chunk_size(chunk_size)
+    check_flags(per_param=per_param, normalize=normalize, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     if normalize and mode == "jvp":
@@ -457,6 +478,10 @@ def ask(
             f'Validation gradients kept by gf.factored_grads need mode="ghost"; got mode={mode!r}. '
             "Pass the validation batch itself as val."
         )
+    if mode != "ghost":
+        for k, u in enumerate(targets.directions):
+            if not isinstance(u, FactoredGrads):
+                refuse_not_finite(u, spec, targets.title(k))
     return Question(
         model_fn,
         leaves,
