@@ -29,10 +29,12 @@ from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Dense, Factor
-from ghostfunc._quantities.quantity import Gram, Quantity
+from ghostfunc._quantities.quantity import Gram, Quantity, SqNorm
 from ghostfunc._quantities.readers import (
     DeferredGradients,
+    DotReader,
     OneRunReader,
+    PairReader,
     PositionsReader,
     TotalReader,
     ValueReader,
@@ -166,10 +168,20 @@ def _defined(reader: Any) -> Define:
 
     def define(g: Tensor, company: Tensor | None) -> Tensor:
         g = g.to(functools.reduce(torch.promote_types, wider, g.dtype))
-        if isinstance(reader, OneRunReader):
-            assert company is not None
-            alone = reader._replace(n=len(g))
-            return alone.read(Dense(torch.cat([g, company[None]])))
+        flat = g.reshape(len(g), g[0].numel())
+        match reader:
+            case OneRunReader():
+                assert company is not None
+                return flat @ company.flatten().to(flat)
+            case DotReader(u=u):
+                return flat @ u.flatten().to(flat)
+            case PairReader(factors=factors, each=each) if factors:
+                dots = [sum(bundles.dot(f, one) for f in factors) for one in g]
+                return torch.stack([x if each else x.sum() for x in dots])
+            case ValueReader(quantity=SqNorm()):
+                return flat.square().sum(1)
+            case ValueReader(quantity=Gram()):
+                return flat @ flat.mT
         read: Tensor = reader.read(Dense(g))
         return read
 
@@ -210,7 +222,12 @@ def what_was_read(
         taken: its `RunResult`.
     """
     readings: list[Reading | None] = []
-    sums = [Sum(i, g, scale) for i, g in enumerate(taken.grads) if g is not None]
+    sums = []
+    for i, g in enumerate(taken.grads):
+        if g is not None:
+            beside = [readers[i] for readers in taken.readers]
+            first = [r.n for r in beside if isinstance(r, OneRunReader)]
+            sums.append(Sum(i, g, _of_the_first(scale, first[0]) if first else scale))
     rows = zip(quantities, taken.readers, taken.values, strict=True)
     for number, (quantity, readers, values) in enumerate(rows):
         of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
@@ -222,6 +239,12 @@ def what_was_read(
     shapes = [tuple(x.shape) for x in leaves]
     readings.append(reading_of_factors(taken.factors, taken.deferred, shapes, scale))
     return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+
+
+def _of_the_first(scale: float | Tensor, n: int) -> Tensor:
+    """One run of two batches has the training gradient of the first samples alone."""
+    assert isinstance(scale, Tensor)
+    return torch.cat([scale[:n], torch.zeros_like(scale[n:])])
 
 
 def kind_of(readers: Any) -> Hashable:
