@@ -256,16 +256,14 @@ def small_gradients_in_another_order(patch: Patch) -> None:
     patch.setattr(straight, "_read_table", wrong)
 
 
-def pairs_of_the_first_sample(patch: Patch) -> None:
+def validation_of_one_sample(patch: Patch) -> None:
     """In one run of both batches, the validation gradient lacks all samples but one."""
-    right = straight._paired
+    right = readers.OneRunReader.for_train_rows
 
-    def wrong(call: Any, factor: Any, n: int, running: Any) -> Any:
-        fewer = Outer(factor.left[: n + 1], factor.right[: n + 1])
-        return right(call, fewer, n, running)
+    def wrong(self: Any, factors: Any, **options: Any) -> Any:
+        return right(self, [bundles.take(f, slice(self.n + 1)) for f in factors], **options)
 
-    patch.setattr(straight, "_paired", wrong)
-    patch.setattr(cost, "keep_direction_factored", lambda *_, **__: True)
+    patch.setattr(readers.OneRunReader, "for_train_rows", wrong)
 
 
 def weights_forgotten(patch: Patch) -> None:
@@ -486,11 +484,13 @@ FAULTS: dict[str, Fault] = {
     "products with kept factors lack positions": Fault(
         products_of_the_first_position, linear, along_kept_factors
     ),
-    "training gradients are off by a hundredth": Fault(totals_off_by_a_hundredth, linear, steps),
-    "small gradients are those of other samples": Fault(
-        small_gradients_in_another_order, linear, in_one_run
+    "training gradients are off by a hundredth": Fault(
+        totals_off_by_a_hundredth, linear, steps, n=8
     ),
-    "validation gradients lack samples": Fault(pairs_of_the_first_sample, linear, in_one_run),
+    "small gradients are those of other samples": Fault(
+        small_gradients_in_another_order, linear, in_one_run, n=8
+    ),
+    "validation gradients lack samples": Fault(validation_of_one_sample, linear, in_one_run, n=8),
     "shares of positions are doubled": Fault(changes_doubled, linear, by_positions),
     "shapes tell where samples lie": Fault(shapes_tell_all, time_first_when_long, first=short),
     "folds are sample-major": Fault(folds_are_sample_major, folded_time_first),
