@@ -30,7 +30,6 @@ One direction cannot see everything:
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +42,7 @@ from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import check_finite, close, coupled_samples, distinct
-from ghostfunc._base.remembered import memory, shapes_key
+from ghostfunc._base.remembered import Recent, memory, shapes_key
 from ghostfunc._base.torch_private import symbolic, unrounded
 from ghostfunc._base.trees import take, tensors_of
 from ghostfunc._base.types import Check, Randomness
@@ -76,26 +75,11 @@ NOISE = 16
 """Units in the last place of a loss, or of one, that a derivative of it may be rounded by."""
 
 
-class Proofs:
+class Proofs(Recent[Hashable, bool]):
     """What has been proved and disproved of one model function."""
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, bool] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> bool | None:
-        """Whether it holds; None if nobody has looked."""
-        with self._lock:
-            if key not in self._found:
-                return None
-            self._found[key] = self._found.pop(key)  # the latest last
-            return self._found[key]
-
-    def put(self, key: Hashable, holds: bool) -> None:
-        with self._lock:
-            self._found[key] = holds
-            while len(self._found) > REMEMBERED:
-                del self._found[next(iter(self._found))]
+        super().__init__(REMEMBERED)
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     model = claim.model
     if check == "never" or any(map(symbolic, tensors_of(model.batch))):
         return
-    proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
+    proofs = memory(model.model_fn, Proofs)
     known = proofs.get(claim.key)
     if known is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
