@@ -112,7 +112,7 @@ def collect(
     )
     if check == "never" or in_step(model_fn) is not None:  # ranks would ask for other passes
         return FactoredGrads.of(taken, leaves, spec, model_fn)
-    proof = KeptProof(memory(model_fn).setdefault("proofs", Proofs()), check == "always")
+    proof = KeptProof(memory(model_fn, Proofs), check == "always")
     return FactoredGrads.of(taken, leaves, spec, model_fn, proof)
 
 
