@@ -27,7 +27,7 @@ from ghostfunc._transforms.scores.question import Question
 
 @dataclass(frozen=True)
 class _Orders:
-    """The order that the gradients of one model function came up in, by the number of parameters."""
+    """The order that gradients of one model function came up in, by the number of parameters."""
 
     arrived: Recent[int, list[int]] = field(default_factory=lambda: Recent(STRUCTURES))
 
