@@ -135,6 +135,9 @@ def by_ddp(module: nn.Module, steps: int) -> nn.Module:
     return module
 
 
+SUMS: Any = ("mean", "sum")
+
+
 def others() -> dict[str, float]:
     """The other functions with a group, the other ways to ask, and several validation batches."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
@@ -169,12 +172,17 @@ def others() -> dict[str, float]:
             error(gf.distributed.gather(step.losses, group), one.losses),
         )
     u = gf.direction(model_fn, params, val)
-    out["direction given"] = error(
-        gf.distributed.gather(
-            gf.ghost_dot_prod(model_fn, params, ours, direction=u, group=group), group
-        ),
-        gf.ghost_dot_prod(model_fn, params, whole, direction=u),
-    )
+    found = gf.ghost_dot_prod(model_fn, params, ours, direction=u, group=group)
+    expected = gf.ghost_dot_prod(model_fn, params, whole, direction=u)
+    out["direction given"] = error(gf.distributed.gather(found, group), expected)
+    shared = {r: gf.direction(model_fn, params, sets["a"], reduction=r, group=group) for r in SUMS}
+    alone = {r: gf.direction(model_fn, params, val, reduction=r) for r in SUMS}
+    out["direction"] = max(error(shared[r], alone[r]) for r in SUMS)
+    clipped = gf.ghost_clipped_grad(model_fn, params, ours, max_norm=0.3, group=group)
+    one = gf.ghost_clipped_grad(model_fn, params, whole, max_norm=0.3)
+    assert (one.norms > 0.3).any()
+    out["clipped"] = error(clipped.grads, one.grads)
+    out["norms"] = error(gf.distributed.gather(clipped.norms, group), one.norms)
     return out
 
 
