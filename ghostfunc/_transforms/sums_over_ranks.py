@@ -8,10 +8,8 @@ from typing import Any, TypeVar
 import optree
 from torch import Tensor
 
-from ghostfunc._base.errors import TransformError
 from ghostfunc._base.ranks import Ranks
-from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
+from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import PyTree
 
 T = TypeVar("T")
@@ -42,11 +40,6 @@ def sums_of_all(
     with ranks.phase("reading its arguments") as phase:
         leaves, spec = flatten_params(params)
         phase.number = n = batch_size(batch)
-        if in_transform() or any(map(symbolic, [*leaves, *tensors_of(batch)])):
-            raise TransformError(
-                f"{call} got a group inside torch.compile or a transform of torch.func, which "
-                "cannot follow an exchange between processes. Call it outside of them."
-            )
         shapes = [(tuple(x.shape), str(x.dtype)) for x in leaves]
         phase.alike = f"{options}, parameters {spec.names} of {shapes}"
     weight = n / sum(phase.numbers) if mean else 1.0

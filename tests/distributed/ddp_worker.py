@@ -186,6 +186,32 @@ def others() -> dict[str, float]:
     return out
 
 
+def in_transforms() -> list[str]:
+    """What is said of a group inside `torch.func` and `torch.compile`."""
+    group = dist.group.WORLD
+    model_fn, params = gf.from_module(net(), token_loss)
+    ours, val = text(4, 0), text(3, 1)
+
+    def step(p: Any) -> Tensor:
+        return gf.ghost_value_and_grad(model_fn, p, ours, val, group=group).dot_prods.sum()
+
+    def clipped(p: Any) -> Tensor:
+        found = gf.ghost_clipped_grad(model_fn, p, ours, max_norm=1.0, group=group)
+        return found.norms.sum()
+
+    said = []
+    for call in (
+        lambda: torch.func.grad(step)(params),
+        lambda: torch.func.grad(clipped)(params),
+        lambda: torch.compile(step)(params),
+    ):
+        try:
+            call()
+        except RuntimeError as error:  # the compiler's own wraps ours
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
 def travelled(mib: str) -> dict[str, Any]:
     """How many collectives a step takes, of how many bytes, and how many buckets leave while the
     backward passes go on; of small buckets."""
