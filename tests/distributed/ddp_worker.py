@@ -232,13 +232,27 @@ def travelled(mib: str) -> dict[str, Any]:
         calls.append(x.numel() * x.element_size())
         return all_reduce(x, *args, **kwargs)
 
+    orders: list[int] = []
+    broadcast = dist.broadcast
+
+    def noted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        orders.append(x.numel() * x.element_size())
+        return broadcast(x, *args, **kwargs)
+
+    dist.broadcast = noted
     ranks.Exchange.sums, dist.all_reduce = counted, logged  # type: ignore[method-assign]
     ours, val = text(4, dist.get_rank()), text(3, 7)
     gf.ghost_value_and_grad(model_fn, params, ours, val, group=dist.group.WORLD)
-    early.clear(), calls.clear()
+    early.clear(), calls.clear(), orders.clear()
     gf.ghost_value_and_grad(model_fn, params, ours, val, group=dist.group.WORLD)
     elements = sum(p.numel() for p in module.parameters())
-    return {"calls": calls, "early": early, "model": 4 * elements}
+    return {
+        "calls": calls,
+        "orders": orders,
+        "early": early,
+        "model": 4 * elements,
+        "tensors": len(params),
+    }
 
 
 def disagreement(kind: str) -> str:
