@@ -177,3 +177,20 @@ def test_one_large_sample_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(RULES, op, swapped(RULES[op]))
     with pytest.raises(gf.SampleAxisError, match="plain autograd"):
         gf.ghost_norm(problem.model_fn, problem.params, batch)
+
+
+def test_parameters_that_meet_samples_in_another_dtype() -> None:
+    """Kept factors and sums have the dtype of the product, gradients that of the parameter."""
+
+    def wider(p: Any, x: Tensor) -> Tensor:
+        return energy(torch.tanh(x @ p["w"].double()))
+
+    problem = Problem(wider, {"w": weights(w=(4, 6))["w"].float()}, sequences(4))
+    train, val = problem.batch(4, 3), problem.batch(2, 3, seed=1)
+    for reduction in ("mean", "none"):
+        for other in (val, problem.batch(2, 5, seed=1)):
+            got = gf.ghost_dot_prod(wider, problem.params, train, other, reduction=reduction)
+            pairs = gram(sample_grads(problem, train), sample_grads(problem, other))[0]
+            assert_close(got, pairs.mean(1) if reduction == "mean" else pairs, 1e-5)
+    step = gf.ghost_value_and_grad(wider, problem.params, train, val)
+    assert step.grads["w"].dtype == torch.float32

@@ -11,11 +11,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._base.dtensors import like_parameter, local
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
+from ghostfunc._base.sharding import Sharding, sharding_of, without_hooks
+from ghostfunc._base.shards import gather
 from ghostfunc._base.torch_private import BatchNorm
 from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.units import Unit, made_whole_when_called
 from ghostfunc._base.wrappers import refuse_wrapped
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
@@ -39,8 +43,9 @@ class _Bound(nn.Module):
 class ModuleFn:
     """`model_fn(params, batch)` of a module; made by `from_module`."""
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, sharding: Sharding | None = None) -> None:
         self._bound = _Bound(module, loss)
+        self.sharding = sharding
         # Every name of every tensor: tied parameters have several.
         first_name: dict[int, str] = {}
         self._aliases: dict[str, list[str]] = {}
@@ -48,6 +53,10 @@ class ModuleFn:
         for name, x in _held(module):
             own = first_name.setdefault(id(x), name)
             self._aliases.setdefault(own, []).append(f"module.{name}")
+        self._units: list[Unit] = []
+        if sharding is not None:
+            places = {name: [x[7:] for x in alias] for name, alias in self._aliases.items()}
+            self._units = sharding.units(module, places)
 
     @property
     def module(self) -> nn.Module:
@@ -101,6 +110,8 @@ class ModuleFn:
         """`run` a function of `losses(batch)` while the module has `params`: what calls the module
         later, as a checkpoint does in the backward pass, finds the module's own."""
         self._check(params)
+        if self.sharding is not None:
+            return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
         tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         with alone_with(self.module):
@@ -111,6 +122,34 @@ class ModuleFn:
                 return self._called(tensors, run)
             finally:
                 loan.give_back()
+
+    def _lending_pieces(
+        self,
+        sharding: Sharding,
+        params: dict[str, Tensor],
+        run: Callable[[Callable[[PyTree], Tensor]], T],
+    ) -> T:
+        """`lending`, where `params` are this rank's pieces."""
+        sharding.check(params)
+
+        shards, pieces = sharding.lent(params)
+        keep = sharding.whole is not None
+        in_units = {name for unit in self._units for name in unit.places}
+
+        def losses(batch: PyTree) -> Tensor:
+            tensors: dict[str, Tensor] = {}
+            for name in (x for x in shards if x not in in_units):
+                whole = gather(pieces[name], shards[name])
+                tensors.update(dict.fromkeys(self._aliases[name], whole))
+            loan = Loan(self.module, tensors.values())
+            try:
+                with made_whole_when_called(self._units, shards, pieces, keep=keep):
+                    return self._called(tensors, lambda of: of(batch))
+            finally:
+                loan.give_back()
+
+        with alone_with(self.module), without_hooks(self.module):
+            return run(losses)
 
     def _check(self, params: object) -> None:
         """Raise unless these are tensors under names of the module's."""
@@ -172,7 +211,8 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
             compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
-            DeepSpeedEngine): the message names what to give instead.
+            DeepSpeedEngine), or is a distributed tensor that `fully_shard` did not make: the
+            message names what to give instead.
     """
     check_module(module)
     if isinstance(loss, nn.Module) or not callable(loss):
@@ -181,13 +221,26 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             "calls the module and returns one loss per sample."
         )
     refuse_wrapped(module)
-    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    sharding = sharding_of(module, list(_held(module)))
+    if sharding is None:
+        params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    else:
+        params = sharding.params(module)
     if not params:
         raise ParamsError(
             f"{type(module).__name__} has no parameter with requires_grad=True: there is nothing "
             "to take gradients of. Unfreeze the parameters you want scores for."
         )
-    return ModuleFn(module, loss), params
+    return ModuleFn(module, loss, sharding), params
+
+
+def _check_weight(weight: object) -> None:
+    """Raise `OptionError` unless it is one number; a loss scaler's may be infinite."""
+    if isinstance(weight, Tensor):
+        if weight.ndim:
+            raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
+    elif not isinstance(weight, float) or not math.isinf(weight):
+        check_number("weight", weight)
 
 
 def _check_grad(name: str, grad: object) -> None:
@@ -211,6 +264,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         module: the module that `gf.from_module` was given.
         grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
             parameter once, under its first name; frozen parameters not at all.
+            Of a module that `fully_shard` has sharded, this rank's pieces.
         weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
             loss scaler, its scale.
 
@@ -219,11 +273,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             then.
     """
     check_module(module)
-    if isinstance(weight, Tensor):
-        if weight.ndim:
-            raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
-    elif weight not in (math.inf, -math.inf):  # a loss scaler may overflow
-        check_number("weight", weight)
+    _check_weight(weight)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(grads, Mapping):
         raise ParamsError(
@@ -241,15 +291,15 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
     for name, p in trainable.items():
         grad = grads[name]
         _check_grad(name, grad)
-        if grad.shape != p.shape:
+        if grad.shape != local(p).shape:
             raise ParamsError(
                 f"grads: the gradient of {name!r} has shape {tuple(grad.shape)}; the parameter's "
-                f"is {tuple(p.shape)}."
+                f"is {tuple(local(p).shape)}."
             )
     with torch.no_grad():
         for name, p in trainable.items():
             # A new tensor: what the optimizer or a clipping does to .grad stays out of `grads`.
-            grad = (grads[name] * weight).to(p.device, p.dtype)
+            grad = like_parameter((grads[name] * weight).to(p.device, p.dtype), p)
             if p.grad is None:
                 p.grad = grad
             else:

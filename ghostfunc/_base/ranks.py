@@ -76,21 +76,21 @@ class Ranks:
         try:
             return dist.all_reduce(x, group=self.group, async_op=True)
         except RuntimeError as error:
-            raise self._lost(place, error) from error
+            raise self.lost(place, error) from error
 
     def wait(self, work: Any, place: str) -> None:
         """Wait for a collective; raise `RankError` that names the ranks it fails for."""
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lost(place, error) from error
+            raise self.lost(place, error) from error
 
     def gather(self, into: list[Tensor], x: Tensor, place: str) -> None:
         """`x` of every rank, all of one shape."""
         try:
             dist.all_gather(into, x, group=self.group)
         except RuntimeError as error:
-            raise self._lost(place, error) from error
+            raise self.lost(place, error) from error
 
     def rows(self, row: Sequence[int], place: str) -> list[list[int]]:
         """One row of numbers from every rank."""
@@ -106,7 +106,7 @@ class Ranks:
         try:
             dist.broadcast(numbers, source, group=self.group)
         except RuntimeError as error:
-            raise self._lost(place, error) from error
+            raise self.lost(place, error) from error
         return numbers.tolist()
 
     def objects(self, x: Any, place: str) -> list[Any]:
@@ -115,10 +115,10 @@ class Ranks:
         try:
             dist.all_gather_object(out, x, group=self.group)
         except RuntimeError as error:
-            raise self._lost(place, error) from error
+            raise self.lost(place, error) from error
         return out
 
-    def _lost(self, place: str, error: RuntimeError) -> RankError:
+    def lost(self, place: str, error: RuntimeError) -> RankError:
         """The error of a collective that failed, with the names of those who do not answer."""
         said = str(error).strip().splitlines()[0]
         missing = self._roll_call(place)

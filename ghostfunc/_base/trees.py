@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
+from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
+from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.types import PyTree
 
 NAMESPACE = "ghostfunc"
 """Where optree keeps types of mappings, so that nobody else's trees change."""
 
-_registering = threading.Lock()
+_registering = ForkSafeLock()
 _registered: set[type] = set()
 
 
@@ -73,6 +74,11 @@ class ParamSpec:
 
 def _fault(x: Tensor) -> str | None:
     """Why no gradient can be taken with such a tensor, and what to do; None if one can."""
+    if is_dtensor(x):
+        return (
+            f"{described(x)}: pass the tensor itself, x.full_tensor(), or, of a module that "
+            "fully_shard has sharded, the params that gf.from_module returns"
+        )
     if x.is_nested:
         return "a nested tensor: pad it (torch.nested.to_padded_tensor) and pass a mask"
     if x.is_quantized:
@@ -210,6 +216,15 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
     if n == 0:
         raise BatchError(f"{what} is empty (its leaves have 0 samples); pass at least one sample.")
     return n
+
+
+def check_samples(batch: PyTree, n: int, what: str) -> None:
+    """Raise `BatchError` unless the batch holds n samples."""
+    found = batch_size(batch, what)
+    if found != n:
+        raise BatchError(
+            f"{what} holds {found} samples, made of {n}: expected one row for each, in their order."
+        )
 
 
 def yields_batches(val: object) -> bool:

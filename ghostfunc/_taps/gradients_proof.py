@@ -89,7 +89,7 @@ def compare_gradients(
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
-    return (g @ wide(u).flatten()).double().cpu(), g.norm().double().cpu()
+    return (g @ u.flatten().to(g)).double().cpu(), g.norm().double().cpu()
 
 
 def _with_numbers_for_zeros(

@@ -89,6 +89,20 @@ class TapMode(TrackingMode):
         other._stale = dict(self._stale)
         return other
 
+    def forget(self, before: TapMode, kept: Iterable[object]) -> None:
+        """Let go of what was made whole since `before`, apart from what is `kept`: the region that
+        it was made in makes it anew."""
+        held = {id(x) for x in kept}
+        self._tracked = {
+            key: (x, t)
+            for key, (x, t) in self._tracked.items()
+            if key in before._tracked or key in held or not t.made_whole
+        }
+        for use in self.uses[len(before.uses) :]:
+            collected = use.collecting is not None or use.collect_tap is not None
+            if not collected and any(target.made_whole for _, target in use.targets):
+                use.targets = []
+
     @contextmanager
     def without_taps(self) -> Iterator[None]:
         """Only watch: what is computed stays constant."""

@@ -84,7 +84,7 @@ def _wrong(
             return total
         company = [wide(x) for x in total]
     tolerance = tolerance_of(model, reading.contract_dtype)
-    norms = torch.stack([wide(g).flatten(1).norm(dim=1).double() for g in grads])
+    norms = torch.stack([wide(g).reshape(len(g), g[0].numel()).norm(dim=1) for g in grads]).double()
     reach = tolerance * torch.maximum(norms, FLOOR * norms.max(0).values)
     noise = NOISE * torch.finfo(coarsest(model)).eps * loss_sizes(alone.losses[index])
     wrong = off_by(reading, grads, company, index, torch.maximum(reach, noise.to(reach)), tolerance)

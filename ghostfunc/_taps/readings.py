@@ -9,13 +9,15 @@ two samples drawn at random:
     proved:           the run's own number is that
 
 `Dense(g_i)` takes no way through derived tensors, has one use, no positions and no fold, so it
-shares no shortcut with the run. How far rounding may move a number is seen, not guessed: the
-definition is asked again for gradients that are off by the tolerance, in a few directions.
+shares no shortcut with the run; scores, norms and Gram matrices are plain products of it. How far
+rounding may move a number is seen, not guessed: where one is off by more than the tolerance, its
+definition is asked again for gradients that are off by that much, in a few directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,14 +26,16 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.torch_private import batched_within
-from ghostfunc._base.trees import flatten
+from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Dense, Factor
-from ghostfunc._quantities.quantity import Gram, Quantity
+from ghostfunc._quantities.quantity import Gram, Quantity, SqNorm
 from ghostfunc._quantities.readers import (
     DeferredGradients,
+    DotReader,
     OneRunReader,
+    PairReader,
     PositionsReader,
     TotalReader,
     ValueReader,
@@ -161,11 +165,24 @@ def _itself(g: Tensor, company: Tensor | None) -> Tensor:
 
 
 def _defined(reader: Any) -> Define:
+    wider = [x.dtype for x in tensors_of(reader) if x.is_floating_point()]
+
     def define(g: Tensor, company: Tensor | None) -> Tensor:
-        if isinstance(reader, OneRunReader):
-            assert company is not None
-            alone = reader._replace(n=len(g))
-            return alone.read(Dense(torch.cat([g, company[None]])))
+        g = g.to(functools.reduce(torch.promote_types, wider, g.dtype))
+        flat = g.reshape(len(g), g[0].numel())
+        match reader:
+            case OneRunReader():
+                assert company is not None
+                return flat @ company.flatten().to(flat)
+            case DotReader(u=u):
+                return flat @ u.flatten().to(flat)
+            case PairReader(factors=factors, each=each) if factors:
+                dots = [contract.add_up([bundles.dot(f, one) for f in factors]) for one in g]
+                return torch.stack([x if each else x.sum() for x in dots])
+            case ValueReader(quantity=SqNorm()):
+                return flat.square().sum(1)
+            case ValueReader(quantity=Gram()):
+                return flat @ flat.mT
         read: Tensor = reader.read(Dense(g))
         return read
 
@@ -206,7 +223,12 @@ def what_was_read(
         taken: its `RunResult`.
     """
     readings: list[Reading | None] = []
-    sums = [Sum(i, g, scale) for i, g in enumerate(taken.grads) if g is not None]
+    sums = []
+    for i, g in enumerate(taken.grads):
+        if g is not None:
+            beside = [readers[i] for readers in taken.readers]
+            first = [r.n for r in beside if isinstance(r, OneRunReader)]
+            sums.append(Sum(i, g, _of_the_first(scale, first[0]) if first else scale))
     rows = zip(quantities, taken.readers, taken.values, strict=True)
     for number, (quantity, readers, values) in enumerate(rows):
         of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
@@ -218,6 +240,12 @@ def what_was_read(
     shapes = [tuple(x.shape) for x in leaves]
     readings.append(reading_of_factors(taken.factors, taken.deferred, shapes, scale))
     return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+
+
+def _of_the_first(scale: float | Tensor, n: int) -> Tensor:
+    """One run of two batches has the training gradient of the first samples alone."""
+    assert isinstance(scale, Tensor)
+    return torch.cat([scale[:n], torch.zeros_like(scale[n:])])
 
 
 def kind_of(readers: Any) -> Hashable:
@@ -239,8 +267,11 @@ def _kind(x: Any) -> Hashable:
 
 # --- comparing ------------------------------------------------------------------------------------
 
-DIRECTIONS = 4
+DIRECTIONS = 2
 """Directions that gradients are moved along to see how far a number moves."""
+
+PERIOD = 4099
+"""Signs that repeat: a prime number, so that they fall otherwise in every row of a matrix."""
 
 MARGIN = 4.0
 """How much farther than that a number may be off."""
@@ -263,29 +294,38 @@ def off_by(
         reach: by how much the gradients may be off, `[P, s]`.
         tolerance: relative error that is rounding.
     """
-    found: dict[int, _Compared] = {}
-    for i, (define, _) in reading.numbers.items():
+
+    def defined(i: int, *, moving: bool) -> _Compared:
         beside = None if company is None else company[i]
-        scale = reading.scale
         g = wide(grads[i])
+        by = [-1, *[1] * (g.ndim - 1)]
+        scale = reading.scale
         if isinstance(scale, Tensor):
-            scale = scale[index].to(g).view(-1, *[1] * (g.ndim - 1))
-        g = g * scale
-        want = define(g, beside)
-        moves = torch.zeros_like(want, dtype=torch.float64)
-        far = reach[i].to(g).view(-1, *[1] * (g.ndim - 1)) * scale
-        for k in range(DIRECTIONS):
-            moved = define(g + far * _direction(k, g), beside)
-            moves += (moved.double() - want.double()).square()
-        found[i] = _Compared(want.double(), moves / DIRECTIONS)
-    if reading.total is not None:
-        want, moves = (sum(x) for x in zip(*found.values(), strict=True))
-        pairs = [(-1, _Compared(want, moves), reading.total)]
-    else:
-        pairs = [(i, found[i], reading.numbers[i].pick) for i in found]
-    allowed = tolerance * reading.degree
-    errors = {i: _error(x, pick(index), allowed, pairs=reading.pairs) for i, x, pick in pairs}
-    return {i: error for i, error in errors.items() if error > 0}
+            scale = scale[index].to(g).view(by)
+        define = reading.numbers[i].define
+        want = define(g * scale, beside).double()
+        moves = torch.zeros_like(want)
+        if moving:
+            far = reach[i].to(g).view(by)
+            for k in range(DIRECTIONS):
+                moved = define((g + far * _direction(k, g)) * scale, beside)
+                moves += (moved.double() - want).square() / DIRECTIONS
+        return _Compared(want, moves)
+
+    def errors(asked: Iterable[int], *, moving: bool) -> dict[int, float]:
+        if reading.total is not None:
+            every = [defined(i, moving=moving) for i in reading.numbers]
+            want, moves = (contract.add_up(list(x)) for x in zip(*every, strict=True))
+            pairs = [(-1, _Compared(want, moves), reading.total)]
+        else:
+            pairs = [(i, defined(i, moving=moving), reading.numbers[i].pick) for i in asked]
+        allowed = tolerance * reading.degree
+        found = {i: _error(x, pick(index), allowed, pairs=reading.pairs) for i, x, pick in pairs}
+        return {i: error for i, error in found.items() if error > 0}
+
+    # Most numbers are right to their own scale: only the others may have cancelled.
+    doubtful = errors(reading.numbers, moving=False)
+    return errors(doubtful, moving=True) if doubtful else {}
 
 
 class _Compared(NamedTuple):
@@ -303,7 +343,7 @@ def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -
         return float("inf")
     squares = [x.square() for x in (got - want, want)] + [moves]
     if not pairs:
-        squares = [x.reshape(len(want), -1).sum(1) for x in squares]
+        squares = [x.reshape(len(want), want[0].numel()).sum(1) for x in squares]
     error, size, moved = (x.sqrt() for x in squares)
     # What over- or underflowed shows that it did: it is run again, or is infinite.
     bad = (error > tolerance * size + MARGIN * moved) & error.isfinite()
@@ -311,10 +351,14 @@ def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -
 
 
 def _direction(k: int, g: Tensor) -> Tensor:
-    """Directions of length one, `[s, *shape]`, as good as random: torch draws none inside vmap."""
+    """Directions about as long as the gradients, `[s, *shape]`: half of their elements', half of
+    all elements alike, with signs as good as random. (Torch draws none inside vmap.)"""
     if g.numel() == 0:
         return torch.zeros_like(g)
-    turns = torch.arange(g.numel(), dtype=torch.float64, device=g.device) + 1
-    r = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).view(len(g), -1)
-    r = r / r.square().sum(1, keepdim=True).sqrt().clamp_min(1e-30)
-    return r.to(g.dtype).view_as(g)
+    flat = g.reshape(len(g), g[0].numel())
+    turns = torch.arange(PERIOD, dtype=torch.float64, device=g.device) + 1
+    signs = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).sign().to(g.dtype)
+    signs = signs.repeat(-(-g.numel() // PERIOD))[: g.numel()].view_as(flat)
+    alike = flat.norm(dim=1, keepdim=True) / flat.shape[1] ** 0.5
+    r = (flat + alike).mul(signs)
+    return (r / r.norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(g)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.purity import check_losses
+from ghostfunc._base.pieces import in_step, whole_likes
+from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (
     address,
     divide_all,
@@ -33,12 +34,13 @@ from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import kind_of, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
-from ghostfunc._trace.find import TracedModel, with_trace
+from ghostfunc._trace.find import TracedModel, plain, with_trace
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.trace import Trace, WayTaken
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
@@ -112,6 +114,21 @@ def run(
     )
     read = partial(what_was_read, quantities, summed, scale, leaves)
     options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
+
+    ranks = in_step(model_fn)
+    if ranks is not None:
+
+        def look(fn: ModelFn, wholes: Sequence[Tensor]) -> RunResult:
+            return run(fn, wholes, spec, batch, [], check=check, randomness=randomness)
+
+        def of_all(model: TracedModel) -> RunResult:
+            taken = asked(model)
+            if own.wanted:
+                check_finite(taken.losses)  # while the others still listen
+            return taken
+
+        together = Together(ranks, model_fn, plain(leaves), spec, batch, look, check, randomness)
+        return together.run(of_all)[1]
 
     def use(model: TracedModel) -> RunResult:
         try:
@@ -187,7 +204,8 @@ def _run(
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
-    readers = [q.readers(leaves, spec) for q in quantities]
+    wholes = whole_likes(model.model_fn, leaves, spec)
+    readers = [q.readers(leaves if q.of_directions else wholes, spec) for q in quantities]
     keys: list[ReaderKey] = []
     met: list[ReaderKey] = []
     for q, row in enumerate(readers):

@@ -22,6 +22,7 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
 )
 from ghostfunc._base.refusals import REFUSED, op_name
+from ghostfunc._base.shards import attached, gather, shown
 from ghostfunc._base.torch_private import address, depth, in_transform
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 from ghostfunc._rules.inplace import write_part_
@@ -278,6 +279,8 @@ class TrackingMode(TorchFunctionMode):
         What an in-place op writes to, it writes to a copy, which stands for the original from then
         on.
         """
+        if func is gather and not call.leaves[1].whole:
+            return self._gather(call)
         in_place = writes(func, call.kwargs())
         pure = _on_a_copy(func) if in_place else func
         target = call.leaves[0]
@@ -315,6 +318,18 @@ class TrackingMode(TorchFunctionMode):
                 made = derived(func, func, call, values, index, pushes=pushes)
                 self.track(values[0], made)
         return unflatten(spec, outs)
+
+    def _gather(self, call: CallArgs) -> Tensor:
+        """Make a piece whole once, and show the same values as what is constant, what training
+        gradients come by, and what the program gets."""
+        (piece,), shards = call.tracked, call.leaves[1]
+        whole = shards.all_gather(piece.const)
+        grad = whole
+        if piece.grad is not piece.const:
+            grad = attached(piece.grad, whole, shards)
+        out = shown(piece.shown, whole)
+        self.track(out, derived(gather, gather, call, (out, grad, whole), None))
+        return out
 
 
 def refuse_nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

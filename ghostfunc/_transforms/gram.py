@@ -18,6 +18,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -78,6 +79,8 @@ def ghost_gram(
     _check_options(mode, chunk_size, normalize and other is not None, check, randomness)
     check_flags(per_param=per_param, normalize=normalize)
     check_vectorize(vectorize)
+    if mode != "ghost" or chunk_size is not None:
+        refuse_pieces(model_fn, f"ghost_gram with mode={mode!r} and chunk_size={chunk_size}")
     leaves, spec = flatten_params(params)
     lengths: list[list[Tensor]] = []
     if mode == "ghost":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import optree
@@ -14,7 +14,14 @@ from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.trees import (
+    ParamSpec,
+    batch_size,
+    flatten_like,
+    flatten_params,
+    yields_batches,
+)
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
@@ -98,6 +105,7 @@ def influence(
     check_model_fn(model_fn)
     if query_fn is not None:
         check_model_fn(query_fn, "query_fn")
+    refuse_pieces(model_fn, "gf.influence")
     check_count("directions_at_once", directions_at_once)
     check_chunk_size(chunk_size)
     check_flags(relative=relative, per_param=per_param, per_position=per_position)
@@ -181,15 +189,8 @@ def _check_solver(curvature: object) -> None:
         )
 
 
-def _is_pytree(side: Any) -> bool:
-    """Whether it is a batch; else it is an iterable of batches."""
-    leaves = optree.tree_leaves(side, none_is_leaf=True)
-    is_leaf = len(leaves) == 1 and leaves[0] is side
-    return not (is_leaf and not isinstance(side, Tensor) and isinstance(side, Iterable))
-
-
 def _fewer(train: PyTree, queries: PyTree) -> bool:
-    if not (_is_pytree(train) and _is_pytree(queries)):
+    if yields_batches(train) or yields_batches(queries):
         return False
     return batch_size(train, "train") < batch_size(queries, "queries")
 
@@ -201,6 +202,6 @@ def _parts(side: Any, most: int | None, what: str) -> Iterator[PyTree]:
             f"{what} is a {type(side).__name__}, which can be gone through once. Pass a batch, or "
             "the data loader itself."
         )
-    for batch in [side] if _is_pytree(side) else side:
+    for batch in side if yields_batches(side) else [side]:
         for _, chunk in chunks(batch, most, what):
             yield chunk

@@ -21,7 +21,15 @@ from ghostfunc._base.options import (
     check_type,
     one_of,
 )
-from ghostfunc._base.trees import flatten, flatten_like, flatten_params, map_leaves, yields_batches
+from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.trees import (
+    check_samples,
+    flatten,
+    flatten_like,
+    flatten_params,
+    map_tensors,
+    yields_batches,
+)
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._transforms.grads import direction as gradient_of
 from ghostfunc.data._batches import Collate, Dataset, Length, check_functions, check_limits, group
@@ -59,7 +67,8 @@ class _Run:
     def batch(self, rows: Sequence[int]) -> PyTree:
         device = flatten_params(self.params)[0][0].device
         batch = self.collate([self.dataset[i] for i in rows])
-        return map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        check_samples(batch, len(rows), "what collate returned")
+        return map_tensors(lambda x: x.to(device), batch)
 
     def columns(self, rows: Sequence[int]) -> dict[str, Tensor]:
         try:
@@ -136,6 +145,7 @@ def score_dataset(
         scores = gf.score_dataset(model_fn, params, pool, val=target, collate=gf.data.padded(0))
         best = scores.top(100).ids
     """
+    refuse_pieces(model_fn, "gf.data.score_dataset")
     check_wanted(quantities)
     check_limits(token_budget, batch_size)
     one_of("randomness", randomness, ("error", "different"))

@@ -23,6 +23,7 @@ from ghostfunc._base.options import (
     check_type,
     one_of,
 )
+from ghostfunc._base.pieces import in_step, refuse_pieces, samples_of_all
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
@@ -135,7 +136,8 @@ def step(
     if weight is not None:
         check_number("weight", weight)
     leaves, spec = flatten_params(params)
-    weight = 1 / batch_size(train, "train") if weight is None else weight
+    _check_pieces(model_fn, optimizer, order)
+    weight = 1 / samples_of_all(model_fn, batch_size(train, "train")) if weight is None else weight
     tapped = partial(
         run,
         model_fn,
@@ -169,7 +171,7 @@ def step(
         randomness=randomness,
     )
     if keep_factors:
-        book = FactoredGrads.of(taken, leaves, spec)
+        book = FactoredGrads.of(taken, leaves, spec, model_fn)
         columns = [book.dot_prods(u) / loss_scale for u in us.values()]
     else:
         dots = tapped([Dot(u) for u in us.values()]).values
@@ -210,6 +212,7 @@ def directions(
     one_of("hvp", hvp, ("forward", "reverse"))
     if order == 2 and grads is None:
         raise OptionError("order=2 needs grads, the gradient of the step.")
+    _check_pieces(model_fn, optimizer, order)
     leaves, spec = flatten_params(params)
     zeros = spec.unflatten([torch.zeros_like(x) for x in leaves])
     at = zeros if grads is None else spec.unflatten(flatten_like(grads, leaves, spec, "grads"))
@@ -225,7 +228,8 @@ def directions(
             u, product = grad_and_hvp(model_fn, leaves, spec, val, move, hvp)
             u = [wide(x) + wide(y) for x, y in zip(u, product, strict=True)]
         else:
-            u = definition.val_gradient(model_fn, leaves, spec, val, 1 / batch_size(val, name))
+            m = samples_of_all(model_fn, batch_size(val, name))
+            u = definition.val_gradient(model_fn, leaves, spec, val, 1 / m)
         out[name] = optimizer.pull_back(at, params, spec.unflatten(u))
     return out
 
@@ -241,7 +245,7 @@ def _one_pass(
     randomness: Randomness,
 ) -> tuple[list[Quantity], float]:
     """What to read in the training step's own pass, and a factor on it."""
-    if optimizer.gain is None:
+    if optimizer.gain is None or in_step(model_fn) is not None:
         params = spec.unflatten(leaves)
         us = directions(model_fn, params, val_sets, optimizer=optimizer, randomness=randomness)
         return [Dot(u) for u in us.values()], 1.0
@@ -271,6 +275,18 @@ def _check_asked(model_fn: object, optimizer: object, randomness: object) -> Non
     how = "an Optimizer, as gf.shapley.sgd(lr=...) or from_optimizer(...) makes"
     check_type("optimizer", optimizer, Optimizer, how)
     one_of("randomness", randomness, ("error", "different"))
+
+
+def _check_pieces(model_fn: ModelFn, optimizer: Optimizer, order: int) -> None:
+    """Raise for what is not for sharded modules."""
+    if order == 2:
+        refuse_pieces(model_fn, "order=2 in gf.shapley")
+    if not optimizer.elementwise:
+        refuse_pieces(
+            model_fn,
+            "gf.shapley with an optimizer that may mix the gradient's places (clipped, or "
+            "Optimizer(...) without elementwise=True)",
+        )
 
 
 def _check_order(order: object) -> None:

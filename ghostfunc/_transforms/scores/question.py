@@ -25,6 +25,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
+from ghostfunc._base.pieces import chunks_of_all, in_step, lengths_of_whole, samples_of_all
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
@@ -116,6 +117,11 @@ class Question:
         ):
             if given != needed:
                 raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
+        if in_step(self.model_fn) is not None:
+            raise OptionError(
+                "per_position=True is not for modules that fully_shard has sharded. Ask for scores "
+                "of whole samples, or on one process with the whole model."
+            )
         several = self.targets.vals or any(
             isinstance(u, FactoredGrads) for u in self.targets.directions
         )
@@ -165,6 +171,8 @@ class Question:
         return [[p for p in row if p is not None] for row in zip_longest(*columns)]
 
     def _pieces(self, val: PyTree) -> list[tuple[PyTree | None, list[Tensor] | None]]:
+        if in_step(self.model_fn) is not None:  # of all ranks' samples, and in pieces
+            return [(None, self.direction_of(val))]
         if self.chunk_size is None:
             return [(val, None)]
         if self.reduction == "none":
@@ -202,6 +210,7 @@ class Question:
         if at_once is not None:
             return at_once
         finite = FiniteLosses(self.check_finite)
+        n = samples_of_all(self.model_fn, batch_size(self.train)) if grads else 0
         readers = [self._readers(piece, finite, grads=grads) for piece in pieces]
         quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
         if self.normalize:
@@ -215,7 +224,7 @@ class Question:
                 train,
                 quantities,
                 grads=range(len(self.leaves)) if grads else (),
-                scale=1 / batch_size(self.train) if grads else 1.0,
+                scale=1 / n if grads else 1.0,
                 check=self.check,
                 summed=() if self.per_param else range(len(readers)),
                 finite=finite,
@@ -228,7 +237,7 @@ class Question:
             if not self.normalize:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
-            sides = [_lengths(r, dots[0][0]) for r in readers]
+            sides = [self._lengths(r, dots[0][0]) for r in readers]
             rows = lengths.sample_norms(
                 self.model_fn,
                 self.leaves,
@@ -242,12 +251,18 @@ class Question:
             return _Step(taken.losses, taken.grads, table)
 
         parts, sums = [], batches.Sums()
-        for part in batches.each(of_chunk, self.train, self.chunk_size, "train"):
+        least = chunks_of_all(self.model_fn, self.train, self.chunk_size)
+        for part in batches.each(of_chunk, self.train, self.chunk_size, "train", least=least):
             parts.append([part.losses, *_flat(part.table)])
             sums.add(part.grads if grads else ())
             del part
         losses, *flat = batches.joined(parts)
         return _Step(losses, sums.result(), self._unflat(flat, len(pieces)))
+
+    def _lengths(self, readers: _Readers, rows: Tensor) -> Tensor:
+        """`||u||`, one row per parameter; of a direction's pieces, that of the whole."""
+        found = torch.stack([lengths.length(r, rows) for r in readers])
+        return lengths_of_whole(self.model_fn, found)
 
     def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
         """Have a direction that was given looked at if what is made of it is not finite."""
@@ -482,6 +497,8 @@ def ask(
         for k, u in enumerate(targets.directions):
             if not isinstance(u, FactoredGrads):
                 refuse_not_finite(u, spec, targets.title(k))
+    if in_step(model_fn) is not None:
+        _check_in_step(mode, reduction, targets)
     return Question(
         model_fn,
         leaves,
@@ -501,12 +518,28 @@ def ask(
     )
 
 
+def _check_in_step(mode: Mode, reduction: Reduction, targets: Targets) -> None:
+    """Raise for what is not for sharded modules."""
+    if mode != "ghost":
+        raise OptionError(
+            f'mode={mode!r} is not for modules that fully_shard has sharded: use mode="ghost", '
+            "or one process with the whole model."
+        )
+    if reduction == "none":
+        raise OptionError(
+            'reduction="none" is not for modules that fully_shard has sharded, whose validation '
+            "gradient is one of all ranks' samples. gf.ghost_gram(model_fn, params, train, val) "
+            "has the products of a rank's own samples."
+        )
+    if any(isinstance(u, FactoredGrads) for u in targets.directions):
+        raise OptionError(
+            "Validation gradients kept by gf.factored_grads are those of one rank's samples. Pass "
+            "the validation batches as val, or gf.direction(...), which is of all ranks' samples."
+        )
+
+
 def _rows_of(grads: Sequence[Float[Tensor, "n elements"]]) -> Float[Tensor, "params n"]:
     return torch.stack([extreme_norms.norms((Dense(g),)) for g in grads])
-
-
-def _lengths(readers: _Readers, rows: Tensor) -> Tensor:
-    return torch.stack([lengths.length(r, rows) for r in readers])
 
 
 def _flat(table: Sequence[Sequence[Tensor]]) -> list[Tensor]:

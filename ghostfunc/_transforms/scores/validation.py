@@ -17,6 +17,7 @@ from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.pieces import chunks_of_all, samples_of_all
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
@@ -196,16 +197,18 @@ def dense_direction(
             return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look, whole)
 
         sums = batches.Sums()
-        for grads in batches.each(of_chunk, batch, chunk_size, "val"):
+        least = chunks_of_all(model_fn, batch, chunk_size)
+        for grads in batches.each(of_chunk, batch, chunk_size, "val", least=least):
             sums.add(grads)
             del grads
         return sums.result()
 
     if not yields_batches(val):
-        return gradient(val, 1 / batch_size(val, "val") if mean else 1.0)
+        m = batch_size(val, "val")
+        return gradient(val, 1 / samples_of_all(model_fn, m) if mean else 1.0)
     total, whole = 0, batches.Sums()
     for batch in val:
-        m = batch_size(batch, "val")
+        m = samples_of_all(model_fn, batch_size(batch, "val"))
         total += m
         # Means, so that half precision does not overflow, weighed in float32 or wider.
         whole.add([wide(g) * m for g in gradient(batch, 1 / m)])
