@@ -63,6 +63,11 @@ def _prepare(
     these training `flags`."""
     del flags
     args, kwargs = _pytree.tree_unflatten(leaves, spec[0])
+    if kwargs.get("group") is not None:
+        raise TransformError(
+            f"{function.__name__} got a group inside torch.compile, which cannot follow an "
+            "exchange between processes. Call it outside."
+        )
     function(model_fn, *args, **kwargs)
     number = next(_numbers)
     forget = weakref.ref(model_fn, lambda _: _functions.pop(number, None))

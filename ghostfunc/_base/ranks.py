@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, RankError, TransformError
-from ghostfunc._base.torch_private import group_store
+from ghostfunc._base.torch_private import group_store, in_transform
 
 BUCKET_BYTES = 25 << 20
 """Of gradients that travel together: what DistributedDataParallel takes, too."""
@@ -52,6 +52,11 @@ class Ranks:
             raise OptionError(
                 f"group is a {type(group).__name__}; expected a process group, such as "
                 "torch.distributed.group.WORLD, ddp.process_group or mesh.get_group()."
+            )
+        if in_transform():
+            raise TransformError(
+                f"{call} got a group inside a transform of torch.func, which cannot follow an "
+                "exchange between processes. Call it outside."
             )
         self.group, self.call = group, call
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)

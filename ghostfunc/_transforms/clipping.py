@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -28,6 +29,7 @@ from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._transforms.factored import check_weight_shape, check_weights, collect
+from ghostfunc._transforms.sums_over_ranks import sums_of_all
 
 
 class ClippedGrad(NamedTuple):
@@ -61,6 +63,7 @@ def ghost_clipped_grad(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
     check_finite: bool = True,
+    group: Any = None,
 ) -> ClippedGrad:
     """The sum of clipped per-sample gradients, from one forward and one backward pass.
 
@@ -109,6 +112,9 @@ def ghost_clipped_grad(
             underflow: one wait for the device, when all is queued. Without it nothing waits, and
             the lines of the table below the second hold for none but finite gradients with squares
             in the dtype's range: the sum is bounded only if you see to that. Ghost mode only.
+        group: a process group of `torch.distributed`: every rank gives samples of its own, `grads`
+            is the sum over all ranks' samples, the same on every rank, and `norms` are those of the
+            rank's own. Noise has to be the same on all ranks, or be drawn on one.
 
     Returns:
         `ClippedGrad(grads, norms)`. `grads` is a sum, not a mean: divide by the (expected) batch
@@ -118,6 +124,7 @@ def ghost_clipped_grad(
         OptionError: `max_norm` is negative or NaN or not like `params`; `weights` are not n finite
             numbers.
         NonFiniteLossError: a loss is NaN or infinite.
+        RankError: with a `group`, another rank failed, is gone, or was given something else.
         GhostError: another of its children, as for `ghost_vjp`.
 
     Reference:
@@ -125,6 +132,17 @@ def ghost_clipped_grad(
         "Differentially Private Optimization on Large Model at Small Cost", ICML 2023; Bu et al.,
         "Automatic Clipping", NeurIPS 2023.
     """
+    if group is not None:
+        alike: dict[str, Any] = {"max_norm": max_norm, "per_layer": per_layer}
+        alike["normalize"] = normalize
+        own = partial(ghost_clipped_grad, model_fn, params, batch, **alike)
+        rest = partial(own, weights=weights, mode=mode, vectorize=vectorize, check=check)
+        rest = partial(rest, chunk_size=chunk_size, randomness=randomness)
+        rest = partial(rest, check_finite=check_finite)
+        total, clipped = sums_of_all(
+            group, "ghost_clipped_grad", params, batch, alike, rest, lambda x: x.grads, mean=False
+        )
+        return ClippedGrad(total, clipped.norms)
     one_of("mode", mode, ("ghost", "materialized"))
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.options import CHECKS, check_vectorize, one_of
@@ -12,6 +15,7 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Redu
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.scores.validation import dense_direction
+from ghostfunc._transforms.sums_over_ranks import sums_of_all
 
 
 @compilable()
@@ -23,6 +27,7 @@ def direction(
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
     randomness: Randomness = "error",
+    group: Any = None,
 ) -> PyTree:
     """The validation gradient `u`, to dot with as often as wanted.
 
@@ -35,14 +40,29 @@ def direction(
         reduction: "mean" or "sum" over the m validation samples.
         chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
+        group: a process group of `torch.distributed`: the mean or sum over all ranks' samples, the
+            same on every rank; `val` is one batch then.
 
     Returns:
         A pytree like `params`.
 
     Raises:
+        RankError: with a `group`, another rank failed, is gone, or was given something else.
         OptionError: another reduction. `reduction="none"` would be m models large: use
             `ghost_dot_prod(..., reduction="none")`, which never forms it.
     """
+    if group is not None:
+        own = partial(direction, model_fn, params, val, reduction=reduction)
+        return sums_of_all(
+            group,
+            "direction",
+            params,
+            val,
+            {"reduction": reduction},
+            partial(own, chunk_size=chunk_size, randomness=randomness),
+            lambda u: u,
+            mean=reduction == "mean",
+        )[0]
     one_of("reduction", reduction, ("mean", "sum"))
     one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)

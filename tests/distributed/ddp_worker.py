@@ -135,6 +135,9 @@ def by_ddp(module: nn.Module, steps: int) -> nn.Module:
     return module
 
 
+SUMS: Any = ("mean", "sum")
+
+
 def others() -> dict[str, float]:
     """The other functions with a group, the other ways to ask, and several validation batches."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
@@ -169,13 +172,44 @@ def others() -> dict[str, float]:
             error(gf.distributed.gather(step.losses, group), one.losses),
         )
     u = gf.direction(model_fn, params, val)
-    out["direction given"] = error(
-        gf.distributed.gather(
-            gf.ghost_dot_prod(model_fn, params, ours, direction=u, group=group), group
-        ),
-        gf.ghost_dot_prod(model_fn, params, whole, direction=u),
-    )
+    found = gf.ghost_dot_prod(model_fn, params, ours, direction=u, group=group)
+    expected = gf.ghost_dot_prod(model_fn, params, whole, direction=u)
+    out["direction given"] = error(gf.distributed.gather(found, group), expected)
+    shared = {r: gf.direction(model_fn, params, sets["a"], reduction=r, group=group) for r in SUMS}
+    alone = {r: gf.direction(model_fn, params, val, reduction=r) for r in SUMS}
+    out["direction"] = max(error(shared[r], alone[r]) for r in SUMS)
+    clipped = gf.ghost_clipped_grad(model_fn, params, ours, max_norm=0.3, group=group)
+    one = gf.ghost_clipped_grad(model_fn, params, whole, max_norm=0.3)
+    assert (one.norms > 0.3).any()
+    out["clipped"] = error(clipped.grads, one.grads)
+    out["norms"] = error(gf.distributed.gather(clipped.norms, group), one.norms)
     return out
+
+
+def in_transforms() -> list[str]:
+    """What is said of a group inside `torch.func` and `torch.compile`."""
+    group = dist.group.WORLD
+    model_fn, params = gf.from_module(net(), token_loss)
+    ours, val = text(4, 0), text(3, 1)
+
+    def step(p: Any) -> Tensor:
+        return gf.ghost_value_and_grad(model_fn, p, ours, val, group=group).dot_prods.sum()
+
+    def clipped(p: Any) -> Tensor:
+        found = gf.ghost_clipped_grad(model_fn, p, ours, max_norm=1.0, group=group)
+        return found.norms.sum()
+
+    said = []
+    for call in (
+        lambda: torch.func.grad(step)(params),
+        lambda: torch.func.grad(clipped)(params),
+        lambda: torch.compile(step)(params),
+    ):
+        try:
+            call()
+        except RuntimeError as error:  # the compiler's own wraps ours
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def travelled(mib: str) -> dict[str, Any]:
@@ -198,13 +232,27 @@ def travelled(mib: str) -> dict[str, Any]:
         calls.append(x.numel() * x.element_size())
         return all_reduce(x, *args, **kwargs)
 
+    orders: list[int] = []
+    broadcast = dist.broadcast
+
+    def noted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        orders.append(x.numel() * x.element_size())
+        return broadcast(x, *args, **kwargs)
+
+    dist.broadcast = noted
     ranks.Exchange.sums, dist.all_reduce = counted, logged  # type: ignore[method-assign]
     ours, val = text(4, dist.get_rank()), text(3, 7)
     gf.ghost_value_and_grad(model_fn, params, ours, val, group=dist.group.WORLD)
-    early.clear(), calls.clear()
+    early.clear(), calls.clear(), orders.clear()
     gf.ghost_value_and_grad(model_fn, params, ours, val, group=dist.group.WORLD)
     elements = sum(p.numel() for p in module.parameters())
-    return {"calls": calls, "early": early, "model": 4 * elements}
+    return {
+        "calls": calls,
+        "orders": orders,
+        "early": early,
+        "model": 4 * elements,
+        "tensors": len(params),
+    }
 
 
 def disagreement(kind: str) -> str:

@@ -74,7 +74,7 @@ def test_the_others_name_a_rank_that_is_gone(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_others_name_a_rank_that_is_held_up(tmp_path: Path) -> None:
-    ended = ranks("disagreement", 2, tmp_path, "held up", seconds=4)
+    ended = ranks("disagreement", 2, tmp_path, "held up", seconds=8)
     assert ended[0].code == 1
     said = r"RankError: .*: rank 0 waited for the others while reading its arguments, and no answer"
     assert re.search(said + r" comes from rank 1 of 2: .*held up", ended[0].result)

@@ -42,3 +42,11 @@ def test_buckets_leave_while_the_backward_pass_goes_on(tmp_path: Path) -> None:
         assert sum(buckets) == 2 * one["model"]
         assert len(buckets) == 2 * 3  # two matrices, and what comes after them
         assert one["early"] == [3, 2], one  # the tied matrix is whole at the end of the step
+
+
+def test_a_group_is_refused_where_an_exchange_cannot_be_followed(tmp_path: Path) -> None:
+    (said,) = results("in_transforms", 1, tmp_path)
+    assert len(said) == 3
+    for line, name in zip(said, ("value_and_grad", "clipped_grad", "value_and_grad"), strict=True):
+        where = "torch.compile" if line is said[-1] else "a transform of torch.func"
+        assert f"TransformError: ghost_{name} got a group inside {where}, which cannot" in line

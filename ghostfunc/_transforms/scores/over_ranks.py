@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ghostfunc._base.errors import OptionError, TransformError
+from ghostfunc._base.errors import OptionError
 from ghostfunc._base.pieces import in_step
 from ghostfunc._base.ranks import Exchange, Ranks
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
-from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
+from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores.question import Question
@@ -127,12 +126,6 @@ def _check(asked: Question, call: str) -> None:
             f'{call} got a group and reduction="none": the validation samples of other ranks are '
             'not here to tell apart. Use reduction="mean" or "sum"; or give every rank the same '
             "validation samples and leave out group=."
-        )
-    tensors = [*asked.leaves, *tensors_of(asked.train)]
-    if in_transform() or any(map(symbolic, tensors)):
-        raise TransformError(
-            f"{call} got a group inside torch.compile or a transform of torch.func, which cannot "
-            "follow an exchange between processes. Call it outside of them."
         )
 
 
