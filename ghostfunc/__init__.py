@@ -28,7 +28,7 @@ from ghostfunc._base.errors import (
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._factors.contract import materialize
 from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
-from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, SqNorm
+from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, Spread, SqNorm
 from ghostfunc._rules.registry import register_rule
 from ghostfunc._taps.remat.remat import remat
 from ghostfunc._transforms.clipping import ClippedGrad, ghost_clipped_grad
@@ -42,6 +42,7 @@ from ghostfunc._transforms.explain import Plan, explain
 from ghostfunc._transforms.factored import FactoredGrads, factored_grads
 from ghostfunc._transforms.grads import direction, per_sample_grads
 from ghostfunc._transforms.gram import ghost_gram
+from ghostfunc._transforms.health import Health, HealthStep, ghost_health, health
 from ghostfunc._transforms.norms import ghost_norm
 from ghostfunc._transforms.verify import Report, verify
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
@@ -64,6 +65,8 @@ __all__ = [
     "GhostVjp",
     "Gram",
     "Grouped",
+    "Health",
+    "HealthStep",
     "InPlaceError",
     "LossShapeError",
     "NonFiniteLossError",
@@ -81,6 +84,7 @@ __all__ = [
     "SampleAxisError",
     "SampleGrad",
     "Scores",
+    "Spread",
     "SqNorm",
     "TransformError",
     "UnsupportedOpError",
@@ -97,10 +101,12 @@ __all__ = [
     "ghost_cosine",
     "ghost_dot_prod",
     "ghost_gram",
+    "ghost_health",
     "ghost_norm",
     "ghost_project",
     "ghost_value_and_grad",
     "ghost_vjp",
+    "health",
     "hf",
     "influence",
     "kronecker_projection",

@@ -32,6 +32,11 @@ class RunningTotal:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
+    def put(self, total: Tensor) -> None:
+        """Add the sum of one use, in memory of its own."""
+        before = self.value
+        self.value = total if before is None else before + total.view_as(before)
+
     def add(
         self, factor: Factor, us: Sequence[Tensor], contract_dtype: ContractDtype
     ) -> list[Tensor]:

@@ -125,6 +125,11 @@ class FactoredGrads:
         default_factory=dict, repr=False, compare=False
     )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the parameters are called."""
+        return self._spec.names
+
     def __repr__(self) -> str:
         return brief("FactoredGrads", losses=self.losses, params=self.leaves)
 
