@@ -90,7 +90,7 @@ def _by_rows(bundle: Bundle, n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
     blocks = _formed(formed, p, step) if alone is None else _in_place(alone, p, step)
     tables, totals = [], []
     for rows, g in blocks:
-        total = g.sum(0) if beside is None else g.sum(0).add_(beside[rows])
+        total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
         totals.append(total)
         tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
     table = add_up(tables)

@@ -135,6 +135,8 @@ class Health:
         """`tr(Sigma) / |G|^2`, the simple noise scale: about the batch size up to which a larger
         batch saves steps. Infinite where `signal` is not positive: this batch is too small to say.
         Of several steps, divide the mean of `noise` by the mean of `signal`."""
+        if math.isnan(self.signal):  # of a step of one sample
+            return math.nan
         return self.noise / self.signal if self.signal > 0 else math.inf
 
     def quantile(self, q: float) -> float:
@@ -222,11 +224,17 @@ def health_of(
             "squares are beyond the dtype of the parameters. gf.ghost_norm says which norms are "
             "finite; multiply the losses by a small number if they all are."
         )
+    groups = by_layer(names).items()
+    layers = {layer: _of(table[:, index].sum(1), ids, {}) for layer, index in groups}
+    return _of(table.sum(1), ids, layers)
+
+
+def by_layer(names: Sequence[str]) -> dict[str, list[int]]:
+    """The parameters of every module, by its name."""
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         groups.setdefault(name.rpartition(".")[0] or name, []).append(i)
-    layers = {layer: _of(table[:, index].sum(1), ids, {}) for layer, index in groups.items()}
-    return _of(table.sum(1), ids, layers)
+    return groups
 
 
 def _of(
