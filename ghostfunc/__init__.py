@@ -25,6 +25,7 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
     VerificationError,
 )
+from ghostfunc._base.evaluating import evaluating
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._factors.contract import materialize
 from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
@@ -94,6 +95,7 @@ __all__ = [
     "curvature",
     "data",
     "direction",
+    "evaluating",
     "explain",
     "factored_grads",
     "from_module",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
+from ghostfunc._base.evaluating import evaluating as evaluation_mode
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._base.types import ModelFn
 from ghostfunc._factors.spread import spread
@@ -251,11 +252,5 @@ def trainable(module: nn.Module) -> tuple[int, ...]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the same random numbers afterwards."""
-    flags = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    with evaluation_mode(model), torch.random.fork_rng():
+        yield
