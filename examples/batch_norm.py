@@ -25,8 +25,8 @@ import ghostfunc as gf
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "batch_norm.md"
 MARK = "<!-- measured -->"
-SEEDS, STEPS, LR, WRONG = (0, 1, 2), 30, 0.1, 0.2
-N_TRAIN, N_VAL, WIDTH = 64, 128, 8
+SEEDS, STEPS, LR, WRONG = (0, 1, 2), 20, 0.02, 0.2
+N_TRAIN, N_VAL, WIDTH = 32, 64, 8
 Batch = dict[str, Tensor]
 
 
@@ -86,7 +86,7 @@ def digits(seed: int, n: int, m: int) -> tuple[Batch, Batch]:
 def states(seed: int, norm: str, train: Batch, steps: int) -> Iterator[nn.Module]:
     """The network before every step of plain gradient descent, and after the last."""
     torch.manual_seed(seed)
-    module = resnet(NORMS[norm]).double()  # one sample of 64 is worth a few digits
+    module = resnet(NORMS[norm]).double()  # one sample of 32 is worth a few digits
     optimizer = torch.optim.SGD(module.parameters(), lr=LR)
     for _ in range(steps):
         yield module

@@ -122,8 +122,8 @@ def test_looking_up_labels_is_not_taken_for_mixing() -> None:
         gf.ghost_norm(model_fn, params, batch)
 
 
-def test_the_example_measures_what_it_says() -> None:
-    """One step, few samples: with GroupNorm a sum of scores is first-order leave-one-out."""
+def test_the_example_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With GroupNorm scores of one small step are leave-one-out itself."""
     pytest.importorskip("sklearn")
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -131,5 +131,6 @@ def test_the_example_measures_what_it_says() -> None:
     finally:
         sys.path.remove(str(EXAMPLES))
         sys.modules.pop("batch_norm", None)
-    assert example.agreement(0, "GroupNorm", 1, n=12, m=12) > 0.9
+    monkeypatch.setattr(example, "LR", 1e-4)
+    assert example.agreement(0, "GroupNorm", 1, n=12, m=12) > 0.99
     assert -1 <= example.agreement(0, "BatchNorm2d", 1, n=12, m=12) <= 1
