@@ -111,11 +111,12 @@ def _formed(bundle: Bundle, p: int, step: int) -> Iterator[tuple[slice, Tensor]]
 def _alone(bundle: Bundle) -> Outer | None:
     """A single outer product that no transform, no compiler and no derivative follows: its blocks
     may be formed in one piece of memory."""
-    if len(bundle) != 1 or not isinstance(bundle[0], Outer) or in_transform():
+    factor = bundle[0]
+    if len(bundle) != 1 or not isinstance(factor, Outer) or in_transform():
         return None
-    (factor,) = bundle
-    followed = torch.is_grad_enabled() and any(x.requires_grad for x in factor)
-    return None if followed or symbolic(factor.left) else factor
+    left, right = factor
+    followed = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    return None if followed or symbolic(left) else factor
 
 
 def _in_place(factor: Outer, p: int, step: int) -> Iterator[tuple[slice, Tensor]]:

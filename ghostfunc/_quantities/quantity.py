@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import refuse_not_finite
 from ghostfunc._base.trees import ParamSpec, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
@@ -59,6 +60,8 @@ class Quantity:
             once more.
         takes_contract_dtype: whether it heeds `contract_dtype`.
         contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
+        of_directions: whether it is told of `params` to compare directions with them. Others are
+            told of whole parameters, where `params` are a rank's pieces.
     """
 
     degree: int
@@ -67,6 +70,7 @@ class Quantity:
     gives_total: bool = False
     takes_contract_dtype: bool = False
     contract_dtype: ContractDtype = None
+    of_directions: bool = False
 
     def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one parameter's value."""
@@ -83,6 +87,9 @@ class Quantity:
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
         """One reader per parameter; None where the quantity has nothing to read."""
         return [ValueReader(self, tuple(x.shape)) for x in leaves]
+
+    def check_finite(self, leaves: Sequence[Tensor], spec: ParamSpec) -> None:
+        """Raise if what the quantity was made of is not finite; asked where its values are not."""
 
     def contracting(self, contract_dtype: ContractDtype) -> Quantity:
         """The same quantity, contracted in another dtype."""
@@ -104,6 +111,7 @@ class Dot(Quantity):
 
     degree = 1
     takes_contract_dtype = True
+    of_directions = True
 
     def __init__(self, direction: PyTree) -> None:
         self.direction = direction
@@ -111,6 +119,10 @@ class Dot(Quantity):
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[DotReader]:
         us = flatten_like(self.direction, leaves, spec, "direction")
         return [DotReader(u, self.contract_dtype) for u in us]
+
+    def check_finite(self, leaves: Sequence[Tensor], spec: ParamSpec) -> None:
+        us = flatten_like(self.direction, leaves, spec, "direction")
+        refuse_not_finite(us, spec, "direction")
 
 
 class Prepared(Quantity):

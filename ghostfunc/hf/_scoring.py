@@ -57,6 +57,7 @@ class Scoring:
         compiled: whether the pass of the one-pass forms is compiled.
         norms: whether norms of samples are read too.
         spread: whether it is read how their gradients lie to their sum, too.
+        processes: that gradients are averaged over.
     """
 
     module: nn.Module
@@ -66,6 +67,7 @@ class Scoring:
     compiled: bool
     norms: bool
     spread: bool
+    processes: int = 1
     model_fn: ModelFn = field(init=False)
     params: dict[str, Tensor] = field(init=False)
     looked_at: set[Hashable] = field(default_factory=set)
@@ -149,7 +151,10 @@ class Scoring:
         self.divisor = divisor = divisor_at(tolerance)
         batch = self.training_batch(given, n, counted, micro_batches, 1.0)
         theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
-        compare(self.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        ours = self.sum_of(batch)
+        if abs(self.processes * ours - theirs) < abs(ours - theirs):
+            self.divisor = divisor = divisor._replace(times=self.processes)
+        compare(ours * divisor.times, theirs, tolerance, "the first micro-batch")
         for name, part, m in parts:
             (batch,) = self.score_batches({name: [(part, m)]})[name]
             where = f"a batch of score_dataset {name!r}"
@@ -174,10 +179,11 @@ class Scoring:
         out = self._run(self.model_fn, self.params, batch, read)
         accumulate_grads(self.module, out.grads or {})
         tables = out.values.pop(SPREAD) if self.spread else None
-        table = None if tables is None else torch.stack(list(tables.values()), dim=1) / scale**2
+        share = scale * self.processes
+        table = None if tables is None else torch.stack(list(tables.values()), dim=1) / share**2
         sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
-        norms = sums.pop(NORMS).sqrt() / scale if self.norms else None
-        columns = torch.stack(list(sums.values()), dim=1) / scale
+        norms = sums.pop(NORMS).sqrt() / share if self.norms else None
+        columns = torch.stack(list(sums.values()), dim=1) / share
         return out.losses, Values(ids, columns, norms, table)
 
     def keep(self, ids: Tensor, batch: dict[str, Any], books: list[Book]) -> Tensor:
@@ -189,12 +195,12 @@ class Scoring:
 
     def kept_values(self, books: list[Book], us: Mapping[str, Any], scale: float) -> list[Values]:
         """Values of all that is kept, which then is kept no longer."""
-        found = []
+        found, share = [], scale * self.processes
         for ids, book in books:
-            columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / scale
-            norms = book.norms() / scale if self.norms else None
+            columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / share
+            norms = book.norms() / share if self.norms else None
             rows = [spread(bundle).table for bundle in book.bundles] if self.spread else None
-            table = None if rows is None else torch.stack(rows, dim=1) / scale**2
+            table = None if rows is None else torch.stack(rows, dim=1) / share**2
             found.append(Values(ids, columns, norms, table))
         books.clear()
         return found
