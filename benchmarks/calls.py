@@ -158,6 +158,7 @@ def functions(
         "ghost_cosine": lambda: gf.ghost_cosine(*args, val),
         "ghost_norm": lambda: gf.ghost_norm(*args),
         "ghost_clipped_grad": lambda: gf.ghost_clipped_grad(*args, max_norm=1.0),
+        "ghost_health": lambda: gf.ghost_health(*args),
         "ghost_gram": lambda: gf.ghost_gram(*args),
         "ghost_project": lambda: gf.ghost_project(*args, projection),
         "ghost_vjp": lambda: gf.ghost_vjp(*args, gf.SqNorm(), grads=True),

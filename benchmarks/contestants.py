@@ -81,6 +81,11 @@ def quadratic(shape: Shape) -> dict[str, Contestant]:
             lambda: gf.ghost_clipped_grad(model_fn, params, train, max_norm=MAX_NORM).grads,
             right.clipped,
         ),
+        "health": Contestant(
+            lambda: gf.ghost_health(model_fn, params, train),
+            right.norms,
+            lambda step: sum(x[:, 0] for x in step.spread.values()).sqrt(),
+        ),
         "project": Contestant(lambda: gf.ghost_project(model_fn, params, train, projection)),
     }
 

@@ -98,6 +98,7 @@ def _rows() -> list[Row]:
         Row("ghost_project, rank 256", "quadratic", "gpt2-small", "project", "plain, n rows", 0.90),
         Row("ghost_norm", "quadratic", "256", "norm", "plain, n rows", 1.30),
         Row("ghost_clipped_grad", "quadratic", "256", "clipped", "plain, n rows", 1.60),
+        Row("ghost_health", "quadratic", "256", "health", "plain, n rows", 1.10),
         Row("ghost_norm, untied", "opacus", "gpt2-small", "norm", "plain, n rows", 1.60),
         Row("ghost_clipped_grad, untied", "opacus", "gpt2-small", "clipped", "plain, n rows", 1.60),
         Row("step against vmap(grad)", "vmap", "256", "step", "peer", 1.0),

@@ -36,10 +36,11 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
     VerificationError,
 )
+from ghostfunc._base.evaluating import evaluating
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._factors.contract import materialize
 from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
-from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, SqNorm
+from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, Spread, SqNorm
 from ghostfunc._rules.registry import register_rule
 from ghostfunc._taps.remat.remat import remat
 from ghostfunc._transforms.clipping import ClippedGrad, ghost_clipped_grad
@@ -53,6 +54,7 @@ from ghostfunc._transforms.explain import Plan, explain
 from ghostfunc._transforms.factored import FactoredGrads, factored_grads
 from ghostfunc._transforms.grads import direction, per_sample_grads
 from ghostfunc._transforms.gram import ghost_gram
+from ghostfunc._transforms.health import Health, HealthStep, ghost_health, health
 from ghostfunc._transforms.norms import ghost_norm
 from ghostfunc._transforms.verify import Report, verify
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
@@ -75,6 +77,8 @@ __all__ = [
     "GhostVjp",
     "Gram",
     "Grouped",
+    "Health",
+    "HealthStep",
     "InPlaceError",
     "LossShapeError",
     "NonFiniteLossError",
@@ -93,6 +97,7 @@ __all__ = [
     "SampleAxisError",
     "SampleGrad",
     "Scores",
+    "Spread",
     "SqNorm",
     "TransformError",
     "UnsupportedOpError",
@@ -103,6 +108,7 @@ __all__ = [
     "data",
     "direction",
     "distributed",
+    "evaluating",
     "explain",
     "factored_grads",
     "from_module",
@@ -110,10 +116,12 @@ __all__ = [
     "ghost_cosine",
     "ghost_dot_prod",
     "ghost_gram",
+    "ghost_health",
     "ghost_norm",
     "ghost_project",
     "ghost_value_and_grad",
     "ghost_vjp",
+    "health",
     "hf",
     "influence",
     "kronecker_projection",

@@ -322,6 +322,18 @@ def norms_in_chunks(case: Case) -> Iterator[Held]:
 
 
 @quantity
+def spread(case: Case) -> Iterator[Held]:
+    n = len(case.losses)
+    step = case.of(gf.ghost_health)
+    yield from held_sum("grads", step.grads, case.g, _evenly(n))
+    tables = leaves_of(step.spread)
+    norms = [x[:, 0].double().clamp(min=0).sqrt() for x in tables]
+    yield from held_norms("norms", norms, case.g, per_param=True)
+    dots = [x[:, 1] for x in tables]
+    yield from held_pairs("with the sum", dots, case.g, case.g, "sum", per_param=True)
+
+
+@quantity
 def gram(case: Case) -> Iterator[Held]:
     yield from held_pairs("gram", case.of(gf.ghost_gram), case.g, case.g, "none", per_param=False)
     got = case.of(gf.ghost_gram, per_param=True)

@@ -77,8 +77,10 @@ class ModuleFn:
                 raise CoupledSamplesError(
                     f"{type(layer).__name__} {name!r} is batch_norm in training mode, which "
                     "normalises over the batch: the loss of one sample depends on the others, so "
-                    "per-sample gradients do not exist. Call module.eval() (running statistics are "
-                    "then used), or replace the layer by GroupNorm or LayerNorm."
+                    "per-sample gradients do not exist. Call module.eval() or, between "
+                    "steps that train, use `with gf.evaluating(module):` (running statistics are "
+                    "then used, see docs/batch_norm.md), or replace the layer by GroupNorm or "
+                    "LayerNorm."
                 )
 
     def closed_over(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._base.couplings import cause
 from ghostfunc._base.dtensors import is_dtensor
 from ghostfunc._base.errors import (
     CoupledSamplesError,
@@ -102,7 +103,8 @@ def prove_independent(
             if not close(found, expected):
                 raise coupled_samples(
                     f"some samples have losses {expected[:8].tolist()}; {where}, they have "
-                    f"{found[:8].tolist()}"
+                    f"{found[:8].tolist()}",
+                    cause(losses, batch, (0, last)),
                 )
 
     def in_halves() -> Tensor:
@@ -257,11 +259,18 @@ def refuse_checkpoints(losses: Tensor) -> None:
         )
 
 
-def coupled_samples(observed: str) -> CoupledSamplesError:
+def coupled_samples(observed: str, cause: str = "") -> CoupledSamplesError:
+    """The error; of a known `cause`, that it is what couples them."""
+    if cause:
+        return CoupledSamplesError(
+            f"The loss of one sample depends on the others: {observed}. Per-sample gradients do "
+            f"not exist for such a model. {cause}"
+        )
     return CoupledSamplesError(
         f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
-        "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "
-        "negatives, a loss or an input normalised over the batch, state kept between calls."
+        "exist for such a model. Usual causes: batch normalisation in training mode, mixup, "
+        "in-batch negatives, a loss or an input normalised over the batch, state kept between "
+        "calls."
     )
 
 

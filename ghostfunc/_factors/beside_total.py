@@ -43,6 +43,11 @@ class RunningTotal:
             assert self.value is not None
             self.whole(self.value)  # a second time, if there are more uses than were known
 
+    def put(self, total: Tensor) -> None:
+        """Add the sum of one use, in memory of its own."""
+        before = self.value
+        self.value = total if before is None else before + total.view_as(before)
+
     def add(
         self, factor: Factor, us: Sequence[Tensor], contract_dtype: ContractDtype
     ) -> list[Tensor]:

@@ -262,3 +262,40 @@ def gram_by_tokens(
 ) -> bool:
     """Whether a Gram matrix comes from inner products of positions rather than from rows."""
     return gram_choice(n, m, t, s, p, d, same=same).way == "tokens"
+
+
+# --- squares beside dot products with the sum -----------------------------------------------------
+
+SPREAD_ELEMENTS = 1 << 20
+"""Elements of a block of the gradients of all samples: smaller ones stay in cache, but there are
+more of them, each with a handful of calls."""
+
+SPREAD_ROWS = 64
+"""Rows of a block below which a product of positions is slow."""
+
+
+def spread_choice(n: int, t: Positions, p: int, d: int) -> Choice:
+    """How `||g_i||^2` and `<g_i, sum_j g_j>` of n samples are taken beside the sum: off blocks of
+    the gradients ("rows"), from their Gram matrix ("tokens"), or one after the other ("apart")."""
+    looked_up = 3 * OPS_PER_ELEMENT * n * t.one_hot * d
+    total = outer_total(n, t.outer, p, d) + looked_up
+    dense = OPS_PER_ELEMENT * n * p * d if t.dense else 0
+    dots = outer_dot(n, t.outer, p, d) + looked_up + 2 * dense
+    ways = {"apart": total + dense + n * norm_choice(t, p, d).ops + dots}
+    met_by_tokens = t.one_hot * (t.one_hot + t.outer)
+    if not (t.dense and t.one_hot) and t.outer + t.dense:
+        rows = (4 if t.dense else 5) * OPS_PER_CACHED_ELEMENT * n * p * d
+        ways["rows"] = total + rows + n * met_by_tokens * (2 * d + 6 * OPS_PER_ELEMENT)
+    if not t.dense and t.tokens:
+        pairs = n * n * t.tokens**2
+        products = 2 * pairs * d + 2 * (n * t.outer) ** 2 * p
+        ways["tokens"] = total + products + 6 * OPS_PER_ELEMENT * pairs
+    return _cheapest(ways)
+
+
+def spread_rows(n: int, p: int, d: int) -> int:
+    """How many rows of n gradients to form at one time: as many as stay in cache, but not so few
+    that their products are slow."""
+    fits, most = SPREAD_ELEMENTS // (n * d), BLOCK_ELEMENTS // (n * d)
+    step = max(1, fits, min(SPREAD_ROWS, most))
+    return -(-p // -(-p // step))

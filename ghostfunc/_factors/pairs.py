@@ -64,13 +64,25 @@ def sqnorms(
         workspace = min(workspace, cost.CACHE_ELEMENTS)
         return _sqnorms_by_tokens(bundle, n, workspace, contract_dtype)
     blocks = []
-    for block in _slices(n, workspace // max(1, p * d)):
+    for block in slices(n, workspace // max(1, p * d)):
         parts = []
-        for rows in _slices(p, workspace // max(1, d)):
+        for rows in slices(p, workspace // max(1, d)):
             g = _rows(bundle, block, rows, contract_dtype)
             parts.append(row_dots(g, g))
         blocks.append(add_up(parts))
     return torch.cat(blocks)
+
+
+def squares_beside(formed: Bundle, looked_up: Bundle) -> Tensor:
+    """What rows that are looked up add to the squares of outer products: `||h_i||^2 + 2 <g_i,
+    h_i>`, `[n]`, from inner products of positions."""
+    n = samples(looked_up)
+    workspace = min(cost.BLOCK_ELEMENTS, cost.CACHE_ELEMENTS)
+    parts = [_sqnorms_by_tokens(looked_up, n, workspace, None)]
+    for f, h in product(formed, looked_up):
+        for a, b in product(_chunks(f, cost.TOKENS), _chunks(h, cost.TOKENS)):
+            parts.append(2 * _token_dots(a, b, None).sum((1, 2)))
+    return add_up(parts)
 
 
 def gram(
@@ -135,12 +147,17 @@ def _gram_by_rows(
     everyone = samples(mine) + (0 if same else samples(theirs))
 
     def products() -> Iterator[Tensor]:
-        for rows in _slices(p, workspace // max(1, everyone * d)):
+        for rows in slices(p, workspace // max(1, everyone * d)):
             g = _rows(mine, slice(None), rows, contract_dtype).flatten(1)
             h = g if same else _rows(theirs, slice(None), rows, contract_dtype).flatten(1)
             yield matmul(g, h.mT, contract_dtype)
 
     return reduce(add, products())
+
+
+def form_rows(bundle: Bundle, rows: slice) -> Tensor:
+    """The chosen rows of all gradients, `[n, r, d]`, of factors that are `aligned`."""
+    return _rows(bundle, slice(None), rows, None)
 
 
 def _rows(bundle: Bundle, block: slice, rows: slice, contract_dtype: ContractDtype) -> Tensor:
@@ -185,7 +202,7 @@ def _sqnorms_by_tokens(
     chunks = [c for f in bundle for c in _chunks(f, min(cost.TOKENS, isqrt(workspace)))]
     t = max(known(c[0].shape[1]) for c in chunks)
     out = []
-    for block in _slices(n, workspace // t**2):
+    for block in slices(n, workspace // t**2):
         parts = []
         for i, f in enumerate(chunks):
             parts.append(dots(f, f, block))
@@ -215,9 +232,9 @@ def _token_gram(
     f: Factor, g: Factor, n: int, m: int, rows: int, columns: int, contract_dtype: ContractDtype
 ) -> Tensor:
     strips = []
-    for i in _slices(n, rows):
+    for i in slices(n, rows):
         strip = []
-        for j in _slices(m, columns):
+        for j in slices(m, columns):
             a, b = take(f, i), take(g, j)
             sizes = (samples([a]), -1, samples([b]), g[0].shape[1])
             dots = _token_dots(pooled(a), pooled(b), contract_dtype)
@@ -251,7 +268,7 @@ def _token_dots(f: Factor, g: Factor, contract_dtype: ContractDtype) -> Tensor:
 # --- cutting ----------------------------------------------------------------------------------
 
 
-def _slices(size: int, step: int) -> Iterator[slice]:
+def slices(size: int, step: int) -> Iterator[slice]:
     """Slices of at most `step`; one of all where the size is a symbol of a compiled program."""
     if isinstance(size, SymInt):
         yield slice(None)
@@ -263,7 +280,7 @@ def _slices(size: int, step: int) -> Iterator[slice]:
 
 def _chunks(factor: Factor, positions: int) -> Iterator[Factor]:
     """Cut a factor along its positions: the chunks add up to it."""
-    for s in _slices(factor[0].shape[1], positions):
+    for s in slices(factor[0].shape[1], positions):
         match factor:
             case Outer(left, right):
                 yield Outer(left[:, s], right[:, s])

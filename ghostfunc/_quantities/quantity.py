@@ -32,6 +32,7 @@ from ghostfunc._base.trees import ParamSpec, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
 from ghostfunc._factors.factor import Factor
+from ghostfunc._factors.spread import SpreadAndTotal, spread
 from ghostfunc._quantities.readers import DotReader, ValueReader
 
 
@@ -55,6 +56,8 @@ class Quantity:
             for a batch is that of the batch's parts, one after the other.
         same_for_transpose: whether the value is the same for the transposed gradient, as a norm is:
             a weight that is used as `w.t()` is then read where it is used.
+        gives_total: whether `value_and_total` has the training gradient, too: it is then not formed
+            once more.
         takes_contract_dtype: whether it heeds `contract_dtype`.
         contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
         of_directions: whether it is told of `params` to compare directions with them. Others are
@@ -64,6 +67,7 @@ class Quantity:
     degree: int
     pairs_samples: bool = False
     same_for_transpose: bool = False
+    gives_total: bool = False
     takes_contract_dtype: bool = False
     contract_dtype: ContractDtype = None
     of_directions: bool = False
@@ -75,6 +79,10 @@ class Quantity:
     def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
         """One parameter's value, from the factors of its uses, in float32 or wider."""
         raise NotImplementedError(f"{type(self).__name__} must define value(factors, param).")
+
+    def value_and_total(self, factors: Sequence[Factor]) -> SpreadAndTotal:
+        """`value`, and `sum_j g_j` in the shape of the first factor, never rounded."""
+        raise NotImplementedError(f"{type(self).__name__} does not give the total.")
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
         """One reader per parameter; None where the quantity has nothing to read."""
@@ -167,6 +175,32 @@ class Gram(Quantity):
 
     def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
         return pairs.gram(factors, workspace=self.workspace, contract_dtype=self.contract_dtype)
+
+
+@node()
+class Spread(Quantity):
+    """How every sample's gradient lies to the sum of all: `||g_i||^2` and `<g_i, sum_j g_j>`, side
+    by side, `[n, 2]` per parameter. Both add up over parameters.
+
+    Everything that `gf.health` says is made of these. Where the training gradient is asked for
+    beside it (`gf.ghost_vjp(..., gf.Spread(), grads=True)`), both come out of the same blocks of
+    the gradients, whose products are those of the training gradient and no more.
+    """
+
+    degree = 2
+    pairs_samples = True
+    same_for_transpose = True
+    gives_total = True
+    takes_contract_dtype = True
+
+    def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
+        return (n, 2)
+
+    def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
+        return self.value_and_total(factors).table
+
+    def value_and_total(self, factors: Sequence[Factor]) -> SpreadAndTotal:
+        return spread(factors, self.contract_dtype)
 
 
 @node()

@@ -285,6 +285,16 @@ class ValueReader(NamedTuple):
     def read(self, factor: Factor) -> Tensor:
         return self.read_all([factor])
 
+    @property
+    def gives_total(self) -> bool:
+        """Whether `read_with_total` has the training gradient, too."""
+        return bool(self.quantity.gives_total)
+
+    def read_with_total(self, factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+        """The value, and `sum_i g_i` in the shape of the first factor."""
+        value, total = self.quantity.value_and_total(factors)
+        return value, total
+
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
         value: Tensor = self.quantity.value(factors, self.shape)
         return value

@@ -31,7 +31,7 @@ from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
-from ghostfunc._quantities.readers import DeferredGradients
+from ghostfunc._quantities.readers import DeferredGradients, ValueReader
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.on_ranks import Together
@@ -214,14 +214,17 @@ def _run(
             together = quantities[q].degree > 1 and model.trace.uses[i] > 1
             (met if together else keys).append((q, i))
     kept = {*collect, *(i for _, i in met)}
+    # Read with all uses at hand, a quantity may have the gradient of their sum, too.
+    giving = {i: (q, i) for q, i in met if i in grads and _gives_total(readers[q][i])}
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
+    asked = [i for i in grads if i not in giving]
     look_at = finite or FiniteLosses()
     if followed:
-        taken = _by_cotangents(model, own, grads, kept, scale, refresh=refresh)
+        taken = _by_cotangents(model, own, asked, kept, scale, refresh=refresh)
     else:
-        taken = _by_sinks(model, own, grads, kept, scale, summed, look_at, ready)
+        taken = _by_sinks(model, own, asked, kept, scale, summed, look_at, ready)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
@@ -241,7 +244,11 @@ def _run(
         found = at_leaves(at_once)
         factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
         for q, i in met:
-            values[q][i] = readers[q][i].read_all(factors[i])
+            if giving.get(i) == (q, i):
+                values[q][i], total = readers[q][i].read_with_total(factors[i])
+                out_grads[i] = total.reshape(leaves[i].shape).to(leaves[i].dtype)
+            else:
+                values[q][i] = readers[q][i].read_all(factors[i])
     for q, quantity in enumerate(quantities):
         if q in summed:
             pieces = [*taken.pieces.get(q, ()), *(x for x in values[q] if x is not None)]
@@ -373,6 +380,10 @@ def _by_cotangents(
         [x for args in saved for x in args if not x.requires_grad],
         modes[0].way,
     )
+
+
+def _gives_total(reader: Any) -> bool:
+    return isinstance(reader, ValueReader) and reader.gives_total
 
 
 def _deferred(leaf: int, pairs: Sequence[tuple[Tracked, Factor]]) -> DeferredGradients | None:

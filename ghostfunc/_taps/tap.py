@@ -20,7 +20,13 @@ from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
-from ghostfunc._quantities.readers import DotReader, OneRunReader, PositionsReader, Reader
+from ghostfunc._quantities.readers import (
+    DotReader,
+    OneRunReader,
+    PositionsReader,
+    Reader,
+    ValueReader,
+)
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
 from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
@@ -310,22 +316,45 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
         leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
         readers = _readers_for_train_rows(factor, target, leaves, readers)
         factor = bundles.take(factor, slice(beside[0].n))
+    read, grad = _read_with_total(factor, target, readers)
+    here = iter(read)
+    out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
+    if target.wants_grad:
+        out.append(None if grad is None else shaped(grad, target.const))
+    return out
+
+
+def _read_with_total(
+    factor: Factor, target: Tracked, readers: Sequence[Reader]
+) -> tuple[list[Tensor], Tensor | None]:
+    """What readers at hand read, and the training gradient, formed beside them where it is wanted:
+    None if it was added to a running total."""
     directions = [r for r in readers if isinstance(r, DotReader)]
     us = [r.u.reshape(factor.shape) for r in directions]
     contract_dtype = directions[0].contract_dtype if us else None  # one call has one
+    giving = next((r for r in readers if isinstance(r, ValueReader) and r.gives_total), None)
+    value: Tensor | None = None
     grad: Tensor | None = None
-    if target.running is not None:
+    if giving is not None and target.wants_grad:
+        value, grad = giving.read_with_total([factor])
+        dots, _ = dots_and_total(factor, us, with_total=False, contract_dtype=contract_dtype)
+        if target.running is not None:
+            target.running.put(grad)
+            grad = None
+    elif target.running is not None:
         dots = target.running.add(factor, us, contract_dtype)
     else:
         dots, grad = dots_and_total(
             factor, us, with_total=target.wants_grad, contract_dtype=contract_dtype
         )
-    read = iter(dots)
-    here = iter([next(read) if isinstance(r, DotReader) else r.read(factor) for r in readers])
-    out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
-    if target.wants_grad:
-        out.append(None if grad is None else shaped(grad, target.const))
-    return out
+    read: list[Tensor] = []
+    dotted = iter(dots)
+    for r in readers:
+        if isinstance(r, DotReader):
+            read.append(next(dotted))
+        else:
+            read.append(value if r is giving and value is not None else r.read(factor))
+    return read, grad
 
 
 def _readers_for_train_rows(

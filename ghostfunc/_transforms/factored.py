@@ -136,6 +136,11 @@ class FactoredGrads:
     )
     _proof: KeptProof | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the parameters are called."""
+        return self._spec.names
+
     def __repr__(self) -> str:
         return brief("FactoredGrads", losses=self.losses, params=self.leaves)
 

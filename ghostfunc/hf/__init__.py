@@ -22,6 +22,7 @@ from ghostfunc.hf._memory import disable_remat, enable_remat
 from ghostfunc.hf._preferences import dpo, reference_logps, reward_pairs
 
 if TYPE_CHECKING:
+    from ghostfunc.hf._health import HealthCallback
     from ghostfunc.hf._scored import GhostMixin
     from ghostfunc.hf._trained import SampleLoss
     from ghostfunc.hf._trainer import GhostTrainer
@@ -31,6 +32,7 @@ __all__ = [
     "DPOMixin",
     "GhostMixin",
     "GhostTrainer",
+    "HealthCallback",
     "RewardMixin",
     "SFTMixin",
     "SampleLoss",
@@ -53,6 +55,7 @@ __all__ = [
 
 _LAZY = {
     "GhostMixin": "ghostfunc.hf._scored",
+    "HealthCallback": "ghostfunc.hf._health",
     "GhostTrainer": "ghostfunc.hf._trainer",
     "SampleLoss": "ghostfunc.hf._trained",
     "DPOMixin": "ghostfunc.hf._trl",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError
@@ -16,6 +17,7 @@ from ghostfunc._base.ranks import Ranks
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._files import write_table
+from ghostfunc.hf._health import HealthCallback
 from ghostfunc.hf._kept import KeptScores, recipe_of
 from ghostfunc.hf._metrics import Metrics
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
@@ -37,6 +39,8 @@ class RunState:
     books: list[Book] = field(default_factory=list)
     directions: dict[str, Any] | None = None
     gradients: dict[str, Any] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    """Of the step's gradient, by parameter, where a callback reads them."""
     pending: list[Values] = field(default_factory=list)
     """Of the step that the optimizer has not taken yet."""
     scale: float = 1.0
@@ -69,6 +73,10 @@ class ScoreKeeper(Trainer):
             "scored_from_step": self._kept.scored_from,
         }
         write_table(self.scores, list(self.score_sets), facts, Path(path))
+
+    def health_callbacks(self) -> list[HealthCallback]:
+        """The callbacks that log how gradients agree."""
+        return [c for c in self.callback_handler.callbacks if isinstance(c, HealthCallback)]
 
     # --- Trainer's own methods ---
 
@@ -108,6 +116,8 @@ class ScoreKeeper(Trainer):
         time stands beside it."""
         if "loss" in logs:
             logs.update(self._run.metrics.taken())
+            for health in self.health_callbacks():
+                logs.update(health.taken())
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> Any:
@@ -142,6 +152,13 @@ class ScoreKeeper(Trainer):
         recipe = recipe_of(settings, self.score_sets, self.train_dataset, self.args.seed)
         self._kept = KeptScores(len(self.score_sets), recipe)
         self._run = RunState(Metrics(list(self.score_sets)))
+        for health in self.health_callbacks():
+            if self.args.world_size > 1:
+                raise OptionError(
+                    "HealthCallback knows the samples of one process; this run has "
+                    f"{self.args.world_size}, whose gradients are averaged. Leave it out."
+                )
+            health.begin()
         if not resume_from:
             return resume_from
         folder, weights_alone = Path(cast(str, self.args.output_dir)), self.args.save_only_model
@@ -160,4 +177,7 @@ class ScoreKeeper(Trainer):
             for values in pending if self._ranks is None else [of_all(self._ranks, pending)]:
                 self._kept.add(values)
                 self._run.metrics.add(values)
+            if self._run.squares:
+                for health in self.health_callbacks():
+                    health.add(self._run.pending, self._run.squares)
         self._run.pending = []

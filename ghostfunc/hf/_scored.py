@@ -166,6 +166,7 @@ class GhostMixin(ScoreKeeper):
             us = self._directions_at(scoring, pieces, grads)
             run.pending += scoring.kept_values(run.books, us, scale)
         if last:
+            run.squares = scoring.squares(scale) if scoring.spread else {}
             if self._log_gradients:
                 run.metrics.cosines(scoring.module, run.gradients)
             run.directions = None
@@ -211,7 +212,8 @@ class GhostMixin(ScoreKeeper):
         module: it gets a function of its own, whose trace is made before the pass that counts.
         """
         run = self._run
-        way = (id(module), checkpointed(module), hooks_within(module), trainable(module))
+        health = bool(self.health_callbacks())
+        way = (id(module), checkpointed(module), hooks_within(module), trainable(module), health)
         if way not in run.scorings:
             scoring = run.scorings[way] = Scoring(
                 module=module,
@@ -220,6 +222,7 @@ class GhostMixin(ScoreKeeper):
                 order=self.score_order,
                 compiled=self._compiled,
                 norms=self._log_gradients,
+                spread=health,
                 processes=self.args.world_size,
             )
             if run.divisor is None:

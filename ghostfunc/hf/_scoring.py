@@ -10,10 +10,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
+from ghostfunc._base.evaluating import evaluating as evaluation_mode
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._base.types import ModelFn
-from ghostfunc._quantities.quantity import Dot, Quantity, SqNorm
+from ghostfunc._factors.spread import spread
+from ghostfunc._quantities.quantity import Dot, Quantity, Spread, SqNorm
 from ghostfunc._transforms.factored import FactoredGrads, factored_grads
 from ghostfunc.hf._divisor import Divisor, compare
 from ghostfunc.hf._trained import SampleLoss
@@ -27,17 +30,19 @@ Pieces: TypeAlias = Mapping[str, Sequence[tuple[dict[str, Tensor], int]]]
 Book: TypeAlias = tuple[Tensor, FactoredGrads]
 """Ids of a micro-batch, and its kept factors."""
 
-NORMS = "norms of samples"
-"""The quantity beside the dot products; no score set can have this name in a table."""
+NORMS, SPREAD = "norms of samples", "spread of samples"
+"""Quantities beside the dot products; no score set can have these names in a table."""
 
 
 @dataclass
 class Values:
-    """Of the samples of some micro-batches: their ids, values and, where read, norms."""
+    """Of the samples of a micro-batch: their ids, values and, where read, norms and spread."""
 
     ids: Tensor
     columns: Tensor
     norms: Tensor | None = None
+    spread: Tensor | None = None
+    """`||g_i||^2` and `<g_i, sum_j g_j>`, `[n, params, 2]`."""
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Scoring:
         order: of the values.
         compiled: whether the pass of the one-pass forms is compiled.
         norms: whether norms of samples are read too.
+        spread: whether it is read how their gradients lie to their sum, too.
         processes: that gradients are averaged over.
     """
 
@@ -60,6 +66,7 @@ class Scoring:
     order: Literal[1, 2]
     compiled: bool
     norms: bool
+    spread: bool
     processes: int = 1
     model_fn: ModelFn = field(init=False)
     params: dict[str, Tensor] = field(init=False)
@@ -167,13 +174,17 @@ class Scoring:
         read: dict[str, Quantity] = {name: Dot(u) for name, u in us.items()}
         if self.norms:
             read[NORMS] = SqNorm()
+        if self.spread:
+            read[SPREAD] = Spread()
         out = self._run(self.model_fn, self.params, batch, read)
         accumulate_grads(self.module, out.grads or {})
-        sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
+        tables = out.values.pop(SPREAD) if self.spread else None
         share = scale * self.processes
+        table = None if tables is None else torch.stack(list(tables.values()), dim=1) / share**2
+        sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
         norms = sums.pop(NORMS).sqrt() / share if self.norms else None
         columns = torch.stack(list(sums.values()), dim=1) / share
-        return out.losses, Values(ids, columns, norms)
+        return out.losses, Values(ids, columns, norms, table)
 
     def keep(self, ids: Tensor, batch: dict[str, Any], books: list[Book]) -> Tensor:
         """Losses; gradients to `.grad`; factors are kept until the step's gradient is there."""
@@ -188,9 +199,20 @@ class Scoring:
         for ids, book in books:
             columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / share
             norms = book.norms() / share if self.norms else None
-            found.append(Values(ids, columns, norms))
+            rows = [spread(bundle).table for bundle in book.bundles] if self.spread else None
+            table = None if rows is None else torch.stack(rows, dim=1) / share**2
+            found.append(Values(ids, columns, norms, table))
         books.clear()
         return found
+
+    def squares(self, scale: float) -> dict[str, Tensor]:
+        """`||G||^2` of the gradient in `.grad`, by parameter."""
+        named = dict(self.module.named_parameters())
+        grads = {k: named[k].grad for k in self.params}
+        return {
+            k: torch.zeros(()) if g is None else wide(g).square().sum() / scale**2
+            for k, g in grads.items()
+        }
 
     def gradients(self, pieces: Pieces) -> dict[str, Any]:
         """The gradient of every score set's loss."""
@@ -236,11 +258,5 @@ def trainable(module: nn.Module) -> tuple[int, ...]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and the same random numbers afterwards."""
-    flags = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    with evaluation_mode(model), torch.random.fork_rng():
+        yield

@@ -1,0 +1,284 @@
+"""How the gradients of a training step agree: noise scale, norms, conflicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ghostfunc._base.compilable import compilable
+from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
+from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
+from ghostfunc._base.reprs import brief
+from ghostfunc._base.trees import batch_size, flatten_params
+from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
+from ghostfunc._factors.spread import spread
+from ghostfunc._quantities.quantity import Spread
+from ghostfunc._taps.run import run
+from ghostfunc._transforms.factored import FactoredGrads
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+class HealthStep(NamedTuple):
+    """What `ghost_health` returns.
+
+    Attributes:
+        losses: per-sample losses, `[n]`.
+        grads: gradient of the mean loss, a pytree like `params`.
+        spread: `||g_i||^2` and `<g_i, sum_j g_j>`, `[n, 2]` per parameter, a pytree like `params`:
+            what `gf.Spread` reads.
+    """
+
+    losses: Float[Tensor, " n"]
+    grads: PyTree
+    spread: PyTree
+
+    def __repr__(self) -> str:
+        return brief("HealthStep", **self._asdict())
+
+
+@compilable(HealthStep)
+def ghost_health(
+    model_fn: ModelFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    contract_dtype: ContractDtype = None,
+    check: Check = "new",
+    randomness: Randomness = "error",
+) -> HealthStep:
+    """A training step whose gradients `gf.health` can be asked about, in one backward pass.
+
+        step = gf.ghost_health(model_fn, params, batch)
+        gf.accumulate_grads(module, step.grads)
+        logger.log(gf.health(step).as_dict())
+
+    **Cost.** For every parameter, the products that its training gradient takes anyway are made
+    block by block; each block is contracted with itself and with the sum while it is in cache.
+    Where Gram matrices of positions are cheaper (`n^2 T^2 (d + p) < n T d p`), those are taken. On
+    top of a plain step come five reads of `n d p` numbers, and no second pass. Parameters that
+    samples meet at several places are read when the backward pass is over.
+
+    Args:
+        model_fn: pure, `model_fn(params, batch) -> losses [n]`.
+        params: pytree of floating-point tensors.
+        batch: pytree of tensors `[n, ...]`. All samples run at one time: dot products with the sum
+            relate them to each other.
+        contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of the products that
+            `spread` is made of, as in `ghost_dot_prod`; they are then no longer shared with the
+            training gradient, which is never rounded.
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
+        randomness: "error" or "different".
+
+    Returns:
+        `HealthStep(losses, grads, spread)`; `grads` is the gradient of the mean loss.
+
+    Raises:
+        GhostError: one of its children, as for `ghost_vjp`.
+
+    Reference:
+        McCandlish et al., "An Empirical Model of Large-Batch Training", 2018.
+    """
+    one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
+    check_contract_dtype(contract_dtype)
+    leaves, spec = flatten_params(params)
+    taken = run(
+        model_fn,
+        leaves,
+        spec,
+        batch,
+        [Spread().contracting(contract_dtype)],
+        grads=range(len(leaves)),
+        scale=1 / batch_size(batch),
+        check=check,
+        randomness=randomness,
+    )
+    grads, table = spec.unflatten(taken.grads), spec.unflatten(taken.values[0])
+    return HealthStep(taken.losses, grads, table)
+
+
+@dataclass(frozen=True, repr=False)
+class Health:
+    """How the gradients of n samples agree; made by `gf.health`.
+
+    With `G = mean_i g_i`, `S = mean_i ||g_i||^2`:
+
+    Attributes:
+        noise: `n / (n - 1) (S - ||G||^2)`, unbiased for tr(Sigma), the variance of a sample's
+            gradient, summed over its entries.
+        signal: `(n ||G||^2 - S) / (n - 1)`, unbiased for the squared norm of the true gradient:
+            the mean of `<g_i, g_j>` over pairs of different samples. It may be negative.
+        conflicting: the share of samples with `<g_i, sum_{j != i} g_j> < 0`: what helps the others
+            of the batch hurts them.
+        norms: `||g_i||`, `[n]`, in float64 on the CPU.
+        ids: of the samples; their places in the batch where none were given.
+        layers: the same of every module's own parameters, by its name; empty for a layer.
+    """
+
+    noise: float
+    signal: float
+    conflicting: float
+    norms: Float[Tensor, " n"]
+    ids: tuple[int | str, ...]
+    layers: Mapping[str, Health] = field(default_factory=dict)
+
+    @property
+    def noise_scale(self) -> float:
+        """`tr(Sigma) / |G|^2`, the simple noise scale: about the batch size up to which a larger
+        batch saves steps. Infinite where `signal` is not positive: this batch is too small to say.
+        Of several steps, divide the mean of `noise` by the mean of `signal`."""
+        if math.isnan(self.signal):  # of a step of one sample
+            return math.nan
+        return self.noise / self.signal if self.signal > 0 else math.inf
+
+    def quantile(self, q: float) -> float:
+        """A quantile of `||g_i||`."""
+        return float(self.norms.quantile(q))
+
+    def largest(self, k: int = 5) -> list[tuple[int | str, float]]:
+        """The k samples of the largest gradients, `(id, norm)`, the largest first."""
+        values, index = self.norms.topk(min(k, len(self.norms)))
+        return [(self.ids[i], x) for i, x in zip(index.tolist(), values.tolist(), strict=True)]
+
+    def as_dict(self, prefix: str = "health/", *, layers: bool = False) -> dict[str, float]:
+        """Plain numbers for a logger; with `layers`, those of every layer, too."""
+        out = {
+            f"{prefix}noise_scale": self.noise_scale,
+            f"{prefix}noise": self.noise,
+            f"{prefix}signal": self.signal,
+            f"{prefix}conflicting": self.conflicting,
+            **{f"{prefix}norm_q{round(100 * q)}": self.quantile(q) for q in QUANTILES},
+            f"{prefix}norm_max": float(self.norms.max()),
+        }
+        if layers:
+            for name, layer in self.layers.items():
+                out |= layer.as_dict(f"{prefix}{name}/")
+        return out
+
+    def __repr__(self) -> str:
+        ((who, largest),) = self.largest(1)
+        return (
+            f"Health(samples={len(self.norms)}, noise_scale={self.noise_scale:.4g}, "
+            f"conflicting={self.conflicting:.3g}, norm_median={self.quantile(0.5):.4g}, "
+            f"norm_max={largest:.4g} (sample {who}), layers={len(self.layers)})"
+        )
+
+
+def health(
+    step: HealthStep | FactoredGrads, *, ids: Sequence[int | str] | Tensor | None = None
+) -> Health:
+    """How the gradients of a step's samples agree: exact numbers of all of them.
+
+        noise scale   B = tr(Sigma) / |G|^2, both estimated without bias from the n samples
+        conflicting   the share of samples with `<g_i, sum_{j != i} g_j> < 0`
+        norms         `||g_i||`: quantiles, and the ids of the largest
+
+    All of it is made of `||g_i||^2` and `<g_i, sum_j g_j>`, parameter by parameter: both add up to
+    those of layers and of the model. Reading them waits for the device once.
+
+    Args:
+        step: what `gf.ghost_health` returns; or the kept gradients of `gf.factored_grads`, which
+            takes another round of contractions. From a `gf.ghost_vjp` of several quantities,
+            `gf.Spread()` among them, make `gf.HealthStep(out.losses, out.grads, out.values[name])`.
+        ids: of the samples, n of them; by default their places in the batch.
+
+    Returns:
+        A `Health`: `noise_scale`, `conflicting`, `norms`, `largest()`, `layers`, `as_dict()`.
+        Multiplying all losses by a number multiplies norms by it and leaves the others alone.
+
+    Raises:
+        OptionError: another kind of step; another number of ids.
+        BatchError: fewer than two samples, of which no variance can be estimated.
+        NonFiniteLossError: a gradient that is NaN or infinite, or whose square is beyond its dtype.
+
+    Reference:
+        McCandlish et al., "An Empirical Model of Large-Batch Training", 2018: the simple noise
+        scale, and its estimates with batches of one and of n samples (appendix A.1).
+    """
+    names, table = _table_of(step)
+    samples = _checked_ids(ids, len(table))
+    return health_of(names, table.double().cpu(), samples)
+
+
+def health_of(
+    names: Sequence[str], table: Float[Tensor, "n params 2"], ids: tuple[int | str, ...]
+) -> Health:
+    """`health` of named parameters' `||g_i||^2` and `<g_i, sum_j g_j>`, in float64 on the CPU."""
+    n = len(table)
+    if n < 2:
+        raise BatchError(
+            f"gf.health got a step of {n} sample: how gradients differ takes two at least."
+        )
+    bad = [ids[i] for i in (~table.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()]
+    if bad:
+        raise NonFiniteLossError(
+            f"The gradients of samples {bad[:5]} ({len(bad)} in all) are NaN or infinite, or their "
+            "squares are beyond the dtype of the parameters. gf.ghost_norm says which norms are "
+            "finite; multiply the losses by a small number if they all are."
+        )
+    groups = by_layer(names).items()
+    layers = {layer: _of(table[:, index].sum(1), ids, {}) for layer, index in groups}
+    return _of(table.sum(1), ids, layers)
+
+
+def by_layer(names: Sequence[str]) -> dict[str, list[int]]:
+    """The parameters of every module, by its name."""
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        groups.setdefault(name.rpartition(".")[0] or name, []).append(i)
+    return groups
+
+
+def _of(
+    table: Float[Tensor, "n 2"], ids: tuple[int | str, ...], layers: Mapping[str, Health]
+) -> Health:
+    n = len(table)
+    squares, dots = table.unbind(1)
+    others = dots - squares
+    return Health(
+        noise=float(squares.mean() - others.sum() / (n * (n - 1))),
+        signal=float(others.sum() / (n * (n - 1))),
+        conflicting=float((others < 0).double().mean()),
+        norms=squares.clamp(min=0).sqrt(),
+        ids=ids,
+        layers=layers,
+    )
+
+
+def _table_of(step: object) -> tuple[Sequence[str], Float[Tensor, "n params 2"]]:
+    """The names of the parameters, and what is read of them, side by side."""
+    if isinstance(step, FactoredGrads):
+        rows = [spread(bundle).table for bundle in step.bundles]
+        return step.names, torch.stack(rows, dim=1)
+    if not isinstance(step, HealthStep):
+        raise OptionError(
+            f"gf.health got a {type(step).__name__}; expected what gf.ghost_health(model_fn, "
+            "params, batch) or gf.factored_grads returns. Of gf.ghost_vjp with gf.Spread() among "
+            "its quantities, pass gf.HealthStep(out.losses, out.grads, out.values[name])."
+        )
+    leaves, spec = flatten_params(step.spread)
+    n = len(step.losses)
+    for name, x in zip(spec.names, leaves, strict=True):
+        if x.shape != (n, 2):
+            raise OptionError(
+                f"HealthStep.spread has shape {tuple(x.shape)} for parameter {name!r}; expected "
+                f"[{n}, 2], the values of gf.Spread()."
+            )
+    return spec.names, torch.stack([x.detach() for x in leaves], dim=1)
+
+
+def _checked_ids(ids: object, n: int) -> tuple[int | str, ...]:
+    if ids is None:
+        return tuple(range(n))
+    found = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != n:
+        raise OptionError(f"ids must be {n} numbers or names, one per sample; got {ids!r:.80}.")
+    return tuple(found)
