@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
+from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
 from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.types import PyTree
@@ -73,6 +74,11 @@ class ParamSpec:
 
 def _fault(x: Tensor) -> str | None:
     """Why no gradient can be taken with such a tensor, and what to do; None if one can."""
+    if is_dtensor(x):
+        return (
+            f"{described(x)}: pass the tensor itself, x.full_tensor(), or, of a module that "
+            "fully_shard has sharded, the params that gf.from_module returns"
+        )
     if x.is_nested:
         return "a nested tensor: pad it (torch.nested.to_padded_tensor) and pass a mask"
     if x.is_quantized:

@@ -57,6 +57,8 @@ class Quantity:
             a weight that is used as `w.t()` is then read where it is used.
         takes_contract_dtype: whether it heeds `contract_dtype`.
         contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
+        of_directions: whether it is told of `params` to compare directions with them. Others are
+            told of whole parameters, where `params` are a rank's pieces.
     """
 
     degree: int
@@ -64,6 +66,7 @@ class Quantity:
     same_for_transpose: bool = False
     takes_contract_dtype: bool = False
     contract_dtype: ContractDtype = None
+    of_directions: bool = False
 
     def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one parameter's value."""
@@ -100,6 +103,7 @@ class Dot(Quantity):
 
     degree = 1
     takes_contract_dtype = True
+    of_directions = True
 
     def __init__(self, direction: PyTree) -> None:
         self.direction = direction

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_flags, check_model_fn, one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -156,6 +157,7 @@ def explain(
         OptionError: a quantity that does not exist, or "dot_prod" without `val`.
         GhostError: another of its children, as for `ghost_vjp`.
     """
+    refuse_pieces(model_fn, "gf.explain")
     one_of("quantity", quantity, tuple(_PLANS))
     one_of("randomness", randomness, ("error", "different"))
     if quantity == "dot_prod" and val is None:

@@ -14,6 +14,7 @@ from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import (
     ParamSpec,
     batch_size,
@@ -104,6 +105,7 @@ def influence(
     check_model_fn(model_fn)
     if query_fn is not None:
         check_model_fn(query_fn, "query_fn")
+    refuse_pieces(model_fn, "gf.influence")
     check_count("directions_at_once", directions_at_once)
     check_chunk_size(chunk_size)
     check_flags(relative=relative, per_param=per_param, per_position=per_position)

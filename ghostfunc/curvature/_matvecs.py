@@ -17,6 +17,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import CurvatureError, check_batches
@@ -199,6 +200,7 @@ def hessian(
         An operator: `matvec(direction)`.
     """
     check_model_fn(model_fn)
+    refuse_pieces(model_fn, "gf.curvature.hessian")
     return _Hessian(model_fn, params, batches, hvp, chunk_size)
 
 

@@ -21,6 +21,7 @@ from ghostfunc._base.options import (
     check_type,
     one_of,
 )
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.trees import (
     check_samples,
     flatten,
@@ -144,6 +145,7 @@ def score_dataset(
         scores = gf.score_dataset(model_fn, params, pool, val=target, collate=gf.data.padded(0))
         best = scores.top(100).ids
     """
+    refuse_pieces(model_fn, "gf.data.score_dataset")
     check_wanted(quantities)
     check_limits(token_budget, batch_size)
     one_of("randomness", randomness, ("error", "different"))

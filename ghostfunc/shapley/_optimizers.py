@@ -34,11 +34,14 @@ class Optimizer:
         linear: whether `changes` is linear in `grads`, up to a constant. Then its derivative `J` is
             the same at every gradient, and scores need no gradient before they are read.
         gain: the number c if `J` is c times the identity (plain SGD: `-lr`), else None.
+        elementwise: whether a change depends on the gradient at its own place alone, so that a
+            rank can compute it of its pieces of sharded parameters.
     """
 
     update: Update
     linear: bool = False
     gain: float | None = None
+    elementwise: bool = False
 
     def pull_back(self, grads: PyTree, params: PyTree, direction: PyTree) -> PyTree:
         """`J^T u`, with J the derivative of the update at `grads`."""
@@ -89,7 +92,7 @@ def sgd(
         return optree.tree_map(change, grads, params, *buffers)
 
     gain = sgd_gain(lr, momentum, dampening, nesterov, first=momentum_buffer is None)
-    return Optimizer(update, linear=True, gain=gain)
+    return Optimizer(update, linear=True, gain=gain, elementwise=True)
 
 
 def sgd_change(
@@ -188,7 +191,7 @@ def _adam(
 
         return optree.tree_map(change, grads, params, exp_avg, exp_avg_sq)
 
-    return Optimizer(update)
+    return Optimizer(update, elementwise=True)
 
 
 def _check_state(name: str, state: PyTree) -> None:

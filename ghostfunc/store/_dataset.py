@@ -19,6 +19,7 @@ from ghostfunc._base.options import (
     check_whole,
     one_of,
 )
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.projection import Projection
 from ghostfunc.store._again import Comparison
@@ -99,6 +100,7 @@ def project_dataset(
     check_whole("batch_size", batch_size)
     if tolerance is not None:
         check_positive("tolerance", tolerance, infinite=True)
+    refuse_pieces(model_fn, "gf.store.project_dataset")
     store.check_projection(projection)
     store.check_model(checkpoint, params)
     if len(dataset) != store.n_samples:

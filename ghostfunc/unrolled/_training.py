@@ -14,6 +14,7 @@ from torch import Tensor
 from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import check_model_fn, check_type
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -94,6 +95,7 @@ class Training:
             )
         if seed is not None and type(seed) is not int:
             raise OptionError(f"seed={seed!r} must be an integer or None.")
+        refuse_pieces(model_fn, "gf.unrolled")
         self.model_fn, self.steps, self.optimizer = model_fn, steps, optimizer
         self.weights, self.seed = weights, seed
         if weights is not None:
