@@ -84,7 +84,7 @@ def trace_model(
     recorder = Recorder(tracked, log, k, k + 1, grown)
     with recorder:
         losses = model_fn(spec.unflatten([t.shown for t in tracked]), grown)
-    losses = check_losses(losses, k + 1)
+    losses = check_losses(losses, k + 1).detach()  # its graph need not outlive it
     if randomness == "error" and not close(losses[:k], plain):
         raise InPlaceError(
             f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
@@ -153,9 +153,8 @@ def _settle_layout(
 
 
 def _only(i: int, b: Tensor) -> bool:
-    """Whether only sample i has a cotangent; NaN is what zero times infinity is."""
-    others = torch.cat([b[:i], b[i + 1 :]])
-    return not bool(((others != 0) & ~others.isnan()).any())
+    """Whether only sample i has a cotangent."""
+    return not bool(b[:i].any()) and not bool(b[i + 1 :].any())
 
 
 def _copy_equal(y: Tensor) -> bool:

@@ -94,7 +94,8 @@ def probe_uses(
     seen: Sequence[RecordedCall],
     uses: Sequence[RecordedCall],
 ) -> list[list[Tensor]]:
-    """Cotangents of every use's output, for every sample's loss in turn."""
+    """Where every use's output has a cotangent, for every sample's loss in turn: booleans like the
+    output, of which several are kept while the model's graph is."""
     taps = [_zero(s.y) for s in uses]
 
     def run(taps: list[Tensor], primals: list[Tensor]) -> Tensor:
@@ -106,13 +107,22 @@ def probe_uses(
 
     if in_transform():
         losses, pullback = torch.func.vjp(run, taps, lend(leaves))[:2]
-        pulled = [pullback(c, create_graph=False) for c in _each(losses)]
-    else:  # plain autograd also runs functions that transforms do not
-        inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
-        losses = run(inputs[: len(taps)], inputs[len(taps) :])
-        refuse_checkpoints(losses)
+        marks = []
+        for c in _each(losses):
+            cotangents, unseen = pullback(c, create_graph=False)
+            for name, g in zip(spec.names, unseen, strict=True):
+                if bool((g != 0).any()):
+                    raise unseen_use([name])
+            marks.append([_marked(g) for g in cotangents])
+        return marks
+    # Plain autograd also runs functions that transforms do not.
+    inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
+    losses = run(inputs[: len(taps)], inputs[len(taps) :])
+    refuse_checkpoints(losses)
+    marks = []
+    for c in _each(losses):
         try:
-            flats = [gradients(losses, inputs, c, again=True) for c in _each(losses)]
+            flat = gradients(losses, inputs, c, again=True)
         except CheckpointError as error:
             raise TransformError(
                 "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
@@ -120,18 +130,21 @@ def probe_uses(
                 'mode="materialized" with vectorize=False.'
             ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
-        for name, g in zip(spec.names, flats[0][len(taps) :], strict=True):
+        for name, g in zip(spec.names, flat[len(taps) :], strict=True):
             if g is not None:
                 raise unseen_use([name])
-        return [
-            [torch.zeros_like(x) if g is None else g for x, g in zip(taps, flat, strict=False)]
-            for flat in flats
-        ]
-    for _, unseen in pulled:
-        for name, g in zip(spec.names, unseen, strict=True):
-            if bool((g != 0).any()):
-                raise unseen_use([name])
-    return [cotangents for cotangents, _ in pulled]
+        marks.append(
+            [
+                torch.zeros_like(x, dtype=torch.bool) if g is None else _marked(g)
+                for x, g in zip(taps, flat, strict=False)
+            ]
+        )
+    return marks
+
+
+def _marked(cotangent: Tensor) -> Tensor:
+    """Where a cotangent is; NaN is what zero times infinity is."""
+    return (cotangent != 0) & ~cotangent.isnan()
 
 
 def unseen_use(names: Sequence[str]) -> UntrackedUseError:

@@ -355,7 +355,7 @@ class Recorder(TrackingMode):
             ndim=out.ndim,
             dtype=out.dtype,
         )
-        return RecordedCall(trace, call.tracked, out, folds)
+        return RecordedCall(trace, call.tracked, out.detach(), folds)
 
     def _try(
         self,
