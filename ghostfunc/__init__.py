@@ -7,6 +7,7 @@ scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
 from ghostfunc import curvature, data, hf, projection, select, shapley, testing, unrolled
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.errors import (
     BatchError,
     ControlFlowError,
@@ -26,6 +27,7 @@ from ghostfunc._base.errors import (
     VerificationError,
 )
 from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.segments import documents
 from ghostfunc._factors.contract import materialize
 from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, SqNorm
@@ -57,6 +59,7 @@ __all__ = [
     "ControlFlowError",
     "CoupledSamplesError",
     "Dense",
+    "Documents",
     "Dot",
     "FactoredGrads",
     "GhostError",
@@ -90,6 +93,7 @@ __all__ = [
     "curvature",
     "data",
     "direction",
+    "documents",
     "explain",
     "factored_grads",
     "from_module",

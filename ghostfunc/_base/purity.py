@@ -8,9 +8,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ghostfunc._base.documents import company as company_order
+from ghostfunc._base.documents import content
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     InPlaceError,
@@ -98,11 +101,13 @@ def prove_independent(
             return torch.cat([losses(take(batch, [i, i]))[:1] for i in range(n)])
         half = n // 2
         start = min(half, n - 2)
+        order = company_order(n, batch)
         lower, upper = (
-            losses(take(batch, range(max(half, 2)))),
-            losses(take(batch, range(start, n))),
+            losses(take(batch, order[: max(half, 2)])),
+            losses(take(batch, order[start:])),
         )
-        return torch.cat([lower[:half], upper[half - start :]])
+        found = torch.cat([lower[:half], upper[half - start :]])
+        return found if order == list(range(n)) else found[np.argsort(order)]
 
     if key in remembered:
         if randomness == "error" and n > 1:
@@ -305,7 +310,7 @@ def distinct(batch: PyTree) -> bool:
 def _other_sample(batch: PyTree) -> int | None:
     """The first sample that differs from sample 0."""
     found = []
-    for x in tensors_of(batch):
+    for x in tensors_of(content(batch)):
         if len(x) > 1 and x[0].numel():
             differs = (x != x[:1]).reshape(len(x), -1).any(1)
             found += differs.nonzero().flatten()[:1].tolist()

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghostfunc._base.compilable import known
+from ghostfunc._base.documents import Documents, packing_of
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.trees import ParamSpec, flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
@@ -35,12 +36,14 @@ def structure(
 ) -> Hashable:
     """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
     batch_leaves, batch_def = flatten(batch)
+    packing = packing_of(batch)
     return (
         spec.treedef,
         tuple((x.ndim, x.dtype) for x in leaves),
         batch_def,
         tuple((x.ndim, x.dtype) for x in batch_leaves),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
+        packing is not None and packing.several,  # nor does a document in a row of its own
         randomness,
         training_flags(model_fn),
     )
@@ -89,5 +92,12 @@ def _closed_over(fn: types.FunctionType) -> list[Any]:
 
 
 def shapes_key(batch: PyTree) -> Hashable:
-    """The exact shapes of a batch."""
+    """The exact shapes of a batch. Of documents, those that the model sees, which are their rows':
+    how many documents the rows hold is no shape of any op."""
+    if isinstance(batch, Documents):
+        packing = batch.packing
+        sizes = tuple(tuple(x.shape[2:]) for x in batch.tensors.values())
+        return packing.rows, packing.width, packing.several, len(batch) > 1, sizes
+    if isinstance(batch, tuple):
+        return tuple(map(shapes_key, batch))
     return tuple(tuple(map(known, x.shape)) for x in tensors_of(batch))

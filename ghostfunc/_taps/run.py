@@ -32,6 +32,7 @@ from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import Claim, prove
 from ghostfunc._taps.sinks import as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
@@ -288,6 +289,7 @@ def _by_cotangents(
             n,
             dict(zip(readers, taps, strict=True)),
             dict(zip(collected, collect_taps, strict=True)),
+            recut=recut_of(model),
         )
         with mode:
             losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
@@ -300,7 +302,7 @@ def _by_cotangents(
         args = [mode.uses[number].arg_tensors for number in collected]
         return losses, [[x if nested else x.detach() for x in row] for row in args]
 
-    collect_taps = [output.tap(n) for output in collected.values()]
+    collect_taps = [output.tap(model.rows) for output in collected.values()]
     losses, (read, cotangents, param_grads), saved = pull_back(
         tapped,
         (taps, collect_taps, [leaves[i] for i in grads]),

@@ -22,6 +22,7 @@ from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, OneRunReader, PositionsReader, Reader
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
+from ghostfunc._taps.recut import Recut
 from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
@@ -140,6 +141,8 @@ class Use:
         sinks: where to put what is read; None inside transforms, whose taps return it.
         collecting: makes a zero cotangent of the output, where that is kept.
         reading: whether something is read.
+        recut: lays packed rows out as documents, if these are the samples.
+        place: number of the call in the trace.
     """
 
     call: CallTrace
@@ -153,6 +156,8 @@ class Use:
     sinks: Sinks | None = None
     collecting: Blank | None = None
     reading: bool = False
+    recut: Recut | None = None
+    place: int = 0
 
     def __post_init__(self) -> None:
         self.arg_tensors, self._rest = _split_tensors(self.args)
@@ -234,14 +239,22 @@ class Use:
         """What makes the factors of all targets, by the rule's names for them, given the output's
         cotangent."""
         layout, rule = self.call.out, self.call.rule
+        recut = self.recut
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
+            if recut is not None:
+                g = recut.broadcast(self.place, self.call, g, const)
             return {"": lambda: Dense(real(g.reshape(self.n, *const.shape)))}
         leaves = _merge_tensors(self._rest, args)
-        call_args, kwargs = unflatten(self.treedef, stack_all(leaves, self.call.places, self.n))
+        if recut is None:
+            b, leaves = layout.stack(b, self.n), stack_all(leaves, self.call.places, self.n)
+        else:
+            b = recut.cotangent(self.place, self.call, b)
+            leaves = recut.arguments(self.place, self.call, leaves)
+        call_args, kwargs = unflatten(self.treedef, leaves)
         assert rule is not None  # tracing saw to it
-        return rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
+        return rule.fn(b, *call_args, **kwargs)
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
         """The cotangents of all tap inputs, in the order of `tap`."""
@@ -377,6 +390,7 @@ class UseOutput:
     """A use as a run on `n` samples saw it.
 
     Attributes:
+        n: the samples, or the rows that documents shared.
         shape, axis, dtype, device: its output, and where the samples lie in it.
         targets: `(parameter, type of factor, shape of factor, positions, direct)`.
     """
@@ -398,11 +412,11 @@ class StaleOutputs(Exception):
     """Some outputs have other shapes than the remembered ones. Never leaves the package."""
 
 
-def output_of(use: Use, y: Tensor, axis: int) -> UseOutput:
+def output_of(use: Use, y: Tensor, axis: int, n: int) -> UseOutput:
     targets = []
     for name, target in use.targets:
         factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
         met = bundles.use_shape(factor)
         seen = met.kind, met.shape, met.positions, target.direct(factor)
         targets += [(leaf, *seen) for leaf in target.leaves()]
-    return UseOutput(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
+    return UseOutput(n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
