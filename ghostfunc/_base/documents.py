@@ -32,6 +32,9 @@ from ghostfunc._base.types import PyTree
 FILL = {"labels": -100}
 """What stands behind the last document of a row, where it matters."""
 
+FILLED_UP = 0.6
+"""Length of the shortest document of a group, relative to its longest one's."""
+
 NEARLY_FULL = 7 / 8
 """Share of a row's width from which on rows keep it: runs at one width share what is known."""
 
@@ -64,6 +67,33 @@ class Packing:
     row: Int[Tensor, " n"]
     position_ids: Int[Tensor, "R T"]
     several: bool
+
+    @functools.cached_property
+    def spans(self) -> list[slice]:
+        """The stretch of each document in the flattened rows."""
+        starts, lengths = self.index[:, 0].tolist(), self.own.sum(1).tolist()
+        return [slice(a, a + size) for a, size in zip(starts, lengths, strict=True)]
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[Tensor, Packing]]:
+        """The documents by length, so that few are filled up much: which they are, and where they
+        lie."""
+        lengths = self.own.sum(1)
+        order = lengths.argsort(descending=True)
+        groups: list[list[int]] = []
+        for i, size in zip(order.tolist(), lengths[order].tolist(), strict=True):
+            longest = int(lengths[groups[-1][0]]) if groups else 0
+            if not groups or size < FILLED_UP * longest:
+                groups.append([])
+            groups[-1].append(i)
+        return [(torch.tensor(g, device=self.row.device), self._some(g)) for g in groups]
+
+    def _some(self, chosen: list[int]) -> Packing:
+        own = self.own[chosen]
+        longest = int(own.sum(1).max())
+        own = own[:, :longest]
+        index, row = self.index[chosen, :longest], self.row[chosen]
+        return replace(self, index=index, own=own, whole=bool(own.all()), row=row)
 
     @functools.cached_property
     def own_in_row(self) -> Bool[Tensor, "n T"]:

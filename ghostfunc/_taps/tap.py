@@ -7,7 +7,7 @@ its input; the training gradient, where it is wanted, is one more thing read off
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,12 +15,19 @@ import optree
 import torch
 from torch import Tensor
 
+from ghostfunc._base.documents import Packing
 from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
-from ghostfunc._quantities.readers import DotReader, OneRunReader, PositionsReader, Reader
+from ghostfunc._quantities.readers import (
+    DotReader,
+    OneRunReader,
+    PositionsReader,
+    Reader,
+    by_sample,
+)
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
 from ghostfunc._taps.recut import Recut
 from ghostfunc._taps.straight import Straight
@@ -217,13 +224,15 @@ class Use:
             sinks.cotangents[self.number] = b
         if not self.reading:
             return out
+        if self.recut is not None:
+            return self._pour_documents(b, args, sinks)
         factors = self.factors(b, args)
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
             readers = [root if own is None else own for own, root in target.readers.values()]
             by_position = any(isinstance(r, PositionsReader) for r in readers)
-            factor = self._shaped(factors[name], target, by_position=by_position)
+            factor = self.shaped(factors[name], target, by_position=by_position)
             straight = sinks.straight
             if straight is not None and straight.read(self.call, target, factor, sinks.add):
                 continue
@@ -235,20 +244,41 @@ class Use:
                 out.append(found[-1])
         return out
 
-    def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
+    def _pour_documents(
+        self, b: Tensor, args: Sequence[Tensor], sinks: Sinks
+    ) -> list[Tensor | None]:
+        """`pour`, where samples are documents."""
+        out: list[Tensor | None] = []
+        read = ByDocument(self, b, args)
+        for name, target in self.targets:
+            if not target.readers and not target.wants_grad:
+                continue
+            readers = [root if own is None else own for own, root in target.readers.values()]
+            found = read(name, target, readers)
+            for key, value in zip(target.readers, found, strict=False):
+                assert value is not None
+                sinks.add(key, value)
+            if target.grad is not target.const:
+                out.append(found[-1])
+        return out
+
+    def factors(
+        self, b: Tensor, args: Sequence[Tensor], recut: Recut | None = None, n: int | None = None
+    ) -> Factors:
         """What makes the factors of all targets, by the rule's names for them, given the output's
-        cotangent."""
+        cotangent. Of n samples that some rows are `recut` into, or of as many rows."""
         layout, rule = self.call.out, self.call.rule
-        recut = self.recut
+        if n is None:
+            recut, n = self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
             if recut is not None:
                 g = recut.broadcast(self.place, self.call, g, const)
-            return {"": lambda: Dense(real(g.reshape(self.n, *const.shape)))}
+            return {"": lambda: Dense(real(g.reshape(n, *const.shape)))}
         leaves = _merge_tensors(self._rest, args)
         if recut is None:
-            b, leaves = layout.stack(b, self.n), stack_all(leaves, self.call.places, self.n)
+            b, leaves = layout.stack(b, n), stack_all(leaves, self.call.places, n)
         else:
             b = recut.cotangent(self.place, self.call, b)
             leaves = recut.arguments(self.place, self.call, leaves)
@@ -282,14 +312,72 @@ class Use:
     ) -> Factor:
         """The factor of one target, given the output's cotangent; `by_position`, no rule may form
         the gradient because that is smaller."""
-        return self._shaped(self.factors(b, args)[name], target, by_position=by_position)
+        return self.shaped(self.factors(b, args)[name], target, by_position=by_position)
 
-    def _shaped(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
+    def shaped(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
         if by_position and isinstance(make, ByPosition):
             make = make.outer
         if isinstance(self.call.rule, BroadcastRule):
             return make()
         return as_param_shape(make(), target)
+
+
+class ByDocument:
+    """Reads one use where packed rows are shown and samples are documents."""
+
+    def __init__(self, use: Use, b: Tensor, args: Sequence[Tensor]) -> None:
+        assert use.recut is not None
+        self._use, self._b, self._args = use, b, args
+        self._recut: Recut = use.recut
+        self._made: dict[int, Factors] = {}
+
+    def __call__(
+        self, name: ArgName, target: Tracked, readers: Sequence[Reader]
+    ) -> list[Tensor | None]:
+        """What every reader reads, and the training gradient, as `_read_all` returns them."""
+        packing = self._recut.packing
+        here = all(own is not None for own, _ in target.readers.values())
+        by_position = any(isinstance(r, PositionsReader) for r in readers)
+        if here and all(isinstance(r, DotReader) for r in readers):
+            rows = self._rows(name, target)
+            if rows is not None:
+                return _read_all(rows, target, readers, packing)
+        apart = len(packing.groups) > 1 and not target.wants_grad
+        if readers and apart and all(map(by_sample, readers)):
+            parts = [
+                _read_all(self._documents(name, target, part, i), target, readers)
+                for i, (_, part) in enumerate(packing.groups, 1)
+            ]
+            order = torch.cat([index for index, _ in packing.groups]).argsort()
+            columns = zip(*parts, strict=True)
+            return [torch.cat([x for x in column if x is not None])[order] for column in columns]
+        factor = self._documents(name, target, packing, 0, by_position=by_position)
+        return _read_all(factor, target, readers)
+
+    def _rows(self, name: ArgName, target: Tracked) -> Factor | None:
+        """The factor of rows, if its positions are those of the rows."""
+        if isinstance(self._use.call.rule, BroadcastRule):
+            return None
+        packing = self._recut.packing
+        if -1 not in self._made:
+            self._made[-1] = self._use.factors(self._b, self._args, None, packing.rows)
+        make = self._made[-1][name]
+        make = make.outer if isinstance(make, ByPosition) else make
+        factor = make()
+        if not isinstance(factor, (Outer, OneHot)):
+            return None
+        factor = as_param_shape(factor, target)
+        fits = isinstance(factor, (Outer, OneHot)) and factor[0].shape[1] == packing.width
+        return factor if fits else None
+
+    def _documents(
+        self, name: ArgName, target: Tracked, part: Packing, key: int, *, by_position: bool = False
+    ) -> Factor:
+        """The factor of some documents."""
+        if key not in self._made:
+            recut = replace(self._recut, packing=part)
+            self._made[key] = self._use.factors(self._b, self._args, recut, len(part.row))
+        return self._use.shaped(self._made[key][name], target, by_position=by_position)
 
 
 def as_param_shape(factor: Factor, target: Tracked) -> Factor:
@@ -308,9 +396,12 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
     return Dense(g.reshape(len(g), *shape))
 
 
-def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
+def _read_all(
+    factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None = None
+) -> list[Tensor | None]:
     """What every reader of a target reads, and last the cotangent of its training gradient's input
-    if there is one: None if the gradient was added to a running total."""
+    if there is one: None if the gradient was added to a running total. With a `packing`, the factor
+    is one of packed rows, and all readers are `DotReader`s."""
     own = [reader is not None for reader, _ in target.readers.values()]
     pulled = {} if all(own) else leaf_factors(target, factor)
     at_leaf = [
@@ -328,10 +419,14 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
     contract_dtype = directions[0].contract_dtype if us else None  # one call has one
     grad: Tensor | None = None
     if target.running is not None:
-        dots = target.running.add(factor, us, contract_dtype)
+        dots = target.running.add(factor, us, contract_dtype, packing)
     else:
         dots, grad = dots_and_total(
-            factor, us, with_total=target.wants_grad, contract_dtype=contract_dtype
+            factor,
+            us,
+            with_total=target.wants_grad,
+            contract_dtype=contract_dtype,
+            packing=packing,
         )
     read = iter(dots)
     here = iter([next(read) if isinstance(r, DotReader) else r.read(factor) for r in readers])
