@@ -75,6 +75,16 @@ class Packing:
         return [slice(a, a + size) for a, size in zip(starts, lengths, strict=True)]
 
     @functools.cached_property
+    def document(self) -> Int[Tensor, " places"]:
+        """Which document is at each place of the flattened rows; n where none is."""
+        n = len(self.row)
+        out = self.index.new_full((self.rows * self.width,), n)
+        own = self.own
+        numbers = torch.arange(n, device=out.device)[:, None].expand(own.shape)
+        out[self.index[own]] = numbers[own]
+        return out
+
+    @functools.cached_property
     def groups(self) -> list[tuple[Tensor, Packing]]:
         """The documents by length, so that few are filled up much: which they are, and where they
         lie."""

@@ -7,7 +7,7 @@ its input; the training gradient, where it is wanted, is one more thing read off
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from ghostfunc._quantities.readers import (
     by_sample,
 )
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
-from ghostfunc._taps.recut import Recut
+from ghostfunc._taps.recut import Recut, in_rows, regrouped
 from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
@@ -262,14 +262,10 @@ class Use:
                 out.append(found[-1])
         return out
 
-    def factors(
-        self, b: Tensor, args: Sequence[Tensor], recut: Recut | None = None, n: int | None = None
-    ) -> Factors:
+    def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
         """What makes the factors of all targets, by the rule's names for them, given the output's
-        cotangent. Of n samples that some rows are `recut` into, or of as many rows."""
-        layout, rule = self.call.out, self.call.rule
-        if n is None:
-            recut, n = self.recut, self.n
+        cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
+        layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
@@ -319,7 +315,10 @@ class Use:
             make = make.outer
         if isinstance(self.call.rule, BroadcastRule):
             return make()
-        return as_param_shape(make(), target)
+        factor = make()
+        if self.recut is not None:
+            factor = regrouped(factor, self.recut.packing)
+        return as_param_shape(factor, target)
 
 
 class ByDocument:
@@ -327,57 +326,35 @@ class ByDocument:
 
     def __init__(self, use: Use, b: Tensor, args: Sequence[Tensor]) -> None:
         assert use.recut is not None
-        self._use, self._b, self._args = use, b, args
-        self._recut: Recut = use.recut
-        self._made: dict[int, Factors] = {}
+        self._packing = use.recut.packing
+        self._broadcasts = isinstance(use.call.rule, BroadcastRule)
+        self._factors = use.factors(b, args)
 
     def __call__(
         self, name: ArgName, target: Tracked, readers: Sequence[Reader]
     ) -> list[Tensor | None]:
         """What every reader reads, and the training gradient, as `_read_all` returns them."""
-        packing = self._recut.packing
+        packing, make = self._packing, self._factors[name]
+        single = (make.outer if isinstance(make, ByPosition) else make)()
+        if self._broadcasts or isinstance(single, Dense):
+            factor = single if self._broadcasts else regrouped(single, packing)
+            return _read_all(as_param_shape(factor, target), target, readers)
         here = all(own is not None for own, _ in target.readers.values())
-        by_position = any(isinstance(r, PositionsReader) for r in readers)
         if here and all(isinstance(r, DotReader) for r in readers):
-            rows = self._rows(name, target)
-            if rows is not None:
+            rows = in_rows(single, packing)
+            rows = None if rows is None else as_param_shape(rows, target)
+            if isinstance(rows, (Outer, OneHot)):
                 return _read_all(rows, target, readers, packing)
         apart = len(packing.groups) > 1 and not target.wants_grad
         if readers and apart and all(map(by_sample, readers)):
             parts = [
-                _read_all(self._documents(name, target, part, i), target, readers)
-                for i, (_, part) in enumerate(packing.groups, 1)
+                _read_all(as_param_shape(regrouped(single, part), target), target, readers)
+                for _, part in packing.groups
             ]
             order = torch.cat([index for index, _ in packing.groups]).argsort()
             columns = zip(*parts, strict=True)
             return [torch.cat([x for x in column if x is not None])[order] for column in columns]
-        factor = self._documents(name, target, packing, 0, by_position=by_position)
-        return _read_all(factor, target, readers)
-
-    def _rows(self, name: ArgName, target: Tracked) -> Factor | None:
-        """The factor of rows, if its positions are those of the rows."""
-        if isinstance(self._use.call.rule, BroadcastRule):
-            return None
-        packing = self._recut.packing
-        if -1 not in self._made:
-            self._made[-1] = self._use.factors(self._b, self._args, None, packing.rows)
-        make = self._made[-1][name]
-        make = make.outer if isinstance(make, ByPosition) else make
-        factor = make()
-        if not isinstance(factor, (Outer, OneHot)):
-            return None
-        factor = as_param_shape(factor, target)
-        fits = isinstance(factor, (Outer, OneHot)) and factor[0].shape[1] == packing.width
-        return factor if fits else None
-
-    def _documents(
-        self, name: ArgName, target: Tracked, part: Packing, key: int, *, by_position: bool = False
-    ) -> Factor:
-        """The factor of some documents."""
-        if key not in self._made:
-            recut = replace(self._recut, packing=part)
-            self._made[key] = self._use.factors(self._b, self._args, recut, len(part.row))
-        return self._use.shaped(self._made[key][name], target, by_position=by_position)
+        return _read_all(as_param_shape(regrouped(single, packing), target), target, readers)
 
 
 def as_param_shape(factor: Factor, target: Tracked) -> Factor:
