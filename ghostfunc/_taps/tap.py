@@ -254,7 +254,9 @@ class Use:
             if not target.readers and not target.wants_grad:
                 continue
             readers = [root if own is None else own for own, root in target.readers.values()]
-            found = read(name, target, readers)
+            found = read(name, target, readers, sinks)
+            if found is None:
+                continue
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
                 sinks.add(key, value)
@@ -326,19 +328,23 @@ class ByDocument:
 
     def __init__(self, use: Use, b: Tensor, args: Sequence[Tensor]) -> None:
         assert use.recut is not None
-        self._packing = use.recut.packing
+        self._call, self._packing = use.call, use.recut.packing
         self._broadcasts = isinstance(use.call.rule, BroadcastRule)
         self._factors = use.factors(b, args)
 
     def __call__(
-        self, name: ArgName, target: Tracked, readers: Sequence[Reader]
-    ) -> list[Tensor | None]:
-        """What every reader reads, and the training gradient, as `_read_all` returns them."""
+        self, name: ArgName, target: Tracked, readers: Sequence[Reader], sinks: Sinks
+    ) -> list[Tensor | None] | None:
+        """What every reader reads, and the training gradient, as `_read_all` returns them; None if
+        the sinks have it."""
         packing, make = self._packing, self._factors[name]
         single = (make.outer if isinstance(make, ByPosition) else make)()
         if self._broadcasts or isinstance(single, Dense):
             factor = single if self._broadcasts else regrouped(single, packing)
-            return _read_all(as_param_shape(factor, target), target, readers)
+            factor, straight = as_param_shape(factor, target), sinks.straight
+            if straight is not None and straight.read(self._call, target, factor, sinks.add):
+                return None
+            return _read_all(factor, target, readers)
         here = all(own is not None for own, _ in target.readers.values())
         if here and all(isinstance(r, DotReader) for r in readers):
             rows = in_rows(single, packing)
