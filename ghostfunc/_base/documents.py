@@ -210,16 +210,17 @@ class Documents:
         return self.from_rows(x).sum(1)
 
 
-def _flatten(docs: Documents) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
+def _flatten(docs: Any) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
     names = ("tensors", "masks", "row", "length", "width", "spare")
     return tuple(getattr(docs, name) for name in names), None, names
 
 
-def _unflatten(_: None, children: Iterable[Any]) -> Documents:
+def _unflatten(_: Any, children: Iterable[Any]) -> Any:
     return Documents(*children)
 
 
-optree.register_pytree_node(Documents, _flatten, _unflatten, namespace=NAMESPACE)
+_node: type[Any] = Documents  # optree's types are for collections alone
+optree.register_pytree_node(_node, _flatten, _unflatten, namespace=NAMESPACE)
 
 
 def packing_of(batch: PyTree) -> Packing | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.documents import company as company_order
-from ghostfunc._base.documents import content
+from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     InPlaceError,
@@ -91,7 +91,8 @@ def prove_independent(
             if not close(found, expected):
                 raise coupled_samples(
                     f"some samples have losses {expected[:8].tolist()}; {where}, they have "
-                    f"{found[:8].tolist()}"
+                    f"{found[:8].tolist()}",
+                    batch,
                 )
 
     def in_halves() -> Tensor:
@@ -242,7 +243,14 @@ def refuse_checkpoints(losses: Tensor) -> None:
         )
 
 
-def coupled_samples(observed: str) -> CoupledSamplesError:
+def coupled_samples(observed: str, batch: PyTree = None) -> CoupledSamplesError:
+    if packing_of(batch) is not None:
+        return CoupledSamplesError(
+            f"The loss of one packed document depends on others of its row: {observed}. "
+            "Per-document gradients do not exist then. Usual causes: attention that looks across "
+            "documents (pass position_ids or a block-diagonal mask: docs.rows() has both), "
+            "positions that do not begin anew, convolutions over rows, state carried along a row."
+        )
     return CoupledSamplesError(
         f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
         "exist for such a model. Usual causes: batch normalisation in training mode, in-batch "

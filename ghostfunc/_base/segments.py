@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -44,9 +45,9 @@ def documents(
     as the independence of samples is, and `CoupledSamplesError` says where it does not hold.
 
     Args:
-        batch: packed rows, `[R, T, ...]` under every name (`input_ids`, `labels`, ...); padding-free
-            ones have `R = 1`. Where documents begin and end is said by one of the following, in the
-            batch or as an argument. If several say it, they must agree.
+        batch: packed rows, `[R, T, ...]` under every name (`input_ids`, `labels`, ...);
+            padding-free ones have `R = 1`. Where documents begin and end is said by one of the
+            following, in the batch or as an argument. If several say it, they must agree.
 
             - `segments` (or `seq_idx`): `[R, T]`, the number of the document at each position; any
               negative number is padding.
@@ -107,9 +108,7 @@ def documents(
         masks["attention_mask"] = _cut_mask(mask, pieces, t)
     numbers = torch.tensor([[p.row, p.stop - p.start] for p in pieces], device=device)
     width = torch.full((len(pieces),), shape[1], device=device)
-    return Documents(
-        tensors, masks, numbers[:, 0], numbers[:, 1], width, torch.zeros_like(width)
-    )
+    return Documents(tensors, masks, numbers[:, 0], numbers[:, 1], width, torch.zeros_like(width))
 
 
 def _shape_of_rows(given: dict[str, Tensor]) -> tuple[int, int]:
@@ -283,7 +282,7 @@ def _pieces(table: np.ndarray) -> list[_Piece]:
     for r, row in enumerate(table):
         cuts = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
         met: dict[int, int] = {}
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in itertools.pairwise(cuts):
             number = int(row[start])
             if number < 0:
                 continue

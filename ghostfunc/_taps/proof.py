@@ -182,7 +182,8 @@ def _compare(
         if randomness == "error" and not close(losses[own], expected[own], _coarsest(model)):
             return coupled_samples(
                 f"in the batch, some samples have losses {expected[own][:8].tolist()}; beside "
-                f"other samples, they have {losses[own][:8].tolist()}"
+                f"other samples, they have {losses[own][:8].tolist()}",
+                model.batch,
             )
         with unrounded(losses):
             for i, (g, u) in enumerate(zip(grads, v, strict=True)):

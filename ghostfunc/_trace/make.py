@@ -70,8 +70,11 @@ def trace_model(
     randomness: Randomness,
     pair: tuple[int, int],
 ) -> Trace:
-    """Trace `model_fn` on two samples of the batch. Documents are traced in rows of their own, where
-    a row is a sample: what is found of rows holds for those that several documents share."""
+    """Trace `model_fn` on two samples of the batch.
+
+    Documents are traced in rows of their own, where a row is a sample: what is found of rows holds
+    for those that several documents share.
+    """
     prove_independent(model_fn, leaves, spec, batch, randomness)
     chosen = list(pair)
     small, grown = apart(take(batch, chosen)), apart(take(batch, [*chosen, chosen[0]]))

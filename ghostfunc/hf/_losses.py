@@ -39,14 +39,16 @@ def causal_lm(
     Returns:
         `(model_fn, params)`. The batch is `dict(input_ids [n, T], attention_mask [n, T]?,
         labels [n, T]?, ...)`. Without `labels` the input ids are the labels, except where
-        `attention_mask` is 0. A sample without a labelled token has no loss and is refused
-        (`NonFiniteLossError`). Mind the scale: a token of a short sample weighs more than one of a
+        `attention_mask` is 0. Rows that hold several documents each become a batch of documents by
+        `gf.documents`; the losses are then those of documents. A sample without a labelled token
+        has no loss and is refused (`NonFiniteLossError`). Mind the scale: a token of a short sample weighs more than one of a
         long sample, unlike in a loss averaged over all tokens of a batch.
 
     Raises:
         OptionError: `logit_chunks` is no positive integer, or the model does more between its
             hidden states and its logits than to apply its output embeddings (scaling, a soft cap);
-            the model is an encoder-decoder (`gf.hf.seq2seq_lm`).
+            the model is an encoder-decoder (`gf.hf.seq2seq_lm`); `logit_chunks` for documents.
+        BatchError: the batch has `segments` of which nobody made documents.
     """
     if _is_encoder_decoder(model):
         raise OptionError(
