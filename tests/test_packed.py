@@ -398,6 +398,37 @@ def test_rows_are_what_they_were() -> None:
     assert len(docs) == 7
 
 
+def test_either_side_may_be_packed() -> None:
+    """Scores of documents with ordinary samples, with several sets, and the other way round."""
+    model_fn, params = gf.hf.causal_lm(model("GPT-2"))
+    docs = by_segments(*draw(TRAIN, 1))
+    samples = {"input_ids": torch.randint(3, VOCABULARY, (4, 8))}
+    many = {"packed": by_segments(*draw(VAL, 2)), "samples": samples}
+
+    def rows(batch: Any) -> Tensor:
+        grads = gf.per_sample_grads(model_fn, params, batch, vectorize=False)
+        return torch.cat([g.flatten(1) for g in grads.values()], dim=1)
+
+    def check(got: Tensor, train: Any, val: Any) -> None:
+        torch.testing.assert_close(got, rows(train) @ rows(val).mean(0), rtol=1e-10, atol=1e-10)
+
+    check(gf.ghost_dot_prod(model_fn, params, docs, samples), docs, samples)
+    check(gf.ghost_dot_prod(model_fn, params, samples, docs), samples, docs)
+    u = {name: gf.direction(model_fn, params, val) for name, val in many.items()}
+    for name, got in gf.ghost_dot_prod(model_fn, params, docs, direction=u).items():
+        check(got, docs, many[name])
+    without = gf.documents({"input_ids": docs["input_ids"]}, segments=_all_alike(docs))
+    sets = {"a": many["packed"], "b": docs}
+    for name, got in gf.ghost_dot_prod(model_fn, params, without, sets).items():
+        check(got, without, sets[name])
+
+
+def _all_alike(docs: gf.Documents) -> Tensor:
+    """Every document in a row of its own."""
+    places = torch.arange(docs["input_ids"].shape[1])
+    return torch.where(places < docs.length[:, None], 0, -1)
+
+
 def test_batches_of_other_numbers_of_documents_are_not_proved_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -170,7 +170,9 @@ class Documents:
         return self.tensors[name]
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{k}: {list(x.shape)}" for k, x in self.tensors.items())
+        leaves: dict[str, Any] = dict(self.tensors)  # trees may hold other things for a while
+        sizes = {k: list(x.shape) if isinstance(x, Tensor) else x for k, x in leaves.items()}
+        shapes = ", ".join(f"{k}: {x}" for k, x in sizes.items())
         return f"Documents({shapes})"
 
     @property

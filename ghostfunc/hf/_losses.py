@@ -41,8 +41,8 @@ def causal_lm(
         labels [n, T]?, ...)`. Without `labels` the input ids are the labels, except where
         `attention_mask` is 0. Rows that hold several documents each become a batch of documents by
         `gf.documents`; the losses are then those of documents. A sample without a labelled token
-        has no loss and is refused (`NonFiniteLossError`). Mind the scale: a token of a short sample weighs more than one of a
-        long sample, unlike in a loss averaged over all tokens of a batch.
+        has no loss and is refused (`NonFiniteLossError`). Mind the scale: a token of a short sample
+        weighs more than one of a long sample, unlike in a loss averaged over all tokens of a batch.
 
     Raises:
         OptionError: `logit_chunks` is no positive integer, or the model does more between its
