@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.pieces import in_step
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
@@ -29,7 +31,7 @@ from ghostfunc._base.purity import (
     lend,
     refuse_checkpoints,
 )
-from ghostfunc._base.remembered import memory, structure
+from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, tensors_of, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -42,11 +44,16 @@ def val_gradient(
     val: PyTree,
     scale: float,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """The gradient of the summed validation losses, scaled, by reverse mode alone. `look` gets the
-    losses when all is queued."""
+    losses when all is queued; `ready` gets every parameter's gradient as it comes up."""
     weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
-    return weighted_gradient(model_fn, leaves, spec, val, weights, look)[1]
+    return weighted_gradient(model_fn, leaves, spec, val, weights, look, ready)[1]
+
+
+def _given_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> None:
+    ready(i, dense(grad))
 
 
 def weighted_gradient(
@@ -56,10 +63,16 @@ def weighted_gradient(
     batch: PyTree,
     weights: Tensor,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone. `look`
-    gets the losses when all is queued."""
+    gets the losses when all is queued; `ready` gets every parameter's gradient as it comes up, by
+    number, outside transforms."""
     n = batch_size(batch)
+    ranks = in_step(model_fn)
+    if ranks is not None and not ranks.together:
+        with ranks.in_step("computing a gradient"):
+            return weighted_gradient(model_fn, leaves, spec, batch, weights, look, ready)
     if in_transform():
         losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
         with unrounded(losses):
@@ -67,6 +80,9 @@ def weighted_gradient(
         look(losses)
         return losses, list(map(dense, grads))
     inputs = [x.detach().requires_grad_() for x in leaves]
+    if ready is not None:
+        for i, x in enumerate(inputs):
+            x.register_hook(partial(_given_dense, ready, i))
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad(), DenseGradients():
@@ -109,7 +125,8 @@ def _vjp(
         with DenseGradients():
             return check_shape(model_fn(spec.unflatten(p), batch), n)
 
-    out, pullback = torch.func.vjp(losses, list(leaves))[:2]
+    with _unwrapped_memory():
+        out, pullback = torch.func.vjp(losses, list(leaves))[:2]
     return out, pullback
 
 
@@ -130,7 +147,13 @@ def jvp_dots(
         return check_losses(model_fn(spec.unflatten(p), train), n)
 
     def along(tangents: list[Tensor]) -> Tensor:
-        with FORWARD_MODE, _forward_mode(), torch.enable_grad(), ReverseModeConstants():
+        with (
+            FORWARD_MODE,
+            _forward_mode(),
+            _unwrapped_memory(),
+            torch.enable_grad(),
+            ReverseModeConstants(),
+        ):
             tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[1]
         return wide(tangent)
 
@@ -146,9 +169,9 @@ def prove_independent_tangents(
 ) -> None:
     """Raise `CoupledSamplesError` if a sample's derivative depends on the others, as its loss may
     not: think of `h.mean(0) - h.mean(0).detach()`. Remembered by structure."""
-    remembered = memory(model_fn)
-    key = ("independent tangents", structure(model_fn, spec, leaves, batch, "error"))
-    if key in remembered:
+    remembered = memory(model_fn, Structures).tangents
+    key = structure(model_fn, spec, leaves, batch, "error")
+    if remembered.get(key):
         return
     generator = torch.Generator().manual_seed(0)
     u = [torch.randn(x.shape, generator=generator).to(x) for x in leaves]
@@ -162,7 +185,7 @@ def prove_independent_tangents(
             f"beside each other, samples {chosen} have directional derivatives {two.tolist()}; "
             f"with a copy of sample 0 added, {three.tolist()}"
         )
-    remembered[key] = True
+    remembered.put(key, True)
 
 
 class ReverseModeConstants(TorchFunctionMode):
@@ -227,9 +250,9 @@ def materialize(
     batch_size(batch)
     if vectorize is not None:
         return (_by_vmap if vectorize else _by_loop)(*args, randomness)
-    remembered = memory(model_fn)
-    key = ("loop", structure(model_fn, spec, leaves, batch, randomness))
-    if key not in remembered:
+    loops = memory(model_fn, Structures).loops
+    key = structure(model_fn, spec, leaves, batch, randomness)
+    if not loops.get(key):
         try:
             return _by_vmap(*args, randomness)
         except RuntimeError as error:
@@ -238,7 +261,7 @@ def materialize(
     grads = _by_loop(
         *args, randomness
     )  # an error of the model itself is raised here, in its own words
-    remembered[key] = True
+    loops.put(key, True)
     return grads
 
 
@@ -375,6 +398,29 @@ def _one_loss(losses: Tensor) -> Tensor:
     return losses[0]
 
 
+_NO_MEMORY = ("Cannot access data pointer", "doesn't have storage")
+"""What torch says where an op asks for the memory of a tensor that a transform has wrapped."""
+
+_OF_KERNELS = ("must be contiguous", "view size is not compatible")
+"""What kernels say of the memory layouts that vmap makes."""
+
+
+@contextmanager
+def _unwrapped_memory() -> Iterator[None]:
+    """Translate what torch says of ops that a transform cannot run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise TransformError(
+            "An op of model_fn looks at the memory of a tensor that a torch.func transform has "
+            'wrapped (numpy, or a sparse tensor whose indices are checked). Use mode="ghost", or '
+            'mode="materialized" with vectorize=False, which run the model without transforms. '
+            f"torch said: {str(error).splitlines()[0]}"
+        ) from error
+
+
 @contextmanager
 def _vectorized() -> Iterator[None]:
     """Translate what torch.vmap says of models it cannot run."""
@@ -391,5 +437,11 @@ def _vectorized() -> Iterator[None]:
             raise _VmapError(
                 "torch.vmap cannot run this model: its control flow or masks depend on data. Pass "
                 f"vectorize=False to loop over samples instead. torch said: {said.splitlines()[0]}"
+            ) from error
+        if any(words in said for words in (*_NO_MEMORY, *_OF_KERNELS)):
+            raise _VmapError(
+                "torch.vmap cannot run one of this model's ops (numpy, sparse tensors and some "
+                "kernels look at memory that a batched tensor does not have). Pass vectorize=False "
+                f"to loop over samples instead. torch said: {said.splitlines()[0]}"
             ) from error
         raise

@@ -25,8 +25,9 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
 )
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.pieces import held_whole, in_step
 from ghostfunc._base.refusals import Refusals
-from ghostfunc._base.remembered import memory, structure
+from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import (
     TorchDispatchMode,
     address,
@@ -57,10 +58,22 @@ def prove_independent(
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
-    remembered = memory(model_fn)
-    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    remembered = memory(model_fn, Structures).independent
+    key = structure(model_fn, spec, leaves, batch, randomness)
+    ranks = in_step(model_fn)
+    if ranks is not None:
+        new = anew or remembered.get(key) is None
+        if ranks.any("asking whether all ranks know this structure", new):
+            whole_fn, wholes = held_whole(model_fn, leaves, spec)
+            with ranks.apart("looking whether samples depend on each other"):
+                if new:
+                    prove_independent(whole_fn, wholes, spec, batch, randomness, anew=anew)
+                    if memory(whole_fn, Structures).independent.get(key):
+                        remembered.put(key, True)
+        return
     compiling = any(map(symbolic, tensors_of(batch)))
-    if key in remembered and (compiling or not anew):
+    known = remembered.get(key) is not None
+    if known and (compiling or not anew):
         return
     if compiling:
         raise not_captured()
@@ -110,7 +123,7 @@ def prove_independent(
         found = torch.cat([lower[:half], upper[half - start :]])
         return found if order == list(range(n)) else found[np.argsort(order)]
 
-    if key in remembered:
+    if known:
         if randomness == "error" and n > 1:
             whole = losses(batch)
             compare({"in a half of the batch": (in_halves(), whole)})
@@ -141,7 +154,7 @@ def prove_independent(
             if beside is not None:
                 compare({"beside another sample": (beside, pair[:1])})
     if other is not None or n == 1:
-        remembered[key] = True
+        remembered.put(key, True)
 
 
 def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor | None:
@@ -339,8 +352,10 @@ def _protected(
     """What must not be written to, by address of its memory."""
     named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
     if isinstance(model_fn, ModuleFn):
+        sharding = model_fn.sharding
         named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]
-        named += [(f"frozen parameter {k!r}", x) for k, x in model_fn.module.named_parameters()]
+        held = model_fn.module.named_parameters() if sharding is None else sharding.own_memory()
+        named += [(f"frozen parameter {k!r}", x) for k, x in held]
     named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
     return {address(x): name for name, x in named if x.numel()}
 

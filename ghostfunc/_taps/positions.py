@@ -7,7 +7,7 @@ on rows that are one position longer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,28 +16,34 @@ from torch import Tensor
 from ghostfunc._base.documents import apart
 from ghostfunc._base.errors import SampleAxisError
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.remembered import memory
+from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.trees import take
 from ghostfunc._taps.mode import TapMode, unfold_all
 from ghostfunc._taps.recut import Positions, Recut
 from ghostfunc._trace.find import TracedModel
 from ghostfunc._trace.layout import StaleLayout
-from ghostfunc._trace.trace import CallTrace, Shape
+from ghostfunc._trace.trace import CallTrace, Shape, Trace
 from ghostfunc._trace.tracked import CallArgs, constants
 
 _Sizes: TypeAlias = tuple[str, Shape, dict[int, Shape]]
 """What a call is, the shape of its output and those of its arguments, the samples in front."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was found of one model function, by trace."""
+
+    positions: Recent[Trace, list[Positions | None]] = field(
+        default_factory=lambda: Recent(STRUCTURES)
+    )
+
+
 def recut_of(model: TracedModel) -> Recut | None:
     """How the rows of a run become documents; None where its samples are ordinary ones."""
     if model.packing is None:
         return None
-    remembered = memory(model.model_fn)
-    key = ("positions of documents", model.trace)
-    if key not in remembered:
-        remembered[key] = _find(model)
-    return Recut(model.packing, remembered[key])
+    found = memory(model.model_fn, Found).positions
+    return Recut(model.packing, found.made(model.trace, lambda: _find(model)))
 
 
 def _find(model: TracedModel) -> list[Positions | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base import definition
+from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_model_fn, one_of
+from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
+from ghostfunc._base.pieces import gathered, in_step, summed_and_cut, whole_likes
 from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
@@ -27,7 +31,9 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, times
+from ghostfunc._taps.proof import Proofs
 from ghostfunc._taps.run import RunResult, run
+from ghostfunc._transforms.kept_proof import KeptProof
 
 T = TypeVar("T")
 
@@ -104,7 +110,10 @@ def collect(
         finite=finite,
         randomness=randomness,
     )
-    return FactoredGrads.of(taken, leaves, spec)
+    if check == "never" or in_step(model_fn) is not None:  # ranks would ask for other passes
+        return FactoredGrads.of(taken, leaves, spec, model_fn)
+    proof = KeptProof(memory(model_fn, Proofs), check == "always")
+    return FactoredGrads.of(taken, leaves, spec, model_fn, proof)
 
 
 @dataclass(frozen=True)
@@ -121,22 +130,34 @@ class FactoredGrads:
     bundles: tuple[tuple[Factor, ...], ...]
     leaves: tuple[Tensor, ...]
     _spec: ParamSpec
+    _model_fn: ModelFn | None = None
     _made: dict[tuple[str, int, float], Any] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _proof: KeptProof | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         return brief("FactoredGrads", losses=self.losses, params=self.leaves)
 
     @staticmethod
-    def of(taken: RunResult, leaves: Sequence[Tensor], spec: ParamSpec) -> FactoredGrads:
-        """From a run that collected the factors of all parameters."""
+    def of(
+        taken: RunResult,
+        leaves: Sequence[Tensor],
+        spec: ParamSpec,
+        model_fn: ModelFn | None = None,
+        proof: KeptProof | None = None,
+    ) -> FactoredGrads:
+        """From a run that collected the factors of all parameters. A `model_fn` of a sharded
+        module says how sums of gradients are cut."""
         n = len(taken.losses)
+        wholes = leaves if model_fn is None else whole_likes(model_fn, leaves, spec)
         bundles = tuple(
             tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
-            for bundle, x in zip(taken.factors, leaves, strict=True)
+            for bundle, x in zip(taken.factors, wholes, strict=True)
         )
-        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec)
+        cut = model_fn is not None and in_step(model_fn) is not None
+        whose = model_fn if cut else None
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, whose, _proof=proof)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.
@@ -145,12 +166,15 @@ class FactoredGrads:
         overflows or underflows, norms are taken again at another scale. A gradient with a NaN or
         infinite entry has a NaN or infinite norm.
         """
+        check_flags(per_param=per_param)
         rows = self.param_norms()
         return self._spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)
 
     def squares(self) -> Float[Tensor, "params n"]:
         """`||g_i||^2`, one row per parameter, over- and underflows included."""
-        return torch.stack([pairs.sqnorms(bundle) for bundle in self.bundles])
+        rows = [pairs.sqnorms(bundle) for bundle in self.bundles]
+        self._hold("squared norms", rows, lambda i, g: _flat(g).square().sum(1), degree=2)
+        return torch.stack(rows)
 
     def param_norms(
         self, squares: Float[Tensor, "params n"] | None = None
@@ -173,8 +197,15 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
         `normalize`: 0 where `g_i` or `u` is zero."""
+        check_flags(per_param=per_param, normalize=normalize)
         us = flatten_like(direction, self.leaves, self._spec, "direction")
+        if self._model_fn is not None:
+            us = list(gathered(self._model_fn, us, self._spec))
         dots = self.param_dots(us)
+        finite = FiniteLosses()
+        for x in dots:
+            finite.doubt(x, partial(refuse_not_finite, us, self._spec, "direction"))
+        finite.look()
         dots = dots if per_param else [add_up(dots)]
         if normalize:
             lengths = torch.stack([u.double().norm()[None] for u in us])
@@ -185,10 +216,12 @@ class FactoredGrads:
 
     def param_dots(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """`dot_prods`, parameter by parameter."""
-        return [
+        dots = [
             add_up([bundles.dot(f, u) for f in bundle])
             for bundle, u in zip(self.bundles, direction, strict=True)
         ]
+        self._hold("dot products", dots, lambda i, g: _product(g, direction[i]), degree=1)
+        return dots
 
     def gram(
         self,
@@ -199,6 +232,12 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request.
         Cosines for `normalize`: 0 where a gradient is zero."""
+        check_flags(per_param=per_param, normalize=normalize)
+        if other is not None and not isinstance(other, FactoredGrads):
+            raise OptionError(
+                f"other is a {type(other).__name__}; expected gradients of other samples, such as "
+                "gf.factored_grads(model_fn, params, other) returns, or None."
+            )
         grams = self.param_grams(other)
         grams = grams if per_param else [add_up(grams)]
         if normalize:
@@ -212,9 +251,26 @@ class FactoredGrads:
     ) -> list[Tensor]:
         """`gram`, parameter by parameter."""
         others = [None] * len(self.bundles) if other is None else other.bundles
-        return [
+        grams = [
             pairs.gram(f, g, workspace=workspace) for f, g in zip(self.bundles, others, strict=True)
         ]
+        if other is None:
+            self._hold("Gram matrices", grams, lambda i, g: _product(g, g), degree=2, pairs=True)
+        return grams
+
+    def _hold(
+        self,
+        what: str,
+        values: Sequence[Tensor],
+        define: Callable[[int, Tensor], Tensor],
+        *,
+        degree: int,
+        pairs: bool = False,
+    ) -> None:
+        """Prove numbers that were made of the factors, where their kind is new."""
+        if self._proof is not None:
+            kept = self.bundles, self.losses, self._spec, self.leaves
+            self._proof.numbers(what, *kept, values, define, degree=degree, pairs=pairs)
 
     def weighted_sum(self, weights: Float[Tensor, " n"]) -> PyTree:
         """`sum_i w_i g_i`, a pytree like `params` and of their dtypes.
@@ -235,7 +291,7 @@ class FactoredGrads:
 
         def summed() -> Tensor:
             weights = self.losses.new_full((len(self.losses),), c, dtype=torch.float64)
-            return bundles.weighted_total(self.bundles[i], weights).reshape(self.leaves[i].shape)
+            return self._at_leaf(i, bundles.weighted_total(self.bundles[i], weights))
 
         return self._once(("total", i, c), summed)
 
@@ -248,11 +304,32 @@ class FactoredGrads:
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False) -> PyTree:
         """`weighted_sum` with weights of its own for every parameter. Where all gradients are
         `finite`, nobody looks for those to leave out."""
-        sums = [
-            bundles.weighted_total(bundle, w, finite=finite).reshape(x.shape).to(x.dtype)
-            for bundle, w, x in zip(self.bundles, weights, self.leaves, strict=True)
-        ]
+        totals = (
+            bundles.weighted_total(bundle, w, finite=finite)
+            for bundle, w in zip(self.bundles, weights, strict=True)
+        )
+        sums = [self._at_leaf(i, x).to(self.leaves[i].dtype) for i, x in enumerate(totals)]
+        if self._proof is not None:
+            self._proof.sums(self.bundles, self.losses, self._spec, self.leaves, sums, weights)
         return self._spec.unflatten(sums)
+
+    def _at_leaf(self, i: int, total: Tensor) -> Tensor:
+        """A sum of gradients like parameter i; of a sharded one, this rank's piece of the sum over
+        all ranks."""
+        if self._model_fn is None:
+            return total.reshape(self.leaves[i].shape)
+        return summed_and_cut(self._model_fn, self._spec.names[i], total)
+
+
+def _product(g: Tensor, u: Tensor) -> Tensor:
+    """`<g_i, u>`, `[s]`, or `<g_i, u_j>` with a `u` for every sample j."""
+    flat = _flat(g)
+    other = wide(u).to(flat)
+    return flat @ (other.flatten() if u.ndim < g.ndim else _flat(other).mT)
+
+
+def _flat(g: Tensor) -> Tensor:
+    return wide(g).reshape(len(g), g[0].numel())
 
 
 def check_weight_shape(weights: object, n: int) -> Float[Tensor, " n"]:

@@ -3,7 +3,8 @@
 A run whose trace, way or shapes are new is held against an oracle that knows no rule and no layout.
 Scores are proved along one random direction. What that cannot see is planted here, too:
 
-- what is read by other readers than scores are (norms, Gram matrices, projections, kept factors);
+- what is read by other readers than scores are (norms, Gram matrices, projections, kept factors),
+  and what is made of factors after the run (clipped sums, products of kept gradients);
 - what has no effect on the values that were proved: the gradient of a factor beside one that is
   zero at initialisation, samples that are all alike;
 - what cancels in the sum over parameters: two of the same shape, one taken for the other;
@@ -21,19 +22,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from every_quantity import Case, held_norms, held_pairs, held_projection, leaves_of
+from every_quantity import (
+    Case,
+    held_cosines,
+    held_norms,
+    held_pairs,
+    held_projection,
+    held_sum,
+    leaves_of,
+)
 from problems import energy, sequences, weights
 from torch import Generator, Tensor
 
 import ghostfunc as gf
+from ghostfunc._factors import bundles, contract, cost
 from ghostfunc._factors import pairs as pair_products
+from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.factor import Dense, Outer
 from ghostfunc._quantities import readers
 from ghostfunc._quantities.quantity import Dot
 from ghostfunc._rules.registry import RULES
-from ghostfunc._taps import sinks
+from ghostfunc._taps import sinks, straight
 from ghostfunc._trace import tracked
 from ghostfunc._trace.layout import Layout
+from ghostfunc._transforms.scores import by_position
 from ghostfunc.projection import _readers
 
 Patch = pytest.MonkeyPatch
@@ -211,6 +223,78 @@ def sides_swapped(patch: Patch) -> None:
     patch.setattr(_readers.KroneckerReader, "read", wrong)
 
 
+def squares_of_dense_gradients(patch: Patch) -> None:
+    """Small gradients are formed; their squares are off by a hundredth."""
+    right = pair_products.sqnorms
+
+    def wrong(bundle: Any, **options: Any) -> Tensor:
+        off = 1.01 if len(bundle) == 1 and isinstance(bundle[0], Dense) else 1.0
+        return off * right(bundle, **options)
+
+    patch.setattr(pair_products, "sqnorms", wrong)
+
+
+def totals_off_by_a_hundredth(patch: Patch) -> None:
+    """Training gradients that are added up use by use."""
+    right = RunningTotal.add
+
+    def wrong(self: Any, factor: Any, us: Any, contract_dtype: Any) -> Any:
+        dots = right(self, factor, us, contract_dtype)
+        self.value = self.value * 1.01
+        return dots
+
+    patch.setattr(RunningTotal, "add", wrong)
+
+
+def small_gradients_in_another_order(patch: Patch) -> None:
+    """Those that wait for the end of the backward pass are read side by side."""
+    right = straight._read_table
+
+    def wrong(table: Any, add: Any) -> None:
+        right(table, lambda key, value: add(key, value.flip(0)))
+
+    patch.setattr(straight, "_read_table", wrong)
+
+
+def validation_of_one_sample(patch: Patch) -> None:
+    """In one run of both batches, the validation gradient lacks all samples but one."""
+    right = readers.OneRunReader.for_train_rows
+
+    def wrong(self: Any, factors: Any, **options: Any) -> Any:
+        return right(self, [bundles.take(f, slice(self.n + 1)) for f in factors], **options)
+
+    patch.setattr(readers.OneRunReader, "for_train_rows", wrong)
+
+
+def weights_forgotten(patch: Patch) -> None:
+    right = bundles.weighted_total
+    patch.setattr(
+        bundles, "weighted_total", lambda f, w, **options: right(f, w.clamp(min=0.9), **options)
+    )
+
+
+def changes_doubled(patch: Patch) -> None:
+    right = by_position._PositionMode._changes
+    patch.setattr(
+        by_position._PositionMode,
+        "_changes",
+        lambda self, func, call: [(tap, 2 * x) for tap, x in right(self, func, call)],
+    )
+
+
+def products_of_the_first_position(patch: Patch) -> None:
+    """Of kept gradients."""
+    right = contract.pair_dots
+
+    def wrong(factor: Any, other: Any, **options: Any) -> Tensor:
+        if isinstance(other, Outer):
+            other = Outer(other.left[:, :1], other.right[:, :1])
+        return right(factor, other, **options)
+
+    patch.setattr(contract, "pair_dots", wrong)
+    patch.setattr(cost, "keep_direction_factored", lambda *_, **__: True)
+
+
 # --- guards that are removed ----------------------------------------------------------------------
 
 
@@ -294,6 +378,46 @@ def projection(case: Case, **options: Any) -> Any:
     return held_projection(case, "projection", made, **options)
 
 
+def cosines(case: Case, **options: Any) -> Any:
+    got = case.of(gf.ghost_cosine, case.val, **options)
+    return held_cosines("cosines", got, case.g, case.v, mean=True)
+
+
+def in_one_run(case: Case, **options: Any) -> Any:
+    got = case.of(gf.ghost_dot_prod, case.val, **options)
+    return held_pairs("scores", got, case.g, case.v, "mean", per_param=False)
+
+
+def steps(case: Case, **options: Any) -> Any:
+    step = case.of(gf.ghost_value_and_grad, case.val, **options)
+    n = len(case.train)
+    yield from held_sum("grads", step.grads, case.g, torch.full((n,), 1 / n).double())
+    yield from held_pairs("scores", step.dot_prods, case.g, case.v, "mean", per_param=False)
+
+
+def clipped(case: Case, **options: Any) -> Any:
+    sizes = sum(g.square().sum(1) for g in case.g).sqrt()
+    bound = float(sizes.min()) / 2
+    got = case.of(gf.ghost_clipped_grad, max_norm=bound, **options)
+    yield from held_sum("clipped", got.grads, case.g, bound / sizes)
+
+
+def of_kept_factors(case: Case, **options: Any) -> Any:
+    kept = case.of(gf.factored_grads, **options)
+    return held_pairs("gram", kept.gram(), case.g, case.g, "none", per_param=False)
+
+
+def along_kept_factors(case: Case, **options: Any) -> Any:
+    kept = gf.factored_grads(case.model_fn, case.params, case.val, **options)
+    got = case.of(gf.ghost_dot_prod, direction=kept, **options)
+    return held_pairs("scores", got, case.g, case.v, "mean", per_param=False)
+
+
+def by_positions(case: Case, **options: Any) -> Any:
+    got = case.of(gf.ghost_dot_prod, direction=case.u, per_position=True, **options)
+    return held_pairs("shares", got.sum(1), case.g, case.directions, "sum", per_param=False)
+
+
 def off(case: Case, ask: Callable[..., Any], **options: Any) -> bool:
     """Whether a number is wrong."""
     numbers = list(ask(case, **options))
@@ -352,6 +476,22 @@ FAULTS: dict[str, Fault] = {
     "norms have no cross terms": Fault(without_cross_terms, used_twice, norms),
     "Gram matrices are of the first use": Fault(gram_of_the_first_use, used_twice, gram),
     "a projection swaps its sides": Fault(sides_swapped, square_weights, projection),
+    "squares of small gradients are off": Fault(squares_of_dense_gradients, linear, norms),
+    "cosines have no cross terms": Fault(without_cross_terms, used_twice, cosines),
+    "clipping has no cross terms": Fault(without_cross_terms, used_twice, clipped),
+    "clipping forgets its weights": Fault(weights_forgotten, linear, clipped),
+    "kept factors are of the first use": Fault(gram_of_the_first_use, used_twice, of_kept_factors),
+    "products with kept factors lack positions": Fault(
+        products_of_the_first_position, linear, along_kept_factors
+    ),
+    "training gradients are off by a hundredth": Fault(
+        totals_off_by_a_hundredth, linear, steps, n=8
+    ),
+    "small gradients are those of other samples": Fault(
+        small_gradients_in_another_order, linear, in_one_run, n=8
+    ),
+    "validation gradients lack samples": Fault(validation_of_one_sample, linear, in_one_run, n=8),
+    "shares of positions are doubled": Fault(changes_doubled, linear, by_positions),
     "shapes tell where samples lie": Fault(shapes_tell_all, time_first_when_long, first=short),
     "folds are sample-major": Fault(folds_are_sample_major, folded_time_first),
     "unseen uses pass": Fault(unseen_uses_pass, unseen_when_long, first=short, t=5),
@@ -387,9 +527,9 @@ def case_like(case: Case, train: Tensor) -> Case:
 # --- beyond one direction of scores ---------------------------------------------------------------
 
 
-def test_a_factor_beside_zeros_is_proved_when_they_are_none(monkeypatch: Patch) -> None:
-    """LoRA at initialisation proves nothing of `a`: b is zero, and so is all that a fault of `a`'s
-    gradient would change. Trained a little, it is another program to be proved."""
+def test_zeros_hide_nothing(monkeypatch: Patch) -> None:
+    """LoRA at initialisation: b is zero, and so is all that a fault of `a`'s gradient would change.
+    Trained a little, it is the same program at the same shapes, and nothing is new."""
     case = case_of(adapted)
     case.params["b"] = torch.zeros(4, 2, dtype=torch.float64)
     rule = RULES[F.linear]
@@ -399,12 +539,22 @@ def test_a_factor_beside_zeros_is_proved_when_they_are_none(monkeypatch: Patch) 
         return fn(b.flip(-2) if weight.shape[-2:] == (2, 4) else b, input, weight, bias)
 
     monkeypatch.setitem(RULES, F.linear, replace(rule, fn=wrong))
-    case.of(gf.ghost_dot_prod, case.val)  # nothing to be seen
-    trained = {**case.params, "b": torch.randn(4, 2, dtype=torch.float64)}
-    later = Case(case.model_fn, trained, case.train, case.val)
-    assert len(later.g) == 3
-    with pytest.raises(gf.GhostError):
-        off(later, scores)
+    with pytest.raises(gf.SampleAxisError, match="at parameter 'a'"):
+        case.of(gf.ghost_dot_prod, case.val)
+
+
+def test_zeros_that_the_program_looks_at_stay(monkeypatch: Patch) -> None:
+    """A program that goes another way where its parameters are not zero is proved as it is."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        own = F.linear(x, p["w"])
+        beside = F.linear(F.linear(x, p["a"]), p["b"])
+        return energy(own + beside if not bool(p["b"].any()) else own.flip(1) * beside)
+
+    case = case_of(adapted)
+    case.model_fn = model
+    case.params["b"] = torch.zeros(4, 2, dtype=torch.float64)
+    assert not off(case, norms)
 
 
 def test_copies_of_one_sample_prove_nothing_of_others(monkeypatch: Patch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,54 @@ def test_modules_in_all_modes(make: Callable[[], nn.Module]) -> None:
         assert verdict.status in ("right", "refused"), str(verdict)
         if verdict.status == "refused":
             assert "vectorize=False" in verdict.said or "forward-mode" in verdict.said, verdict
+
+
+def by_numpy(p: Any, x: Tensor) -> Tensor:
+    order = np.asarray(x.detach()[..., 0]).argsort()
+    return energy(torch.tanh(x @ p["w"])) * float(order.size > 0)
+
+
+def weights_by_numpy(p: Any, x: Tensor) -> Tensor:
+    return energy(torch.tanh(x @ p["w"])) * float(np.asarray(p["w"].detach()).size)
+
+
+def sparse_weight(p: Any, x: Tensor) -> Tensor:
+    at = torch.tensor([[0, 1, 2, 3], [5, 1, 1, 0]])
+    w = torch.sparse_coo_tensor(at, p["w"][:, 0], (4, 6), check_invariants=True).to_dense()
+    return energy(x @ w)
+
+
+UNVECTORIZED: list[Callable[[Model, Any, Tensor], Any]] = [
+    lambda f, p, x: gf.per_sample_grads(f, p, x, vectorize=True),
+    lambda f, p, x: gf.ghost_norm(f, p, x, mode="materialized", vectorize=True),
+    lambda f, p, x: gf.verify(f, p, x, x, vectorize=True),
+    lambda f, p, x: gf.ghost_dot_prod(f, p, x, x, mode="jvp"),
+    lambda f, p, x: gf.ghost_dot_prod(f, p, x, x, mode="jvp", reduction="none"),
+]
+
+
+@pytest.mark.parametrize(
+    "model", [by_numpy, weights_by_numpy, sparse_weight], ids=lambda f: f.__name__
+)
+def test_what_looks_at_memory_is_refused_by_name(model: Model) -> None:
+    case = case_of(model, weights(w=(4, 6)))
+    for ask in UNVECTORIZED:
+        with pytest.raises(gf.TransformError, match="vectorize=False"):
+            ask(case.model_fn, case.params, case.train)
+    assert_right(case, ["dots", "norms", "dots_in_a_loop", "sample_grads_in_a_loop"])
+
+
+def test_kernels_that_vmap_cannot_run_are_refused_by_name() -> None:
+    def model(p: Any, x: Tensor) -> Tensor:
+        return torch.tanh(F.conv1d(x.mT.contiguous(), p["w"])).square().flatten(1).sum(1)
+
+    params = {"w": torch.randn(1, 2, 1, dtype=torch.float64)}
+    x = torch.randn(1, 3, 2, dtype=torch.float64)
+    want = gf.per_sample_grads(model, params, x, vectorize=False)["w"]
+    torch.testing.assert_close(gf.per_sample_grads(model, params, x)["w"], want)
+    verdict = judge(Case(model, params, x, x), "sample_grads_by_vmap")  # as the kernel has it
+    assert verdict.status in ("right", "refused"), str(verdict)
+    assert verdict.status == "right" or "vectorize=False" in verdict.said, str(verdict)
 
 
 def sorting(p: Any, x: Tensor) -> Tensor:

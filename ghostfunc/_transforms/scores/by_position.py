@@ -16,9 +16,8 @@ once more on samples that are one position shorter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +32,17 @@ from ghostfunc._base.purity import (
     check_shape,
 )
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.remembered import memory
+from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, map_leaves, take, tensors_of
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
+from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, Reader
+from ghostfunc._taps.claim import Claim
 from ghostfunc._taps.mode import TapMode, mixes_last_axes, unfold_all
-from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.proof import prove
+from ghostfunc._taps.readings import Read, Reading, reading_of
 from ghostfunc._taps.run import dots, pull_back, refuse_unproved, with_zeros
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
@@ -76,14 +78,34 @@ def position_dots(
         )
 
     def use(model: TracedModel) -> list[list[Tensor]]:
-        shares, losses, way = _shares(model, directions=directions, per_param=per_param, look=look)
-        prove(Claim(model, way, losses, partial(dots, model)), check, randomness)
+        def shares_of(model: TracedModel) -> tuple[list[list[Tensor]], Tensor, WayTaken]:
+            return _shares(model, directions=directions, per_param=per_param, look=look)
+
+        shares, losses, way = shares_of(model)
+
+        def read(again: bool) -> Read:
+            found, of, _ = shares_of(model) if again else (shares, losses, way)
+            made = [_reading(us, x) for us, x in zip(directions, found, strict=True)]
+            return Read(of, [reading for reading in made if reading is not None], [])
+
+        asked = "positions", per_param, len(directions), in_transform()
+        claim = Claim(model, way, losses, dots, read, lambda: asked)
+        prove(claim, check, randomness)
         return shares
 
     model, shares = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return shares
+
+
+def _reading(directions: Sequence[Tensor], shares: Sequence[Tensor]) -> Reading | None:
+    """All positions together have `<g_i, u>`."""
+    readers = [DotReader(wide(u)) for u in directions]
+    values = [x.sum(1) for x in shares]
+    return reading_of(
+        Prepared(readers, degree=1), readers, values, summed=len(shares) < len(directions)
+    )
 
 
 def _shares(
@@ -269,15 +291,18 @@ def _direction(reader: Reader | None) -> Tensor:
 # --- where positions lie ------------------------------------------------------------------------
 
 
+class PositionAxes(Recent[Hashable, tuple[list[int], int]]):
+    """What `_position_axes` found of one model function, by trace and length."""
+
+    def __init__(self) -> None:
+        super().__init__(STRUCTURES)
+
+
 def _position_axes(model: TracedModel) -> tuple[list[int], int]:
     """The axis of positions at every use, and how many positions there are."""
     length = _length(model.batch)
-    remembered = memory(model.model_fn)
-    key = ("positions", model.trace, length)
-    if key not in remembered:
-        remembered[key] = _find_axes(model, length)
-    found: tuple[list[int], int] = remembered[key]
-    return found
+    remembered = memory(model.model_fn, PositionAxes)
+    return remembered.made((model.trace, length), lambda: _find_axes(model, length))
 
 
 def _find_axes(model: TracedModel, length: int) -> tuple[list[int], int]:

@@ -1,0 +1,364 @@
+"""Readings: what a run read, beside the same numbers made of whole gradients.
+
+The proof along one direction covers gradients. What else is read off the same factors (norms, Gram
+matrices, projections, scores that stay factored, kept factors) is held against its definition, for
+two samples drawn at random:
+
+    plain autograd:   g_i                          one backward pass with all weight on sample i
+    definition:       what the reader of the parameter itself reads off `Dense(g_i)`
+    proved:           the run's own number is that
+
+`Dense(g_i)` takes no way through derived tensors, has one use, no positions and no fold, so it
+shares no shortcut with the run; scores, norms and Gram matrices are plain products of it. How far
+rounding may move a number is seen, not guessed: where one is off by more than the tolerance, its
+definition is asked again for gradients that are off by that much, in a few directions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.torch_private import batched_within
+from ghostfunc._base.trees import flatten, tensors_of
+from ghostfunc._base.types import ContractDtype
+from ghostfunc._factors import bundles, contract
+from ghostfunc._factors.factor import Dense, Factor
+from ghostfunc._quantities.quantity import Gram, Quantity, SqNorm
+from ghostfunc._quantities.readers import (
+    DeferredGradients,
+    DotReader,
+    OneRunReader,
+    PairReader,
+    PositionsReader,
+    TotalReader,
+    ValueReader,
+)
+
+Define = Callable[[Tensor, Tensor | None], Tensor]
+"""A parameter's numbers, from some samples' gradients `[s, *shape]` and the others' sum."""
+
+Pick = Callable[[Tensor], Tensor]
+"""The run's own numbers of the samples that are asked for, `[s, ...]`."""
+
+
+class Numbers(NamedTuple):
+    """One parameter's numbers: by definition, and as the run has them."""
+
+    define: Define
+    pick: Pick
+
+
+class Reading(NamedTuple):
+    """What a run read of one quantity.
+
+    Attributes:
+        what: its name.
+        degree: 1 if it is linear in the gradient.
+        numbers: by parameter.
+        total: picks the sum over parameters, where the run has nothing else.
+        pairs: whether it relates samples to each other, `[s, s]`.
+        samples: how many of the batch's samples it is of; the others are what it is beside.
+        scale: of the gradients that it is of, one number or one per sample.
+        contract_dtype: what its products are rounded to.
+    """
+
+    what: str
+    degree: int
+    numbers: dict[int, Numbers]
+    total: Pick | None = None
+    pairs: bool = False
+    samples: int | None = None
+    scale: float | Tensor = 1.0
+    contract_dtype: ContractDtype = None
+
+
+class Sum(NamedTuple):
+    """`sum_i scale_i g_i` of one parameter, as the run has it."""
+
+    param: int
+    value: Tensor
+    scale: float | Tensor
+    contract_dtype: ContractDtype = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """All that a run read.
+
+    Attributes:
+        losses: `[n]`.
+        readings: what is a number of single samples or of pairs.
+        sums: what is a sum over all samples.
+    """
+
+    losses: Tensor
+    readings: list[Reading]
+    sums: list[Sum]
+
+
+def reading_of(
+    quantity: Quantity,
+    readers: Sequence[Any],
+    values: Sequence[Tensor | None],
+    *,
+    scale: float | Tensor = 1.0,
+    summed: bool = False,
+) -> Reading | None:
+    """What there is to be proved of a quantity; None for what is no function of single gradients:
+    sums over samples, what asks for positions, and what vmap has several of."""
+    if isinstance(scale, float):
+        scale = 1.0  # values are not scaled by a single number
+    if any(batched_within(x) for x in (*values, scale) if isinstance(x, Tensor)):
+        return None
+    numbers: dict[int, Numbers] = {}
+    samples, pairs, contract_dtype = None, False, quantity.contract_dtype
+    for i, reader in enumerate(readers):
+        match reader:
+            case None | TotalReader() | PositionsReader():
+                continue
+            case ValueReader(quantity=of) if of.pairs_samples and not isinstance(of, Gram):
+                continue
+            case ValueReader(quantity=of):
+                pairs = of.pairs_samples
+                contract_dtype = contract_dtype or of.contract_dtype
+            case _:
+                contract_dtype = contract_dtype or reader.contract_dtype
+        if isinstance(reader, OneRunReader):
+            samples = reader.n
+        numbers[i] = Numbers(_defined(reader), _picked(None if summed else values[i], pairs=pairs))
+    if not numbers or (contract_dtype is not None and quantity.degree > 1 and samples is None):
+        return None  # rounded squares may cancel: nobody knows how far they are off
+    degree = 1 if samples is not None else quantity.degree
+    if summed and not values:
+        return None
+    total = _picked(values[0], pairs=pairs) if summed else None
+    name = type(next(x for x in readers if x is not None)).__name__
+    what = {"ValueReader": type(quantity).__name__}.get(name, name.removesuffix("Reader"))
+    return Reading(what, degree, numbers, total, pairs, samples, scale, contract_dtype)
+
+
+def reading_of_factors(
+    bundles_of: Sequence[Sequence[Factor]],
+    deferred: Sequence[DeferredGradients | None],
+    shapes: Sequence[tuple[int, ...]],
+    scale: float | Tensor,
+) -> Reading:
+    """The factors that a run kept, of `scale * g_i`."""
+    numbers: dict[int, Numbers] = {}
+    for i, later in enumerate(deferred):
+        if later is not None:
+            numbers[i] = Numbers(_itself, _formed(later))
+        elif bundles_of[i]:
+            numbers[i] = Numbers(_itself, _materialized(bundles_of[i], shapes[i]))
+    return Reading("the factors", 1, numbers, scale=scale)
+
+
+def _itself(g: Tensor, company: Tensor | None) -> Tensor:
+    return g
+
+
+def _defined(reader: Any) -> Define:
+    wider = [x.dtype for x in tensors_of(reader) if x.is_floating_point()]
+
+    def define(g: Tensor, company: Tensor | None) -> Tensor:
+        g = g.to(functools.reduce(torch.promote_types, wider, g.dtype))
+        flat = g.reshape(len(g), g[0].numel())
+        match reader:
+            case OneRunReader():
+                assert company is not None
+                return flat @ company.flatten().to(flat)
+            case DotReader(u=u):
+                return flat @ u.flatten().to(flat)
+            case PairReader(factors=factors, each=each) if factors:
+                dots = [contract.add_up([bundles.dot(f, one) for f in factors]) for one in g]
+                return torch.stack([x if each else x.sum() for x in dots])
+            case ValueReader(quantity=SqNorm()):
+                return flat.square().sum(1)
+            case ValueReader(quantity=Gram()):
+                return flat @ flat.mT
+        read: Tensor = reader.read(Dense(g))
+        return read
+
+    return define
+
+
+def _picked(value: Tensor | None, *, pairs: bool) -> Pick:
+    def pick(index: Tensor) -> Tensor:
+        assert value is not None
+        return value[index][:, index] if pairs else value[index]
+
+    return pick
+
+
+def _formed(deferred: DeferredGradients) -> Pick:
+    return lambda index: torch.stack([deferred.gradient(j) for j in index.tolist()])
+
+
+def _materialized(bundle: Sequence[Factor], shape: tuple[int, ...]) -> Pick:
+    def pick(index: Tensor) -> Tensor:
+        few = [contract.materialize(bundles.take(f, index)) for f in bundle]
+        return contract.add_up([x.reshape(len(index), *shape) for x in few])
+
+    return pick
+
+
+def what_was_read(
+    quantities: Sequence[Quantity],
+    summed: Collection[int],
+    scale: float | Tensor,
+    leaves: Sequence[Tensor],
+    taken: Any,
+) -> Read:
+    """All that a run read, to be proved.
+
+    Args:
+        quantities, summed, scale, leaves: what the run was asked for, as `run` has it.
+        taken: its `RunResult`.
+    """
+    readings: list[Reading | None] = []
+    sums = []
+    for i, g in enumerate(taken.grads):
+        if g is not None:
+            beside = [readers[i] for readers in taken.readers]
+            first = [r.n for r in beside if isinstance(r, OneRunReader)]
+            sums.append(Sum(i, g, _of_the_first(scale, first[0]) if first else scale))
+    rows = zip(quantities, taken.readers, taken.values, strict=True)
+    for number, (quantity, readers, values) in enumerate(rows):
+        of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
+        readings.append(of)
+        for i, reader in enumerate(readers):
+            if isinstance(reader, TotalReader):
+                own = scale if isinstance(scale, Tensor) else 1.0
+                sums.append(Sum(i, values[i], own, reader.contract_dtype))
+    shapes = [tuple(x.shape) for x in leaves]
+    readings.append(reading_of_factors(taken.factors, taken.deferred, shapes, scale))
+    return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+
+
+def _of_the_first(scale: float | Tensor, n: int) -> Tensor:
+    """One run of two batches has the training gradient of the first samples alone."""
+    assert isinstance(scale, Tensor)
+    return torch.cat([scale[:n], torch.zeros_like(scale[n:])])
+
+
+def kind_of(readers: Any) -> Hashable:
+    """What tells readers from others that would go another way through this package."""
+    leaves, treedef = flatten(readers)
+    return treedef, tuple(map(_kind, leaves))
+
+
+def _kind(x: Any) -> Hashable:
+    match x:
+        case Tensor():
+            return x.dtype, tuple(x.shape)
+        case Quantity():
+            return type(x), x.contract_dtype
+        case None | bool() | int() | str() | torch.dtype():
+            return x
+    return type(x).__module__, type(x).__qualname__
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+DIRECTIONS = 2
+"""Directions that gradients are moved along to see how far a number moves."""
+
+PERIOD = 4099
+"""Signs that repeat: a prime number, so that they fall otherwise in every row of a matrix."""
+
+MARGIN = 4.0
+"""How much farther than that a number may be off."""
+
+
+def off_by(
+    reading: Reading,
+    grads: Sequence[Tensor],
+    company: Sequence[Tensor] | None,
+    index: Tensor,
+    reach: Tensor,
+    tolerance: float,
+) -> dict[int, float]:
+    """By parameter (-1 for the sum over them), how far the run's numbers are off, relative to their
+    size, where that is more than rounding.
+
+    Args:
+        grads: of the samples `index`, `[s, *shape]` per parameter, from plain autograd.
+        company: the sum of the gradients that the reading is beside.
+        reach: by how much the gradients may be off, `[P, s]`.
+        tolerance: relative error that is rounding.
+    """
+
+    def defined(i: int, *, moving: bool) -> _Compared:
+        beside = None if company is None else company[i]
+        g = wide(grads[i])
+        by = [-1, *[1] * (g.ndim - 1)]
+        scale = reading.scale
+        if isinstance(scale, Tensor):
+            scale = scale[index].to(g).view(by)
+        define = reading.numbers[i].define
+        want = define(g * scale, beside).double()
+        moves = torch.zeros_like(want)
+        if moving:
+            far = reach[i].to(g).view(by)
+            for k in range(DIRECTIONS):
+                moved = define((g + far * _direction(k, g)) * scale, beside)
+                moves += (moved.double() - want).square() / DIRECTIONS
+        return _Compared(want, moves)
+
+    def errors(asked: Iterable[int], *, moving: bool) -> dict[int, float]:
+        if reading.total is not None:
+            every = [defined(i, moving=moving) for i in reading.numbers]
+            want, moves = (contract.add_up(list(x)) for x in zip(*every, strict=True))
+            pairs = [(-1, _Compared(want, moves), reading.total)]
+        else:
+            pairs = [(i, defined(i, moving=moving), reading.numbers[i].pick) for i in asked]
+        allowed = tolerance * reading.degree
+        found = {i: _error(x, pick(index), allowed, pairs=reading.pairs) for i, x, pick in pairs}
+        return {i: error for i, error in found.items() if error > 0}
+
+    # Most numbers are right to their own scale: only the others may have cancelled.
+    doubtful = errors(reading.numbers, moving=False)
+    return errors(doubtful, moving=True) if doubtful else {}
+
+
+class _Compared(NamedTuple):
+    """Numbers by definition, and the squares of how far they moved."""
+
+    want: Tensor
+    moves: Tensor
+
+
+def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -> float:
+    """The worst relative error of a sample's numbers, or of a pair's; 0 where all are right."""
+    want, moves = compared
+    got = got.double()
+    if got.shape != want.shape:
+        return float("inf")
+    squares = [x.square() for x in (got - want, want)] + [moves]
+    if not pairs:
+        squares = [x.reshape(len(want), want[0].numel()).sum(1) for x in squares]
+    error, size, moved = (x.sqrt() for x in squares)
+    # What over- or underflowed shows that it did: it is run again, or is infinite.
+    bad = (error > tolerance * size + MARGIN * moved) & error.isfinite()
+    return float((error / size.clamp_min(1e-300))[bad].max()) if bool(bad.any()) else 0.0
+
+
+def _direction(k: int, g: Tensor) -> Tensor:
+    """Directions about as long as the gradients, `[s, *shape]`: half of their elements', half of
+    all elements alike, with signs as good as random. (Torch draws none inside vmap.)"""
+    if g.numel() == 0:
+        return torch.zeros_like(g)
+    flat = g.reshape(len(g), g[0].numel())
+    turns = torch.arange(PERIOD, dtype=torch.float64, device=g.device) + 1
+    signs = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).sign().to(g.dtype)
+    signs = signs.repeat(-(-g.numel() // PERIOD))[: g.numel()].view_as(flat)
+    alike = flat.norm(dim=1, keepdim=True) / flat.shape[1] ** 0.5
+    r = (flat + alike).mul(signs)
+    return (r / r.norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(g)

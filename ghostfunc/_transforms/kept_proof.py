@@ -1,0 +1,156 @@
+"""Numbers that are made of kept factors after the run, held against those of whole gradients.
+
+The run has proved that the factors of two samples are their gradients. What is contracted of them
+later (norms, products, sums) is held against plain products of the gradients that they add up to,
+once for every kind of factors: no pass through the model, and two gradients in memory.
+
+    norms, products, Gram matrices    of two samples drawn at random
+    weighted sums                     <sum_i w_i g_i, v> = sum_i w_i <g_i, v> for a random v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import VerificationError
+from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
+from ghostfunc._base.trees import ParamSpec
+from ghostfunc._factors import bundles, contract
+from ghostfunc._taps.claim import FLOOR, NOISE, TOLERANCES, loss_sizes
+from ghostfunc._taps.proof import FEW, Proofs
+from ghostfunc._taps.readings import Numbers, Reading, kind_of, off_by
+
+Plain = Callable[[int, Tensor], Tensor]
+"""A parameter's numbers by definition, from some samples' gradients `[s, *shape]`."""
+
+
+@dataclass(frozen=True)
+class KeptProof:
+    """What is proved of one model function's kept factors.
+
+    Attributes:
+        always: whether it is proved every time.
+    """
+
+    proofs: Proofs
+    always: bool
+
+    def numbers(
+        self,
+        what: str,
+        kept: Sequence[bundles.Bundle],
+        losses: Tensor,
+        spec: ParamSpec,
+        leaves: Sequence[Tensor],
+        values: Sequence[Tensor],
+        define: Plain,
+        *,
+        degree: int,
+        pairs: bool = False,
+    ) -> None:
+        """Raise `VerificationError` unless `values` are those that `define` has of gradients."""
+        key = "kept", what, kind_of(kept)
+        if not self._asks(key, losses):
+            return
+        found = losses.detach().isfinite().nonzero().flatten().tolist()
+        few = sorted(np.random.default_rng(len(losses)).permutation(found)[:FEW].astype(int))
+        index = torch.tensor([int(i) for i in few], device=losses.device, dtype=torch.long)
+        if not few:
+            return
+        with unrounded(losses):
+            grads = [
+                _whole(bundle, index, tuple(x.shape)).detach()
+                for bundle, x in zip(kept, leaves, strict=True)
+            ]
+            dtype = _coarsest(kept, leaves)
+            norms = torch.stack([g.reshape(len(few), g[0].numel()).norm(dim=1) for g in grads])
+            reach = TOLERANCES[dtype] * torch.maximum(norms, FLOOR * norms.max(0).values).double()
+            noise = NOISE * torch.finfo(dtype).eps * loss_sizes(losses[index])
+            reading = Reading(
+                what,
+                degree,
+                {i: _numbers(i, value, define, pairs=pairs) for i, value in enumerate(values)},
+                pairs=pairs,
+            )
+            wrong = off_by(
+                reading,
+                grads,
+                None,
+                index,
+                torch.maximum(reach, noise.to(reach)),
+                TOLERANCES[dtype],
+            )
+        if wrong:
+            raise _disproved(what, spec, wrong)
+        self.proofs.put(key, value=True)
+
+    def sums(
+        self,
+        kept: Sequence[bundles.Bundle],
+        losses: Tensor,
+        spec: ParamSpec,
+        leaves: Sequence[Tensor],
+        values: Sequence[Tensor],
+        weights: Sequence[Tensor],
+    ) -> None:
+        """Raise `VerificationError` unless `values` are `sum_i w_i g_i`."""
+        key = "kept", "weighted sums", kind_of(kept)
+        if not self._asks(key, losses):
+            return
+        generator = np.random.default_rng(len(losses))
+        off, limits = [], []
+        for bundle, x, total, w in zip(kept, leaves, values, weights, strict=True):
+            v = torch.from_numpy(generator.standard_normal(x.shape)).to(wide(x))
+            with unrounded(v):
+                dots = contract.add_up([bundles.dot(f, v) for f in bundle]).double()
+                terms = torch.where(w == 0, 0, dots * w.double())
+                g = wide(total).flatten()
+                off.append((terms.sum() - (g @ v.flatten().to(g)).double()).abs())
+                limits.append(terms.norm() + g.norm().double())
+        errors, sizes = torch.stack(off), torch.stack(limits)
+        if not bool(sizes.isfinite().all()):
+            return  # of what is not finite nothing is known
+        dtype = _coarsest(kept, leaves)
+        allowed = TOLERANCES[dtype] * torch.maximum(sizes, FLOOR * sizes.max())
+        bad = (errors > allowed).nonzero().flatten().tolist()
+        if bad:
+            found = {i: float(errors[i] / sizes[i].clamp_min(1e-300)) for i in bad}
+            raise _disproved("weighted sums", spec, found)
+        self.proofs.put(key, value=True)
+
+    def _asks(self, key: object, losses: Tensor) -> bool:
+        if symbolic(losses) or in_transform():
+            return False
+        return self.always or self.proofs.get(key) is None
+
+
+def _numbers(i: int, value: Tensor, define: Plain, *, pairs: bool) -> Numbers:
+    def pick(index: Tensor) -> Tensor:
+        return value[index][:, index] if pairs else value[index]
+
+    return Numbers(lambda g, _: define(i, g), pick)
+
+
+def _whole(bundle: bundles.Bundle, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    few = [wide(contract.materialize(bundles.take(f, index))) for f in bundle]
+    return contract.add_up([x.reshape(len(index), *shape) for x in few])
+
+
+def _coarsest(kept: Sequence[bundles.Bundle], leaves: Sequence[Tensor]) -> torch.dtype:
+    dtypes = {x.dtype for x in leaves} | {bundles.values(f).dtype for b in kept for f in b}
+    return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
+
+
+def _disproved(what: str, spec: ParamSpec, wrong: dict[int, float]) -> VerificationError:
+    listed = ", ".join(repr(spec.names[i]) for i in list(wrong)[:5])
+    return VerificationError(
+        f"The {what} made of kept factors are not those of the gradients, at parameter {listed} "
+        f'(off by {max(wrong.values()):.1e}). Use mode="materialized", which forms the gradients, '
+        "and report the model: this is a fault of ghostfunc or of a registered rule."
+    )
