@@ -17,6 +17,7 @@ from ghostfunc import (
     testing,
     unrolled,
 )
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.errors import (
     BatchError,
     ControlFlowError,
@@ -38,6 +39,7 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.evaluating import evaluating
 from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.segments import documents
 from ghostfunc._factors.contract import materialize
 from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 from ghostfunc._quantities.quantity import Dot, Gram, Quantity, SampleGrad, Spread, SqNorm
@@ -70,6 +72,7 @@ __all__ = [
     "ControlFlowError",
     "CoupledSamplesError",
     "Dense",
+    "Documents",
     "Dot",
     "FactoredGrads",
     "GhostError",
@@ -108,6 +111,7 @@ __all__ = [
     "data",
     "direction",
     "distributed",
+    "documents",
     "evaluating",
     "explain",
     "factored_grads",

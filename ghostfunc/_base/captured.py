@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.torch_private import _pytree, nonstrict_trace
@@ -22,6 +23,8 @@ program can hold."""
 def capture(function: Callable[..., Any], model_fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Record a call of `function`. The compiler reads this function's source."""
     leaves, spec = _pytree.tree_flatten((args, kwargs))
+    if any(isinstance(x, Documents) for x in leaves):
+        return _refuse_documents()
     flags: tuple[bool, ...] = ()
     state: dict[str, Any] = {}
     if isinstance(model_fn, ModuleFn):
@@ -32,6 +35,14 @@ def capture(function: Callable[..., Any], model_fn: Any, *args: Any, **kwargs: A
     # The sum is an ordinary number, whose origin is not looked into.
     out = _record(number + 0, state, [_without_none(x) for x in leaves])
     return _pytree.tree_map(_result, out)
+
+
+@torch.compiler.assume_constant_result
+def _refuse_documents() -> None:
+    raise TransformError(
+        "torch.compile cannot record calls on packed documents: where they lie is read from the "
+        "batch. Call the function uncompiled."
+    )
 
 
 # A recorded program can neither take nor return None. A string stands for it among the arguments,

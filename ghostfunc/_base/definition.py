@@ -354,7 +354,8 @@ def _compare_alone(
     if not close(alone, together):
         raise coupled_samples(
             f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "
-            f"have {together[:8].tolist()}"
+            f"have {together[:8].tolist()}",
+            batch,
         )
 
 

@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ghostfunc._base.couplings import cause
+from ghostfunc._base.documents import company as company_order
+from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.dtensors import is_dtensor
 from ghostfunc._base.errors import (
     CoupledSamplesError,
@@ -104,6 +107,7 @@ def prove_independent(
                 raise coupled_samples(
                     f"some samples have losses {expected[:8].tolist()}; {where}, they have "
                     f"{found[:8].tolist()}",
+                    batch,
                     cause(losses, batch, (0, last)),
                 )
 
@@ -114,11 +118,13 @@ def prove_independent(
             return torch.cat([losses(take(batch, [i, i]))[:1] for i in range(n)])
         half = n // 2
         start = min(half, n - 2)
+        order = company_order(n, batch)
         lower, upper = (
-            losses(take(batch, range(max(half, 2)))),
-            losses(take(batch, range(start, n))),
+            losses(take(batch, order[: max(half, 2)])),
+            losses(take(batch, order[start:])),
         )
-        return torch.cat([lower[:half], upper[half - start :]])
+        found = torch.cat([lower[:half], upper[half - start :]])
+        return found if order == list(range(n)) else found[np.argsort(order)]
 
     if known:
         if randomness == "error" and n > 1:
@@ -259,12 +265,19 @@ def refuse_checkpoints(losses: Tensor) -> None:
         )
 
 
-def coupled_samples(observed: str, cause: str = "") -> CoupledSamplesError:
+def coupled_samples(observed: str, batch: PyTree = None, cause: str = "") -> CoupledSamplesError:
     """The error; of a known `cause`, that it is what couples them."""
     if cause:
         return CoupledSamplesError(
             f"The loss of one sample depends on the others: {observed}. Per-sample gradients do "
             f"not exist for such a model. {cause}"
+        )
+    if packing_of(batch) is not None:
+        return CoupledSamplesError(
+            f"The loss of one packed document depends on others of its row: {observed}. "
+            "Per-document gradients do not exist then. Usual causes: attention that looks across "
+            "documents (pass position_ids or a block-diagonal mask: docs.rows() has both), "
+            "positions that do not begin anew, convolutions over rows, state carried along a row."
         )
     return CoupledSamplesError(
         f"The loss of one sample depends on the others: {observed}. Per-sample gradients do not "
@@ -334,7 +347,7 @@ def distinct(batch: PyTree) -> bool:
 def _other_sample(batch: PyTree) -> int | None:
     """The first sample that differs from sample 0."""
     found = []
-    for x in tensors_of(batch):
+    for x in tensors_of(content(batch)):
         if len(x) > 1 and x[0].numel():
             differs = (x != x[:1]).reshape(len(x), -1).any(1)
             found += differs.nonzero().flatten()[:1].tolist()

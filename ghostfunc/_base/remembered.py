@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from ghostfunc._base.compilable import known
+from ghostfunc._base.documents import Documents, packing_of
 from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.reach import modules_in_reach
@@ -106,12 +107,14 @@ def structure(
 ) -> Hashable:
     """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
     batch_leaves, batch_def = flatten(batch)
+    packing = packing_of(batch)
     return (
         spec.treedef,
         tuple((x.ndim, x.dtype) for x in leaves),
         batch_def,
         tuple((x.ndim, x.dtype) for x in batch_leaves),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
+        packing is not None and packing.several,  # nor does a document in a row of its own
         randomness,
         training_flags(model_fn),
     )
@@ -126,5 +129,12 @@ def training_flags(model_fn: ModelFn) -> tuple[bool, ...]:
 
 
 def shapes_key(batch: PyTree) -> Hashable:
-    """The exact shapes of a batch."""
+    """The exact shapes of a batch. Of documents, those that the model sees, which are their rows':
+    how many documents the rows hold is no shape of any op."""
+    if isinstance(batch, Documents):
+        packing = batch.packing
+        sizes = tuple(tuple(x.shape[2:]) for x in batch.tensors.values())
+        return packing.rows, packing.width, packing.several, len(batch) > 1, sizes
+    if isinstance(batch, tuple):
+        return tuple(map(shapes_key, batch))
     return tuple(tuple(map(known, x.shape)) for x in tensors_of(batch))

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ghostfunc._base.documents import Packing, from_rows
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
-from ghostfunc._factors.contract import add_total, add_up, dot, total
+from ghostfunc._factors.contract import add_total, add_up, dot, position_dots, total
 from ghostfunc._factors.factor import Factor, Outer
 from ghostfunc._factors.matmul import by_onednn, matmul, product, speed
 
@@ -49,7 +50,11 @@ class RunningTotal:
         self.value = total if before is None else before + total.view_as(before)
 
     def add(
-        self, factor: Factor, us: Sequence[Tensor], contract_dtype: ContractDtype
+        self,
+        factor: Factor,
+        us: Sequence[Tensor],
+        contract_dtype: ContractDtype,
+        packing: Packing | None = None,
     ) -> list[Tensor]:
         """Add one use, and return its `<g_i, u>` for every `u`."""
         before = self.value
@@ -60,6 +65,7 @@ class RunningTotal:
             with_total=True,
             into=before.view(factor.shape) if before is not None and in_place else None,
             contract_dtype=contract_dtype,
+            packing=packing,
         )
         assert whole is not None
         if before is None:
@@ -77,15 +83,27 @@ def dots_and_total(
     with_total: bool,
     into: Tensor | None = None,
     contract_dtype: ContractDtype = None,
+    packing: Packing | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """`<g_i, u>` for every `u`, and `sum_i g_i` where it is wanted, which is never rounded to a
-    `contract_dtype`. The sum may be added to a tensor, in place, which is then what is returned."""
+    `contract_dtype`. The sum may be added to a tensor, in place, which is then what is returned.
+
+    With a `packing`, the factor is one of packed rows, an `Outer` or a `OneHot`, and sample i is
+    document i, its stretch of positions.
+    """
     if isinstance(factor, Outer) and us:
         (n, t, p), d = factor.left.shape, factor.right.shape[-1]
+        if packing is not None:
+            n, t = len(packing.row), -(-n * t // len(packing.row))
         faster = speed(factor.left, contract_dtype)
         if cost.share_dots(n, t, p, d, len(us), with_total=with_total, speed=faster):
-            return _by_rows(factor, us, with_total, None if with_total else contract_dtype, into)
-    dots = [dot(factor, u, contract_dtype) for u in us]
+            return _by_rows(
+                factor, us, with_total, None if with_total else contract_dtype, into, packing
+            )
+    if packing is None:
+        dots = [dot(factor, u, contract_dtype) for u in us]
+    else:
+        dots = [_document_dots(factor, u, contract_dtype, packing) for u in us]
     if not with_total:
         return dots, None
     if into is None:
@@ -94,14 +112,34 @@ def dots_and_total(
     return dots, into
 
 
+def _document_dots(
+    factor: Factor, u: Tensor, contract_dtype: ContractDtype, packing: Packing
+) -> Tensor:
+    """`<g_k, u>` of documents: what each position adds, summed over a document's own."""
+    shares = position_dots(factor, u, contract_dtype)
+    return from_rows(shares, packing).sum(1)
+
+
+def _pieces(
+    left: Tensor, right: Tensor, packing: Packing | None
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Both sides of a factor, sample by sample."""
+    if packing is None:
+        return left.unbind(0), right.unbind(0)
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    return [left[span] for span in packing.spans], [right[span] for span in packing.spans]
+
+
 def _by_rows(
     factor: Outer,
     us: Sequence[Tensor],
     with_total: bool,
     contract_dtype: ContractDtype,
     into: Tensor | None,
+    packing: Packing | None,
 ) -> tuple[list[Tensor], Tensor | None]:
     left, right = wide(factor.left), wide(factor.right)
+    lefts, rights = _pieces(left, right, packing)
     blocks = list(cost.row_blocks(*factor.shape))
     in_place = contract_dtype is None and not in_transform() and not symbolic(left)
     whole, block = into, None
@@ -116,8 +154,8 @@ def _by_rows(
         block_us = [wide(u)[rows].flatten() for u in us]
         dots: list[Tensor] = []
         summed = None if whole is None else whole[rows]
-        for i in range(len(left)):
-            x, y = left[i, :, rows].mT, right[i]
+        for i, (piece, y) in enumerate(zip(lefts, rights, strict=True)):
+            x = piece[:, rows].mT
             first = i == 0 and into is None
             if not in_place:
                 g = matmul(x, y, contract_dtype)

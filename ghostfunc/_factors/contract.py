@@ -170,6 +170,27 @@ def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
     return product(_flat(factor.g), wide(u).flatten()[:, None])[:, 0]
 
 
+def position_dots(
+    factor: Factor, u: Float[Tensor, "p d"], contract_dtype: ContractDtype = None
+) -> Float[Tensor, "n t"]:
+    """What each position adds to `<g_i, u>`; their sum over positions is `dot`."""
+    match factor:
+        case OneHot(ids, b, _):
+            return (F.embedding(ids, wide(u)) * wide(b)).sum(-1)
+        case Outer(left, right):
+            left, right, u = wide(left), wide(right), operand(u, contract_dtype)
+            if left.shape[-1] < right.shape[-1]:
+                left, right, u = right, left, u.mT
+            step = left.shape[1] * right.shape[-1]
+            parts = [
+                (matmul(left[s], u, contract_dtype) * right[s]).sum(-1)
+                for s in _blocks(len(left), step)
+            ]
+            return torch.cat(parts)
+        case _:
+            raise unknown_factor(factor)
+
+
 def add_up(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of one or more tensors."""
     if len(tensors) > 2 and all(x.ndim == 1 for x in tensors):

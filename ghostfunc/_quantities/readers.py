@@ -329,6 +329,17 @@ class TotalReader(NamedTuple):
         return self
 
 
+def by_sample(reader: Reader) -> bool:
+    """Whether what is read of a batch is what is read of its parts, one after the other."""
+    match reader:
+        case ValueReader(quantity):
+            return not quantity.pairs_samples
+        case DotReader() | PairReader() | DeferredReader():
+            return True
+        case _:
+            return False
+
+
 def _zeros(param: Tensor, *shape: int) -> Tensor:
     """A zero tap: float32 or wider, one stored element whatever its shape."""
     return wide(param.new_zeros(())).expand(shape)

@@ -130,7 +130,8 @@ class Alone:
         if self.randomness == "error" and not same:
             return coupled_samples(
                 f"in the batch, some samples have losses {expected[mask][:8].tolist()}; beside "
-                f"other samples, they have {losses[mask][:8].tolist()}"
+                f"other samples, they have {losses[mask][:8].tolist()}",
+                model.batch,
             )
         return grads
 

@@ -21,6 +21,7 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
+from ghostfunc._taps.recut import Recut
 from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, output_of
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
@@ -33,6 +34,7 @@ class TapMode(TrackingMode):
 
     `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
     `note_outputs` fills `outputs`, for shapes and costs. With `sinks`, what taps read goes there.
+    With `recut`, the run shows packed rows and the samples are documents.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class TapMode(TrackingMode):
         *,
         note_outputs: bool = False,
         sinks: Sinks | None = None,
+        recut: Recut | None = None,
     ) -> None:
         super().__init__(leaves)
+        self._recut = recut
         self.sinks = sinks
         self._note_outputs = note_outputs
         self._trace = trace
@@ -54,7 +58,8 @@ class TapMode(TrackingMode):
         self._as_traced = self._same_ops = self._seen = True
         self._n_calls = 0
         self._way = 0
-        self._n = n
+        self._samples = n
+        self._n = n if recut is None else recut.packing.rows
         self.taps = taps
         self.collect = collect
         self._tapping = True
@@ -199,12 +204,15 @@ class TapMode(TrackingMode):
         if tap is not None and tap.shape != y.shape:
             raise StaleOutputs
         number = len(self.uses)
-        use = Use(call, self._n, targets, args, treedef, axis, tap, number, self.sinks)
+        use = Use(
+            call, self._samples, targets, args, treedef, axis, tap, number, self.sinks,
+            recut=self._recut, place=self._n_calls - 1,
+        )  # fmt: skip
         if self.sinks is not None and self.sinks.collects(targets):
             use.collecting = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
         self.uses.append(use)
         if self._note_outputs:
-            self.outputs.append(output_of(use, y, axis))
+            self.outputs.append(output_of(use, y, axis, self._n))
         if self._tapping:
             y = use.tap(y, self.taps)
         if tap is None and use.collecting is None:
@@ -242,6 +250,8 @@ class TapMode(TrackingMode):
             padded = layout.pad(tracked.const, expected.ndim)
             shape = list(padded.shape)
             shape[layout.sample_axis] = self._n
+            if self._recut is not None:
+                shape = self._recut.copies(self._n_calls - 1, layout, shape)
             copy = padded.expand(shape)
             if in_transform():
                 copy = copy.contiguous()  # forward mode writes tangents into its like
@@ -255,6 +265,8 @@ class TapMode(TrackingMode):
 
     def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         """The op on every sample by itself, samples first."""
+        if self._recut is not None:
+            raise StaleLayout(f"{op_name(func)} mixes the positions of documents")
         layouts = dict(expected.layouts)
         for i in layouts:
             self._check_layout(layouts[i], call.leaves[i])

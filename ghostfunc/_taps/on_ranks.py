@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from ghostfunc._base.documents import packing_of
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
 from ghostfunc._base.in_step import InStep, OtherRankRetries
 from ghostfunc._base.pieces import held_whole, whole_likes
@@ -71,7 +72,13 @@ class Together:
             trace = self._known() if trace is None else trace
             assert trace is not None
             model = TracedModel(
-                self.model_fn, self.leaves, self.spec, self.batch, batch_size(self.batch), trace
+                self.model_fn,
+                self.leaves,
+                self.spec,
+                self.batch,
+                batch_size(self.batch),
+                trace,
+                packing_of(self.batch),
             )
             try:
                 with self.ranks.in_step("running the model", retries=(StaleLayout,)):

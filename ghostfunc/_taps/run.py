@@ -35,6 +35,7 @@ from ghostfunc._quantities.readers import DeferredGradients, ValueReader
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.on_ranks import Together
+from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import kind_of, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, pour
@@ -349,6 +350,7 @@ def _by_cotangents(
             n,
             dict(zip(readers, taps, strict=True)),
             dict(zip(collected, collect_taps, strict=True)),
+            recut=recut_of(model),
         )
         with mode:
             losses = model.model_fn(spec.unflatten([t.shown for t in tracked]), model.batch)
@@ -361,7 +363,7 @@ def _by_cotangents(
         args = [mode.uses[number].arg_tensors for number in collected]
         return losses, [[x if nested else x.detach() for x in row] for row in args]
 
-    collect_taps = [output.tap(n) for output in collected.values()]
+    collect_taps = [output.tap(model.rows) for output in collected.values()]
     losses, (read, cotangents, param_grads), saved = pull_back(
         tapped,
         (taps, collect_taps, [leaves[i] for i in grads]),

@@ -23,6 +23,7 @@ from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.tap import ANCHOR, Sinks, Use
 from ghostfunc._trace.find import TracedModel
@@ -98,7 +99,9 @@ def pour(
         tracked[i].running = total
     for key, reader in readers.items():
         tracked[key[1]].readers[key] = (reader, reader)
-    mode = TapMode(model.trace, tracked, model.n, {ANCHOR: anchor}, {}, sinks=sinks)
+    mode = TapMode(
+        model.trace, tracked, model.n, {ANCHOR: anchor}, {}, sinks=sinks, recut=recut_of(model)
+    )
     params: PyTree = spec.unflatten(guards)
     with torch.enable_grad(), mode:
         losses = model.model_fn(params, model.batch)

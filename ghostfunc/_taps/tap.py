@@ -15,6 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ghostfunc._base.documents import Packing
 from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
@@ -26,8 +27,10 @@ from ghostfunc._quantities.readers import (
     PositionsReader,
     Reader,
     ValueReader,
+    by_sample,
 )
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
+from ghostfunc._taps.recut import Recut, in_rows, regrouped
 from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
@@ -146,6 +149,8 @@ class Use:
         sinks: where to put what is read; None inside transforms, whose taps return it.
         collecting: makes a zero cotangent of the output, where that is kept.
         reading: whether something is read.
+        recut: lays packed rows out as documents, if these are the samples.
+        place: number of the call in the trace.
     """
 
     call: CallTrace
@@ -159,6 +164,8 @@ class Use:
     sinks: Sinks | None = None
     collecting: Blank | None = None
     reading: bool = False
+    recut: Recut | None = None
+    place: int = 0
 
     def __post_init__(self) -> None:
         self.arg_tensors, self._rest = _split_tensors(self.args)
@@ -218,13 +225,15 @@ class Use:
             sinks.cotangents[self.number] = b
         if not self.reading:
             return out
+        if self.recut is not None:
+            return self._pour_documents(b, args, sinks)
         factors = self.factors(b, args)
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
             readers = [root if own is None else own for own, root in target.readers.values()]
             by_position = any(isinstance(r, PositionsReader) for r in readers)
-            factor = self._shaped(factors[name], target, by_position=by_position)
+            factor = self.shaped(factors[name], target, by_position=by_position)
             straight = sinks.straight
             if straight is not None and straight.read(self.call, target, factor, sinks.add):
                 continue
@@ -236,18 +245,45 @@ class Use:
                 out.append(found[-1])
         return out
 
+    def _pour_documents(
+        self, b: Tensor, args: Sequence[Tensor], sinks: Sinks
+    ) -> list[Tensor | None]:
+        """`pour`, where samples are documents."""
+        out: list[Tensor | None] = []
+        read = ByDocument(self, b, args)
+        for name, target in self.targets:
+            if not target.readers and not target.wants_grad:
+                continue
+            readers = [root if own is None else own for own, root in target.readers.values()]
+            found = read(name, target, readers, sinks)
+            if found is None:
+                continue
+            for key, value in zip(target.readers, found, strict=False):
+                assert value is not None
+                sinks.add(key, value)
+            if target.grad is not target.const:
+                out.append(found[-1])
+        return out
+
     def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
         """What makes the factors of all targets, by the rule's names for them, given the output's
-        cotangent."""
-        layout, rule = self.call.out, self.call.rule
+        cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
+        layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
-            return {"": lambda: Dense(real(g.reshape(self.n, *const.shape)))}
+            if recut is not None:
+                g = recut.broadcast(self.place, self.call, g, const)
+            return {"": lambda: Dense(real(g.reshape(n, *const.shape)))}
         leaves = _merge_tensors(self._rest, args)
-        call_args, kwargs = unflatten(self.treedef, stack_all(leaves, self.call.places, self.n))
+        if recut is None:
+            b, leaves = layout.stack(b, n), stack_all(leaves, self.call.places, n)
+        else:
+            b = recut.cotangent(self.place, self.call, b)
+            leaves = recut.arguments(self.place, self.call, leaves)
+        call_args, kwargs = unflatten(self.treedef, leaves)
         assert rule is not None  # tracing saw to it
-        return rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
+        return rule.fn(b, *call_args, **kwargs)
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
         """The cotangents of all tap inputs, in the order of `tap`."""
@@ -275,14 +311,57 @@ class Use:
     ) -> Factor:
         """The factor of one target, given the output's cotangent; `by_position`, no rule may form
         the gradient because that is smaller."""
-        return self._shaped(self.factors(b, args)[name], target, by_position=by_position)
+        return self.shaped(self.factors(b, args)[name], target, by_position=by_position)
 
-    def _shaped(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
+    def shaped(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
         if by_position and isinstance(make, ByPosition):
             make = make.outer
         if isinstance(self.call.rule, BroadcastRule):
             return make()
-        return as_param_shape(make(), target)
+        factor = make()
+        if self.recut is not None:
+            factor = regrouped(factor, self.recut.packing)
+        return as_param_shape(factor, target)
+
+
+class ByDocument:
+    """Reads one use where packed rows are shown and samples are documents."""
+
+    def __init__(self, use: Use, b: Tensor, args: Sequence[Tensor]) -> None:
+        assert use.recut is not None
+        self._call, self._packing = use.call, use.recut.packing
+        self._broadcasts = isinstance(use.call.rule, BroadcastRule)
+        self._factors = use.factors(b, args)
+
+    def __call__(
+        self, name: ArgName, target: Tracked, readers: Sequence[Reader], sinks: Sinks
+    ) -> list[Tensor | None] | None:
+        """What every reader reads, and the training gradient, as `_read_all` returns them; None if
+        the sinks have it."""
+        packing, make = self._packing, self._factors[name]
+        single = (make.outer if isinstance(make, ByPosition) else make)()
+        if self._broadcasts or isinstance(single, Dense):
+            factor = single if self._broadcasts else regrouped(single, packing)
+            factor, straight = as_param_shape(factor, target), sinks.straight
+            if straight is not None and straight.read(self._call, target, factor, sinks.add):
+                return None
+            return _read_all(factor, target, readers)
+        here = all(own is not None for own, _ in target.readers.values())
+        if here and all(isinstance(r, DotReader) for r in readers):
+            rows = in_rows(single, packing)
+            rows = None if rows is None else as_param_shape(rows, target)
+            if isinstance(rows, (Outer, OneHot)):
+                return _read_all(rows, target, readers, packing)
+        apart = len(packing.groups) > 1 and not target.wants_grad
+        if readers and apart and all(map(by_sample, readers)):
+            parts = [
+                _read_all(as_param_shape(regrouped(single, part), target), target, readers)
+                for _, part in packing.groups
+            ]
+            order = torch.cat([index for index, _ in packing.groups]).argsort()
+            columns = zip(*parts, strict=True)
+            return [torch.cat([x for x in column if x is not None])[order] for column in columns]
+        return _read_all(as_param_shape(regrouped(single, packing), target), target, readers)
 
 
 def as_param_shape(factor: Factor, target: Tracked) -> Factor:
@@ -301,9 +380,12 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
     return Dense(g.reshape(len(g), *shape))
 
 
-def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> list[Tensor | None]:
+def _read_all(
+    factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None = None
+) -> list[Tensor | None]:
     """What every reader of a target reads, and last the cotangent of its training gradient's input
-    if there is one: None if the gradient was added to a running total."""
+    if there is one: None if the gradient was added to a running total. With a `packing`, the factor
+    is one of packed rows, and all readers are `DotReader`s."""
     own = [reader is not None for reader, _ in target.readers.values()]
     pulled = {} if all(own) else leaf_factors(target, factor)
     at_leaf = [
@@ -316,7 +398,7 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
         leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
         readers = _readers_for_train_rows(factor, target, leaves, readers)
         factor = bundles.take(factor, slice(beside[0].n))
-    read, grad = _read_with_total(factor, target, readers)
+    read, grad = _read_with_total(factor, target, readers, packing)
     here = iter(read)
     out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
     if target.wants_grad:
@@ -325,7 +407,7 @@ def _read_all(factor: Factor, target: Tracked, readers: Sequence[Reader]) -> lis
 
 
 def _read_with_total(
-    factor: Factor, target: Tracked, readers: Sequence[Reader]
+    factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """What readers at hand read, and the training gradient, formed beside them where it is wanted:
     None if it was added to a running total."""
@@ -337,15 +419,21 @@ def _read_with_total(
     grad: Tensor | None = None
     if giving is not None and target.wants_grad:
         value, grad = giving.read_with_total([factor])
-        dots, _ = dots_and_total(factor, us, with_total=False, contract_dtype=contract_dtype)
+        dots, _ = dots_and_total(
+            factor, us, with_total=False, contract_dtype=contract_dtype, packing=packing
+        )
         if target.running is not None:
             target.running.put(grad)
             grad = None
     elif target.running is not None:
-        dots = target.running.add(factor, us, contract_dtype)
+        dots = target.running.add(factor, us, contract_dtype, packing)
     else:
         dots, grad = dots_and_total(
-            factor, us, with_total=target.wants_grad, contract_dtype=contract_dtype
+            factor,
+            us,
+            with_total=target.wants_grad,
+            contract_dtype=contract_dtype,
+            packing=packing,
         )
     read: list[Tensor] = []
     dotted = iter(dots)
@@ -406,6 +494,7 @@ class UseOutput:
     """A use as a run on `n` samples saw it.
 
     Attributes:
+        n: the samples, or the rows that documents shared.
         shape, axis, dtype, device: its output, and where the samples lie in it.
         targets: `(parameter, type of factor, shape of factor, positions, direct)`.
     """
@@ -427,11 +516,11 @@ class StaleOutputs(Exception):
     """Some outputs have other shapes than the remembered ones. Never leaves the package."""
 
 
-def output_of(use: Use, y: Tensor, axis: int) -> UseOutput:
+def output_of(use: Use, y: Tensor, axis: int, n: int) -> UseOutput:
     targets = []
     for name, target in use.targets:
         factor = use.factor(name, target, y, use.arg_tensors)  # y stands in for its cotangent
         met = bundles.use_shape(factor)
         seen = met.kind, met.shape, met.positions, target.direct(factor)
         targets += [(leaf, *seen) for leaf in target.leaves()]
-    return UseOutput(use.n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))
+    return UseOutput(n, tuple(y.shape), axis, y.dtype, y.device, tuple(targets))

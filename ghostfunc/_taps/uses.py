@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ghostfunc._base.compilable import known
+from ghostfunc._base.documents import packing_of
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory, shapes_key
 from ghostfunc._base.trees import ParamSpec, take, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.tap import UseOutput
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
@@ -99,7 +101,9 @@ def _look_at_outputs(model: TracedModel, few: int, sample: PyTree) -> list[UseOu
 
 def _outputs_of(model: TracedModel, few: int, sample: PyTree) -> list[UseOutput]:
     tracked = constants(model.leaves, model.spec)
-    mode = TapMode(model.trace, tracked, few, {}, {}, note_outputs=True)
+    few_model = replace(model, batch=sample, n=few, packing=packing_of(sample))
+    recut = recut_of(few_model)
+    mode = TapMode(model.trace, tracked, few, {}, {}, note_outputs=True, recut=recut)
     with mode, torch.enable_grad():
         model.model_fn(model.spec.unflatten([t.shown for t in tracked]), sample)
     mode.finish()

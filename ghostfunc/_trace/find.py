@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from ghostfunc._base.documents import Packing, packing_of
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
 from ghostfunc._base.purity import not_captured
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
@@ -46,6 +47,9 @@ class TracedModel:
     """A model function with its trace, ready to be run on one batch.
 
     Made by `with_trace`.
+
+    Attributes:
+        packing: how the samples share rows, if they are documents.
     """
 
     model_fn: ModelFn
@@ -54,6 +58,12 @@ class TracedModel:
     batch: PyTree
     n: int
     trace: Trace
+    packing: Packing | None = None
+
+    @property
+    def rows(self) -> int:
+        """What the model takes for samples: they, or the rows that documents share."""
+        return self.n if self.packing is None else self.packing.rows
 
 
 def with_trace(
@@ -66,7 +76,7 @@ def with_trace(
 ) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
     leaves = plain(leaves)
-    n = batch_size(batch)
+    n, packing = batch_size(batch), packing_of(batch)
     remembered = memory(model_fn, Ways)
     own = structure(model_fn, spec, leaves, batch, randomness)
     traces = remembered.traces.made(own, list)
@@ -74,7 +84,7 @@ def with_trace(
     first = fitting.get(shapes)
     unproved = ""
     for trace in [*([first] if first in traces else []), *(x for x in traces if x is not first)]:
-        model = TracedModel(model_fn, leaves, spec, batch, n, trace)
+        model = TracedModel(model_fn, leaves, spec, batch, n, trace, packing)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -89,7 +99,7 @@ def with_trace(
         if unproved and number == DISPROVED_PAIRS:
             break
         trace = trace_model(model_fn, leaves, spec, batch, randomness, pair)
-        model = TracedModel(model_fn, leaves, spec, batch, n, trace)
+        model = TracedModel(model_fn, leaves, spec, batch, n, trace, packing)
         try:
             result = use(model)
         except StaleLayout as stale:

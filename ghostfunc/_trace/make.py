@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._base.documents import apart
 from ghostfunc._base.errors import WAYS_OUT, CoupledSamplesError, InPlaceError, SampleAxisError
 from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
@@ -56,7 +57,7 @@ def pairs_to_trace(
 
     whole = way(batch)
     for i in range(2, min(n, PAIRS_TRIED)):
-        if way(take(batch, [0, i])) == whole:
+        if way(apart(take(batch, [0, i]))) == whole:
             yield 0, i
 
 
@@ -69,10 +70,14 @@ def trace_model(
     randomness: Randomness,
     pair: tuple[int, int],
 ) -> Trace:
-    """Trace `model_fn` on two samples of the batch."""
+    """Trace `model_fn` on two samples of the batch.
+
+    Documents are traced in rows of their own, where a row is a sample: what is found of rows holds
+    for those that several documents share.
+    """
     prove_independent(model_fn, leaves, spec, batch, randomness)
     chosen = list(pair)
-    small, grown = take(batch, chosen), take(batch, [*chosen, chosen[0]])
+    small, grown = apart(take(batch, chosen)), apart(take(batch, [*chosen, chosen[0]]))
     k = len(chosen)
 
     log = ShapeLog()

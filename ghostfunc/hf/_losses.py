@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.module import from_module
 from ghostfunc._base.types import ModelFn
@@ -38,14 +39,16 @@ def causal_lm(
     Returns:
         `(model_fn, params)`. The batch is `dict(input_ids [n, T], attention_mask [n, T]?,
         labels [n, T]?, ...)`. Without `labels` the input ids are the labels, except where
-        `attention_mask` is 0. A sample without a labelled token has no loss and is refused
-        (`NonFiniteLossError`). Mind the scale: a token of a short sample weighs more than one of a
-        long sample, unlike in a loss averaged over all tokens of a batch.
+        `attention_mask` is 0. Rows that hold several documents each become a batch of documents by
+        `gf.documents`; the losses are then those of documents. A sample without a labelled token
+        has no loss and is refused (`NonFiniteLossError`). Mind the scale: a token of a short sample
+        weighs more than one of a long sample, unlike in a loss averaged over all tokens of a batch.
 
     Raises:
         OptionError: `logit_chunks` is no positive integer, or the model does more between its
             hidden states and its logits than to apply its output embeddings (scaling, a soft cap);
-            the model is an encoder-decoder (`gf.hf.seq2seq_lm`).
+            the model is an encoder-decoder (`gf.hf.seq2seq_lm`); `logit_chunks` for documents.
+        BatchError: the batch has `segments` of which nobody made documents.
     """
     if _is_encoder_decoder(model):
         raise OptionError(
@@ -55,7 +58,15 @@ def causal_lm(
     if logit_chunks is not None:
         check_head(model, logit_chunks)
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
+    def loss(module: nn.Module, batch: Batch | Documents) -> Tensor:
+        if isinstance(batch, Documents):
+            if logit_chunks is not None:
+                raise OptionError(
+                    "logit_chunks cuts rows into pieces of positions, which documents do not "
+                    "survive. Leave it out for packed documents, or use chunk_size."
+                )
+            return _document_means(module, batch)
+        refuse_segments(batch)
         inputs = dict(batch)
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -68,6 +79,29 @@ def causal_lm(
         return token_means(logits, next_tokens(labels, logits.shape[1]))
 
     return from_module(model, loss)
+
+
+def _document_means(module: nn.Module, docs: Documents) -> Tensor:
+    """Each document's mean over its own labelled tokens, `[n]`, of a run on packed rows."""
+    rows = docs.rows()
+    rows.pop("labels", None)
+    labels = docs.tensors.get("labels")
+    if labels is None:
+        labels = docs["input_ids"].masked_fill(~docs.packing.own, IGNORED)
+    targets = next_tokens(labels, labels.shape[1])
+    losses = token_losses(
+        cast(Any, module)(**rows, use_cache=False).logits, docs.to_rows(targets, fill=IGNORED)
+    )
+    return docs.sums(losses) / (targets != IGNORED).sum(1)
+
+
+def refuse_segments(batch: Batch) -> None:
+    """Raise for packed rows of which nobody made documents."""
+    if "segments" in batch:
+        raise BatchError(
+            "the batch has segments: its rows hold several documents each. Make the documents "
+            "samples first, gf.documents(batch), and pass those."
+        )
 
 
 def masked_lm(model: nn.Module) -> tuple[ModelFn, dict[str, Tensor]]:

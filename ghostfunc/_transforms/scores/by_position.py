@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghostfunc._base.documents import packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
 from ghostfunc._base.purity import (
@@ -69,6 +70,12 @@ def position_dots(
 ) -> list[list[Tensor]]:
     """For every direction the shares of all positions: `[n, T]`, one in all or one per
     parameter."""
+    if packing_of(batch) is not None:
+        raise PositionAxisError(
+            "per_position=True does not take packed documents: its shares are numbered by the "
+            "positions of samples, and these share rows. Ask for the scores of documents without "
+            "per_position, or for shares of documents in rows of their own."
+        )
 
     def use(model: TracedModel) -> list[list[Tensor]]:
         def shares_of(model: TracedModel) -> tuple[list[list[Tensor]], Tensor, WayTaken]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.compilable import known, same_size
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.finite import FiniteLosses
@@ -230,6 +231,8 @@ def _company(trace: Trace) -> str | None:
 def _difference(train: PyTree, val: PyTree) -> str | None:
     """In what batches differ besides their numbers of samples; None if in nothing."""
     (ours, treedef), (theirs, other) = flatten(train), flatten(val)
+    if isinstance(train, Documents):
+        return "the rows that their documents share"
     if treedef != other:
         return "structure"
     pairs = list(zip(ours, theirs, strict=True))

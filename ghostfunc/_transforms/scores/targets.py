@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_like, map_leaves
 from ghostfunc._base.types import PyTree
@@ -118,7 +119,9 @@ def _several_batches(val: PyTree, train: PyTree) -> bool:
 
 
 def _alike(x: PyTree, train: PyTree) -> bool:
-    """Whether two trees agree in what they have in common, and have something in common."""
+    """Whether two trees agree in what they have in common, and have something in common. Documents
+    stand for their tensors: either side may be packed."""
+    x, train = (tree.tensors if isinstance(tree, Documents) else tree for tree in (x, train))
     if isinstance(x, Mapping) and isinstance(train, Mapping):
         common = x.keys() & train.keys()
         return bool(common) and all(_alike(x[k], train[k]) for k in common)
