@@ -18,9 +18,9 @@ from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.remembered import Recent
 from ghostfunc._taps import proof, uses
 
-PASSES_PER_SHAPE = 4
-"""Forward passes at a length that is new: a look at the uses of two samples, and a proof: a run
-under taps, and two halves of the samples by plain autograd."""
+PASSES_PER_SHAPE = 6
+"""Forward passes at a length that is new, at most: a look at the uses of two samples, and proofs of
+what is read and of the factors that are kept: runs under taps, and two halves by plain autograd."""
 
 
 class Counted(nn.Module):

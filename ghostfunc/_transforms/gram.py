@@ -76,8 +76,8 @@ def ghost_gram(
         OptionError: `chunk_size` in a mode that does not run chunks.
         GhostError: another of its children, as for `ghost_vjp`.
     """
-    _check_options(mode, chunk_size, normalize and other is not None, check, randomness)
     check_flags(per_param=per_param, normalize=normalize)
+    _check_options(mode, chunk_size, normalize and other is not None, check, randomness)
     check_vectorize(vectorize)
     if mode != "ghost" or chunk_size is not None:
         refuse_pieces(model_fn, f"ghost_gram with mode={mode!r} and chunk_size={chunk_size}")

@@ -59,7 +59,7 @@ def test_shards_are_disjoint_and_complete(tmp_path: Path, monkeypatch: pytest.Mo
     assert fill(store, 21, shard=(1, 2)) == 8
     assert store.missing("final") == [range(8), range(16, 21)]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(gf.OptionError, match=r"WORLD_SIZE=2 .* init_process_group\(\) first"):
+    with pytest.raises(gf.OptionError, match=r"WORLD_SIZE=2 .*init_process_group\(\) first"):
         fill(store, 21)
     assert fill(store, 21, shard=(0, 2)) == 13
     monkeypatch.setenv("WORLD_SIZE", "1")
