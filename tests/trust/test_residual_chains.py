@@ -32,7 +32,7 @@ def cayley(w: Tensor) -> Tensor:
     return w + 0.1 * w @ w
 
 
-MOST = 5000
+MOST = 10_000
 """Ops of a call on a chain of five steps; the longest needs a fifth of that."""
 
 STEPS: list[Chain] = [residual, reflected, cayley]
