@@ -50,8 +50,9 @@ def factored_grads(
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
         params: pytree of floating-point tensors.
         batch: pytree of tensors `[n, ...]`.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" or "different".
 
     Returns:
