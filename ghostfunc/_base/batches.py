@@ -17,23 +17,35 @@ from ghostfunc._base.types import PyTree
 T = TypeVar("T")
 
 
-def chunks(batch: PyTree, chunk_size: int | None, what: str = "batch") -> list[tuple[int, PyTree]]:
+def chunk_count(n: int, chunk_size: int | None) -> int:
+    """How many chunks n samples make."""
+    return 1 if chunk_size is None else -(-n // chunk_size)
+
+
+def chunks(
+    batch: PyTree, chunk_size: int | None, what: str = "batch", *, least: int = 1
+) -> list[tuple[int, PyTree]]:
     """Where each chunk begins, and the chunk: views of the batch, of at most `chunk_size` samples
-    and as equal as can be (a chunk of one sample would be traced by itself)."""
+    and as equal as can be (a chunk of one sample would be traced by itself); `least` of them."""
     check_chunk_size(chunk_size)
     n = batch_size(batch, what)
-    if chunk_size is None or chunk_size >= n:
+    count = max(least, chunk_count(n, chunk_size))
+    if count == 1:
         return [(0, batch)]
-    count = -(-n // chunk_size)
     bounds = [i * n // count for i in range(count + 1)]
     return [(a, _cut(batch, a, b)) for a, b in itertools.pairwise(bounds)]
 
 
 def each(
-    call: Callable[[PyTree], T], batch: PyTree, chunk_size: int | None, what: str = "batch"
+    call: Callable[[PyTree], T],
+    batch: PyTree,
+    chunk_size: int | None,
+    what: str = "batch",
+    *,
+    least: int = 1,
 ) -> Iterator[T]:
     """What `call` returns for every chunk, one at a time."""
-    parts = chunks(batch, chunk_size, what)
+    parts = chunks(batch, chunk_size, what, least=least)
     for start, chunk in parts:
         try:
             out = call(chunk)

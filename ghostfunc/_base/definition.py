@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.pieces import in_step
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
@@ -42,11 +44,16 @@ def val_gradient(
     val: PyTree,
     scale: float,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """The gradient of the summed validation losses, scaled, by reverse mode alone. `look` gets the
-    losses when all is queued."""
+    losses when all is queued; `ready` gets every parameter's gradient as it comes up."""
     weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
-    return weighted_gradient(model_fn, leaves, spec, val, weights, look)[1]
+    return weighted_gradient(model_fn, leaves, spec, val, weights, look, ready)[1]
+
+
+def _given_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> None:
+    ready(i, dense(grad))
 
 
 def weighted_gradient(
@@ -56,10 +63,16 @@ def weighted_gradient(
     batch: PyTree,
     weights: Tensor,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone. `look`
-    gets the losses when all is queued."""
+    gets the losses when all is queued; `ready` gets every parameter's gradient as it comes up, by
+    number, outside transforms."""
     n = batch_size(batch)
+    ranks = in_step(model_fn)
+    if ranks is not None and not ranks.together:
+        with ranks.in_step("computing a gradient"):
+            return weighted_gradient(model_fn, leaves, spec, batch, weights, look, ready)
     if in_transform():
         losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
         with unrounded(losses):
@@ -67,6 +80,9 @@ def weighted_gradient(
         look(losses)
         return losses, list(map(dense, grads))
     inputs = [x.detach().requires_grad_() for x in leaves]
+    if ready is not None:
+        for i, x in enumerate(inputs):
+            x.register_hook(partial(_given_dense, ready, i))
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad(), DenseGradients():

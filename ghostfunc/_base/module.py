@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.errors import CoupledSamplesError, ParamsError
+from ghostfunc._base.dtensors import like_parameter, local
+from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
-from ghostfunc._base.torch_private import BatchNorm, compiled_in_place, uncompiled
+from ghostfunc._base.options import check_number
+from ghostfunc._base.sharding import Sharding, sharding_of, without_hooks
+from ghostfunc._base.shards import gather
+from ghostfunc._base.torch_private import BatchNorm
 from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.units import Unit, made_whole_when_called
+from ghostfunc._base.wrappers import refuse_wrapped
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
 
@@ -36,8 +43,9 @@ class _Bound(nn.Module):
 class ModuleFn:
     """`model_fn(params, batch)` of a module; made by `from_module`."""
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, sharding: Sharding | None = None) -> None:
         self._bound = _Bound(module, loss)
+        self.sharding = sharding
         # Every name of every tensor: tied parameters have several.
         first_name: dict[int, str] = {}
         self._aliases: dict[str, list[str]] = {}
@@ -45,6 +53,10 @@ class ModuleFn:
         for name, x in _held(module):
             own = first_name.setdefault(id(x), name)
             self._aliases.setdefault(own, []).append(f"module.{name}")
+        self._units: list[Unit] = []
+        if sharding is not None:
+            places = {name: [x[7:] for x in alias] for name, alias in self._aliases.items()}
+            self._units = sharding.units(module, places)
 
     @property
     def module(self) -> nn.Module:
@@ -98,6 +110,8 @@ class ModuleFn:
         """`run` a function of `losses(batch)` while the module has `params`: what calls the module
         later, as a checkpoint does in the backward pass, finds the module's own."""
         self._check(params)
+        if self.sharding is not None:
+            return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
         tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         with alone_with(self.module):
@@ -108,6 +122,34 @@ class ModuleFn:
                 return self._called(tensors, run)
             finally:
                 loan.give_back()
+
+    def _lending_pieces(
+        self,
+        sharding: Sharding,
+        params: dict[str, Tensor],
+        run: Callable[[Callable[[PyTree], Tensor]], T],
+    ) -> T:
+        """`lending`, where `params` are this rank's pieces."""
+        sharding.check(params)
+
+        shards, pieces = sharding.lent(params)
+        keep = sharding.whole is not None
+        in_units = {name for unit in self._units for name in unit.places}
+
+        def losses(batch: PyTree) -> Tensor:
+            tensors: dict[str, Tensor] = {}
+            for name in (x for x in shards if x not in in_units):
+                whole = gather(pieces[name], shards[name])
+                tensors.update(dict.fromkeys(self._aliases[name], whole))
+            loan = Loan(self.module, tensors.values())
+            try:
+                with made_whole_when_called(self._units, shards, pieces, keep=keep):
+                    return self._called(tensors, lambda of: of(batch))
+            finally:
+                loan.give_back()
+
+        with alone_with(self.module), without_hooks(self.module):
+            return run(losses)
 
     def _check(self, params: object) -> None:
         """Raise unless these are tensors under names of the module's."""
@@ -144,21 +186,12 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.{name}" if prefix else name, x
 
 
-def _refuse_compiled(module: nn.Module) -> None:
-    """Raise for what `torch.compile` made of a module: it would be traced inside our passes."""
-    if uncompiled(module) is not module:
-        raise ParamsError(
-            "from_module got a compiled module (torch.compile(module)). Give it the module itself "
-            "(compiled._orig_mod) and compile the function that calls ghostfunc instead: "
-            "torch.compile(lambda params, batch: gf.ghost_norm(model_fn, params, batch))."
+def check_module(module: object) -> None:
+    """Raise `OptionError` unless it is a module."""
+    if not isinstance(module, nn.Module):
+        raise OptionError(
+            f"module is a {type(module).__name__}; expected a model, a torch.nn.Module."
         )
-    for name, part in module.named_modules():
-        if compiled_in_place(part) or uncompiled(part) is not part:
-            raise ParamsError(
-                f"{name or 'the module'!r} in {type(module).__name__} has been compiled "
-                "(module.compile(), torch.compile(submodule)). Give from_module a module that has "
-                "not, and compile the function that calls ghostfunc instead."
-            )
 
 
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
@@ -177,16 +210,46 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
 
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
-            compiled.
+            compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+            DeepSpeedEngine), or is a distributed tensor that `fully_shard` did not make: the
+            message names what to give instead.
     """
-    _refuse_compiled(module)
-    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    check_module(module)
+    if isinstance(loss, nn.Module) or not callable(loss):
+        raise OptionError(
+            f"loss is a {type(loss).__name__}; expected a function loss(module, batch) -> [n] that "
+            "calls the module and returns one loss per sample."
+        )
+    refuse_wrapped(module)
+    sharding = sharding_of(module, list(_held(module)))
+    if sharding is None:
+        params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    else:
+        params = sharding.params(module)
     if not params:
         raise ParamsError(
             f"{type(module).__name__} has no parameter with requires_grad=True: there is nothing "
             "to take gradients of. Unfreeze the parameters you want scores for."
         )
-    return ModuleFn(module, loss), params
+    return ModuleFn(module, loss, sharding), params
+
+
+def _check_weight(weight: object) -> None:
+    """Raise `OptionError` unless it is one number; a loss scaler's may be infinite."""
+    if isinstance(weight, Tensor):
+        if weight.ndim:
+            raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
+    elif not isinstance(weight, float) or not math.isinf(weight):
+        check_number("weight", weight)
+
+
+def _check_grad(name: str, grad: object) -> None:
+    """Raise `ParamsError` unless it is a floating-point tensor."""
+    if not isinstance(grad, Tensor) or not grad.is_floating_point():
+        found = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
+        raise ParamsError(
+            f"grads[{name!r}] is a {found}; expected a tensor of a floating-point dtype."
+        )
 
 
 def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: float = 1.0) -> None:
@@ -201,6 +264,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         module: the module that `gf.from_module` was given.
         grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
             parameter once, under its first name; frozen parameters not at all.
+            Of a module that `fully_shard` has sharded, this rank's pieces.
         weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
             loss scaler, its scale.
 
@@ -208,6 +272,8 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         ParamsError: names or shapes are not those of the trainable parameters. Nothing is written
             then.
     """
+    check_module(module)
+    _check_weight(weight)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(grads, Mapping):
         raise ParamsError(
@@ -223,15 +289,17 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             "and grads anew (gf.from_module) when parameters are frozen or unfrozen."
         )
     for name, p in trainable.items():
-        if grads[name].shape != p.shape:
+        grad = grads[name]
+        _check_grad(name, grad)
+        if grad.shape != local(p).shape:
             raise ParamsError(
-                f"The gradient of {name!r} has shape {tuple(grads[name].shape)}; the parameter's "
-                f"is {tuple(p.shape)}."
+                f"grads: the gradient of {name!r} has shape {tuple(grad.shape)}; the parameter's "
+                f"is {tuple(local(p).shape)}."
             )
     with torch.no_grad():
         for name, p in trainable.items():
             # A new tensor: what the optimizer or a clipping does to .grad stays out of `grads`.
-            grad = (grads[name] * weight).to(p.device, p.dtype)
+            grad = like_parameter((grads[name] * weight).to(p.device, p.dtype), p)
             if p.grad is None:
                 p.grad = grad
             else:

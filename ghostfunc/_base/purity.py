@@ -22,6 +22,7 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
 )
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.pieces import held_whole, in_step
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import memory, structure
 from ghostfunc._base.torch_private import (
@@ -56,6 +57,15 @@ def prove_independent(
     _refuse_batched(leaves, batch)
     remembered = memory(model_fn)
     key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    ranks = in_step(model_fn)
+    if ranks is not None:
+        new = anew or key not in remembered
+        if ranks.any("asking whether all ranks know this structure", new):
+            whole_fn, wholes = held_whole(model_fn, leaves, spec)
+            with ranks.apart("looking whether samples depend on each other"):
+                if new:
+                    prove_independent(whole_fn, wholes, spec, batch, randomness, anew=anew)
+        return
     compiling = any(map(symbolic, tensors_of(batch)))
     if key in remembered and (compiling or not anew):
         return
@@ -326,8 +336,10 @@ def _protected(
     """What must not be written to, by address of its memory."""
     named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
     if isinstance(model_fn, ModuleFn):
+        sharding = model_fn.sharding
         named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]
-        named += [(f"frozen parameter {k!r}", x) for k, x in model_fn.module.named_parameters()]
+        held = model_fn.module.named_parameters() if sharding is None else sharding.own_memory()
+        named += [(f"frozen parameter {k!r}", x) for k, x in held]
     named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
     return {address(x): name for name, x in named if x.numel()}
 

@@ -19,6 +19,7 @@ from torch._ops import OpOverload as OpOverload  # one overload of such an op
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import _MultiHandle
 from torch.nn.modules import batchnorm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as _pytree  # the trees that torch.compile takes apart
@@ -49,6 +50,59 @@ def hooks_within(module: nn.Module) -> int:
 def compiled_in_place(module: nn.Module) -> bool:
     """Whether `module.compile()` has been called."""
     return module._compiled_call_impl is not None
+
+
+# --- fully_shard --------------------------------------------------------------------------------
+# Nothing public tells FSDP2's hooks from others, nor the policies that a module was sharded with.
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called with this very module."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and isinstance(module, loaded.FSDPModule)
+
+
+def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
+    """`out` becomes the ranks' `x`, one after the other. Its name depends on the release."""
+    names = vars(torch.distributed)
+    names["all_gather_single" if "all_gather_single" in names else "all_gather_into_tensor"](
+        out, x, group=group
+    )
+
+
+def reduce_scatter(out: Tensor, x: Tensor, group: Any) -> None:
+    """`out` becomes this rank's part of the sum of the ranks' `x`."""
+    names = vars(torch.distributed)
+    names["reduce_scatter_single" if "reduce_scatter_single" in names else "reduce_scatter_tensor"](
+        out, x, group=group
+    )
+
+
+def fsdp_hooks(unit: Any) -> list[tuple[dict[int, Any], int]]:
+    """FSDP2's own forward hooks of a module: tables of hooks, and the number in each."""
+    state = unit._get_fsdp_state()
+    found: dict[tuple[int, int], tuple[dict[int, Any], int]] = {}
+    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+        for one in handle.handles if isinstance(handle, _MultiHandle) else (handle,):
+            hooks = one.hooks_dict_ref()
+            if hooks is unit._forward_pre_hooks or hooks is unit._forward_hooks:
+                found[id(hooks), one.id] = hooks, one.id
+    return list(found.values())
+
+
+def fsdp_policies(unit: Any) -> tuple[Any, list[Any]]:
+    """The mixed-precision policy of a module, and whether its parameters are kept on the CPU."""
+    state = unit._get_fsdp_state()
+    params = [p for group in state._fsdp_param_groups for p in group.fsdp_params]
+    return state._mp_policy, [p.offload_to_cpu for p in params]
+
+
+# --- process groups ------------------------------------------------------------------------------
+
+
+def group_store(group: Any) -> Any:
+    """The store by which the processes of a group met: it outlives connections between them."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
 # --- torch.func ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
+from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
 from ghostfunc._base.types import PyTree
 
@@ -73,6 +74,11 @@ class ParamSpec:
 
 def _fault(x: Tensor) -> str | None:
     """Why no gradient can be taken with such a tensor, and what to do; None if one can."""
+    if is_dtensor(x):
+        return (
+            f"{described(x)}: pass the tensor itself, x.full_tensor(), or, of a module that "
+            "fully_shard has sharded, the params that gf.from_module returns"
+        )
     if x.is_nested:
         return "a nested tensor: pad it (torch.nested.to_padded_tensor) and pass a mask"
     if x.is_quantized:
@@ -86,40 +92,41 @@ def _fault(x: Tensor) -> str | None:
     return None
 
 
-def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
-    """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor."""
+def flatten_params(params: PyTree, what: str = "params") -> tuple[list[Tensor], ParamSpec]:
+    """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor. `what`
+    the caller calls them."""
     if torch.is_inference_mode_enabled():
         raise TransformError(
             "Gradients cannot be taken inside torch.inference_mode(). Leave it for this call; "
             "torch.no_grad() is no obstacle."
         )
     paths, leaves, treedef = optree.tree_flatten_with_path(params)
-    names = tuple(".".join(str(k) for k in path) or "params" for path in paths)
+    names = tuple(".".join(str(k) for k in path) or what for path in paths)
     if not leaves:
         raise ParamsError(
-            "params has no tensors in it. Every quantity is about gradients with respect to "
+            f"{what} has no tensors in it. Every quantity is about gradients with respect to "
             "params: pass at least one tensor. (from_module tracks only parameters with "
             "requires_grad=True.)"
         )
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise ParamsError(
-                f"params leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
+                f"{what} leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
                 "out of params: close over them in model_fn."
             )
         if leaf.is_complex():
             raise ParamsError(
-                f"params leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are "
+                f"{what} leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are "
                 "with respect to real numbers: pass torch.view_as_real(x), and have model_fn call "
                 "torch.view_as_complex."
             )
         if not leaf.is_floating_point():
             raise ParamsError(
-                f"params leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
+                f"{what} leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
                 "dtype. Close over integer tensors in model_fn instead."
             )
         if (fault := _fault(leaf)) is not None:
-            raise ParamsError(f"params leaf {name!r} is {fault}.")
+            raise ParamsError(f"{what} leaf {name!r} is {fault}.")
     return leaves, ParamSpec(treedef, names)
 
 
@@ -209,6 +216,15 @@ def batch_size(batch: PyTree, what: str = "batch") -> int:
     if n == 0:
         raise BatchError(f"{what} is empty (its leaves have 0 samples); pass at least one sample.")
     return n
+
+
+def check_samples(batch: PyTree, n: int, what: str) -> None:
+    """Raise `BatchError` unless the batch holds n samples."""
+    found = batch_size(batch, what)
+    if found != n:
+        raise BatchError(
+            f"{what} holds {found} samples, made of {n}: expected one row for each, in their order."
+        )
 
 
 def yields_batches(val: object) -> bool:

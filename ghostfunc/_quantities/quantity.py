@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import refuse_not_finite
 from ghostfunc._base.trees import ParamSpec, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
@@ -56,6 +57,8 @@ class Quantity:
             a weight that is used as `w.t()` is then read where it is used.
         takes_contract_dtype: whether it heeds `contract_dtype`.
         contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
+        of_directions: whether it is told of `params` to compare directions with them. Others are
+            told of whole parameters, where `params` are a rank's pieces.
     """
 
     degree: int
@@ -63,6 +66,7 @@ class Quantity:
     same_for_transpose: bool = False
     takes_contract_dtype: bool = False
     contract_dtype: ContractDtype = None
+    of_directions: bool = False
 
     def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one parameter's value."""
@@ -75,6 +79,9 @@ class Quantity:
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
         """One reader per parameter; None where the quantity has nothing to read."""
         return [ValueReader(self, tuple(x.shape)) for x in leaves]
+
+    def check_finite(self, leaves: Sequence[Tensor], spec: ParamSpec) -> None:
+        """Raise if what the quantity was made of is not finite; asked where its values are not."""
 
     def contracting(self, contract_dtype: ContractDtype) -> Quantity:
         """The same quantity, contracted in another dtype."""
@@ -96,6 +103,7 @@ class Dot(Quantity):
 
     degree = 1
     takes_contract_dtype = True
+    of_directions = True
 
     def __init__(self, direction: PyTree) -> None:
         self.direction = direction
@@ -103,6 +111,10 @@ class Dot(Quantity):
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[DotReader]:
         us = flatten_like(self.direction, leaves, spec, "direction")
         return [DotReader(u, self.contract_dtype) for u in us]
+
+    def check_finite(self, leaves: Sequence[Tensor], spec: ParamSpec) -> None:
+        us = flatten_like(self.direction, leaves, spec, "direction")
+        refuse_not_finite(us, spec, "direction")
 
 
 class Prepared(Quantity):

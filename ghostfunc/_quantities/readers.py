@@ -48,11 +48,14 @@ class Push(NamedTuple):
             derived tensor.
         derivation: "transpose" or "cast" where the derived tensor is just that, else "general".
         shape: of tangents of the tensor in question, in real numbers.
+        later: whether a direction is pushed when it is first read: what comes of it is larger, or
+            has to be communicated.
     """
 
     jvp: Callable[[Tensor], Tensor]
     derivation: str
     shape: tuple[int, ...]
+    later: bool = False
 
 
 class DotReader(NamedTuple):
@@ -68,10 +71,29 @@ class DotReader(NamedTuple):
         return contract.dot(factor, self.u.reshape(factor.shape), self.contract_dtype)
 
     def push(self, push: Push) -> DotReader:
-        return self._replace(u=push.jvp(self.u))
+        if push.later:
+            return PushedLater(push, self)
+        return DotReader(push.jvp(self.u), self.contract_dtype)
 
     def plus(self, other: DotReader) -> DotReader:
-        return self._replace(u=self.u + other.u)
+        return DotReader(self.u + other.u, self.contract_dtype)
+
+
+class PushedLater(DotReader):
+    """`DotReader` with a direction that is pushed, once, when it is first read."""
+
+    def __new__(cls, push: Push, source: DotReader) -> PushedLater:
+        return super().__new__(cls, source.u, source.contract_dtype)
+
+    def __init__(self, push: Push, source: DotReader) -> None:
+        self._push = push
+        self._pushed: Tensor | None = None
+
+    @property
+    def u(self) -> Tensor:
+        if self._pushed is None:
+            self._pushed = self._push.jvp(self[0])
+        return self._pushed
 
 
 class PairReader(NamedTuple):

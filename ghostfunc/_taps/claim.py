@@ -55,6 +55,11 @@ class Dots(NamedTuple):
         return torch.stack([wide(x).detach().double().cpu() for x in self.dots])
 
 
+def key_of(model: TracedModel, way: WayTaken) -> Hashable:
+    """What a proof of a run's gradients holds for."""
+    return model.trace, way, shapes_key((model.batch, model.leaves))
+
+
 @dataclass(frozen=True)
 class Claim:
     """A run, and what is claimed of it.
@@ -77,7 +82,7 @@ class Claim:
 
     @property
     def key(self) -> Hashable:
-        return self.model.trace, self.way, shapes_key((self.model.batch, self.model.leaves))
+        return key_of(self.model, self.way)
 
     def dots_by(
         self, model: TracedModel, v: Sequence[Tensor], seed: int, randomness: Randomness

@@ -25,7 +25,7 @@ from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, out
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
-from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, writes
+from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, told, writes
 
 
 class TapMode(TrackingMode):
@@ -51,7 +51,7 @@ class TapMode(TrackingMode):
         self._note_outputs = note_outputs
         self._trace = trace
         self._entry = 0
-        self._as_traced = self._same_ops = True
+        self._as_traced = self._same_ops = self._seen = True
         self._n_calls = 0
         self._way = 0
         self._n = n
@@ -89,6 +89,20 @@ class TapMode(TrackingMode):
         other._stale = dict(self._stale)
         return other
 
+    def forget(self, before: TapMode, kept: Iterable[object]) -> None:
+        """Let go of what was made whole since `before`, apart from what is `kept`: the region that
+        it was made in makes it anew."""
+        held = {id(x) for x in kept}
+        self._tracked = {
+            key: (x, t)
+            for key, (x, t) in self._tracked.items()
+            if key in before._tracked or key in held or not t.made_whole
+        }
+        for use in self.uses[len(before.uses) :]:
+            collected = use.collecting is not None or use.collect_tap is not None
+            if not collected and any(target.made_whole for _, target in use.targets):
+                use.targets = []
+
     @contextmanager
     def without_taps(self) -> Iterator[None]:
         """Only watch: what is computed stays constant."""
@@ -112,7 +126,12 @@ class TapMode(TrackingMode):
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         out = super().elementary(func, args, kwargs)
         read = not self._as_traced or entry in self._trace.reads_at
-        self._way = hash((self._way, entry, op_key(func), told(args), told(kwargs.values())))
+        call = op_key(func), told(args, kwargs)
+        if not self._same_ops:
+            self._seen = self._seen and call in self._trace.in_place
+        elif entry in self._trace.by_values:
+            self._seen = self._seen and call[1] == self._trace.by_values[entry]
+        self._way = hash((self._way, entry, call))
         if read and not isinstance(out, Tensor):
             self._way = hash((self._way, seen_by_python(out)))
         if expected is not None:
@@ -125,8 +144,7 @@ class TapMode(TrackingMode):
         """What tells this way through the program from others: its calls, what they were told
         besides tensors, the values that Python read, and the shapes where parameters met samples.
         """
-        same_ops = self._same_ops and self._entry == len(self._trace.funcs)
-        return WayTaken(same_ops, self._entry, self._way)
+        return WayTaken(self._seen, self._entry, self._way)
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
         """The samples must lie where they lay in the trace. Where the shape would allow other
@@ -250,23 +268,6 @@ class TapMode(TrackingMode):
         call_args, kwargs = call.rebuild(args)
         out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
         return out
-
-
-def told(values: Iterable[Any]) -> Hashable:
-    """What a call is told besides tensors, as far as it may be another for other samples: whole
-    numbers, words, and slices of them."""
-    return tuple(map(_told, values))
-
-
-def _told(x: Any) -> Hashable:
-    kind = type(x)
-    if kind is int or kind is str or kind is bool:
-        return kind is bool, x
-    if kind is tuple or kind is list or kind is torch.Size:
-        return tuple(map(_told, x))
-    if kind is slice:
-        return _told(x.start), _told(x.stop), _told(x.step)
-    return None
 
 
 def seen_by_python(x: Any) -> Hashable:

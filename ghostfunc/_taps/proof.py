@@ -52,10 +52,11 @@ from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import Check, Randomness
-from ghostfunc._taps.claim import NOT_THEIRS, Claim
+from ghostfunc._taps.claim import NOT_THEIRS, Claim, key_of
 from ghostfunc._taps.gradients_proof import compare_gradients
 from ghostfunc._taps.numbers_proof import compare_numbers
-from ghostfunc._trace.find import Disproved
+from ghostfunc._trace.find import Disproved, TracedModel
+from ghostfunc._trace.trace import WayTaken
 
 REMEMBERED = 4096
 """Proofs that are remembered of a model function. The oldest are forgotten, and made again."""
@@ -97,12 +98,26 @@ class Proofs:
                 del self._found[next(iter(self._found))]
 
 
+def gradients_unproved(model: TracedModel, way: WayTaken, check: Check) -> bool:
+    """Whether a run's gradients are still to be proved. Raises `Disproved` where they were found
+    wrong."""
+    if check == "never":
+        return False
+    proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
+    known = proofs.get(key_of(model, way))
+    if known is False:
+        raise Disproved(f"{NOT_THEIRS} (found before)")
+    by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
+    by_values |= not way.seen and model.n > 1
+    return not known or check == "always" or by_values
+
+
 def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     """Raise `Disproved` or `CoupledSamplesError` unless the claim holds, or was proved before.
 
     Programs that make numbers of several samples, or that may reorder them by their values, are
     proved in every run: other values make another program of them at the same shapes. So is a way
-    through the program that no trace went, of which nobody has seen whether it does.
+    through the program with calls that no trace has seen, of which nobody knows whether they do.
 
     What is known already is proved again with one sample, drawn at random, if that is to be done
     `"always"`: the numbers that were read of it, and its loss beside another sample.
@@ -116,7 +131,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     if gradients is False or numbers is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
     by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
-    by_values |= not claim.way.same_ops and model.n > 1
+    by_values |= not claim.way.seen and model.n > 1
     if gradients and numbers and check == "new" and not by_values:
         return
     check_finite(claim.losses)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.purity import check_losses
+from ghostfunc._base.pieces import in_step, whole_likes
+from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (
     address,
     divide_all,
@@ -33,12 +34,13 @@ from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
+from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import kind_of, what_was_read
-from ghostfunc._taps.sinks import as_cotangent, pour
+from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
-from ghostfunc._trace.find import TracedModel, with_trace
+from ghostfunc._trace.find import TracedModel, plain, with_trace
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.trace import Trace, WayTaken
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
@@ -86,6 +88,7 @@ def run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
+    ready: Ready | None = None,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
@@ -94,6 +97,7 @@ def run(
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
     call have memory of their own. The values of quantities that are `summed` over parameters are
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
+    Outside transforms, `ready` gets most gradients while the backward pass goes on.
     """
     own = FiniteLosses() if finite is None else finite
     asked = partial(
@@ -106,9 +110,25 @@ def run(
         outlives=outlives,
         summed=summed,
         finite=own,
+        ready=ready,
     )
     read = partial(what_was_read, quantities, summed, scale, leaves)
     options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
+
+    ranks = in_step(model_fn)
+    if ranks is not None:
+
+        def look(fn: ModelFn, wholes: Sequence[Tensor]) -> RunResult:
+            return run(fn, wholes, spec, batch, [], check=check, randomness=randomness)
+
+        def of_all(model: TracedModel) -> RunResult:
+            taken = asked(model)
+            if own.wanted:
+                check_finite(taken.losses)  # while the others still listen
+            return taken
+
+        together = Together(ranks, model_fn, plain(leaves), spec, batch, look, check, randomness)
+        return together.run(of_all)[1]
 
     def use(model: TracedModel) -> RunResult:
         try:
@@ -129,10 +149,27 @@ def run(
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if finite is None:
+        for quantity, values in zip(quantities, taken.values, strict=True):
+            _doubt(own, quantity, leaves, spec, values)
         own.look()
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return taken
+
+
+def _doubt(
+    finite: FiniteLosses,
+    quantity: Quantity,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    values: Sequence[Tensor | None],
+) -> None:
+    """Have a quantity looked into if its values are not finite; most cannot be at fault."""
+    if type(quantity).check_finite is Quantity.check_finite:
+        return
+    for x in values:
+        if x is not None:
+            finite.doubt(x, partial(quantity.check_finite, leaves, spec))
 
 
 def refuse_unproved(model: TracedModel) -> None:
@@ -163,10 +200,12 @@ def _run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     refresh: bool = False,
+    ready: Ready | None = None,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
-    readers = [q.readers(leaves, spec) for q in quantities]
+    wholes = whole_likes(model.model_fn, leaves, spec)
+    readers = [q.readers(leaves if q.of_directions else wholes, spec) for q in quantities]
     keys: list[ReaderKey] = []
     met: list[ReaderKey] = []
     for q, row in enumerate(readers):
@@ -178,10 +217,11 @@ def _run(
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
-    backward = _by_cotangents if followed else _by_sinks
-    taken = backward(
-        model, own, grads, kept, scale, summed, finite or FiniteLosses(), refresh=refresh
-    )
+    look_at = finite or FiniteLosses()
+    if followed:
+        taken = _by_cotangents(model, own, grads, kept, scale, refresh=refresh)
+    else:
+        taken = _by_sinks(model, own, grads, kept, scale, summed, look_at, ready)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
@@ -242,8 +282,7 @@ def _by_sinks(
     scale: float | Tensor,
     summed: Collection[int],
     finite: FiniteLosses,
-    *,
-    refresh: bool,
+    ready: Ready | None,
 ) -> _Taken:
     """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
@@ -257,6 +296,7 @@ def _by_sinks(
         cotangent=scale,
         summed=summed,
         finite=finite,
+        ready=ready,
     )
     values, pieces = poured.sinks.values, poured.sinks.pieces
     for key, reader in readers.items():
@@ -274,8 +314,6 @@ def _by_cotangents(
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
-    summed: Collection[int],
-    finite: FiniteLosses,
     *,
     refresh: bool,
 ) -> _Taken:

@@ -55,7 +55,7 @@ def with_trace(
     randomness: Randomness,
 ) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
-    leaves = [_plain(x) for x in leaves]
+    leaves = plain(leaves)
     n = batch_size(batch)
     remembered = memory(model_fn)
     own = structure(model_fn, spec, leaves, batch, randomness)
@@ -135,6 +135,21 @@ def trace_of(
     return with_trace(lambda model: model.trace, model_fn, leaves, spec, batch, randomness)[1]
 
 
-def _plain(x: Tensor) -> Tensor:
-    """A parameter without the caller's autograd history, but inside the caller's transforms."""
-    return x.detach() if x.requires_grad and not wrapped(x) else x
+def known_trace(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> Trace | None:
+    """The trace that fitted the last batch of these shapes; None if there was none."""
+    remembered = memory(model_fn)
+    own = structure(model_fn, spec, leaves, batch, randomness)
+    fitting: dict[Hashable, Trace] = remembered.get(("fitting", own), {})
+    found = fitting.get(shapes_key(batch))
+    return found if found in remembered.get(own, ()) else None
+
+
+def plain(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters without the caller's autograd history, but inside the caller's transforms."""
+    return [x.detach() if x.requires_grad and not wrapped(x) else x for x in leaves]

@@ -112,6 +112,8 @@ def trace_model(
         recorder.reads,
         frozenset(recorder.reads_at),
         frozenset(recorder.dtypes),
+        frozenset(recorder.in_place),
+        recorder.by_values,
     )
     return trace
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.refusals import op_name
+from ghostfunc._base.shards import gather
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform
 from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal
@@ -46,7 +47,7 @@ _CASTS = {
 _LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
     F.embedding, Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute,
     Tensor.expand, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze,
-    Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
+    Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split, gather,
 }  # fmt: skip
 """Ops that are linear in their first tensor, so that they are their own derivative."""
 LONGEST_NAME = 80
@@ -72,6 +73,7 @@ class Tracked:
             cotangent of `grad` is then only what comes from derived tensors.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
+        made_whole: whether it, or what it derives from, was made of the pieces of several ranks.
         looked_up: finds, for rows of a table, their numbers and which of them autograd does not
             hold constant, `[rows]` each; None for what is no such thing.
     """
@@ -88,6 +90,7 @@ class Tracked:
     derivation: Derivation = "general"
     fn: Callable[..., Tensor] | None = None
     looked_up: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None
+    made_whole: bool = False
 
     @property
     def wants_grad(self) -> bool:
@@ -302,6 +305,7 @@ def derived(
         derivation=derivation,
         fn=fn,
         looked_up=partial(_looked_up, func, call),
+        made_whole=func is gather or any(source.made_whole for source in call.tracked),
     )
     for position, source in enumerate(call.tracked):
         for key, (reader, root) in source.readers.items():
@@ -325,6 +329,8 @@ def _named(func: Callable[..., Any], call: CallArgs) -> str:
 def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Derivation:
     if len(call.tracked) != 1:
         return "general"
+    if func is gather:  # a factor is one of the whole parameter, and this rank's own
+        return "cast"
     source = call.tracked[0].const
     if func in _TRANSPOSES and source.ndim == 2:
         # w.transpose(0, 0) is none.
@@ -356,7 +362,8 @@ def _push(
     shape = (*consts[position].shape, *(2,) * consts[position].is_complex())
     linear = func in _LINEAR and len(consts) == 1 and not _reads_bits(func, call)
     if linear and (func is not F.embedding or not _padded(call)):
-        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape)
+        later = func is gather and not in_transform()
+        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape, later)
 
     def jvp(tangent: Tensor) -> Tensor:
         def of_one(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ tensors by identity. This file holds what tracing and tapping share: the skeleto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
 )
 from ghostfunc._base.refusals import REFUSED, op_name
+from ghostfunc._base.shards import attached, gather, shown
 from ghostfunc._base.torch_private import address, depth, in_transform
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 from ghostfunc._rules.inplace import write_part_
@@ -77,6 +78,24 @@ def reads_attribute(func: Callable[..., Any]) -> bool:
     """Whether a call reads a shape, a device and the like. No way through a model is known by
     these: of tensors without values some are not seen."""
     return func.__name__ == "__get__" and func not in _TENSOR_GETTERS
+
+
+def told(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What a call is told besides tensors, as far as it may be another for other samples: whole
+    numbers, words, and slices of them."""
+    return tuple(map(_told, args)), tuple(map(_told, kwargs.values()))
+
+
+def _told(x: Any) -> Hashable:
+    kind = type(x)
+    if kind is int or kind is str or kind is bool:
+        return kind is bool, x
+    if kind is tuple or kind is list or kind is torch.Size:
+        inner = tuple(map(_told, x))
+        return inner if any(i is not None for i in inner) else None  # any number of tensors
+    if kind is slice:
+        return _told(x.start), _told(x.stop), _told(x.step)
+    return None if isinstance(x, Tensor) else kind.__name__
 
 
 def gradients(
@@ -260,6 +279,8 @@ class TrackingMode(TorchFunctionMode):
         What an in-place op writes to, it writes to a copy, which stands for the original from then
         on.
         """
+        if func is gather and not call.leaves[1].whole:
+            return self._gather(call)
         in_place = writes(func, call.kwargs())
         pure = _on_a_copy(func) if in_place else func
         target = call.leaves[0]
@@ -297,6 +318,18 @@ class TrackingMode(TorchFunctionMode):
                 made = derived(func, func, call, values, index, pushes=pushes)
                 self.track(values[0], made)
         return unflatten(spec, outs)
+
+    def _gather(self, call: CallArgs) -> Tensor:
+        """Make a piece whole once, and show the same values as what is constant, what training
+        gradients come by, and what the program gets."""
+        (piece,), shards = call.tracked, call.leaves[1]
+        whole = shards.all_gather(piece.const)
+        grad = whole
+        if piece.grad is not piece.const:
+            grad = attached(piece.grad, whole, shards)
+        out = shown(piece.shown, whole)
+        self.track(out, derived(gather, gather, call, (out, grad, whole), None))
+        return out
 
 
 def refuse_nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,14 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
+from ghostfunc._base.pieces import chunks_of_all, on_any_rank, refuse_pieces, together
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_params
@@ -123,8 +130,12 @@ def ghost_clipped_grad(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_chunk_size(chunk_size)
+    check_flags(per_layer=per_layer, normalize=normalize, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
+    if mode != "ghost":
+        refuse_pieces(model_fn, f"mode={mode!r}")
     leaves, spec = flatten_params(params)
     n = batch_size(batch)
     bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
@@ -154,7 +165,8 @@ def ghost_clipped_grad(
         )
 
     norms, sums = [], batches.Sums()
-    for part in batches.each(of_chunk, batch, chunk_size):
+    least = chunks_of_all(model_fn, batch, chunk_size)
+    for part in batches.each(of_chunk, batch, chunk_size, least=least):
         sums.add(flatten(part.grads)[0])
         norms.append(flatten(part.norms)[0])
         del part
@@ -209,18 +221,20 @@ def _clipped(
         grads = book.param_sums(list(factors.expand(len(leaves), n)), finite=finite)
         return ClippedGrad(grads, spec.unflatten(list(rows)) if per_layer else joint)
 
-    squares = book.squares()
-    if not symbolic(squares) and not in_transform():
-        # As if all were finite, which one look tells when everything is queued.
-        taken = clipped(extreme_norms.root(squares), finite=True)
-        unlikely = extreme_norms.extremes(squares.sum(0))
+    with together(model_fn, "clipping"):
+        squares = book.squares()
+        if not symbolic(squares) and not in_transform():
+            # As if all were finite, which one look tells when everything is queued.
+            taken = clipped(extreme_norms.root(squares), finite=True)
+            unlikely = extreme_norms.extremes(squares.sum(0))
+            if weights is not None:
+                unlikely = unlikely | ~weights.isfinite()
+            again = check_finite and finite.look(unlikely)
+            if not on_any_rank(model_fn, "asking whether all is finite", flag=again):
+                return taken
         if weights is not None:
-            unlikely = unlikely | ~weights.isfinite()
-        if not check_finite or not finite.look(unlikely):
-            return taken
-    if weights is not None:
-        check_weights(weights, n)
-    return clipped(book.param_norms(squares), finite=False)
+            check_weights(weights, n)
+        return clipped(book.param_norms(squares), finite=False)
 
 
 def _factors_of(norms: Tensor, bounds: Tensor, *, normalize: bool) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_model_fn, one_of
+from ghostfunc._base.options import check_flags, check_model_fn, one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -156,6 +157,7 @@ def explain(
         OptionError: a quantity that does not exist, or "dot_prod" without `val`.
         GhostError: another of its children, as for `ghost_vjp`.
     """
+    refuse_pieces(model_fn, "gf.explain")
     one_of("quantity", quantity, tuple(_PLANS))
     one_of("randomness", randomness, ("error", "different"))
     if quantity == "dot_prod" and val is None:
@@ -163,12 +165,13 @@ def explain(
     if quantity in ("norm", "clipped_grad") and val is not None:
         raise OptionError(f"quantity={quantity!r} is about one batch; drop val.")
     check_model_fn(model_fn)
+    check_flags(grads=grads)
     leaves, spec = flatten_params(params)
+    n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=True)
     theirs: list[list[UseShape]] = [[] for _ in leaves]
     if val is not None:
         theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
-    n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     rows = []
     for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
         uses = _ParamUses(mine, others, leaf.numel(), n, m, grads, speed(leaf))

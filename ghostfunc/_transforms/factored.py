@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from ghostfunc._base import definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_model_fn, one_of
+from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
+from ghostfunc._base.pieces import gathered, in_step, summed_and_cut, whole_likes
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
@@ -109,10 +111,10 @@ def collect(
         finite=finite,
         randomness=randomness,
     )
-    if check == "never":
-        return FactoredGrads.of(taken, leaves, spec)
-    proof = KeptProof(memory(model_fn).setdefault("proofs", Proofs()), check == "always")
-    return FactoredGrads.of(taken, leaves, spec, proof)
+    proof = None
+    if check != "never" and in_step(model_fn) is None:
+        proof = KeptProof(memory(model_fn).setdefault("proofs", Proofs()), check == "always")
+    return FactoredGrads.of(taken, leaves, spec, model_fn, proof)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class FactoredGrads:
     bundles: tuple[tuple[Factor, ...], ...]
     leaves: tuple[Tensor, ...]
     _spec: ParamSpec
+    _model_fn: ModelFn | None = None
     _made: dict[tuple[str, int, float], Any] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -142,15 +145,20 @@ class FactoredGrads:
         taken: RunResult,
         leaves: Sequence[Tensor],
         spec: ParamSpec,
+        model_fn: ModelFn | None = None,
         proof: KeptProof | None = None,
     ) -> FactoredGrads:
-        """From a run that collected the factors of all parameters."""
+        """From a run that collected the factors of all parameters. A `model_fn` of a sharded
+        module says how sums of gradients are cut."""
         n = len(taken.losses)
+        wholes = leaves if model_fn is None else whole_likes(model_fn, leaves, spec)
         bundles = tuple(
             tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
-            for bundle, x in zip(taken.factors, leaves, strict=True)
+            for bundle, x in zip(taken.factors, wholes, strict=True)
         )
-        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, _proof=proof)
+        cut = model_fn is not None and in_step(model_fn) is not None
+        own = model_fn if cut else None
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, own, _proof=proof)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.
@@ -159,6 +167,7 @@ class FactoredGrads:
         overflows or underflows, norms are taken again at another scale. A gradient with a NaN or
         infinite entry has a NaN or infinite norm.
         """
+        check_flags(per_param=per_param)
         rows = self.param_norms()
         return self._spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)
 
@@ -189,8 +198,15 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
         `normalize`: 0 where `g_i` or `u` is zero."""
+        check_flags(per_param=per_param, normalize=normalize)
         us = flatten_like(direction, self.leaves, self._spec, "direction")
+        if self._model_fn is not None:
+            us = list(gathered(self._model_fn, us, self._spec))
         dots = self.param_dots(us)
+        finite = FiniteLosses()
+        for x in dots:
+            finite.doubt(x, partial(refuse_not_finite, us, self._spec, "direction"))
+        finite.look()
         dots = dots if per_param else [add_up(dots)]
         if normalize:
             lengths = torch.stack([u.double().norm()[None] for u in us])
@@ -217,6 +233,12 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request.
         Cosines for `normalize`: 0 where a gradient is zero."""
+        check_flags(per_param=per_param, normalize=normalize)
+        if other is not None and not isinstance(other, FactoredGrads):
+            raise OptionError(
+                f"other is a {type(other).__name__}; expected gradients of other samples, such as "
+                "gf.factored_grads(model_fn, params, other) returns, or None."
+            )
         grams = self.param_grams(other)
         grams = grams if per_param else [add_up(grams)]
         if normalize:
@@ -270,7 +292,7 @@ class FactoredGrads:
 
         def summed() -> Tensor:
             weights = self.losses.new_full((len(self.losses),), c, dtype=torch.float64)
-            return bundles.weighted_total(self.bundles[i], weights).reshape(self.leaves[i].shape)
+            return self._at_leaf(i, bundles.weighted_total(self.bundles[i], weights))
 
         return self._once(("total", i, c), summed)
 
@@ -284,12 +306,21 @@ class FactoredGrads:
         """`weighted_sum` with weights of its own for every parameter. Where all gradients are
         `finite`, nobody looks for those to leave out."""
         sums = [
-            bundles.weighted_total(bundle, w, finite=finite).reshape(x.shape).to(x.dtype)
-            for bundle, w, x in zip(self.bundles, weights, self.leaves, strict=True)
+            bundles.weighted_total(bundle, w, finite=finite)
+            for bundle, w in zip(self.bundles, weights, strict=True)
         ]
         if self._proof is not None:
             self._proof.sums(self.bundles, self.losses, self._spec, self.leaves, sums, weights)
-        return self._spec.unflatten(sums)
+        return self._spec.unflatten(
+            [self._at_leaf(i, x).to(self.leaves[i].dtype) for i, x in enumerate(sums)]
+        )
+
+    def _at_leaf(self, i: int, total: Tensor) -> Tensor:
+        """A sum of gradients like parameter i; of a sharded one, this rank's piece of the sum over
+        all ranks."""
+        if self._model_fn is None:
+            return total.reshape(self.leaves[i].shape)
+        return summed_and_cut(self._model_fn, self._spec.names[i], total)
 
 
 def _product(g: Tensor, u: Tensor) -> Tensor:

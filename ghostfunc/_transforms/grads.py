@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
-from ghostfunc._base.options import CHECKS, one_of
+from ghostfunc._base.options import CHECKS, check_vectorize, one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Reduction
@@ -43,6 +44,7 @@ def direction(
             `ghost_dot_prod(..., reduction="none")`, which never forms it.
     """
     one_of("reduction", reduction, ("mean", "sum"))
+    one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
     u = dense_direction(
         model_fn,
@@ -88,6 +90,7 @@ def per_sample_grads(
     one_of("mode", mode, ("materialized", "ghost"))
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
+    check_vectorize(vectorize)
     leaves, spec = flatten_params(params)
     batch_size(batch)
     if mode == "ghost":
@@ -95,6 +98,7 @@ def per_sample_grads(
             model_fn, leaves, spec, batch, [SampleGrad()], check=check, randomness=randomness
         )
         return spec.unflatten(taken.values[0])
+    refuse_pieces(model_fn, f"mode={mode!r}")
     prove_independent(model_fn, leaves, spec, batch, randomness)
     return spec.unflatten(
         definition.materialize(

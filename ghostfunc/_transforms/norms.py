@@ -8,7 +8,14 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_contract_dtype,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
+from ghostfunc._base.pieces import chunks_of_all, refuse_pieces
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -81,8 +88,12 @@ def ghost_norm(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
+    check_flags(per_param=per_param, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
+    if mode != "ghost":
+        refuse_pieces(model_fn, f"mode={mode!r}")
     leaves, spec = flatten_params(params)
     squares = SqNorm().contracting(contract_dtype)
 
@@ -113,5 +124,6 @@ def ghost_norm(
         )
         return [book.param_norms()]
 
-    (rows,) = batches.joined(batches.each(of_chunk, batch, chunk_size), axis=1)
+    least = chunks_of_all(model_fn, batch, chunk_size)
+    (rows,) = batches.joined(batches.each(of_chunk, batch, chunk_size, least=least), axis=1)
     return spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)

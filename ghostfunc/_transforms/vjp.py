@@ -11,7 +11,8 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
+from ghostfunc._base.options import CHECKS, check_contract_dtype, check_flags, one_of
+from ghostfunc._base.pieces import chunks_of_all
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
@@ -79,6 +80,7 @@ def ghost_vjp(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype)
+    check_flags(grads=grads)
     named = quantities if isinstance(quantities, dict) else {"": quantities}
     for name, quantity in named.items():
         if not isinstance(quantity, Quantity):
@@ -107,7 +109,8 @@ def ghost_vjp(
         )
 
     losses, found, sums = [], [], batches.Sums()
-    for part in batches.each(taken, batch, chunk_size):
+    least = chunks_of_all(model_fn, batch, chunk_size)
+    for part in batches.each(taken, batch, chunk_size, least=least):
         losses.append(part.losses)
         found.append(part.values)
         if grads:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError, OptionError
 from ghostfunc._base.options import one_of
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.purity import check_losses, close
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
@@ -59,6 +60,7 @@ class Gradients:
         model_fn: ModelFn, likelihood: Likelihood | None, fisher: Fisher, draws: int, seed: int
     ) -> Gradients:
         """Validated options."""
+        refuse_pieces(model_fn, "gf.curvature")
         one_of("fisher", fisher, ("sampled", "empirical", "exact"))
         if fisher == "empirical" and (likelihood is not None or draws != 1):
             raise OptionError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import optree
 import torch
@@ -13,8 +13,15 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_chunk_size
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
+from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.trees import (
+    ParamSpec,
+    batch_size,
+    flatten_like,
+    flatten_params,
+    yields_batches,
+)
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
@@ -29,6 +36,7 @@ Stack: TypeAlias = list[Float[Tensor, "k ..."]]
 """Several directions, `[k, *shape]` per parameter."""
 
 
+@runtime_checkable
 class Solver(Protocol):
     """An inverse curvature: an `EKFAC`, a `CG`, a `Series`, or one of your own."""
 
@@ -94,8 +102,14 @@ def influence(
         Grosse et al., "Studying Large Language Model Generalization with Influence Functions",
         2023.
     """
+    check_model_fn(model_fn)
+    if query_fn is not None:
+        check_model_fn(query_fn, "query_fn")
+    refuse_pieces(model_fn, "gf.influence")
     check_count("directions_at_once", directions_at_once)
     check_chunk_size(chunk_size)
+    check_flags(relative=relative, per_param=per_param, per_position=per_position)
+    one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
     solve = _solver(curvature, params, spec, damping, relative)
     fns, sides = (model_fn, query_fn or model_fn), (train, queries)
@@ -149,6 +163,8 @@ def _solver(
     if isinstance(curvature, (CG, Series)) and isinstance(curvature.operator, DataOperator):
         curvature.operator.check(params)
 
+    _check_solver(curvature)
+
     def one_by_one(us: Stack) -> Stack:
         found = [
             flatten_like(
@@ -164,15 +180,17 @@ def _solver(
     return one_by_one
 
 
-def _is_pytree(side: Any) -> bool:
-    """Whether it is a batch; else it is an iterable of batches."""
-    leaves = optree.tree_leaves(side, none_is_leaf=True)
-    is_leaf = len(leaves) == 1 and leaves[0] is side
-    return not (is_leaf and not isinstance(side, Tensor) and isinstance(side, Iterable))
+def _check_solver(curvature: object) -> None:
+    """Raise `OptionError` unless it solves."""
+    if isinstance(curvature, Tensor) or not isinstance(curvature, Solver):
+        raise OptionError(
+            f"curvature is a {type(curvature).__name__}; expected what gf.curvature.ekfac, cg, "
+            "neumann or lissa return, anything with solve(direction, damping), or None."
+        )
 
 
 def _fewer(train: PyTree, queries: PyTree) -> bool:
-    if not (_is_pytree(train) and _is_pytree(queries)):
+    if yields_batches(train) or yields_batches(queries):
         return False
     return batch_size(train, "train") < batch_size(queries, "queries")
 
@@ -184,6 +202,6 @@ def _parts(side: Any, most: int | None, what: str) -> Iterator[PyTree]:
             f"{what} is a {type(side).__name__}, which can be gone through once. Pass a batch, or "
             "the data loader itself."
         )
-    for batch in [side] if _is_pytree(side) else side:
+    for batch in side if yields_batches(side) else [side]:
         for _, chunk in chunks(batch, most, what):
             yield chunk

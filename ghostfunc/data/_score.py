@@ -13,11 +13,26 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
-from ghostfunc._base.options import one_of
-from ghostfunc._base.trees import flatten, flatten_like, flatten_params, map_leaves, yields_batches
+from ghostfunc._base.options import (
+    check_dataset,
+    check_flags,
+    check_model_fn,
+    check_path,
+    check_type,
+    one_of,
+)
+from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.trees import (
+    check_samples,
+    flatten,
+    flatten_like,
+    flatten_params,
+    map_tensors,
+    yields_batches,
+)
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._transforms.grads import direction as gradient_of
-from ghostfunc.data._batches import Collate, Dataset, Length, check_limits, group
+from ghostfunc.data._batches import Collate, Dataset, Length, check_functions, check_limits, group
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
 from ghostfunc.data._errors import ResumeError
@@ -52,7 +67,8 @@ class _Run:
     def batch(self, rows: Sequence[int]) -> PyTree:
         device = flatten_params(self.params)[0][0].device
         batch = self.collate([self.dataset[i] for i in rows])
-        return map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        check_samples(batch, len(rows), "what collate returned")
+        return map_tensors(lambda x: x.to(device), batch)
 
     def columns(self, rows: Sequence[int]) -> dict[str, Tensor]:
         try:
@@ -129,14 +145,24 @@ def score_dataset(
         scores = gf.score_dataset(model_fn, params, pool, val=target, collate=gf.data.padded(0))
         best = scores.top(100).ids
     """
+    refuse_pieces(model_fn, "gf.data.score_dataset")
     check_wanted(quantities)
     check_limits(token_budget, batch_size)
     one_of("randomness", randomness, ("error", "different"))
+    check_model_fn(model_fn)
+    check_dataset(dataset)
+    check_flags(progress=progress)
+    check_functions(collate, length)
+    if resume is not None:
+        check_path("resume", resume)
+    if recipe is not None:
+        check_type("recipe", recipe, Mapping, "a dict of what else decides the numbers, or None")
     n = len(dataset)
     if not n:
         raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
     if ids is None:
         ids = range(n)
+    check_type("ids", ids, (Sequence, Tensor, np.ndarray), "a sequence of names of samples")
     if len(ids) != n:
         raise OptionError(f"{len(ids)} ids for {n} samples; expected one each.")
     us = _directions(model_fn, params, val, direction, quantities, randomness)
@@ -183,6 +209,8 @@ def _directions(
         given = "both" if val is not None else "neither"
         raise OptionError(f"Give exactly one of val and direction; {given} was given.")
     if val is not None:
+        if isinstance(val, Mapping) and not val:
+            raise BatchError("val is empty: expected a batch, batches, or a dict of those.")
         several = isinstance(val, Mapping) and all(
             isinstance(x, Mapping) or yields_batches(x) for x in val.values()
         )

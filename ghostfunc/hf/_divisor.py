@@ -22,16 +22,18 @@ class Divisor(NamedTuple):
         counted: by `num_items_in_batch`, the items of all micro-batches of the step. Otherwise by
             the micro-batch's own items: a mean over the micro-batch.
         averaged: by the number of micro-batches of the step as well.
+        times: the number of processes that Trainer multiplies by, before it averages over them.
     """
 
     counted: bool
     averaged: bool
+    times: int = 1
 
     def items(self, own: Tensor, counted: Any, micro_batches: int) -> Tensor:
         """The divisor of a micro-batch with `own` items."""
         own = own.float()
         items = torch.as_tensor(counted, device=own.device).float() if self.counted else own
-        return items * micro_batches if self.averaged else items
+        return (items * micro_batches if self.averaged else items) / self.times
 
 
 def divisor_of(

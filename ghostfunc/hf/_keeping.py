@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.ranks import Ranks
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._files import write_table
 from ghostfunc.hf._kept import KeptScores, recipe_of
 from ghostfunc.hf._metrics import Metrics
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
+from ghostfunc.hf._processes import of_all
 from ghostfunc.hf._score_sets import ScoreSet
 from ghostfunc.hf._scoring import Book, Form, Scoring, Values
 from ghostfunc.shapley import Scores, finalize
@@ -49,6 +52,7 @@ class ScoreKeeper(Trainer):
     id_column: str | None
     _kept: KeptScores
     _run: RunState
+    _ranks: Ranks | None
 
     @property
     def scores(self) -> Scores:
@@ -76,20 +80,27 @@ class ScoreKeeper(Trainer):
     ) -> Any:
         """As `Trainer.train`; scores go on from the checkpoint too, and are written at the end,
         also where an exception ends it."""
-        resume_from_checkpoint = self._begin(resume_from_checkpoint)
+        if self._ranks is None:
+            resume_from_checkpoint = self._begin(resume_from_checkpoint)
+        else:
+            with self._ranks.phase("beginning the run") as phase:
+                resume_from_checkpoint = self._begin(resume_from_checkpoint)
+                known_by = json.dumps(self._kept.recipe, sort_keys=True)
+                phase.alike = f"{known_by}, resumed from {resume_from_checkpoint}"
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            self.save_scores(Path(cast(str, self.args.output_dir)) / TABLE_FILE)
+            if self.args.process_index == 0:
+                self.save_scores(Path(cast(str, self.args.output_dir)) / TABLE_FILE)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; a checkpoint gets the scores first and what marks it as whole,
         `trainer_state.json`, last."""
-        if _internal_call and output_dir is not None:
+        if _internal_call and output_dir is not None and self.args.should_save:
             folder = Path(output_dir)
             # A folder of an earlier run is not whole while it is written over.
             (folder / LAST_WRITTEN).unlink(missing_ok=True)
-            self._kept.save(folder, self.state.global_step)
+            self._kept.save(folder, self.state.global_step)  # the same in every process
         super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -145,7 +156,8 @@ class ScoreKeeper(Trainer):
         scaler = self.accelerator.scaler
         lowered = scaler is not None and scaler.get_scale() < self._run.scale
         if not (lowered or self.accelerator.optimizer_step_was_skipped):
-            for values in self._run.pending:
+            pending = self._run.pending
+            for values in pending if self._ranks is None else [of_all(self._ranks, pending)]:
                 self._kept.add(values)
                 self._run.metrics.add(values)
         self._run.pending = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
+from ghostfunc._base.ranks import Exchange
 from ghostfunc._base.torch_private import hooks_within, uncompiled
 from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
 from ghostfunc.hf._keeping import RunState, ScoreKeeper
@@ -17,6 +18,7 @@ from ghostfunc.hf._kept import KeptScores
 from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
 from ghostfunc.hf._numbered import SAMPLE_ID
+from ghostfunc.hf._processes import average, averaging, inside, ranks_of
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
 from ghostfunc.hf._scoring import Form, Pieces, Scoring, evaluating, trainable
@@ -29,7 +31,12 @@ class GhostMixin(ScoreKeeper):
 
     Arguments, results and errors are those of `gf.hf.GhostTrainer`, which is
     `GhostMixin` before `Trainer`. A trainer with a loss of its own overrides `sample_loss`.
+
+    Attributes:
+        several_processes: whether this trainer runs under torchrun and accelerate with DDP.
     """
+
+    several_processes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -48,7 +55,10 @@ class GhostMixin(ScoreKeeper):
         sets = score_sets(score_dataset)
         super().__init__(*args, **self.with_score_sets(args, kwargs, sets))
         self.score_sets = self.prepared_score_sets(sets)
-        refuse_settings(self, second_order=score_order == 2)
+        refuse_settings(
+            self, second_order=score_order == 2, several_processes=self.several_processes
+        )
+        self._ranks = ranks_of(self)
         self.score_form, self.score_order = score_form, score_order
         self._together, self.id_column = score_batch_size, id_column
         self._compiled = compile or self.args.torch_compile
@@ -92,8 +102,23 @@ class GhostMixin(ScoreKeeper):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch; adds to `.grad` and to the scores."""
-        module = uncompiled(model)
+        """Forward and backward of one micro-batch; adds to `.grad` and to the scores. After the
+        last of a step, `.grad` is the mean over all processes."""
+        module = uncompiled(inside(model))
+        if self._ranks is None:
+            return self._micro_batch(module, inputs, num_items_in_batch, None)
+        with self._ranks.phase(f"training, after {self.state.global_step} steps") as phase:
+            last = self.accelerator.sync_gradients
+            exchange = averaging(phase, module, self.args.world_size) if last else None
+            return self._micro_batch(module, inputs, num_items_in_batch, exchange)
+
+    def _micro_batch(
+        self,
+        module: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Any,
+        exchange: Exchange | None,
+    ) -> Tensor:
         module.train()
         inputs = dict(self._prepare_inputs(inputs))
         ids = inputs.pop(SAMPLE_ID).cpu()
@@ -111,13 +136,19 @@ class GhostMixin(ScoreKeeper):
         )
         with checkpoints_as_remat(module):
             scoring.look(batch)
-            losses = self._losses_and_values(scoring, ids, batch, pieces, scale)
+            losses = self._losses_and_values(scoring, ids, batch, pieces, scale, exchange)
         return losses.sum().detach() / scale
 
     # --- how values are made ---
 
     def _losses_and_values(
-        self, scoring: Scoring, ids: Tensor, batch: dict[str, Any], pieces: Pieces, scale: float
+        self,
+        scoring: Scoring,
+        ids: Tensor,
+        batch: dict[str, Any],
+        pieces: Pieces,
+        scale: float,
+        exchange: Exchange | None,
     ) -> Tensor:
         run, last = self._run, self.accelerator.sync_gradients
         if not self._after_gradient:
@@ -127,11 +158,13 @@ class GhostMixin(ScoreKeeper):
             run.pending.append(values)
         else:
             losses = scoring.keep(ids, batch, run.books)
-            if last:
-                named = dict(scoring.module.named_parameters())
-                grads = {k: cast(Tensor, named[k].grad) / scale for k in scoring.params}
-                us = self._directions_at(scoring, pieces, grads)
-                run.pending += scoring.kept_values(run.books, us, scale)
+        if exchange is not None:
+            average(exchange, scoring.module)
+        if self._after_gradient and last:
+            named = dict(scoring.module.named_parameters())
+            grads = {k: cast(Tensor, named[k].grad) / scale for k in scoring.params}
+            us = self._directions_at(scoring, pieces, grads)
+            run.pending += scoring.kept_values(run.books, us, scale)
         if last:
             if self._log_gradients:
                 run.metrics.cosines(scoring.module, run.gradients)
@@ -187,6 +220,7 @@ class GhostMixin(ScoreKeeper):
                 order=self.score_order,
                 compiled=self._compiled,
                 norms=self._log_gradients,
+                processes=self.args.world_size,
             )
             if run.divisor is None:
                 scoring.look_at_rows(given, n, "the first micro-batch")
@@ -215,6 +249,9 @@ class GhostMixin(ScoreKeeper):
         def numbered(part: Mapping[str, Any]) -> Any:
             if self.compute_loss_func is None:
                 return None
+            if self._ranks is not None:  # nobody asks the others here: a process may have failed
+                n = len(next(iter(part.values()))) // self._loss.rows
+                return self._loss.counts(self._loss.by_sample(part, n)).sum() * self._ranks.size
             return self.get_batch_samples(iter([part]), 1, self.args.device)[1]  # it may need it
 
         return scoring.hold(

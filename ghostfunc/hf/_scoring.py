@@ -51,6 +51,7 @@ class Scoring:
         order: of the values.
         compiled: whether the pass of the one-pass forms is compiled.
         norms: whether norms of samples are read too.
+        processes: that gradients are averaged over.
     """
 
     module: nn.Module
@@ -59,6 +60,7 @@ class Scoring:
     order: Literal[1, 2]
     compiled: bool
     norms: bool
+    processes: int = 1
     model_fn: ModelFn = field(init=False)
     params: dict[str, Tensor] = field(init=False)
     looked_at: set[Hashable] = field(default_factory=set)
@@ -142,7 +144,10 @@ class Scoring:
         self.divisor = divisor = divisor_at(tolerance)
         batch = self.training_batch(given, n, counted, micro_batches, 1.0)
         theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
-        compare(self.sum_of(batch), theirs, tolerance, "the first micro-batch")
+        ours = self.sum_of(batch)
+        if abs(self.processes * ours - theirs) < abs(ours - theirs):
+            self.divisor = divisor = divisor._replace(times=self.processes)
+        compare(ours * divisor.times, theirs, tolerance, "the first micro-batch")
         for name, part, m in parts:
             (batch,) = self.score_batches({name: [(part, m)]})[name]
             where = f"a batch of score_dataset {name!r}"
@@ -165,8 +170,9 @@ class Scoring:
         out = self._run(self.model_fn, self.params, batch, read)
         accumulate_grads(self.module, out.grads or {})
         sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
-        norms = sums.pop(NORMS).sqrt() / scale if self.norms else None
-        columns = torch.stack(list(sums.values()), dim=1) / scale
+        share = scale * self.processes
+        norms = sums.pop(NORMS).sqrt() / share if self.norms else None
+        columns = torch.stack(list(sums.values()), dim=1) / share
         return out.losses, Values(ids, columns, norms)
 
     def keep(self, ids: Tensor, batch: dict[str, Any], books: list[Book]) -> Tensor:
@@ -178,10 +184,10 @@ class Scoring:
 
     def kept_values(self, books: list[Book], us: Mapping[str, Any], scale: float) -> list[Values]:
         """Values of all that is kept, which then is kept no longer."""
-        found = []
+        found, share = [], scale * self.processes
         for ids, book in books:
-            columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / scale
-            norms = book.norms() / scale if self.norms else None
+            columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / share
+            norms = book.norms() / share if self.norms else None
             found.append(Values(ids, columns, norms))
         books.clear()
         return found

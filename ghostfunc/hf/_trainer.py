@@ -54,10 +54,15 @@ class GhostTrainer(GhostMixin):
     scores so far. `train(resume_from_checkpoint=True)` goes on from the newest whole checkpoint,
     and says which it passed over; from one of a plain Trainer, scores begin there.
 
+    Under `torchrun` or `accelerate launch` (DistributedDataParallel) every process is given other
+    samples, and all the same score samples. The table has the samples of all processes, and so has
+    every checkpoint: a run can be resumed with another number of processes.
+
     Raises:
-        OptionError: what this trainer does not do: several processes or devices, DeepSpeed, FSDP,
+        OptionError: what this trainer does not do: several devices in one process, DeepSpeed, FSDP,
             NEFTune, Liger kernels, `auto_find_batch_size`; a resumed run with another
             `score_form`, order, score dataset or training dataset than its checkpoint's; a
             checkpoint whose scores are damaged.
         VerificationError: the sample losses do not add up to the loss Trainer would train.
+        RankError: of several processes, another one failed or is gone. All end, and name it.
     """

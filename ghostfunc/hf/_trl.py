@@ -28,6 +28,8 @@ class TrlMixin(GhostMixin):
     """What TRL's trainers have in common: they prepare datasets, scored ones like those to evaluate
     on, and they gather metrics whenever a loss is computed."""
 
+    several_processes = False
+
     def with_score_sets(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], sets: dict[str, ScoreSet]
     ) -> dict[str, Any]:

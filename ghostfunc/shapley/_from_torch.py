@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._base.dtensors import local
 from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.module import check_module
 from ghostfunc._base.types import PyTree
 from ghostfunc.shapley._optimizers import Optimizer, adam_change, sgd_change, sgd_gain
 
@@ -27,18 +29,21 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
         module: whose parameters it optimizes; their names are those of `gf.from_module`'s params.
 
     Returns:
-        An `Optimizer` for params as `gf.from_module(module, ...)` gives them.
+        An `Optimizer` for params as `gf.from_module(module, ...)` gives them: of a module that
+        `fully_shard` has sharded, for this rank's pieces.
 
     Raises:
         OptionError: another optimizer, `amsgrad` or complex parameters. Write the update yourself
             and pass `gf.shapley.Optimizer(update)`.
         ParamsError: a trainable parameter of the module is not in the optimizer.
     """
+    check_module(module)
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise OptionError(
-            f"from_optimizer knows torch.optim.SGD, Adam and AdamW, not {kind.__qualname__}. Write "
-            "its step as update(grads, params) -> changes and pass gf.shapley.Optimizer(update)."
+            "optimizer: from_optimizer knows torch.optim.SGD, Adam and AdamW, not "
+            f"{kind.__qualname__}. Write its step as update(grads, params) -> changes and pass "
+            "gf.shapley.Optimizer(update)."
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     changes: dict[str, Change] = {}
@@ -60,11 +65,13 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
         return {name: change(grads[name], params[name]) for name, change in changes.items()}
 
     linear = None not in gains
-    return Optimizer(update, linear=linear, gain=gains.pop() if len(gains) == 1 else None)
+    gain = gains.pop() if len(gains) == 1 else None
+    return Optimizer(update, linear=linear, gain=gain, elementwise=True)
 
 
 def _sgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, float]:
-    buffer = state.get("momentum_buffer")
+    kept = state.get("momentum_buffer")
+    buffer = None if kept is None else local(kept)
     lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
     settings = (group["momentum"], group["dampening"], group["nesterov"])
 
@@ -84,9 +91,10 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, N
     b1, b2 = (float(b) for b in group["betas"])
     lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
     decoupled, t = group["decoupled_weight_decay"], int(state.get("step", 0)) + 1
+    moments = {key: local(state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state}
 
     def change(g: Tensor, p: Tensor) -> Tensor:
-        m, v = (state.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
+        m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
         return adam_change(sign * g, p, m, v, t, lr, (b1, b2), eps, decay, decoupled)
 
     return change, None

@@ -9,6 +9,17 @@ from typing import Any
 import torch
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import (
+    check_callable,
+    check_dataset,
+    check_flags,
+    check_model_fn,
+    check_positive,
+    check_type,
+    check_whole,
+    one_of,
+)
+from ghostfunc._base.pieces import refuse_pieces
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.projection import Projection
 from ghostfunc.store._again import Comparison
@@ -60,9 +71,8 @@ def project_dataset(
             little is padded.
         transform: of per-sample gradients, before the projection: for what is not linear, such as
             `adam_scaled`. Per-sample gradients are then formed, `batch_size` models large.
-        shard: `(rank, world_size)`: this process makes every world_size-th chunk. By default that
-            of the process group, in which rank 0 deals out what is missing; else of torchrun
-            (`RANK` and `WORLD_SIZE`); else `(0, 1)`.
+        shard: `(rank, world_size)`: this process makes every world_size-th chunk. By default rank 0
+            of the process group deals out what is missing; without a group, this process makes all.
         randomness: "error" or "different".
         progress: show a progress bar, on rank 0 (needs tqdm).
         tolerance: by how much of its norm a row may differ when it is computed again. By default
@@ -74,8 +84,23 @@ def project_dataset(
 
     Raises:
         IncompatibleStoreError: another projection, model or recipe than the store's.
-        OptionError: a dataset of another size, or a bad option.
+        OptionError: a dataset of another size, a bad option, or one of torchrun's processes that
+            has neither a process group nor a shard.
+        BatchError: `collate` returned another number of samples than it was given.
     """
+    check_model_fn(model_fn)
+    check_dataset(dataset)
+    check_type("store", store, Store, "what gf.store.Store.create or open returns")
+    check_callable("collate", collate, "from a list of samples to a batch")
+    for name, function in (("length", length), ("transform", transform)):
+        if function is not None:
+            check_callable(name, function, "or None")
+    one_of("randomness", randomness, ("error", "different"))
+    check_flags(progress=progress)
+    check_whole("batch_size", batch_size)
+    if tolerance is not None:
+        check_positive("tolerance", tolerance, infinite=True)
+    refuse_pieces(model_fn, "gf.store.project_dataset")
     store.check_projection(projection)
     store.check_model(checkpoint, params)
     if len(dataset) != store.n_samples:
@@ -83,10 +108,6 @@ def project_dataset(
             f"the dataset has {len(dataset)} samples, the store room for {store.n_samples}. "
             "store.append(count) makes room for more."
         )
-    if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size} must be at least 1.")
-    if tolerance is not None and not tolerance > 0:
-        raise OptionError(f"tolerance={tolerance} must be positive, or None.")
     work = Work(
         model_fn=model_fn,
         params=params,

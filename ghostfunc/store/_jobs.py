@@ -68,8 +68,8 @@ def deal(
 ) -> list[int]:
     """Numbers of the chunks with something missing that this process makes.
 
-    Within a process group that is there, rank 0 looks what is missing and all deal that out. No
-    other processes can agree on one look, so each takes every world_size-th chunk of all.
+    Within a process group, rank 0 looks what is missing and all deal that out. No other processes
+    can agree on one look: with a `shard`, each takes every world_size-th chunk of all.
     """
     rank, world = shard_of(shard)
     if shard is None and _grouped():
@@ -99,22 +99,30 @@ def _missing_chunks(store: StoredRows, checkpoint: str) -> list[int]:
 
 
 def shard_of(shard: tuple[int, int] | None) -> tuple[int, int]:
-    """`(rank, world_size)`: as given, of the process group, or of torchrun's environment."""
+    """`(rank, world_size)`: as given, of the process group, or alone."""
     if shard is None and _grouped():
         return dist.get_rank(), dist.get_world_size()
     if shard is None:
-        if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise OptionError(
-                "only one of the environment variables RANK and WORLD_SIZE is set; torchrun sets "
-                "both. Pass shard=(rank, world_size)."
+                f"this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, as torchrun "
+                "starts them, without a process group: they cannot agree on what is missing. Call "
+                "torch.distributed.init_process_group() first, and rank 0 deals that out; or pass "
+                "shard=(rank, world_size) for every world_size-th chunk, missing or not."
             )
-        if "RANK" not in os.environ:
-            return 0, 1
-        shard = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rank, world = shard
+        return 0, 1
+    rank, world = _pair(shard)
     if not 0 <= rank < world:
         raise OptionError(f"shard={shard} must be (rank, world_size) with 0 <= rank < world_size.")
     return rank, world
+
+
+def _pair(shard: object) -> tuple[int, int]:
+    """`shard`, if it is a pair of integers."""
+    match shard:
+        case (int() as rank, int() as world):
+            return rank, world
+    raise OptionError(f"shard={shard!r} must be (rank, world_size), two integers, or None.")
 
 
 @contextmanager

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.trees import check_samples, flatten_params, map_tensors
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc.projection import Projection, ghost_project
@@ -68,7 +67,8 @@ class Work:
         """A batch of samples, where the parameters are."""
         batch = self.collate([self.dataset[i] for i in ids])
         device = self.device
-        return optree.tree_map(lambda x: x.to(device), batch)
+        check_samples(batch, len(ids), "what collate returned")
+        return map_tensors(lambda x: x.to(device), batch)
 
     def rows_of(self, batch: PyTree) -> Float[Tensor, "n k"]:
         """The projected gradients of a batch, float32 on the CPU."""

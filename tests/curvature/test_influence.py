@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -287,3 +288,16 @@ def test_a_solver_of_ones_own(params: Params) -> None:
     torch.testing.assert_close(scores, rows(params, train) @ rows(params, queries).mT)
     with pytest.raises(gf.ParamsError, match=r"what curvature\.solve returned leaf 'v' must have"):
         gf.influence(model, params, train, queries, curvature=Wrong(), damping=0.5)
+
+
+def test_batches_may_be_mappings_of_any_kind() -> None:
+    """A mapping that is no dict is a batch, and no iterable of batches."""
+    w = {"w": torch.randn(3, 2, dtype=torch.float64)}
+
+    def model_fn(p: Any, batch: Any) -> Tensor:
+        return (batch["x"] @ p["w"]).square().sum(1)
+
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    expected = gf.influence(model_fn, w, {"x": x}, {"x": y}, curvature=None)
+    found = gf.influence(model_fn, w, UserDict(x=x), UserDict(x=y), curvature=None)
+    assert torch.equal(found, expected)

@@ -8,7 +8,9 @@ import random
 import subprocess
 import sys
 import weakref
+from collections import OrderedDict, UserDict
 from pathlib import Path
+from typing import Any
 
 import optree
 import pytest
@@ -23,6 +25,7 @@ from helpers import (
     make_store,
     model_fn,
 )
+from transformers import BatchEncoding
 
 import ghostfunc as gf
 from benchmarks.live_bytes import LiveBytes
@@ -55,14 +58,29 @@ def test_shards_are_disjoint_and_complete(tmp_path: Path, monkeypatch: pytest.Mo
     store = make_store(tmp_path / "s", 21)
     assert fill(store, 21, shard=(1, 2)) == 8
     assert store.missing("final") == [range(8), range(16, 21)]
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert fill(store, 21) == 13
-    monkeypatch.delenv("RANK")
-    with pytest.raises(gf.OptionError, match="only one of"):
+    with pytest.raises(gf.OptionError, match=r"WORLD_SIZE=2 .* init_process_group\(\) first"):
         fill(store, 21)
+    assert fill(store, 21, shard=(0, 2)) == 13
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert fill(store, 21) == 0
     with pytest.raises(gf.OptionError, match=r"shard=\(2, 2\)"):
         fill(store, 21, shard=(2, 2))
+
+
+@pytest.mark.parametrize("kind", [UserDict, OrderedDict, BatchEncoding])
+def test_batches_may_be_mappings_of_any_kind(tmp_path: Path, kind: Any) -> None:
+    store = make_store(tmp_path / "s", 21)
+    assert fill(store, 21, collate=lambda samples: kind(collate(samples))) == 21
+    torch.testing.assert_close(store.read(range(21), "final"), expected(21), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_has_a_row_for_every_sample(tmp_path: Path) -> None:
+    """A single row would be written for all of them."""
+    store = make_store(tmp_path / "s", 21)
+    with pytest.raises(gf.BatchError, match="what collate returned holds 1 samples, made of 3"):
+        fill(store, 21, collate=lambda samples: collate(samples[:1]))
+    assert len(store.finished("final")) == 0
 
 
 def test_mismatches_are_refused(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from ghostfunc._base.torch_private import (
     without_torch_functions,
 )
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
+from ghostfunc._base.units import call_again
+from ghostfunc._rules.registry import register_decomposition
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.remat.region import Region
 from ghostfunc._taps.remat.rerun import attach
@@ -97,6 +99,18 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if in_transform():
         return _in_transform(region)
     return checkpoint(_Runs(region), *region.inputs, use_reentrant=False)
+
+
+@register_decomposition(call_again)
+def _call_unit(
+    tensors: Sequence[Tensor],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    keep: bool,
+) -> Any:
+    """A unit of a sharded module is a region: made whole, it is not kept."""
+    return remat(function)(*args, **kwargs)
 
 
 class _Runs:
@@ -236,6 +250,7 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     uses = range(len(start.uses), len(mode.uses))
     taps = mode.tap_keys(mode.uses[number] for number in uses)
     collected = [number for number in uses if number in mode.collect]
+    mode.forget(start, leaves)
     again = _Again(
         region, start, surroundings, free, [x for x, _ in tracked], taps, collected, moving
     )

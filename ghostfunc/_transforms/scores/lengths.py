@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.pieces import on_any_rank
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import ParamSpec, take
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -33,10 +34,13 @@ def sample_norms(
         return extreme_norms.trusted_roots(table)
     rows = extreme_norms.root(table)
     extreme = extreme_norms.extremes(table.sum(0))
-    if finite.look(extreme) and randomness == "error":
+    again = finite.look(extreme) and randomness == "error"
+    if on_any_rank(model_fn, "asking whether norms over- or underflow", flag=again):
         index = extreme.nonzero().flatten()
-        again = collect(model_fn, leaves, spec, take(batch, index.tolist()), check="never")
-        rows[:, index] = again.param_norms().to(rows.dtype)
+        few = index.tolist() or [0]  # others run with those that have such samples
+        book = collect(model_fn, leaves, spec, take(batch, few), check="never")
+        if len(index):
+            rows[:, index] = book.param_norms().to(rows.dtype)
     return rows
 
 

@@ -1,0 +1,121 @@
+"""Model functions whose `params` are a rank's pieces of sharded parameters: what callers ask.
+
+Every function here is for any model function; of one that is not sharded the answer is the obvious
+one, and nothing communicates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from ghostfunc._base import batches
+from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.in_step import InStep
+from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.sharding import Sharding
+from ghostfunc._base.trees import ParamSpec, batch_size
+from ghostfunc._base.types import ModelFn, PyTree
+
+
+def _in_pieces(model_fn: ModelFn) -> Sharding | None:
+    """How the parameters are sharded; None where `params` are whole."""
+    sharding = model_fn.sharding if isinstance(model_fn, ModuleFn) else None
+    return sharding if sharding is not None and sharding.whole is None else None
+
+
+def in_step(model_fn: ModelFn) -> InStep | None:
+    """The ranks that run this function together; None where each runs its own."""
+    sharding = _in_pieces(model_fn)
+    return None if sharding is None else sharding.ranks
+
+
+def together(model_fn: ModelFn, place: str) -> AbstractContextManager[None]:
+    """A stretch of the program that the ranks go through together, if there are several."""
+    ranks = in_step(model_fn)
+    return nullcontext() if ranks is None else ranks.in_step(place)
+
+
+def on_any_rank(model_fn: ModelFn, place: str, *, flag: bool) -> bool:
+    """Whether it is so on any rank."""
+    ranks = in_step(model_fn)
+    return flag if ranks is None else ranks.any(place, flag)
+
+
+def samples_of_all(model_fn: ModelFn, n: int) -> int:
+    """How many samples there are on all ranks."""
+    ranks = in_step(model_fn)
+    return n if ranks is None else sum(ranks.all("counting samples", n))
+
+
+def chunks_of_all(model_fn: ModelFn, batch: PyTree, chunk_size: int | None) -> int:
+    """The chunks that a batch is run in at least: as many on every rank."""
+    ranks = in_step(model_fn)
+    if ranks is None or chunk_size is None:
+        return 1
+    check_chunk_size(chunk_size)
+    n = batch_size(batch)
+    counts = ranks.all("counting chunks", batches.chunk_count(n, chunk_size))
+    with ranks.apart("counting chunks"):
+        if n < max(counts):
+            raise BatchError(
+                f"This rank has {n} samples, and another rank runs its own in {max(counts)} chunks "
+                f"of at most {chunk_size}: every rank has to run as many. Give every rank about as "
+                "many samples, or take a larger chunk_size."
+            )
+    return max(counts)
+
+
+def refuse_pieces(model_fn: ModelFn, what: str) -> None:
+    """Raise for a function that is not for sharded modules."""
+    if in_step(model_fn) is not None:
+        raise OptionError(
+            f"{what} is not for modules that fully_shard has sharded. Use it on one process with "
+            "the whole model; gf.ghost_dot_prod, ghost_value_and_grad, ghost_cosine, direction, "
+            "ghost_norm, ghost_gram, ghost_clipped_grad, ghost_project, ghost_vjp and "
+            "factored_grads take sharded ones."
+        )
+
+
+def held_whole(
+    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec
+) -> tuple[ModelFn, list[Tensor]]:
+    """A function of whole parameters in place of one of pieces, and those: for what a rank does by
+    itself. All ranks gather them."""
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return model_fn, list(leaves)
+    assert isinstance(model_fn, ModuleFn)
+    other = copy.copy(model_fn)
+    with sharding.ranks.in_step("making parameters whole"):
+        other.sharding, wholes = sharding.gathered(spec.names, leaves)
+    return other, wholes
+
+
+def whole_likes(model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec) -> Sequence[Tensor]:
+    """Tensors of the shapes of the whole parameters: the leaves themselves, or zeros without memory
+    in place of pieces."""
+    sharding = _in_pieces(model_fn)
+    return leaves if sharding is None else sharding.likes(spec.names, leaves)
+
+
+def gathered(model_fn: ModelFn, pieces: Sequence[Tensor], spec: ParamSpec) -> Sequence[Tensor]:
+    """Whole tensors like the parameters, of all ranks' pieces."""
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return pieces
+    shards = sharding.shards
+    return [shards[name].all_gather(x) for name, x in zip(spec.names, pieces, strict=True)]
+
+
+def summed_and_cut(model_fn: ModelFn, name: str, x: Tensor) -> Tensor:
+    """This rank's piece of the sum over ranks of a tensor like a whole parameter."""
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return x
+    shards = sharding.shards[name]
+    return shards.reduce_scatter(x.reshape(shards.shape))

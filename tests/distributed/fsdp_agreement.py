@@ -1,0 +1,128 @@
+"""One rank of several whose batches, programs and fates differ."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ghostfunc as gf
+
+
+class Net(nn.Module):
+    """Goes another way for samples whose first entry is large, and through a unit once more for
+    those whose first entry is larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.other = nn.Linear(5, 5)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if float(x[..., 0].max()) > 100:
+            h = torch.relu(h) * 2
+        if float(x[..., 0].max()) > 10000:
+            h = self.other(h)
+        out: Tensor = self.last(self.other(h))
+        return out
+
+
+def loss(module: nn.Module, batch: Tensor) -> Tensor:
+    out: Tensor = module(batch).flatten(1).square().mean(1)
+    return out
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except gf.GhostError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main() -> None:
+    rank, world, directory, what = (
+        int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4],
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world,
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    net = Net()
+    whole_fn, whole = gf.from_module(copy.deepcopy(net), loss)
+    for layer in (net.first, net.other):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    model_fn, params = gf.from_module(net, loss)
+    plain = torch.randn(4, 3)
+    longer = torch.randn(4, 2, 3)
+    elsewhere = plain.clone()
+    elsewhere[:, 0] = 1000
+    further = plain.clone()
+    further[:, 0] = 1e5
+    bad = plain.clone()
+    bad[1] = torch.nan
+    found: dict[str, Any] = {}
+
+    def right(batch: Tensor) -> float:
+        ours, one = gf.ghost_norm(model_fn, params, batch), gf.ghost_norm(whole_fn, whole, batch)
+        return float(((ours - one) / one).abs().max())
+
+    if what == "differ":
+        last = rank == world - 1
+        found["plain"] = right(plain)
+        found["a structure that is new on one rank"] = right(longer if last else plain)
+        found["another way on one rank"] = right(elsewhere if last else plain)
+        found["the same once more"] = right(elsewhere if last else plain)
+        found["a unit more on one rank"] = outcome(lambda: right(further if last else plain))
+        found["after a unit more"] = right(plain)
+        found["an error on one rank"] = outcome(lambda: right(bad if last else plain))
+        found["after the error"] = right(plain)
+        found["other calls"] = outcome(
+            lambda: (
+                gf.ghost_norm(model_fn, params, plain)
+                if last
+                else gf.direction(model_fn, params, plain)
+            )
+        )
+        found["after other calls"] = right(plain)
+        found["a wrapped function"] = outcome(
+            lambda: gf.ghost_norm(lambda p, b: model_fn(p, b), params, plain)
+        )
+        found["by itself"] = outcome(lambda: model_fn(params, plain))
+        found["other modes"] = outcome(
+            lambda: gf.ghost_dot_prod(model_fn, params, plain, plain, mode="materialized")
+        )
+        found["verify"] = outcome(lambda: gf.verify(model_fn, params, plain, plain))
+        found["whole params"] = outcome(lambda: gf.ghost_norm(model_fn, whole, plain))
+    else:
+        right(plain)
+        if rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found["killed"] = outcome(lambda: right(plain))
+    (directory / f"{rank}.json").write_text(json.dumps(found))
+    if what == "differ":
+        torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that lost its peers
+
+
+if __name__ == "__main__":
+    main()

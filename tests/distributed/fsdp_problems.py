@@ -1,0 +1,129 @@
+"""Models that `fully_shard` shards, with batches of several ranks in unequal numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ghostfunc as gf
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model before it is sharded.
+
+    Attributes:
+        module: the whole of it, the same on every rank.
+        units: the modules to shard by themselves, besides the whole.
+        make: makes `(model_fn, params)` of it.
+        train, val: batches, one per rank.
+    """
+
+    module: nn.Module
+    units: list[nn.Module]
+    make: Callable[[nn.Module], tuple[Any, dict[str, Tensor]]]
+    train: list[Any]
+    val: list[Any]
+
+
+class Mlp(nn.Module):
+    """Sizes that no number of ranks divides, a frozen layer, and one that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.twice = nn.Linear(7, 7)
+        self.frozen = nn.Linear(7, 3).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = torch.tanh(self.twice(torch.tanh(self.twice(h))))
+        out: Tensor = self.last(torch.tanh(self.frozen(h)) * self.scale)
+        return out
+
+
+def mlp(world: int) -> Problem:
+    net = Mlp()
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        out: Tensor = (module(batch["x"]) - batch["y"]).square().mean((1, 2))
+        return out
+
+    def batches(start: int) -> list[Any]:
+        sizes = [start + r % 2 for r in range(world)]
+        return [{"x": torch.randn(n, 4, 5), "y": torch.randn(n, 4, 1)} for n in sizes]
+
+    return Problem(
+        net,
+        [net.first, net.twice],
+        lambda module: gf.from_module(module, loss),
+        batches(3),
+        batches(2),
+    )
+
+
+def _tokens(world: int, start: int, length: int) -> list[Any]:
+    return [{"input_ids": torch.randint(0, 31, (start + r % 2, length))} for r in range(world)]
+
+
+def gpt2(world: int) -> Problem:
+    """Input and output embeddings are one parameter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=8, vocab_size=31, n_positions=16,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    return Problem(
+        model,
+        list(model.transformer.h),
+        gf.hf.causal_lm,
+        _tokens(world, 3, 6),
+        _tokens(world, 2, 5),
+    )
+
+
+def llama_lora(world: int) -> Problem:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=31, max_position_embeddings=16,
+    )  # fmt: skip
+    lora = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    model = get_peft_model(LlamaForCausalLM(config), lora).eval().double()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:  # zeros at first
+            nn.init.normal_(p)
+    layers = list(model.base_model.model.model.layers)
+    return Problem(model, layers, gf.hf.causal_lm, _tokens(world, 3, 6), _tokens(world, 2, 5))
+
+
+PROBLEMS: dict[str, Callable[[int], Problem]] = {
+    "mlp": mlp,
+    "gpt2": gpt2,
+    "llama_lora": llama_lora,
+}
+
+
+def sharded(problem: Problem, mesh: Any) -> nn.Module:
+    """The module, sharded as it is."""
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in problem.units:
+        fully_shard(unit, mesh=mesh)
+    fully_shard(problem.module, mesh=mesh)
+    return problem.module
+
+
+def joined(batches: list[Any]) -> Any:
+    """The batches of all ranks as one."""
+    return {key: torch.cat([b[key] for b in batches]) for key in batches[0]}

@@ -1,0 +1,36 @@
+"""Modules that `fully_shard` shards over 2 and 4 processes, beside one process with the whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fsdp_ranks import ranks_of
+
+Found = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
+    """What every rank found, for 2 and for 4 of them."""
+    out = {}
+    for world, problems in ((2, ("mlp", "gpt2", "llama_lora")), (4, ("mlp", "gpt2"))):
+        directory = tmp_path_factory.mktemp(f"ranks{world}")
+        for done in ranks_of("fsdp_worker.py", world, directory, *problems):
+            assert done.returncode == 0, done.stdout[-4000:]
+        out[world] = [json.loads((directory / f"{r}.json").read_text()) for r in range(world)]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("world", "problem"),
+    [(2, "mlp"), (2, "gpt2"), (2, "llama_lora"), (4, "mlp"), (4, "gpt2")],
+)
+def test_every_quantity_is_that_of_one_process(
+    found: dict[int, list[Found]], world: int, problem: str
+) -> None:
+    """Float64; every rank has another number of samples, and its rows of the gradients."""
+    for rank, results in enumerate(found[world]):
+        assert len(results[problem]) >= 25
+        wrong = {name: x for name, x in results[problem].items() if not x < 1e-10}
+        assert not wrong, (rank, wrong)

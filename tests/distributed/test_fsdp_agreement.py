@@ -1,0 +1,98 @@
+"""Ranks of a sharded model that differ, fail or die: right numbers or an error, and no hang."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsdp_ranks import ranks_of
+
+
+@pytest.fixture(scope="module")
+def differ(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks found; the last one has other batches."""
+    directory = tmp_path_factory.mktemp("differ")
+    for done in ranks_of("fsdp_agreement.py", 2, directory, "differ"):
+        assert done.returncode == 0, done.stdout[-4000:]
+    return [json.loads((directory / f"{r}.json").read_text()) for r in range(2)]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "plain",
+        "a structure that is new on one rank",
+        "another way on one rank",
+        "the same once more",
+        "after a unit more",
+        "after the error",
+        "after other calls",
+    ],
+)
+def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: str) -> None:
+    for found in differ:
+        assert found[what] < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("what", "first", "last"),
+    [
+        (
+            "a unit more on one rank",
+            "RankError: The ranks are at several places of the program: rank 0 is ",
+            "RankError: The ranks are at several places of the program: rank 0 is ",
+        ),
+        (
+            "an error on one rank",
+            "since another rank did: rank 1 failed with NonFiniteLossError while",
+            "NonFiniteLossError: 1 of 4 losses are not finite: losses[1] = nan",
+        ),
+        (
+            "other calls",
+            "rank 0 is counting samples; rank 1 is asking whether all ranks have a trace",
+            "rank 0 is counting samples; rank 1 is asking whether all ranks have a trace",
+        ),
+        (
+            "a wrapped function",
+            "TransformError: model_fn of a module that fully_shard has sharded",
+            "TransformError: model_fn of a module that fully_shard has sharded",
+        ),
+        (
+            "by itself",
+            "Pass it as it is to gf.ghost_dot_prod",
+            "Pass it as it is to gf.ghost_dot_prod",
+        ),
+        (
+            "other modes",
+            "OptionError: mode='materialized' is not for modules that fully_shard has sharded",
+            "OptionError: mode='materialized' is not for modules that fully_shard has sharded",
+        ),
+        (
+            "verify",
+            "OptionError: gf.verify is not for modules that fully_shard has sharded",
+            "OptionError: gf.verify is not for modules that fully_shard has sharded",
+        ),
+        (
+            "whole params",
+            "has shape (5, 3); rank 0 of 2 holds (3, 3) of the parameter's (5, 3)",
+            "has shape (5, 3); rank 1 of 2 holds (2, 3) of the parameter's (5, 3)",
+        ),
+    ],
+)
+def test_errors_name_the_rank_and_the_place(
+    differ: list[dict[str, Any]], what: str, first: str, last: str
+) -> None:
+    assert first in differ[0][what]
+    assert last in differ[1][what]
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    """The others end by an error within the timeout of the process group."""
+    ranks_of("fsdp_agreement.py", 3, tmp_path, "killed")
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())["killed"]
+        assert said.startswith("RankError: "), said
+        assert "rank 2 of 3 does not answer" in said, said
+        assert "asking whether all ranks have a trace" in said, said

@@ -1,0 +1,80 @@
+"""`GhostTrainer` in several processes: the weights and values of one, or of a plain Trainer's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ddp_ranks import results
+from trainer_worker import ghost, outcome
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest, relative to the largest number."""
+    a, b = torch.tensor(found), torch.tensor(expected)
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def check_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert found["ids"] == expected["ids"]
+    assert found["counts"] == expected["counts"]
+    assert difference(found["values"], expected["values"]) < tolerance
+    assert difference(found["weights"], expected["weights"]) < tolerance
+    for name, value in expected["logged"].items():
+        assert found["logged"][name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {}),
+        (3, {"score_form": "previous_state"}),
+        (2, {"score_form": "exact", "log_gradients": True}),
+    ],
+    ids=["sgd", "previous_state", "exact"],
+)
+def test_values_and_weights_are_those_of_one_process_and_of_trainer(
+    size: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    expected = outcome(ghost(str(tmp_path / "one"), 1, None, {}, **options))
+    runs = results(
+        "trained_by_trainer", size, tmp_path, str(tmp_path / "ddp"), {}, options, None, True
+    )
+    for found in runs:
+        check_same(found, expected, 1e-5)
+        assert found["loss"] == pytest.approx(found["plain loss"], rel=1e-6)
+        assert difference(found["weights"], found["plain"]) < 1e-6
+    table = pq.read_table(tmp_path / "ddp" / "scores.parquet")
+    assert sorted(table["sample_id"].to_pylist()) == expected["ids"]
+
+
+def test_a_run_of_two_processes_goes_on_with_three(tmp_path: Path) -> None:
+    constant = {"lr_scheduler_type": "constant"}
+    saving = {**constant, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    (tmp_path / "one").mkdir()
+    expected = outcome(ghost(str(tmp_path / "one"), 1, None, {**constant, "max_steps": 4}))
+    run, folder = "trained_by_trainer", str(tmp_path / "run")
+    results(run, 2, tmp_path, folder, saving, {}, None, False)
+    (tmp_path / "three").mkdir()
+    args = folder, {**saving, "max_steps": 4}, {}, f"{folder}/checkpoint-2", False
+    for found in results(run, 3, tmp_path / "three", *args):
+        check_same(found, {**expected, "logged": {}}, 1e-5)
+
+
+def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:
+    others, own = results("refused", 2, tmp_path, str(tmp_path / "run"), "model")
+    assert own == "LookupError: this model fails"
+    said = r"RankError: GhostTrainer: while training, after 0 steps, rank 1 failed with LookupError"
+    assert re.search(said, others), others
+
+
+def test_other_data_of_one_process_end_all(tmp_path: Path) -> None:
+    for said in results("refused", 2, tmp_path, str(tmp_path / "run"), "data"):
+        assert re.search(r"RankError: GhostTrainer: the ranks have to be given the same", said)
