@@ -1,5 +1,4 @@
-"""A scoring function in the form of DATE-LM: a checkpoint, a reference set and a training set in,
-one score per training sample out.
+"""A scoring function in DATE-LM's form: a checkpoint, a reference and a training set to scores.
 
     python -m examples.date_lm
 

@@ -31,7 +31,7 @@ from ghostfunc._base.purity import (
     lend,
     refuse_checkpoints,
 )
-from ghostfunc._base.remembered import memory, structure
+from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, tensors_of, unflatten
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -169,9 +169,9 @@ def prove_independent_tangents(
 ) -> None:
     """Raise `CoupledSamplesError` if a sample's derivative depends on the others, as its loss may
     not: think of `h.mean(0) - h.mean(0).detach()`. Remembered by structure."""
-    remembered = memory(model_fn)
-    key = ("independent tangents", structure(model_fn, spec, leaves, batch, "error"))
-    if key in remembered:
+    remembered = memory(model_fn, Structures).tangents
+    key = structure(model_fn, spec, leaves, batch, "error")
+    if remembered.get(key):
         return
     generator = torch.Generator().manual_seed(0)
     u = [torch.randn(x.shape, generator=generator).to(x) for x in leaves]
@@ -185,7 +185,7 @@ def prove_independent_tangents(
             f"beside each other, samples {chosen} have directional derivatives {two.tolist()}; "
             f"with a copy of sample 0 added, {three.tolist()}"
         )
-    remembered[key] = True
+    remembered.put(key, True)
 
 
 class ReverseModeConstants(TorchFunctionMode):
@@ -250,9 +250,9 @@ def materialize(
     batch_size(batch)
     if vectorize is not None:
         return (_by_vmap if vectorize else _by_loop)(*args, randomness)
-    remembered = memory(model_fn)
-    key = ("loop", structure(model_fn, spec, leaves, batch, randomness))
-    if key not in remembered:
+    loops = memory(model_fn, Structures).loops
+    key = structure(model_fn, spec, leaves, batch, randomness)
+    if not loops.get(key):
         try:
             return _by_vmap(*args, randomness)
         except RuntimeError as error:
@@ -261,7 +261,7 @@ def materialize(
     grads = _by_loop(
         *args, randomness
     )  # an error of the model itself is raised here, in its own words
-    remembered[key] = True
+    loops.put(key, True)
     return grads
 
 

@@ -68,12 +68,12 @@ class InStep:
         """The numbers of all ranks."""
         return self._meet(place, number=number).numbers
 
-    def add_up(self, place: str, x: Tensor) -> Tensor:
-        """The sum of the ranks' tensors."""
+    def add_up(self, place: str, x: Tensor, group: Any) -> Tensor:
+        """The sum of the tensors of some of the ranks."""
         out = x.detach().clone()
         self.meet(place)
         try:
-            torch.distributed.all_reduce(out, group=self.group)
+            torch.distributed.all_reduce(out, group=group)
         except RuntimeError as error:
             raise self.lost(place, error) from error
         return out

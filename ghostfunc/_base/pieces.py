@@ -112,6 +112,15 @@ def gathered(model_fn: ModelFn, pieces: Sequence[Tensor], spec: ParamSpec) -> Se
     return [shards[name].all_gather(x) for name, x in zip(spec.names, pieces, strict=True)]
 
 
+def lengths_of_whole(model_fn: ModelFn, lengths: Tensor) -> Tensor:
+    """Lengths of whole tensors, of those of this rank's pieces."""
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return lengths
+    squares = sharding.ranks.add_up("adding up a length", lengths.square(), sharding.cut.group)
+    return squares.sqrt()
+
+
 def summed_and_cut(model_fn: ModelFn, name: str, x: Tensor) -> Tensor:
     """This rank's piece of the sum over ranks of a tensor like a whole parameter."""
     sharding = _in_pieces(model_fn)

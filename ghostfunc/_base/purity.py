@@ -24,7 +24,7 @@ from ghostfunc._base.errors import (
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import held_whole, in_step
 from ghostfunc._base.refusals import Refusals
-from ghostfunc._base.remembered import memory, structure
+from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import (
     TorchDispatchMode,
     address,
@@ -55,19 +55,22 @@ def prove_independent(
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
-    remembered = memory(model_fn)
-    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    remembered = memory(model_fn, Structures).independent
+    key = structure(model_fn, spec, leaves, batch, randomness)
     ranks = in_step(model_fn)
     if ranks is not None:
-        new = anew or key not in remembered
+        new = anew or remembered.get(key) is None
         if ranks.any("asking whether all ranks know this structure", new):
             whole_fn, wholes = held_whole(model_fn, leaves, spec)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
                     prove_independent(whole_fn, wholes, spec, batch, randomness, anew=anew)
+                    if memory(whole_fn, Structures).independent.get(key):
+                        remembered.put(key, True)
         return
     compiling = any(map(symbolic, tensors_of(batch)))
-    if key in remembered and (compiling or not anew):
+    known = remembered.get(key) is not None
+    if known and (compiling or not anew):
         return
     if compiling:
         raise not_captured()
@@ -114,7 +117,7 @@ def prove_independent(
         )
         return torch.cat([lower[:half], upper[half - start :]])
 
-    if key in remembered:
+    if known:
         if randomness == "error" and n > 1:
             whole = losses(batch)
             compare({"in a half of the batch": (in_halves(), whole)})
@@ -145,7 +148,7 @@ def prove_independent(
             if beside is not None:
                 compare({"beside another sample": (beside, pair[:1])})
     if other is not None or n == 1:
-        remembered[key] = True
+        remembered.put(key, True)
 
 
 def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor | None:

@@ -2,32 +2,103 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import types
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghostfunc._base.compilable import known
+from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.trees import ParamSpec, flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+M = TypeVar("M")
 
 LOOKED_INTO = 64
 """Elements of a list or a dict that is searched for modules; longer ones hold data."""
 
-_memo: weakref.WeakKeyDictionary[ModelFn, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+STRUCTURES = 256
+"""Structures of one function that are remembered: settings of its modules, dtypes, trees."""
+
+SHAPES = 4096
+"""Shapes of batches that are remembered, of one function."""
 
 
-def memory(model_fn: ModelFn) -> dict[Hashable, Any]:
-    """What is remembered of a function, for as long as the function lives."""
+class Recent(Generic[K, V]):
+    """What was found lately, by key. What is forgotten is found again when it is needed.
+
+    Args:
+        most: how much is kept; what was asked for longest ago goes first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._found: dict[K, V] = {}
+        self._lock = ForkSafeLock()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, key: K) -> V | None:
+        """What was found; None if nothing was, or it is forgotten."""
+        with self._lock:
+            if key not in self._found:
+                return None
+            self._found[key] = self._found.pop(key)  # the latest last
+            return self._found[key]
+
+    def put(self, key: K, value: V) -> V:
+        """Keep what was found, and return it."""
+        with self._lock:
+            self._found.pop(key, None)
+            self._found[key] = value
+            while len(self._found) > self._most:
+                del self._found[next(iter(self._found))]
+        return value
+
+    def made(self, key: K, make: Callable[[], V]) -> V:
+        """What was found, or is made now."""
+        found = self.get(key)
+        return self.put(key, make()) if found is None else found
+
+    def drop(self, key: K) -> None:
+        """Forget it."""
+        with self._lock:
+            self._found.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Structures:
+    """What holds of all batches of one structure.
+
+    Attributes:
+        independent: samples do not depend on each other, and the function is pure.
+        tangents: nor do their derivatives.
+        loops: vmap cannot run the function.
+    """
+
+    independent: Recent[Hashable, bool] = field(default_factory=lambda: Recent(STRUCTURES))
+    tangents: Recent[Hashable, bool] = field(default_factory=lambda: Recent(STRUCTURES))
+    loops: Recent[Hashable, bool] = field(default_factory=lambda: Recent(STRUCTURES))
+
+
+_memories: weakref.WeakKeyDictionary[ModelFn, dict[type, Any]] = weakref.WeakKeyDictionary()
+
+
+def memory(model_fn: ModelFn, kind: type[M]) -> M:
+    """What one part of the package remembers of a function: an object of a class of its own."""
     try:
-        return _memo.setdefault(model_fn, {})
+        own = _memories.setdefault(model_fn, {})
     except TypeError:  # not hashable or not weakly referable: nothing is remembered
-        return {}
+        return kind()
+    found: M = own[kind] if kind in own else own.setdefault(kind, kind())
+    return found
 
 
 def structure(
@@ -50,42 +121,8 @@ def training_flags(model_fn: ModelFn) -> tuple[bool, ...]:
     """Which of the modules in a function's reach are in training mode."""
     if isinstance(model_fn, ModuleFn):
         return model_fn.training_flags()
-    roots = _modules([model_fn], set())
+    roots = modules_in_reach([model_fn], names_of_files=True, longest=LOOKED_INTO)
     return tuple(m.training for root in roots for m in root.modules())
-
-
-def _modules(values: Iterable[Any], seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that functions and their arguments hold, and those of the functions' files."""
-    for x in values:
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        match x:
-            case nn.Module():
-                yield x
-            case functools.partial():
-                yield from _modules((x.func, *x.args, *x.keywords.values()), seen)
-            case types.MethodType():
-                yield from _modules((x.__self__, x.__func__), seen)
-            case types.FunctionType():
-                yield from _modules(_closed_over(x), seen)
-            case list() | tuple() if len(x) <= LOOKED_INTO:
-                yield from _modules(x, seen)
-            case dict() if len(x) <= LOOKED_INTO:
-                yield from _modules(x.values(), seen)
-
-
-def _closed_over(fn: types.FunctionType) -> list[Any]:
-    found: list[Any] = [*(fn.__defaults__ or ())]
-    for cell in fn.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
-            found.append(cell.cell_contents)
-    names = (name for name in fn.__code__.co_names if name in fn.__globals__)
-    for x in (fn.__globals__[name] for name in names):
-        own = isinstance(x, types.FunctionType) and x.__globals__ is fn.__globals__
-        if own or isinstance(x, nn.Module):
-            found.append(x)
-    return found
 
 
 def shapes_key(batch: PyTree) -> Hashable:

@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import ParamsError, TransformError
 from ghostfunc._base.in_step import InStep
-from ghostfunc._base.shards import Shards
+from ghostfunc._base.shards import Cut, Shards
 from ghostfunc._base.torch_private import fsdp_hooks, fsdp_policies, is_fsdp_unit
 from ghostfunc._base.units import Unit
 
@@ -29,13 +30,14 @@ class Sharding:
     """How the parameters of a sharded module lie on the ranks; made by `sharding_of`.
 
     Attributes:
-        ranks: that hold the pieces.
+        ranks: that hold the pieces; `cut`: how they do.
         shards: of every parameter, frozen ones included, by its first name.
         pieces: the module's own pieces, by the same names.
         whole: the whole parameters that are frozen, where all ranks have all parameters whole.
     """
 
     ranks: InStep
+    cut: Cut
     shards: Mapping[str, Shards]
     pieces: Mapping[str, Tensor]
     whole: Mapping[str, Tensor] | None = None
@@ -150,6 +152,7 @@ def sharding_of(module: nn.Module, held: Sequence[tuple[str, Tensor]]) -> Shardi
     shards: dict[str, Shards] = {}
     pieces: dict[str, Tensor] = {}
     ranks: InStep | None = None
+    cut: Cut | None = None
     mesh: Any = None
     first_name: dict[int, str] = {}
     for name, x in held:
@@ -161,12 +164,25 @@ def sharding_of(module: nn.Module, held: Sequence[tuple[str, Tensor]]) -> Shardi
         tensor: Any = x
         if ranks is None:
             mesh = tensor.device_mesh
-            ranks = InStep(mesh.get_group())
-        shards[name] = Shards(name, tuple(x.shape), tensor.placements[0].dim, ranks)
+            ranks, cut = _ranks_of(mesh)
+        assert cut is not None
+        shards[name] = Shards(name, tuple(x.shape), tensor.placements[-1].dim, ranks, cut)
         pieces[name] = tensor.detach().to_local()
-    if ranks is None:
+    if ranks is None or cut is None:
         return None
-    return Sharding(ranks, shards, pieces)
+    return Sharding(ranks, cut, shards, pieces)
+
+
+def _ranks_of(mesh: Any) -> tuple[InStep, Cut]:
+    """All ranks of a mesh, and how they cut parameters: copies along its first dimension, if it has
+    two, and pieces along its last."""
+    pieces = mesh.get_group(mesh.ndim - 1)
+    rank, size = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    if mesh.ndim == 1:
+        return InStep(pieces), Cut(pieces, rank, size)
+    members = mesh.mesh.flatten().tolist()
+    everybody = torch.distributed.new_group(members, use_local_synchronization=True)
+    return InStep(everybody), Cut(pieces, rank, size, mesh.get_group(0))
 
 
 def _refuse_policies(module: nn.Module) -> None:
@@ -200,8 +216,7 @@ def _refuse_policies(module: nn.Module) -> None:
 
 
 def _refuse_unknown(module: nn.Module, name: str, x: Tensor, mesh: Any) -> None:
-    """Raise unless a parameter is sharded by `fully_shard` over a mesh of one dimension, the same
-    as all others."""
+    """Raise unless a parameter is sharded by `fully_shard` over one mesh with all others."""
     kind = type(module).__name__
     if not is_dtensor(x):
         raise ParamsError(
@@ -214,13 +229,14 @@ def _refuse_unknown(module: nn.Module, name: str, x: Tensor, mesh: Any) -> None:
     unit = any(
         is_fsdp_unit(part) for prefix, part in module.named_modules() if _within(name, prefix)
     )
-    if not unit or len(placements) != 1 or not placements[0].is_shard():
+    copied = len(placements) == 2 and placements[0].is_replicate()
+    if not unit or not (len(placements) == 1 or copied) or not placements[-1].is_shard():
         raise ParamsError(
             f"{name!r} of {kind} is {described(x)}. Supported is what fully_shard makes of a "
-            "module of ordinary parameters, on a mesh of one dimension. Tensor parallel plans "
-            "(parallelize_module), hybrid meshes and other distributed tensors are not, and a "
-            "rank's part of a gradient is not the gradient. Give from_module the module before it "
-            "is distributed, or with its parameters gathered (x.full_tensor())."
+            "module of ordinary parameters, on a mesh of one dimension or a hybrid one of two. "
+            "Tensor parallel plans (parallelize_module) and other distributed tensors are not, and "
+            "a rank's part of a gradient is not the gradient. Give from_module the module before "
+            "it is distributed, or with its parameters gathered (x.full_tensor())."
         )
     if mesh is not None and tensor.device_mesh != mesh:
         raise ParamsError(

@@ -29,6 +29,22 @@ from ghostfunc._base.torch_private import (
 )
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How parameters are cut, as this rank sees it.
+
+    Attributes:
+        group: the ranks that hold the pieces of one copy of the model.
+        rank, size: of this process in it, and how many pieces there are.
+        copies: the ranks that hold this rank's piece in other copies; None if there is one copy.
+    """
+
+    group: Any
+    rank: int
+    size: int
+    copies: Any = None
+
+
 @dataclass(frozen=True, eq=False)
 class Shards:
     """How one parameter lies on the ranks.
@@ -38,6 +54,7 @@ class Shards:
         shape: of the whole.
         dim: the axis it is cut along, in pieces as `torch.chunk` makes them: the last ones may be
             smaller, or empty.
+        ranks: all that hold a piece, of any copy.
         whole: whether every rank has all of it for now, so that there is nothing to gather.
     """
 
@@ -45,6 +62,7 @@ class Shards:
     shape: tuple[int, ...]
     dim: int
     ranks: InStep
+    cut: Cut
     whole: bool = False
 
     def held_whole(self) -> Shards:
@@ -54,7 +72,7 @@ class Shards:
     @property
     def _most(self) -> int:
         """Rows of the largest piece."""
-        return -(-self.shape[self.dim] // self.ranks.size)
+        return -(-self.shape[self.dim] // self.cut.size)
 
     def rows(self, rank: int) -> int:
         """Rows of one rank's piece."""
@@ -65,7 +83,7 @@ class Shards:
     def local_shape(self) -> tuple[int, ...]:
         """Of this rank's piece."""
         shape = list(self.shape)
-        shape[self.dim] = self.rows(self.ranks.rank)
+        shape[self.dim] = self.rows(self.cut.rank)
         return tuple(shape)
 
     def like(self, x: Tensor) -> Tensor:
@@ -77,25 +95,30 @@ class Shards:
         rest = [*self.shape[: self.dim], *self.shape[self.dim + 1 :]]
         with without_torch_functions():  # what is done here is no op of the program
             padded = _padded(x.detach().movedim(self.dim, 0), self._most)
-            out = x.new_empty(self.ranks.size * self._most, *rest)
+            out = x.new_empty(self.cut.size * self._most, *rest)
             self._communicate("gathering", all_gather, out, padded)
             return out[: self.shape[self.dim]].movedim(0, self.dim).contiguous()
 
     def reduce_scatter(self, g: Tensor) -> Tensor:
         """This rank's piece of the sum over ranks."""
         with without_torch_functions():
-            padded = _padded(g.detach().movedim(self.dim, 0), self.ranks.size * self._most)
+            padded = _padded(g.detach().movedim(self.dim, 0), self.cut.size * self._most)
             out = g.new_empty(self._most, *padded.shape[1:])
             self._communicate("reducing", reduce_scatter, out, padded)
-            return out[: self.rows(self.ranks.rank)].movedim(0, self.dim).contiguous()
+            copies = self.cut.copies
+            if copies is not None:
+                self._guarded("reducing", lambda: torch.distributed.all_reduce(out, group=copies))
+            return out[: self.rows(self.cut.rank)].movedim(0, self.dim).contiguous()
 
     def _communicate(self, what: str, collective: Callable[..., Any], *tensors: Tensor) -> None:
-        place = f"{what} {self.name!r} ({tensors[0].dtype})"
-        self.ranks.meet(place)
+        self.ranks.meet(f"{what} {self.name!r} ({tensors[0].dtype})")
+        self._guarded(what, lambda: collective(*tensors, group=self.cut.group))
+
+    def _guarded(self, what: str, collective: Callable[[], Any]) -> None:
         try:
-            collective(*tensors, group=self.ranks.group)
+            collective()
         except RuntimeError as error:
-            raise self.ranks.lost(place, error) from error
+            raise self.ranks.lost(f"{what} {self.name!r}", error) from error
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

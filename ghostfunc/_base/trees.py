@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor
 from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
+from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.types import PyTree
 
 NAMESPACE = "ghostfunc"
 """Where optree keeps types of mappings, so that nobody else's trees change."""
 
-_registering = threading.Lock()
+_registering = ForkSafeLock()
 _registered: set[type] = set()
 
 

@@ -39,7 +39,7 @@ What a proof does not see:
 from __future__ import annotations
 
 import contextlib
-import threading
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import TypeAlias
@@ -48,7 +48,7 @@ import torch
 
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import check_finite, distinct
-from ghostfunc._base.remembered import memory
+from ghostfunc._base.remembered import Recent, memory
 from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import Check, Randomness
@@ -69,33 +69,16 @@ FEW = 2
 """Samples whose numbers are held against their definition."""
 
 
-class Proofs:
+class Proofs(Recent[Hashable, bool]):
     """What has been proved and disproved of one model function."""
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, bool] = {}
-        self._turns = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> bool | None:
-        """Whether it holds; None if nobody has looked."""
-        with self._lock:
-            if key not in self._found:
-                return None
-            self._found[key] = self._found.pop(key)  # the latest last
-            return self._found[key]
+        super().__init__(REMEMBERED)
+        self._turns = itertools.count(1)
 
     def turn(self) -> int:
         """A number that nobody was given before."""
-        with self._lock:
-            self._turns += 1
-            return self._turns
-
-    def put(self, key: Hashable, holds: bool) -> None:
-        with self._lock:
-            self._found[key] = holds
-            while len(self._found) > REMEMBERED:
-                del self._found[next(iter(self._found))]
+        return next(self._turns)
 
 
 def gradients_unproved(model: TracedModel, way: WayTaken, check: Check) -> bool:
@@ -103,8 +86,7 @@ def gradients_unproved(model: TracedModel, way: WayTaken, check: Check) -> bool:
     wrong."""
     if check == "never":
         return False
-    proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
-    known = proofs.get(key_of(model, way))
+    known = memory(model.model_fn, Proofs).get(key_of(model, way))
     if known is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
     by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
@@ -125,7 +107,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     model = claim.model
     if check == "never" or any(map(symbolic, tensors_of(model.batch))):
         return
-    proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
+    proofs = memory(model.model_fn, Proofs)
     keys = claim.key, (claim.key, claim.asked())
     gradients, numbers = map(proofs.get, keys)
     if gradients is False or numbers is False:

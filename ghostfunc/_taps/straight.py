@@ -37,6 +37,9 @@ FEW = 1 << 12
 """Terms that a product of vectors may add up one after the other: of more, digits are lost, and a
 sum in pairs has them."""
 
+PLANS = 64
+"""Choices that are remembered of one use, by its shapes; they are cheap to make again."""
+
 Add: TypeAlias = Callable[[ReaderKey, Tensor], None]
 """Takes what was read of a quantity of a parameter."""
 
@@ -94,9 +97,12 @@ def _paired(call: CallTrace, factor: Outer, n: int, running: RunningTotal | None
     `running`."""
     left, right = factor
     plan = n, left.shape, right.shape[-1], left.dtype, running is not None
-    if plan not in call.plans:
-        call.plans[plan] = _pairs_are_cheapest(factor, n, grads=running is not None)
-    if not call.plans[plan]:
+    cheapest = call.plans.get(plan)
+    if cheapest is None:
+        if len(call.plans) >= PLANS:
+            call.plans.clear()
+        cheapest = call.plans[plan] = _pairs_are_cheapest(factor, n, grads=running is not None)
+    if not cheapest:
         return None
     cut = n * left.shape[1]
     left, right = left.flatten(0, 1), right.flatten(0, 1)

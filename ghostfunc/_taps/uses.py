@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ghostfunc._base.compilable import known
-from ghostfunc._base.remembered import memory, shapes_key
+from ghostfunc._base.remembered import STRUCTURES, Recent, memory, shapes_key
 from ghostfunc._base.trees import ParamSpec, take, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors.cost import UseShape
@@ -17,6 +18,26 @@ from ghostfunc._taps.tap import UseOutput
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.tracked import constants
+
+LOOKS = 256
+"""Shapes of batches at which the outputs of all uses are remembered: a list as long as the model
+has uses, each."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the outputs of all uses look like.
+
+    Attributes:
+        typical: by trace and shapes of parameters: the elements of one batch's samples, and its
+            outputs.
+        exact: by the shapes of the batch as well.
+    """
+
+    typical: Recent[Hashable, tuple[int, list[UseOutput]]] = field(
+        default_factory=lambda: Recent(STRUCTURES)
+    )
+    exact: Recent[Hashable, list[UseOutput]] = field(default_factory=lambda: Recent(LOOKS))
 
 
 def use_shapes(
@@ -33,16 +54,14 @@ def use_shapes(
     Not `exact`, the positions may be those of a batch of another length, scaled to this one.
     """
     exact = exact or _open(batch)
-    remembered = memory(model_fn)
+    typical = memory(model_fn, Looked).typical
     lengths = sum(x[0].numel() for x in tensors_of(batch))
 
     def look(model: TracedModel) -> tuple[list[UseOutput], float]:
-        key = ("sites", model.trace, shapes_key(model.leaves))
         if exact:
             return _outputs(model), 1.0
-        if key not in remembered:
-            remembered[key] = (lengths, _outputs(model))
-        seen_lengths, seen = remembered[key]
+        key = model.trace, shapes_key(model.leaves)
+        seen_lengths, seen = typical.made(key, lambda: (lengths, _outputs(model)))
         return seen, lengths / seen_lengths
 
     model, (outputs, ratio) = with_trace(look, model_fn, leaves, spec, batch, randomness)
@@ -61,11 +80,9 @@ def _outputs(model: TracedModel) -> list[UseOutput]:
     sizes = [x.shape[1:] for x in tensors_of(model.batch)]
     if any(isinstance(size, torch.SymInt) for shape in sizes for size in shape):
         return _look_at_outputs(model, few, take(model.batch, range(few)))
-    remembered = memory(model.model_fn)
-    key = ("sites", model.trace, few, tuple(map(tuple, sizes)), shapes_key(model.leaves))
-    if key not in remembered:
-        remembered[key] = _look_at_outputs(model, few, take(model.batch, range(few)))
-    return remembered[key]
+    key = model.trace, few, tuple(map(tuple, sizes)), shapes_key(model.leaves)
+    exact = memory(model.model_fn, Looked).exact
+    return exact.made(key, lambda: _look_at_outputs(model, few, take(model.batch, range(few))))
 
 
 def _open(batch: PyTree) -> bool:

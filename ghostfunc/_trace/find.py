@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
 
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
 from ghostfunc._base.purity import not_captured
-from ghostfunc._base.remembered import memory, shapes_key, structure
+from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -24,11 +24,21 @@ T = TypeVar("T")
 MAX_TRACES = 32
 """Ways through one model that are remembered."""
 
-MAX_SHAPES = 4096
-"""Shapes of batches whose trace is known beforehand."""
-
 DISPROVED_PAIRS = 2
 """Traces that are made of one batch before it counts that they are disproved."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The traces of one model function.
+
+    Attributes:
+        traces: by structure, the latest first.
+        fitting: by structure and shapes, the one that fitted last.
+    """
+
+    traces: Recent[Hashable, list[Trace]] = field(default_factory=lambda: Recent(STRUCTURES))
+    fitting: Recent[Hashable, Trace] = field(default_factory=lambda: Recent(SHAPES))
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,10 @@ def with_trace(
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
     leaves = plain(leaves)
     n = batch_size(batch)
-    remembered = memory(model_fn)
+    remembered = memory(model_fn, Ways)
     own = structure(model_fn, spec, leaves, batch, randomness)
-    traces: list[Trace] = remembered.setdefault(own, [])
-    fitting: dict[Hashable, Trace] = remembered.setdefault(("fitting", own), {})
-    shapes = shapes_key(batch)
+    traces = remembered.traces.made(own, list)
+    fitting, shapes = remembered.fitting, (own, shapes_key(batch))
     first = fitting.get(shapes)
     unproved = ""
     for trace in [*([first] if first in traces else []), *(x for x in traces if x is not first)]:
@@ -98,14 +107,12 @@ def with_trace(
 
 
 def _remember(
-    traces: list[Trace], fitting: dict[Hashable, Trace], trace: Trace, shapes: Hashable
+    traces: list[Trace], fitting: Recent[Hashable, Trace], trace: Trace, shapes: Hashable
 ) -> None:
     """Put the trace of the last run first, and try it first at these shapes. Other threads may do
     so at the same time."""
     traces[:] = [trace, *(x for x in list(traces) if x is not trace)][:MAX_TRACES]
-    if len(fitting) >= MAX_SHAPES:
-        fitting.clear()
-    fitting[shapes] = trace
+    fitting.put(shapes, trace)
 
 
 class Disproved(StaleLayout):
@@ -143,11 +150,10 @@ def known_trace(
     randomness: Randomness,
 ) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
-    remembered = memory(model_fn)
+    remembered = memory(model_fn, Ways)
     own = structure(model_fn, spec, leaves, batch, randomness)
-    fitting: dict[Hashable, Trace] = remembered.get(("fitting", own), {})
-    found = fitting.get(shapes_key(batch))
-    return found if found in remembered.get(own, ()) else None
+    found = remembered.fitting.get((own, shapes_key(batch)))
+    return found if found in (remembered.traces.get(own) or ()) else None
 
 
 def plain(leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -52,9 +52,8 @@ def factored_grads(
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
         params: pytree of floating-point tensors.
         batch: pytree of tensors `[n, ...]`.
-        check: when numbers are held against plain autograd: "new", where the way through the
-            program or the shapes are new, in two more passes; "always", there and with one sample
-            drawn at random in every call; or "never".
+        check: when numbers are held against plain autograd, in two more passes: "new", where the
+            way through the program or the shapes are new; "always"; or "never".
         randomness: "error" or "different".
 
     Returns:
@@ -111,9 +110,9 @@ def collect(
         finite=finite,
         randomness=randomness,
     )
-    proof = None
-    if check != "never" and in_step(model_fn) is None:
-        proof = KeptProof(memory(model_fn).setdefault("proofs", Proofs()), check == "always")
+    if check == "never" or in_step(model_fn) is not None:  # ranks would ask for other passes
+        return FactoredGrads.of(taken, leaves, spec, model_fn)
+    proof = KeptProof(memory(model_fn, Proofs), check == "always")
     return FactoredGrads.of(taken, leaves, spec, model_fn, proof)
 
 
@@ -157,8 +156,8 @@ class FactoredGrads:
             for bundle, x in zip(taken.factors, wholes, strict=True)
         )
         cut = model_fn is not None and in_step(model_fn) is not None
-        own = model_fn if cut else None
-        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, own, _proof=proof)
+        whose = model_fn if cut else None
+        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, whose, _proof=proof)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.
@@ -305,15 +304,14 @@ class FactoredGrads:
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False) -> PyTree:
         """`weighted_sum` with weights of its own for every parameter. Where all gradients are
         `finite`, nobody looks for those to leave out."""
-        sums = [
+        totals = (
             bundles.weighted_total(bundle, w, finite=finite)
             for bundle, w in zip(self.bundles, weights, strict=True)
-        ]
+        )
+        sums = [self._at_leaf(i, x).to(self.leaves[i].dtype) for i, x in enumerate(totals)]
         if self._proof is not None:
             self._proof.sums(self.bundles, self.losses, self._spec, self.leaves, sums, weights)
-        return self._spec.unflatten(
-            [self._at_leaf(i, x).to(self.leaves[i].dtype) for i, x in enumerate(sums)]
-        )
+        return self._spec.unflatten(sums)
 
     def _at_leaf(self, i: int, total: Tensor) -> Tensor:
         """A sum of gradients like parameter i; of a sharded one, this rank's piece of the sum over

@@ -88,7 +88,7 @@ class KeptProof:
             )
         if wrong:
             raise _disproved(what, spec, wrong)
-        self.proofs.put(key, holds=True)
+        self.proofs.put(key, value=True)
 
     def sums(
         self,
@@ -122,7 +122,7 @@ class KeptProof:
         if bad:
             found = {i: float(errors[i] / sizes[i].clamp_min(1e-300)) for i in bad}
             raise _disproved("weighted sums", spec, found)
-        self.proofs.put(key, holds=True)
+        self.proofs.put(key, value=True)
 
     def _asks(self, key: object, losses: Tensor) -> bool:
         if symbolic(losses) or in_transform():

@@ -6,9 +6,13 @@
 
 Every rank has samples of its own. `group=` averages the validation gradient and the training
 gradient over the samples of all ranks; scores stay where their samples are until they are gathered.
+
+A module that `torch.distributed.fsdp.fully_shard` has sharded needs no `group`: `gf.from_module`
+gives this rank's pieces of its parameters, and all ranks call the same functions.
 """
 
 from ghostfunc._base.errors import RankError
 from ghostfunc.distributed._ddp import gather
+from ghostfunc.distributed._fsdp import whole, whole_shapes
 
-__all__ = ["RankError", "gather"]
+__all__ = ["RankError", "gather", "whole", "whole_shapes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Result
     start = sum(len(next(iter(b.values()))) for b in problem.train[:rank])
     rows = slice(start, start + len(next(iter(mine.values()))))
 
+    piece, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+
     def cut(tree: dict[str, Tensor]) -> Any:
-        return pieces(tree, params, rank, world)
+        return pieces(tree, params, piece, count)
 
     found: Results = {}
     assert params.keys() == whole.keys()
@@ -59,6 +62,7 @@ def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Result
 
     u = gf.direction(whole_fn, whole, val)
     found["direction"] = error(gf.direction(model_fn, params, own_val), cut(u))
+    found["a direction made whole"] = error(gf.distributed.whole(model_fn, params, cut(u)), u)
     sums = gf.direction(whole_fn, whole, val, reduction="sum")
     found["direction, sum"] = error(
         gf.direction(model_fn, params, own_val, reduction="sum"), cut(sums)
@@ -96,7 +100,8 @@ def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Result
     found["norms before clipping"] = error(ours_clipped.norms, clipped.norms[rows])
 
     for kind in ("rademacher", "dense"):
-        projection = gf.kronecker_projection(whole, rank_total=6, rank_min=1, kind=kind, seed=1)
+        shapes = gf.distributed.whole_shapes(model_fn, params)
+        projection = gf.kronecker_projection(shapes, rank_total=6, rank_min=1, kind=kind, seed=1)
         projected = gf.ghost_project(whole_fn, whole, train, projection)
         found[f"projected, {kind}"] = error(
             gf.ghost_project(model_fn, params, mine, projection), projected[rows]
@@ -115,12 +120,16 @@ def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Result
     chunks = gf.ghost_value_and_grad(model_fn, params, mine, own_val, chunk_size=2)
     found["grads in chunks"] = error(chunks.grads, cut(step.grads))
     found["dots in chunks"] = error(chunks.dot_prods, step.dot_prods[rows])
-    found |= in_run_values(problem, rank, world, (whole_fn, whole), (model_fn, params))
+    found |= in_run_values(problem, rank, (whole_fn, whole), (model_fn, params), cut)
     return found
 
 
 def in_run_values(
-    problem: Problem, rank: int, world: int, one: tuple[Any, Any], ours: tuple[Any, Any]
+    problem: Problem,
+    rank: int,
+    one: tuple[Any, Any],
+    ours: tuple[Any, Any],
+    cut: Callable[[dict[str, Tensor]], Any],
 ) -> Results:
     """Shapley values of samples in training steps, whose optimizer has pieces of its state."""
     whole_fn, whole = one
@@ -149,7 +158,7 @@ def in_run_values(
             optimizer.step()
             steps.append(step)
         found[f"in-run values, step {number}"] = error(steps[1].values, steps[0].values[rows])
-    found["params after training"] = error(params, pieces(whole, params, rank, world))
+    found["params after training"] = error(params, cut(whole))
     plain = gf.shapley.sgd(lr=0.1)
     values = gf.shapley.step(whole_fn, whole, train, val, optimizer=plain).values
     found["in-run values, SGD"] = error(
@@ -168,11 +177,15 @@ def main() -> None:
     )  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (world,))
+    flat = init_device_mesh("cpu", (world,))
     found = {}
     for name in sys.argv[4:]:
         torch.manual_seed(0)
-        problem = PROBLEMS[name](world)
+        kind, _, hybrid = name.partition("@")
+        mesh = flat
+        if hybrid:
+            mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+        problem = PROBLEMS[kind](world)
         found[name] = every_quantity(problem, rank, world, mesh)
     (directory / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -94,5 +94,5 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     for rank in range(2):
         said = json.loads((tmp_path / f"{rank}.json").read_text())["killed"]
         assert said.startswith("RankError: "), said
-        assert "rank 2 of 3 does not answer" in said, said
+        assert "no answer comes from rank 2 of 3" in said, said
         assert "asking whether all ranks have a trace" in said, said

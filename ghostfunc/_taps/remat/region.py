@@ -3,10 +3,7 @@ parameters back."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.locks import alone_with
+from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.torch_private import tensors_of_module
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 
@@ -44,7 +42,7 @@ class Region:
         for i in self._places:
             leaves[i] = None
         self._rest = leaves
-        self._borrower = _Borrower(list(_modules((fn, *leaves), set())))
+        self._borrower = _Borrower(modules_in_reach((fn, *leaves), names_of_files=False))
         self._borrowed = self._borrower.tensors()
         self._parameters: set[int] = set()
 
@@ -103,32 +101,6 @@ class _Borrower(nn.Module):
             for name, x in own.items()
             if x is not None
         }
-
-
-def _modules(values: Sequence[Any], seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that functions and their arguments hold."""
-    for x in values:
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        match x:
-            case nn.Module():
-                yield x
-            case functools.partial():
-                yield from _modules((x.func, *x.args, *x.keywords.values()), seen)
-            case types.MethodType():
-                yield from _modules((x.__self__, x.__func__), seen)
-            case types.FunctionType():
-                yield from _modules(_closed_over(x), seen)
-            case list() | tuple():
-                yield from _modules(x, seen)
-            case dict():
-                yield from _modules(list(x.values()), seen)
-
-
-def _closed_over(fn: types.FunctionType) -> list[Any]:
-    variables = inspect.getclosurevars(fn)
-    return [*variables.nonlocals.values(), *(fn.__defaults__ or ())]
 
 
 class _Parameters(TorchFunctionMode):

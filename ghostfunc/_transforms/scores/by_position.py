@@ -16,7 +16,7 @@ once more on samples that are one position shorter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from ghostfunc._base.purity import (
     check_shape,
 )
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.remembered import memory
+from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, map_leaves, take, tensors_of
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
@@ -284,15 +284,18 @@ def _direction(reader: Reader | None) -> Tensor:
 # --- where positions lie ------------------------------------------------------------------------
 
 
+class PositionAxes(Recent[Hashable, tuple[list[int], int]]):
+    """What `_position_axes` found of one model function, by trace and length."""
+
+    def __init__(self) -> None:
+        super().__init__(STRUCTURES)
+
+
 def _position_axes(model: TracedModel) -> tuple[list[int], int]:
     """The axis of positions at every use, and how many positions there are."""
     length = _length(model.batch)
-    remembered = memory(model.model_fn)
-    key = ("positions", model.trace, length)
-    if key not in remembered:
-        remembered[key] = _find_axes(model, length)
-    found: tuple[list[int], int] = remembered[key]
-    return found
+    remembered = memory(model.model_fn, PositionAxes)
+    return remembered.made((model.trace, length), lambda: _find_axes(model, length))
 
 
 def _find_axes(model: TracedModel, length: int) -> tuple[list[int], int]:

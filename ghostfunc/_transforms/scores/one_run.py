@@ -8,6 +8,7 @@ parameter by parameter, between the first samples and the others.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.remembered import memory, shapes_key, structure
+from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree
@@ -43,6 +44,19 @@ COPIED_ELEMENTS = 1 << 20
 
 WAITING_USES = 4
 """Uses of a parameter whose factors may have to wait for each other."""
+
+
+@dataclass(frozen=True)
+class OneRuns:
+    """Which batches share a run.
+
+    Attributes:
+        shared: by structures and shapes, of batches that do: the parameters with several uses.
+        apart: by shapes, of batches that do not: why.
+    """
+
+    shared: Recent[Hashable, list[int]] = field(default_factory=lambda: Recent(SHAPES))
+    apart: Recent[Hashable, str] = field(default_factory=lambda: Recent(SHAPES))
 
 
 class OneRunResult(NamedTuple):
@@ -74,9 +88,9 @@ def reason_for_two_runs(
     copied = sum(known(x.numel()) for x in tensors_of(train))
     if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in leaves)):
         return "one run would copy batches that are larger than the model"
-    apart = memory(model_fn).get(_key(leaves, train, val))
+    apart = memory(model_fn, OneRuns).apart.get(shapes_key((train, val, leaves)))
     if apart is not None:
-        return str(apart)
+        return apart
     trace = trace_of(model_fn, leaves, spec, train, randomness="error")
     if (company := _company(trace)) is not None:
         return company
@@ -105,19 +119,19 @@ def in_one_run(
     for two."""
     if in_transform() or _difference(train, val) is not None:
         return None
-    remembered = memory(model_fn)
+    remembered = memory(model_fn, OneRuns)
     key = (
-        "one run",
         *(structure(model_fn, spec, leaves, batch, "error") for batch in (train, val)),
         shapes_key((train, val, leaves)),
     )
-    if key not in remembered:
+    shared = remembered.shared.get(key)
+    if shared is None:
         if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
             return None
         uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
         trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
-        remembered[key] = [i for i, met in enumerate(uses) if len(met) > 1]
-    shared: list[int] = remembered[key]
+        several = [i for i, met in enumerate(uses) if len(met) > 1]
+        shared = remembered.shared.put(key, several)
     n, m = batch_size(train), batch_size(val)
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = leaves[0].new_full((n + m,), scales[0], dtype=torch.float64)
@@ -141,16 +155,12 @@ def in_one_run(
         return None  # two runs raise, and say whose loss it is
     if (company := _company(found.trace)) is not None:
         # The joined batch took another way than either batch by itself.
-        remembered[_key(leaves, train, val)] = company
-        remembered.pop(key, None)
+        remembered.apart.put(shapes_key((train, val, leaves)), company)
+        remembered.shared.drop(key)
         return None
     dots = found.dots if per_param else [add_up(found.dots)]
     dots = dots if scales[0] == 1 else divide_all(dots, scales[0])
     return OneRunResult(found.losses[:n], found.grads, dots)
-
-
-def _key(leaves: Sequence[Tensor], train: PyTree, val: PyTree) -> Hashable:
-    return "apart", shapes_key((train, val, leaves))
 
 
 class _Found(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,14 +17,19 @@ from torch import Tensor
 from ghostfunc._base.errors import OptionError, TransformError
 from ghostfunc._base.pieces import in_step
 from ghostfunc._base.ranks import Exchange, Ranks
-from ghostfunc._base.remembered import memory
+from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores.question import Question
 
-_ORDER = "order of gradients"
+
+@dataclass(frozen=True)
+class _Orders:
+    """The order that gradients of one model function came up in, by the number of parameters."""
+
+    arrived: Recent[int, list[int]] = field(default_factory=lambda: Recent(STRUCTURES))
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,11 @@ def _order_of(asked: Question) -> list[int]:
     before vectors, many of which wait for the end of a backward pass."""
     leaves = asked.leaves
     guess = sorted(range(len(leaves)), key=lambda i: (leaves[i].ndim < 2, -i))
-    found: list[int] = memory(asked.model_fn).get((_ORDER, len(leaves)), guess)
-    return found
+    return memory(asked.model_fn, _Orders).arrived.get(len(leaves)) or guess
 
 
 def _remember(asked: Question, exchange: Exchange) -> None:
-    memory(asked.model_fn)[_ORDER, len(asked.leaves)] = exchange.arrived
+    memory(asked.model_fn, _Orders).arrived.put(len(asked.leaves), exchange.arrived)
 
 
 def _direction(ranks: Ranks, asked: Question, val: PyTree, order: list[int]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import chunks_of_all, in_step, samples_of_all
+from ghostfunc._base.pieces import chunks_of_all, in_step, lengths_of_whole, samples_of_all
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
@@ -262,8 +262,7 @@ class Question:
     def _lengths(self, readers: _Readers, rows: Tensor) -> Tensor:
         """`||u||`, one row per parameter; of a direction's pieces, that of the whole."""
         found = torch.stack([lengths.length(r, rows) for r in readers])
-        ranks = in_step(self.model_fn)
-        return found if ranks is None else ranks.add_up("adding up a length", found.square()).sqrt()
+        return lengths_of_whole(self.model_fn, found)
 
     def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
         """Have a direction that was given looked at if what is made of it is not finite."""
