@@ -194,3 +194,37 @@ def test_parameters_that_meet_samples_in_another_dtype() -> None:
             assert_close(got, pairs.mean(1) if reduction == "mean" else pairs, 1e-5)
     step = gf.ghost_value_and_grad(wider, problem.params, train, val)
     assert step.grads["w"].dtype == torch.float32
+
+
+def test_rounding_noise_is_no_fault() -> None:
+    """A softmax takes no notice of the bias of the keys: in float32 its gradient is noise."""
+
+    def attentive(p: Any, x: Tensor) -> Tensor:
+        keys = x @ p["w"] + p["b"]
+        return energy(torch.softmax((x @ p["w"]) @ keys.mT, -1) @ x)
+
+    drawn = weights(w=(4, 4), b=(4,))
+    params = {name: x.float() for name, x in drawn.items()}
+    counted = Counted(attentive)
+    for seed, (n, t) in enumerate([(2, 3), (5, 7), (8, 20), (16, 40)]):
+        x = torch.randn(n, t, 4, generator=torch.Generator().manual_seed(seed))
+        calls = counted.during(lambda x=x: gf.ghost_norm(counted, params, x))
+        assert max(calls) <= n + 1  # it is proved, and not refused
+        # Where noise is looked at, a few samples run twice more.
+        assert counted.during(lambda x=x: gf.ghost_norm(counted, params, x)) == [n]
+
+
+def test_zeros_cost_a_pass_where_they_hide_something() -> None:
+    def adapted(p: Any, x: Tensor) -> Tensor:
+        return energy(x @ p["w"] + x @ p["a"] @ p["b"] + p["shift"])
+
+    counted = Counted(adapted)
+    params = weights(w=(4, 6), a=(4, 2), b=(2, 6), shift=(6,))
+    params["shift"] = torch.zeros_like(params["shift"])
+    ask = norm(Problem(counted, params, sequences(4)), 4, 3)
+    ask()
+    more = norm(Problem(counted, params, sequences(4)), 6, 3)
+    assert counted.during(more) == [6, 6, 3, 3, 2, 2]  # zeros that hide nothing
+    params["b"] = torch.zeros_like(params["b"])
+    more = norm(Problem(counted, params, sequences(4)), 6, 5)
+    assert counted.during(more) == [6, 6, 6, 3, 3, 2, 2]

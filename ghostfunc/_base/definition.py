@@ -125,7 +125,7 @@ def _vjp(
         with DenseGradients():
             return check_shape(model_fn(spec.unflatten(p), batch), n)
 
-    with _unwrapped_memory():
+    with unwrapped_memory():
         out, pullback = torch.func.vjp(losses, list(leaves))[:2]
     return out, pullback
 
@@ -150,7 +150,7 @@ def jvp_dots(
         with (
             FORWARD_MODE,
             _forward_mode(),
-            _unwrapped_memory(),
+            unwrapped_memory(),
             torch.enable_grad(),
             ReverseModeConstants(),
         ):
@@ -406,7 +406,7 @@ _OF_KERNELS = ("must be contiguous", "view size is not compatible")
 
 
 @contextmanager
-def _unwrapped_memory() -> Iterator[None]:
+def unwrapped_memory() -> Iterator[None]:
     """Translate what torch says of ops that a transform cannot run."""
     try:
         yield

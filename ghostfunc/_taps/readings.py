@@ -33,6 +33,7 @@ from ghostfunc._factors.factor import Dense, Factor
 from ghostfunc._quantities.quantity import Gram, Quantity, SqNorm
 from ghostfunc._quantities.readers import (
     DeferredGradients,
+    DeferredReader,
     DotReader,
     OneRunReader,
     PairReader,
@@ -154,7 +155,7 @@ def reading_of_factors(
     numbers: dict[int, Numbers] = {}
     for i, later in enumerate(deferred):
         if later is not None:
-            numbers[i] = Numbers(_itself, _formed(later))
+            numbers[i] = Numbers(_itself, _formed(later, shapes[i]))
         elif bundles_of[i]:
             numbers[i] = Numbers(_itself, _materialized(bundles_of[i], shapes[i]))
     return Reading("the factors", 1, numbers, scale=scale)
@@ -179,6 +180,9 @@ def _defined(reader: Any) -> Define:
             case PairReader(factors=factors, each=each) if factors:
                 dots = [contract.add_up([bundles.dot(f, one) for f in factors]) for one in g]
                 return torch.stack([x if each else x.sum() for x in dots])
+            case DeferredReader(deferred=deferred, m=m):
+                columns = [flat @ deferred.gradient(j).flatten().to(flat) for j in range(m)]
+                return torch.stack(columns, dim=1)
             case ValueReader(quantity=SqNorm()):
                 return flat.square().sum(1)
             case ValueReader(quantity=Gram()):
@@ -197,8 +201,8 @@ def _picked(value: Tensor | None, *, pairs: bool) -> Pick:
     return pick
 
 
-def _formed(deferred: DeferredGradients) -> Pick:
-    return lambda index: torch.stack([deferred.gradient(j) for j in index.tolist()])
+def _formed(deferred: DeferredGradients, shape: tuple[int, ...]) -> Pick:
+    return lambda index: torch.stack([deferred.gradient(j).reshape(shape) for j in index.tolist()])
 
 
 def _materialized(bundle: Sequence[Factor], shape: tuple[int, ...]) -> Pick:

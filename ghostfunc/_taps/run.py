@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._base.definition import unwrapped_memory
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.finite import FiniteLosses
@@ -413,7 +414,8 @@ def pull_back(
     """
     if in_transform():
         guards = [x.view_as(x) for x in guarded.leaves]
-        out: Any = torch.func.vjp(f, *primals, guards, has_aux=True)
+        with unwrapped_memory():
+            out: Any = torch.func.vjp(f, *primals, guards, has_aux=True)
         losses, pullback, aux = out
         with unrounded(losses):
             cotangents = pullback(

@@ -104,8 +104,9 @@ def ghost_clipped_grad(
         mode: "ghost" (book-keeping) or "materialized" (`vmap(grad)`, as large as n models).
         vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
             loop where vmap cannot run the model.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         chunk_size: the most samples to run at one time; by default all of them.
         randomness: "error" or "different".
         check_finite: whether to look for what is not finite, and for squares that over- or

@@ -96,8 +96,9 @@ def ghost_dot_prod(
             do not fit into memory. The numbers do not depend on it. With `reduction="none"` every
             chunk of `train` is run once for every chunk of `val`. None also allows one run of both
             batches, where they are alike and the validation samples few.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
         check_finite: whether to look for losses that are NaN or infinite, which waits for the
             device once, when all is queued. Without it nothing waits: look at what is returned.
@@ -270,8 +271,9 @@ def ghost_cosine(
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products to
             it, in dot products and in norms, as in `ghost_dot_prod` and `ghost_norm`.
         chunk_size: the most samples to run at one time, as in `ghost_dot_prod`.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" or "different".
         check_finite: as in `ghost_dot_prod`. Without it cosines of gradients whose square over- or
             underflows are NaN.

@@ -99,8 +99,9 @@ def per_sample_grads(
             batched backward pass: how op rules are tested, and a way for models vmap cannot run).
         vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
             the loop where vmap cannot run the model.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" or "different".
 
     Returns:

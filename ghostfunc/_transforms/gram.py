@@ -64,8 +64,9 @@ def ghost_gram(
             chunks are in memory at one time. By default everything is run at once.
         vectorize: for "materialized": True for vmap, False for a loop over samples, None for the
             loop where vmap cannot run the model.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" or "different" (not with chunks: every pass would draw anew).
 
     Returns:

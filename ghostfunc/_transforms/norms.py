@@ -63,8 +63,9 @@ def ghost_norm(
             it, as in `ghost_dot_prod`. Squares are sums of T x T terms that may cancel, so a norm
             can lose more digits than each term does.
         chunk_size: the most samples to run at one time; by default all of them.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" or "different".
         check_finite: whether to look for losses that are NaN or infinite, and for squares that
             over- or underflow: one wait for the device, when all is queued. Without it nothing

@@ -63,8 +63,9 @@ def ghost_vjp(
             products that make the values to it, as in `ghost_dot_prod`. Not for `SampleGrad`.
         chunk_size: the most samples to run at one time, where all of them do not fit into memory.
             Not for quantities that pair the samples of a batch (`Gram`).
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" lets every sample
             have its own draws.
 

@@ -76,8 +76,9 @@ def ghost_project(
         contract_dtype: torch.bfloat16 or torch.float16 rounds the operands of matrix products,
             projection matrices among them, to it, as in `ghost_dot_prod`.
         chunk_size: the most samples to run at one time; by default all of them.
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" refuses a model that draws random numbers; "different" allows it.
 
     Returns:

@@ -109,8 +109,9 @@ def step(
             own, if it draws).
         hvp: for order 2, "forward" (`jvp` over `grad`) or "reverse" (`grad` over `grad`, for ops
             without forward-mode AD).
-        check: when numbers are held against plain autograd, in two more passes: "new", where the
-            way through the program or the shapes are new; "always"; or "never".
+        check: when numbers are held against plain autograd: "new", where the way through the
+            program or the shapes are new, in two more passes; "always", there and with one sample
+            drawn at random in every call; or "never".
         randomness: "error" or "different".
 
     Returns:

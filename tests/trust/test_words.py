@@ -189,6 +189,12 @@ def test_what_looks_at_memory_is_refused_by_name(model: Model) -> None:
     assert_right(case, ["dots", "norms", "dots_in_a_loop", "sample_grads_in_a_loop"])
 
 
+def test_numpy_under_the_callers_own_transforms() -> None:
+    case = case_of(by_numpy, weights(w=(4, 6)))
+    verdict = judge(case, "vmap_over_directions")
+    assert verdict.status in ("right", "refused"), str(verdict)
+
+
 def test_kernels_that_vmap_cannot_run_are_refused_by_name() -> None:
     def model(p: Any, x: Tensor) -> Tensor:
         return torch.tanh(F.conv1d(x.mT.contiguous(), p["w"])).square().flatten(1).sum(1)
