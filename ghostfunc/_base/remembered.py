@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from ghostfunc._base.compilable import known
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.torch_private import modules_within
 from ghostfunc._base.trees import ParamSpec, flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
 LOOKED_INTO = 64
 """Elements of a list or a dict that is searched for modules; longer ones hold data."""
+
+_INT = frozenset((int,))
 
 _memo: weakref.WeakKeyDictionary[ModelFn, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
@@ -37,9 +40,9 @@ def structure(
     batch_leaves, batch_def = flatten(batch)
     return (
         spec.treedef,
-        tuple((x.ndim, x.dtype) for x in leaves),
+        tuple([(x.ndim, x.dtype) for x in leaves]),
         batch_def,
-        tuple((x.ndim, x.dtype) for x in batch_leaves),
+        tuple([(x.ndim, x.dtype) for x in batch_leaves]),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
         randomness,
         training_flags(model_fn),
@@ -51,7 +54,7 @@ def training_flags(model_fn: ModelFn) -> tuple[bool, ...]:
     if isinstance(model_fn, ModuleFn):
         return model_fn.training_flags()
     roots = _modules([model_fn], set())
-    return tuple(m.training for root in roots for m in root.modules())
+    return tuple([m.training for root in roots for m in modules_within(root)])
 
 
 def _modules(values: Iterable[Any], seen: set[int]) -> Iterator[nn.Module]:
@@ -90,4 +93,8 @@ def _closed_over(fn: types.FunctionType) -> list[Any]:
 
 def shapes_key(batch: PyTree) -> Hashable:
     """The exact shapes of a batch."""
-    return tuple(tuple(map(known, x.shape)) for x in tensors_of(batch))
+    return tuple([_known_shape(x.shape) for x in tensors_of(batch)])
+
+
+def _known_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if _INT.issuperset(map(type, shape)) else tuple(map(known, shape))

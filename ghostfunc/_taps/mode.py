@@ -21,6 +21,7 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
+from ghostfunc._taps.steps import Step, last, remember
 from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, output_of
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
@@ -33,6 +34,7 @@ class TapMode(TrackingMode):
 
     `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
     `note_outputs` fills `outputs`, for shapes and costs. With `sinks`, what taps read goes there.
+    Where the `shapes` of the run are known, the way that it goes is remembered step by step.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class TapMode(TrackingMode):
         *,
         note_outputs: bool = False,
         sinks: Sinks | None = None,
+        shapes: Hashable = None,
     ) -> None:
         super().__init__(leaves)
         self.sinks = sinks
@@ -54,6 +57,9 @@ class TapMode(TrackingMode):
         self._as_traced = self._same_ops = True
         self._n_calls = 0
         self._way = 0
+        self._shapes = shapes
+        self._step: Step | None = None if shapes is None else trace.ways.get(shapes)
+        self._made: list[Step] | None = None if shapes is None or self._step else []
         self._n = n
         self.taps = taps
         self.collect = collect
@@ -87,6 +93,7 @@ class TapMode(TrackingMode):
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
         other.uses, other.outputs = list(self.uses), list(self.outputs)
         other._stale = dict(self._stale)
+        other._made = None
         return other
 
     @contextmanager
@@ -98,6 +105,29 @@ class TapMode(TrackingMode):
         finally:
             self._tapping = True
 
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        step = self._step
+        if step is not None and step.plain and func == step.func:
+            values = (*args, *kwargs.values()) if kwargs else args
+            if (
+                tuple(map(type, values)) == step.kinds
+                and self._tracked.keys().isdisjoint(map(id, values))
+                and tuple(kwargs) == step.names
+                and (not step.compared or step.again(values))
+            ):
+                self._step = step.next
+                return func(*args, **kwargs)
+        if func.__name__ == "__get__" and reads_attribute(func) and not self.tracks(args[0]):
+            return func(*args)
+        return super().__torch_function__(func, types, args, kwargs)
+
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -105,11 +135,27 @@ class TapMode(TrackingMode):
             return func(*args)
         if reads_attribute(func):
             return super().elementary(func, args, kwargs)
+        step, self._step = self._step, None
+        if step is None:
+            return self._told(func, args, kwargs)
+        self._entry, self._way = step.number, step.way
+        out = self._told(func, args, kwargs)
+        after = step.next
+        if self._as_traced and after is not None and after.way == self._way:
+            self._step = after
+        return out
+
+    def _told(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call, and what it adds to what is known of the way."""
         entry, funcs = self._entry, self._trace.funcs
         self._entry += 1
         self._same_ops = self._same_ops and entry < len(funcs) and funcs[entry] == op_key(func)
         self._as_traced = self._as_traced and self._same_ops
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
+        if self._made is not None:
+            self._made.append(Step(func, entry, self._way))
+            if entry not in self._trace.reads_at and not self._touched(args, kwargs):
+                self._made[-1].learn(args, kwargs)
         out = super().elementary(func, args, kwargs)
         read = not self._as_traced or entry in self._trace.reads_at
         self._way = hash((self._way, entry, op_key(func), told(args), told(kwargs.values())))
@@ -125,6 +171,8 @@ class TapMode(TrackingMode):
         """What tells this way through the program from others: its calls, what they were told
         besides tensors, the values that Python read, and the shapes where parameters met samples.
         """
+        if self._step is not None:
+            return WayTaken(self._step.is_last, self._step.number, self._step.way)
         same_ops = self._same_ops and self._entry == len(self._trace.funcs)
         return WayTaken(same_ops, self._entry, self._way)
 
@@ -158,6 +206,8 @@ class TapMode(TrackingMode):
         """Raise `StaleLayout` unless every traced call was made."""
         if self._expected is not None:
             raise StaleLayout(f"{op_name(self._expected.func)} was not called")
+        if self._made is not None and self._as_traced and self.way.same_ops:
+            remember(self._trace.ways, self._shapes, [*self._made, last(self.way)])
 
     def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
         """Calls that return no tensor, such as reads of shapes, are not traced."""

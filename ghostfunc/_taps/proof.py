@@ -43,8 +43,8 @@ from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import check_finite, close, coupled_samples, distinct
-from ghostfunc._base.remembered import memory, shapes_key
-from ghostfunc._base.torch_private import symbolic, unrounded
+from ghostfunc._base.remembered import memory
+from ghostfunc._base.torch_private import any_symbolic, unrounded
 from ghostfunc._base.trees import take, tensors_of
 from ghostfunc._base.types import Check, Randomness
 from ghostfunc._trace.find import Disproved, TracedModel
@@ -115,7 +115,7 @@ class Claim:
 
     @property
     def key(self) -> Hashable:
-        return self.model.trace, self.way, shapes_key((self.model.batch, self.model.leaves))
+        return self.model.trace, self.way, self.model.shapes
 
 
 def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
@@ -126,7 +126,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     through the program that no trace went, of which nobody has seen whether it does.
     """
     model = claim.model
-    if check == "never" or any(map(symbolic, tensors_of(model.batch))):
+    if check == "never" or any_symbolic(tensors_of(model.batch)):
         return
     proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
     known = proofs.get(claim.key)

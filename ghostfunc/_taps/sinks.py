@@ -90,7 +90,8 @@ def pour(
         tracked[i].running = total
     for key, reader in readers.items():
         tracked[key[1]].readers[key] = (reader, reader)
-    mode = TapMode(model.trace, tracked, model.n, {ANCHOR: anchor}, {}, sinks=sinks)
+    taps = {ANCHOR: anchor}
+    mode = TapMode(model.trace, tracked, model.n, taps, {}, sinks=sinks, shapes=model.shapes)
     params: PyTree = spec.unflatten(guards)
     with torch.enable_grad(), mode:
         losses = model.model_fn(params, model.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
 from ghostfunc._base.purity import not_captured
 from ghostfunc._base.remembered import memory, shapes_key, structure
-from ghostfunc._base.torch_private import symbolic, wrapped
+from ghostfunc._base.torch_private import any_symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._trace.layout import StaleLayout
@@ -45,6 +46,11 @@ class TracedModel:
     n: int
     trace: Trace
 
+    @functools.cached_property
+    def shapes(self) -> Hashable:
+        """The exact shapes of the batch and of the parameters."""
+        return shapes_key((self.batch, self.leaves))
+
 
 def with_trace(
     use: Callable[[TracedModel], T],
@@ -55,7 +61,7 @@ def with_trace(
     randomness: Randomness,
 ) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
-    leaves = [_plain(x) for x in leaves]
+    leaves = list(map(_plain, leaves)) if any(x.requires_grad for x in leaves) else list(leaves)
     n = batch_size(batch)
     remembered = memory(model_fn)
     own = structure(model_fn, spec, leaves, batch, randomness)
@@ -73,7 +79,7 @@ def with_trace(
             continue  # control flow went another way: perhaps one that was traced before
         _remember(traces, fitting, trace, shapes)
         return model, result
-    if any(map(symbolic, tensors_of(batch))):
+    if any_symbolic(tensors_of(batch)):
         raise not_captured()
     observed = ""
     for number, pair in enumerate(pairs_to_trace(model_fn, leaves, spec, batch)):

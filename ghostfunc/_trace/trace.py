@@ -90,6 +90,7 @@ class Trace:
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
         dtypes: of floating-point tensors that carry samples; the coarsest decides what rounding is.
+        ways: the first steps of ways that were gone with this trace, by shapes.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -101,6 +102,7 @@ class Trace:
     reads: bool
     reads_at: frozenset[int]
     dtypes: frozenset[torch.dtype]
+    ways: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def derived_from(self) -> frozenset[int]:
@@ -116,6 +118,11 @@ _FOLDS: set[Callable[..., Any]] = {
     Tensor.unflatten, Tensor.repeat, torch.tile, Tensor.tile, torch.cat, torch.concat,
     torch.concatenate, torch.stack, torch.vstack, torch.hstack,
 }  # fmt: skip
+
+
+def folds(func: Callable[..., Any]) -> bool:
+    """Whether an op may fold samples and positions."""
+    return func in _FOLDS
 
 
 def pattern(

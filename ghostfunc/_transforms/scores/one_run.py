@@ -108,7 +108,7 @@ def in_one_run(
     remembered = memory(model_fn)
     key = (
         "one run",
-        *(structure(model_fn, spec, leaves, batch, "error") for batch in (train, val)),
+        structure(model_fn, spec, leaves, train, "error"),  # the batches differ in size alone
         shapes_key((train, val, leaves)),
     )
     if key not in remembered:
