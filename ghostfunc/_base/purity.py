@@ -27,6 +27,7 @@ from ghostfunc._base.remembered import memory, structure
 from ghostfunc._base.torch_private import (
     TorchDispatchMode,
     address,
+    any_symbolic,
     batched,
     in_transform,
     symbolic,
@@ -44,21 +45,27 @@ def prove_independent(
     randomness: Randomness,
     *,
     anew: bool = False,
-) -> None:
+    log: Refusals | None = None,
+) -> tuple[int, Tensor] | None:
     """Raise unless losses are the same in any company: those of two samples that differ beside each
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
     Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
     its halves alone. Where all samples are the same, another is made of them, and nothing is
     remembered.
+
+    Whoever traces and proves the model next gives a `log` that watches the run of the two samples.
+    What those runs compare themselves is left to them: two samples beside a third one, the whole
+    batch and its halves. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
     remembered = memory(model_fn)
     key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
-    compiling = any(map(symbolic, tensors_of(batch)))
-    if key in remembered and (compiling or not anew):
-        return
+    compiling = any_symbolic(tensors_of(batch))
+    known = remembered.get(key) in (("few", "whole") if log is not None else ("whole",))
+    if known and (compiling or not anew):
+        return None
     if compiling:
         raise not_captured()
     if isinstance(model_fn, ModuleFn):
@@ -66,11 +73,12 @@ def prove_independent(
     other = _other_sample(batch)
     last = min(1, n - 1) if other is None else other
 
-    def losses(data: PyTree) -> Tensor:
+    def losses(data: PyTree, mode: Refusals | None = None) -> Tensor:
         params = lend(leaves)
+        given, guard = spec.unflatten(params), _WriteGuard(_protected(model_fn, spec, leaves, data))
         try:
-            with Refusals(), _WriteGuard(_protected(model_fn, spec, leaves, data)):
-                out = model_fn(spec.unflatten(params), data)
+            with guard, mode or Refusals():
+                out = model_fn(given, data)
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
@@ -104,30 +112,33 @@ def prove_independent(
         )
         return torch.cat([lower[:half], upper[half - start :]])
 
-    if key in remembered:
+    if known:
         if randomness == "error" and n > 1:
             whole = losses(batch)
             compare({"in a half of the batch": (in_halves(), whole)})
-        return
+        return None
     draws = Draws()
     with draws:
-        pair = losses(take(batch, [0, last])).detach()
+        pair = losses(take(batch, [0, last]), log).detach()
     if randomness == "error":
         if draws.seen:
             raise RandomnessError(
                 "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
                 'pass randomness="different" to give every sample its own draws.'
             )
-        whole = losses(batch)
         company = {
-            "with a copy of sample 0 added": (losses(take(batch, [0, last, 0]))[:2], pair),
             "beside a copy of itself": (
                 torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
                 pair,
-            ),
-            "in the whole batch": (whole[[0, last]], pair),
+            )
         }
-        if n > 2:
+        if log is None or n == 1:
+            whole = losses(batch)
+            company["in the whole batch"] = whole[[0, last]], pair
+        if log is None:
+            three = losses(take(batch, [0, last, 0]))[:2]
+            company["with a copy of sample 0 added"] = three, pair
+        if log is None and n > 2:
             company["in a half of the batch"] = (in_halves(), whole)
         compare(company)
         if other is None:
@@ -135,7 +146,8 @@ def prove_independent(
             if beside is not None:
                 compare({"beside another sample": (beside, pair[:1])})
     if other is not None or n == 1:
-        remembered[key] = True
+        remembered[key] = "whole" if log is None else "few"
+    return last, pair
 
 
 def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor | None:

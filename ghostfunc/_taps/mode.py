@@ -21,8 +21,16 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
-from ghostfunc._taps.steps import Step, last, remember
-from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, output_of
+from ghostfunc._taps.steps import KnownUse, Step, known_use, last, remember
+from ghostfunc._taps.tap import (
+    ANCHOR,
+    Sinks,
+    StaleOutputs,
+    Use,
+    UseOutput,
+    output_of,
+    split_tensors,
+)
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
@@ -60,6 +68,7 @@ class TapMode(TrackingMode):
         self._shapes = shapes
         self._step: Step | None = None if shapes is None else trace.ways.get(shapes)
         self._made: list[Step] | None = None if shapes is None or self._step else []
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._n = n
         self.taps = taps
         self.collect = collect
@@ -124,9 +133,36 @@ class TapMode(TrackingMode):
             ):
                 self._step = step.next
                 return func(*args, **kwargs)
+        elif step is not None and step.use is not None and func == step.func:
+            y = self._use_again(step, step.use, args, kwargs)
+            if y is not None:
+                return y
         if func.__name__ == "__get__" and reads_attribute(func) and not self.tracks(args[0]):
             return func(*args)
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _use_again(
+        self, step: Step, known: KnownUse, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The output of a use that is the one that comes next; None if it is another."""
+        if tuple(kwargs) != known.names or self._stale or in_transform():
+            return None
+        if torch.is_grad_enabled() != known.call.grad_enabled:
+            return None
+        values = (*args, *kwargs.values()) if kwargs else args
+        met = known.met(values, self._tracked)
+        if met is None:
+            return None
+        y, tensors = known.run(values, met)
+        if y.shape != known.out:
+            raise StaleLayout(f"{op_name(known.call.func)} returned another shape than before")
+        self._n_calls += 1
+        self._step = step.next
+        targets = list(zip(known.call.names, met, strict=True))
+        number = len(self.uses)
+        use = Use(known.call, self._n, targets, tensors, known.call.out.axis, number=number)
+        use.known, use.sinks = known, self.sinks
+        return self._tapped(y, use)
 
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,6 +190,7 @@ class TapMode(TrackingMode):
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
         if self._made is not None:
             self._made.append(Step(func, entry, self._way))
+            self._given = args, kwargs
             if entry not in self._trace.reads_at and not self._touched(args, kwargs):
                 self._made[-1].learn(args, kwargs)
         out = super().elementary(func, args, kwargs)
@@ -231,15 +268,20 @@ class TapMode(TrackingMode):
         if tap is not None and tap.shape != y.shape:
             raise StaleOutputs
         number = len(self.uses)
-        use = Use(call, self._n, targets, args, treedef, axis, tap, number, self.sinks)
-        if self.sinks is not None and self.sinks.collects(targets):
+        tensors, rest = split_tensors(args)
+        use = Use(call, self._n, targets, tensors, axis, rest, treedef, tap, number, self.sinks)
+        return self._tapped(y, use)
+
+    def _tapped(self, y: Tensor, use: Use) -> Tensor:
+        """The output of a use with its tap beside it."""
+        if self.sinks is not None and self.sinks.collects(use.targets):
             use.collecting = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
         self.uses.append(use)
         if self._note_outputs:
-            self.outputs.append(output_of(use, y, axis))
+            self.outputs.append(output_of(use, y, use.axis))
         if self._tapping:
             y = use.tap(y, self.taps)
-        if tap is None and use.collecting is None:
+        if use.collect_tap is None and use.collecting is None:
             use.release()
         return y
 
@@ -262,6 +304,10 @@ class TapMode(TrackingMode):
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             args[i] = tracked.const
         targets = list(zip(expected.names, call.tracked, strict=True))
+        if self._made:
+            known = self._made[-1].use = known_use(expected, call, *self._given)
+            if known is not None:
+                known.out = y.shape
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
 
     def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:

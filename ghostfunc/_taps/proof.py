@@ -42,7 +42,7 @@ from torch import Tensor
 from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import check_finite, close, coupled_samples, distinct
+from ghostfunc._base.purity import check_finite, close, coupled_samples, distinct, prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import any_symbolic, unrounded
 from ghostfunc._base.trees import take, tensors_of
@@ -126,7 +126,10 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     through the program that no trace went, of which nobody has seen whether it does.
     """
     model = claim.model
-    if check == "never" or any_symbolic(tensors_of(model.batch)):
+    if any_symbolic(tensors_of(model.batch)):
+        return
+    if check == "never":
+        _prove_independent(model, randomness)
         return
     proofs: Proofs = memory(model.model_fn).setdefault("proofs", Proofs())
     known = proofs.get(claim.key)
@@ -144,6 +147,11 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
         proofs.put(claim.key, error is None)
     if error is not None:
         raise error
+
+
+def _prove_independent(model: TracedModel, randomness: Randomness) -> None:
+    """By losses alone, where nothing else compares those of the whole batch."""
+    prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
 
 
 def _mismatch(claim: Claim, randomness: Randomness) -> CoupledSamplesError | Disproved | None:
@@ -167,6 +175,7 @@ def _compare(
     table = torch.stack([wide(x).detach().double().cpu() for x in claim.dots(v)])
     index = table.isfinite().all(0).nonzero().flatten().tolist()
     if not index:
+        _prove_independent(model, randomness)
         return None
     weights = _weights(table[:, index], generator)
     torch.set_rng_state(states)  # where the model draws, it draws the same

@@ -20,6 +20,7 @@ from ghostfunc._base.purity import check_shape
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
+from ghostfunc._quantities.readers import PositionsReader
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.tap import ANCHOR, Sinks, Use
@@ -74,7 +75,9 @@ def pour(
         finite: gets the losses, to look at them later.
     """
     leaves, spec = model.leaves, model.spec
-    sinks = Sinks(frozenset(collect), frozenset(summed), Straight() if summed else None)
+    by_position = any(isinstance(reader, PositionsReader) for reader in readers.values())
+    straight = Straight() if summed else None
+    sinks = Sinks(frozenset(collect), frozenset(summed), straight, by_position)
     anchor = leaves[0].new_empty(()).requires_grad_()
     guards = [x.detach().requires_grad_() for x in leaves]
     # A gradient that comes by way of derived tensors is autograd's to add up.

@@ -9,7 +9,8 @@ the hash goes on from what it was before that step, so both find the same way.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from ghostfunc._base.dense_gradients import makes_sparse
 from ghostfunc._base.refusals import REFUSED
-from ghostfunc._rules.registry import DECOMPOSITIONS
-from ghostfunc._trace.trace import WayTaken, folds
+from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
+from ghostfunc._trace.trace import CallTrace, WayTaken, folds
+from ghostfunc._trace.tracked import CallArgs, Tracked
 from ghostfunc._trace.watch import nests
 
 MAX_WAYS = 64
@@ -49,12 +51,13 @@ class Step:
             they were. `lists`: which arguments are lists of whole numbers.
         shape: of the first argument, for ops that may fold axes.
         compared: whether any of these three is to be.
+        use: what is known of the use, for calls that are one.
         next: the step after this one.
     """
 
     __slots__ = (
         "compared", "func", "kinds", "lists", "names", "next", "number", "pick", "plain", "shape",
-        "told", "way",
+        "told", "use", "way",
     )  # fmt: skip
 
     def __init__(self, func: Callable[..., Any] | None, number: int, way: int) -> None:
@@ -67,6 +70,7 @@ class Step:
         self.lists: tuple[int, ...] = ()
         self.compared = False
         self.shape: torch.Size | None = None
+        self.use: KnownUse | None = None
         self.next: Step | None = None
 
     @property
@@ -109,6 +113,105 @@ class Step:
     def _whole(self, values: tuple[Any, ...]) -> bool:
         """Whether lists of numbers hold whole ones: `[1]` equals `[True]`."""
         return all(_INT.issuperset(map(type, values[i])) for i in self.lists)
+
+
+class KnownUse:
+    """A use that was met before at these shapes: what tells that it is met again, and what is then
+    known of it.
+
+    Attributes:
+        call: what the trace knows of it.
+        names, kinds: as those of a `Step`.
+        hits: which arguments are tracked, in the trace's order; `numbers`: which tensors they are.
+        tensors: which arguments are tensors, in the order in which a use keeps them; `shapes`:
+            theirs. `layouts`: where samples lie in them, None for those that carry none.
+        pick: takes out the other arguments; `others`: what they were. `lists`: as in a `Step`.
+        template: all arguments, without the tensors.
+        out: shape of the output.
+    """
+
+    __slots__ = (
+        "call", "hits", "kinds", "layouts", "lists", "names", "numbers", "others", "out", "pick",
+        "shapes", "template", "tensors",
+    )  # fmt: skip
+
+    def __init__(
+        self, call: CallTrace, made: CallArgs, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        values = (*args, *kwargs.values())
+        self.call, self.numbers = call, call.numbers
+        self.names, self.kinds = tuple(kwargs), tuple(map(type, values))
+        place = {id(x): i for i, x in enumerate(values)}
+        tensors = [i for i, x in enumerate(made.leaves) if isinstance(x, Tensor)]
+        self.hits = tuple(place[id(made.leaves[i])] for i in call.hits)
+        self.tensors = tuple(place[id(made.leaves[i])] for i in tensors)
+        self.layouts = tuple(call.places.get(i) for i in tensors)
+        self.shapes = [values[i].shape for i in self.tensors]
+        others = [i for i in range(len(values)) if i not in self.tensors]
+        self.lists = tuple(i for i in others if isinstance(values[i], (tuple, list)))
+        self.pick = itemgetter(*others) if others else _nothing
+        self.others = self.pick(values)
+        self.template = [None if i in self.tensors else x for i, x in enumerate(values)]
+        self.out = torch.Size(())
+
+    def met(
+        self, values: tuple[Any, ...], tracked: Mapping[int, tuple[Any, Tracked]]
+    ) -> list[Tracked] | None:
+        """The tracked tensors that are met, if this is the same use again."""
+        if (
+            tuple(map(type, values)) != self.kinds
+            or sum(map(tracked.__contains__, map(id, values))) != len(self.hits)
+            or [values[i].shape for i in self.tensors] != self.shapes
+            or self.pick(values) != self.others
+            or not all(_INT.issuperset(map(type, values[i])) for i in self.lists)
+        ):
+            return None
+        found = [tracked[id(values[i])][1] for i in self.hits if id(values[i]) in tracked]
+        return found if tuple([t.number for t in found]) == self.numbers else None
+
+    def run(self, values: tuple[Any, ...], met: Sequence[Tracked]) -> tuple[Tensor, list[Tensor]]:
+        """The op's output, and the tensors among its arguments, on constants."""
+        given = list(values)
+        for i, tracked in zip(self.hits, met, strict=True):
+            given[i] = tracked.const
+        return self._apply(self.call.func, given), [given[i] for i in self.tensors]
+
+    def factors(self, b: Tensor, tensors: Sequence[Tensor], n: int) -> Factors:
+        """What makes the factors of all targets, given the output's cotangent."""
+        given = list(self.template)
+        for i, x, layout in zip(self.tensors, tensors, self.layouts, strict=True):
+            given[i] = x.expand(n, *x.shape) if layout is None else layout.stack(x, n)
+        fn: Any = self.call.rule.fn  # type: ignore[union-attr]
+        return self._apply(partial(fn, self.call.out.stack(b, n)), given)
+
+    def _apply(self, func: Callable[..., Any], given: list[Any]) -> Any:
+        if not self.names:
+            return func(*given)
+        count = len(given) - len(self.names)
+        return func(*given[:count], **dict(zip(self.names, given[count:], strict=True)))
+
+
+_COMPARED = frozenset((int, str, bool, float, type(None), torch.dtype))
+
+
+def known_use(
+    call: CallTrace, made: CallArgs, args: Sequence[Any], kwargs: dict[str, Any]
+) -> KnownUse | None:
+    """What will be known of a use, if it can be told when it comes again."""
+    if call.func in REFUSED or makes_sparse(call.func) or not isinstance(call.rule, FactorRule):
+        return None
+    values = (*args, *kwargs.values())
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    lists = [x for x in values if isinstance(x, (tuple, list))]
+    others = [type(x) for x in values if not isinstance(x, (Tensor, tuple, list))]
+    if (
+        len(set(map(id, tensors))) != len(tensors)  # one tensor may be two arguments
+        or len(tensors) != sum(isinstance(x, Tensor) for x in made.leaves)
+        or not _COMPARED.issuperset(others)
+        or not all(type(x) in _LISTS and _INT.issuperset(map(type, x)) for x in lists)
+    ):
+        return None
+    return KnownUse(call, made, args, kwargs)
 
 
 def last(way: WayTaken) -> Step:

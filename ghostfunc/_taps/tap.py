@@ -22,6 +22,7 @@ from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, OneRunReader, PositionsReader, Reader
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
+from ghostfunc._taps.steps import KnownUse
 from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
@@ -100,11 +101,13 @@ class Sinks:
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
         straight: reads what has a way of its own, where something is `summed`.
+        by_position: whether positions are read, so that no rule may form the gradient.
     """
 
     collect: frozenset[int]
     summed: frozenset[int]
     straight: Straight | None
+    by_position: bool = False
     open: bool = False
     values: dict[ReaderKey, Tensor] = field(default_factory=dict)
     pieces: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -133,43 +136,46 @@ class Use:
         call: what the trace knows of it.
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
-        args, treedef: the call's arguments, flattened.
+        arg_tensors: the tensors among the call's arguments.
         axis: where the samples lie in what the tap stands beside.
+        rest, treedef: the call's arguments, flattened, with holes for the tensors.
         collect_tap: hands out the output's cotangent too, for factors that outlive the run.
         number: of this use in the run.
         sinks: where to put what is read; None inside transforms, whose taps return it.
         collecting: makes a zero cotangent of the output, where that is kept.
         reading: whether something is read.
+        known: of a use that was met before at these shapes, what stands for `rest` and `treedef`.
     """
 
     call: CallTrace
     n: int
     targets: list[tuple[ArgName, Tracked]]
-    args: list[Any]
-    treedef: optree.PyTreeSpec
+    arg_tensors: list[Tensor]
     axis: int = 0
+    rest: list[Any] = field(default_factory=list)
+    treedef: optree.PyTreeSpec | None = None
     collect_tap: Tensor | None = None
     number: int = 0
     sinks: Sinks | None = None
     collecting: Blank | None = None
     reading: bool = False
+    known: KnownUse | None = None
 
     def __post_init__(self) -> None:
-        self.arg_tensors, self._rest = _split_tensors(self.args)
-        if self.sinks is not None:
+        if self.sinks is not None or self.treedef is None:
             return
         readers = [
             [root if own is None else own for own, root in target.readers.values()]
             for _, target in self.targets
         ]
         reader_leaves, self._reader_spec = flatten(readers)
-        self._reader_tensors, self._reader_rest = _split_tensors(reader_leaves)
+        self._reader_tensors, self._reader_rest = split_tensors(reader_leaves)
         self.n_taps = 0
         self.n_args = len(self.arg_tensors)
 
     def release(self) -> None:
         """Let go of the arguments: what the backward pass needs of them, autograd has saved."""
-        self.args, self.arg_tensors = [], []
+        self.arg_tensors = []
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
         """`y` with the taps of all targets beside it."""
@@ -216,12 +222,11 @@ class Use:
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
-            readers = [root if own is None else own for own, root in target.readers.values()]
-            by_position = any(isinstance(r, PositionsReader) for r in readers)
-            factor = self._shaped(factors[name], target, by_position=by_position)
+            factor = self._shaped(factors[name], target, by_position=sinks.by_position)
             straight = sinks.straight
             if straight is not None and straight.read(self.call, target, factor, sinks.add):
                 continue
+            readers = [root if own is None else own for own, root in target.readers.values()]
             found = _read_all(factor, target, readers)
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
@@ -233,12 +238,15 @@ class Use:
     def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
         """What makes the factors of all targets, by the rule's names for them, given the output's
         cotangent."""
+        if self.known is not None:
+            return self.known.factors(b, args, self.n)
         layout, rule = self.call.out, self.call.rule
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
             return {"": lambda: Dense(real(g.reshape(self.n, *const.shape)))}
-        leaves = _merge_tensors(self._rest, args)
+        leaves = _merge_tensors(self.rest, args)
+        assert self.treedef is not None
         call_args, kwargs = unflatten(self.treedef, stack_all(leaves, self.call.places, self.n))
         assert rule is not None  # tracing saw to it
         return rule.fn(layout.stack(b, self.n), *call_args, **kwargs)
@@ -354,7 +362,7 @@ def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:
     return out
 
 
-def _split_tensors(leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+def split_tensors(leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
     """Tensors among `leaves`, and the rest with holes where the tensors were."""
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     return tensors, [_HOLE if isinstance(x, Tensor) else x for x in leaves]

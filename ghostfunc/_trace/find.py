@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
-from ghostfunc._base.purity import not_captured
+from ghostfunc._base.purity import not_captured, prove_independent
 from ghostfunc._base.remembered import memory, shapes_key, structure
 from ghostfunc._base.torch_private import any_symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
@@ -95,6 +95,7 @@ def with_trace(
             continue
         _remember(traces, fitting, trace, shapes)
         return model, result
+    prove_independent(model_fn, leaves, spec, batch, randomness)
     if unproved:
         raise not_proved(unproved)
     raise ControlFlowError(

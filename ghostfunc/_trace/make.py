@@ -4,7 +4,7 @@ Guessing the sample axis from one shape is how silent errors are made, so the mo
 times on a few samples, without keeping anything (`purity` has shown before that their losses do
 not depend on each other):
 
-1. on two samples, 0 and 1 as a rule: the shapes of every torch call;
+1. on two samples, 0 and 1 as a rule: the shapes of every torch call (`purity` makes this run);
 2. on those and the first of them again: an axis that grew holds samples, and a tensor computed from
    parameters whose shape did not change is derived;
 3. the same, with a zero tap at every use, pulled back from one loss at a time: rows with a
@@ -24,7 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._base.errors import WAYS_OUT, CoupledSamplesError, InPlaceError, SampleAxisError
+from ghostfunc._base.errors import (
+    WAYS_OUT,
+    CoupledSamplesError,
+    GhostError,
+    InPlaceError,
+    SampleAxisError,
+)
 from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import ParamSpec, batch_size, take
@@ -69,17 +75,38 @@ def trace_model(
     randomness: Randomness,
     pair: tuple[int, int],
 ) -> Trace:
-    """Trace `model_fn` on two samples of the batch."""
-    prove_independent(model_fn, leaves, spec, batch, randomness)
-    chosen = list(pair)
-    small, grown = take(batch, chosen), take(batch, [*chosen, chosen[0]])
-    k = len(chosen)
+    """Trace `model_fn` on two samples of the batch.
 
+    Samples that depend on each other are looked for first. Whatever goes wrong later, they may be
+    the reason: they are then looked for in the whole batch.
+    """
     log = ShapeLog()
-    params = spec.unflatten(lend(leaves))
-    with log:
-        plain = model_fn(params, small)
-    plain = check_losses(plain, k).detach()
+    seen = prove_independent(model_fn, leaves, spec, batch, randomness, log=log)
+    plain = None if seen is None or (0, seen[0]) != pair else seen[1]
+    try:
+        if plain is None:
+            log, small, params = ShapeLog(), take(batch, list(pair)), spec.unflatten(lend(leaves))
+            with log:
+                plain = model_fn(params, small)
+            plain = check_losses(plain, len(pair)).detach()
+        return _traced(model_fn, leaves, spec, batch, randomness, pair, log, plain)
+    except GhostError:
+        prove_independent(model_fn, leaves, spec, batch, randomness)
+        raise
+
+
+def _traced(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+    pair: tuple[int, int],
+    log: ShapeLog,
+    plain: Tensor,
+) -> Trace:
+    """The trace, given the calls and the losses of a run on the pair."""
+    k, grown = len(pair), take(batch, [*pair, pair[0]])
     tracked = constants(leaves, spec)
     recorder = Recorder(tracked, log, k, k + 1, grown)
     with recorder:

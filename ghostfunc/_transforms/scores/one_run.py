@@ -17,6 +17,8 @@ from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.purity import check_losses, close, lend
+from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
@@ -111,11 +113,13 @@ def in_one_run(
         structure(model_fn, spec, leaves, train, "error"),  # the batches differ in size alone
         shapes_key((train, val, leaves)),
     )
+    alone: Tensor | None = None
     if key not in remembered:
         if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
             return None
         uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-        trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
+        if batch_size(val) == 1:  # code may treat a batch of one in its own way
+            alone = _losses(model_fn, leaves, spec, val)
         remembered[key] = [i for i, met in enumerate(uses) if len(met) > 1]
     shared: list[int] = remembered[key]
     n, m = batch_size(train), batch_size(val)
@@ -139,7 +143,10 @@ def in_one_run(
         )
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
-    if (company := _company(found.trace)) is not None:
+    company = _company(found.trace)
+    if alone is not None and not close(found.losses[n:], alone):
+        company = "the validation sample has another loss by itself"
+    if company is not None:
         # The joined batch took another way than either batch by itself.
         remembered[_key(leaves, train, val)] = company
         remembered.pop(key, None)
@@ -147,6 +154,14 @@ def in_one_run(
     dots = found.dots if per_param else [add_up(found.dots)]
     dots = dots if scales[0] == 1 else divide_all(dots, scales[0])
     return OneRunResult(found.losses[:n], found.grads, dots)
+
+
+@torch.enable_grad()
+def _losses(model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree) -> Tensor:
+    """The losses of a plain run, `[n]`."""
+    with Refusals():
+        losses = model_fn(spec.unflatten(lend(leaves)), batch)
+    return check_losses(losses, batch_size(batch)).detach()
 
 
 def _key(leaves: Sequence[Tensor], train: PyTree, val: PyTree) -> Hashable:
