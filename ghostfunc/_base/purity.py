@@ -150,6 +150,21 @@ def prove_independent(
     return last, pair
 
 
+def were_compared(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> None:
+    """Note that a proof has compared the losses of a whole batch with those of its halves, which
+    `prove_independent` left to it."""
+    remembered = memory(model_fn)
+    key = ("independent", structure(model_fn, spec, leaves, batch, randomness))
+    if key in remembered:
+        remembered[key] = "whole"
+
+
 def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor | None:
     """Sample 0's loss beside a sample that is made of it, `[1]`: its values in reverse order. None
     if that is the same sample, or none that the model takes."""

@@ -42,7 +42,14 @@ from torch import Tensor
 from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import check_finite, close, coupled_samples, distinct, prove_independent
+from ghostfunc._base.purity import (
+    check_finite,
+    close,
+    coupled_samples,
+    distinct,
+    prove_independent,
+    were_compared,
+)
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.torch_private import any_symbolic, unrounded
 from ghostfunc._base.trees import take, tensors_of
@@ -145,6 +152,8 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
         raise error
     if error is not None or model.n == 1 or distinct(model.batch):  # equal samples prove nothing
         proofs.put(claim.key, error is None)
+        if error is None:
+            were_compared(model.model_fn, model.leaves, model.spec, model.batch, randomness)
     if error is not None:
         raise error
 
