@@ -21,7 +21,7 @@ BOARD_STAMP := $(BOARD)/.installed
 BOARD_PIP := $(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz docs release-check lint format bench bench-gpu bench-check leaderboard clean
+.PHONY: help install demo test fuzz docs release-check torch-range lint format bench bench-gpu bench-check leaderboard clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ docs: $(STAMP) ## Build the documentation site into site/; a warning is an error
 
 release-check: $(STAMP) ## Build sdist and wheel, install each alone on every Python here, run it.
 	$(BIN)/python -m tests.release $(ARGS)
+
+torch-range: $(STAMP) ## Install beside the oldest and the newest supported torch, and try both.
+	$(BIN)/python -m tests.release --torch oldest newest $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy.
 	$(BIN)/ruff check .

@@ -192,7 +192,8 @@ def table(found: dict[str, Counts]) -> str:
     ]
     lines += [
         f"{name:<34}{x['calls']:>6}{x['calls'] / plain['calls']:>7.2f}"
-        f"{x['all']:>7}{x['all'] / plain['all']:>7.2f}{x['waits']:>7}{x['functions']:>11}{x['lines']:>8}"
+        f"{x['all']:>7}{x['all'] / plain['all']:>7.2f}{x['waits']:>7}"
+        f"{x['functions']:>11}{x['lines']:>8}"
         for name, x in found.items()
     ]
     return "\n".join(lines)

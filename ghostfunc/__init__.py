@@ -6,7 +6,17 @@ model_fn, params = gf.from_module(module, loss)       # loss(module, batch) -> [
 scores = gf.ghost_dot_prod(model_fn, params, train, val)
 """
 
-from ghostfunc import curvature, data, hf, projection, select, shapley, testing, unrolled
+from ghostfunc import (
+    curvature,
+    data,
+    distributed,
+    hf,
+    projection,
+    select,
+    shapley,
+    testing,
+    unrolled,
+)
 from ghostfunc._base.errors import (
     BatchError,
     ControlFlowError,
@@ -19,6 +29,7 @@ from ghostfunc._base.errors import (
     ParamsError,
     PositionAxisError,
     RandomnessError,
+    RankError,
     SampleAxisError,
     TransformError,
     UnsupportedOpError,
@@ -77,6 +88,7 @@ __all__ = [
     "Projection",
     "Quantity",
     "RandomnessError",
+    "RankError",
     "Report",
     "SampleAxisError",
     "SampleGrad",
@@ -90,6 +102,7 @@ __all__ = [
     "curvature",
     "data",
     "direction",
+    "distributed",
     "explain",
     "factored_grads",
     "from_module",

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_positive, check_type, check_whole
 
 __all__ = [
     "greats",
@@ -22,6 +23,10 @@ __all__ = [
     "top_k",
     "uniform_weights",
 ]
+
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+"""Dtypes of indices."""
 
 
 def top_k(scores: Float[Tensor, " n"], k: int) -> Int[Tensor, " k"]:
@@ -76,7 +81,8 @@ def greats(
     """
     n = _check_scores("dot_prods", dot_prods)
     _check_count(k, n)
-    _check_positive("step", step)
+    check_positive("step", step)
+    check_type("gram", gram, Tensor, "a tensor [n, n]")
     if gram.shape != (n, n) or not bool(gram.isfinite().all()):
         raise OptionError(
             f"gram must be a finite tensor of shape [{n}, {n}]; its shape is {tuple(gram.shape)}."
@@ -117,7 +123,9 @@ def sample_k(
         Kool et al., "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick", ICML 2019.
     """
     _check_count(k, _check_scores("scores", scores))
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
+    if generator is not None:
+        check_type("generator", generator, Generator, "a torch.Generator, or None")
     uniform = torch.rand(
         len(scores), generator=generator, dtype=torch.float64, device=scores.device
     )
@@ -174,7 +182,7 @@ def softmax_weights(
         OptionError: `scores` or `temperature` are not that.
     """
     _check_scores("scores", scores)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     return torch.softmax(scores / temperature, 0)
 
 
@@ -191,6 +199,10 @@ def uniform_weights(chosen: Int[Tensor, " k"], n: int) -> Float[Tensor, " n"]:
     Raises:
         OptionError: an index is repeated or there is no such sample.
     """
+    check_type("chosen", chosen, Tensor, "a tensor of indices [k]")
+    if chosen.ndim != 1 or chosen.dtype not in WHOLE:
+        raise OptionError(f"chosen must be a tensor of indices [k]; got {chosen.dtype}.")
+    check_whole("n", n)
     _check_count(len(chosen), n)
     weights = torch.zeros(n, device=chosen.device)
     if int(chosen.min()) < 0 or int(chosen.max()) >= n:
@@ -218,11 +230,5 @@ def _check_scores(name: str, scores: object) -> int:
 
 def _check_count(k: int, n: int) -> None:
     """Raise `OptionError` unless k of n can be chosen."""
-    if not 1 <= k <= n:
-        raise OptionError(f"k={k}: choose between 1 and all {n} samples.")
-
-
-def _check_positive(name: str, value: float) -> None:
-    """Raise `OptionError` unless `value` is a positive number."""
-    if not 0 < value < float("inf"):
-        raise OptionError(f"{name}={value!r} must be a positive number.")
+    if not 1 <= check_whole("k", k, -1) <= n:
+        raise OptionError(f"k={k!r}: choose between 1 and all {n} samples.")

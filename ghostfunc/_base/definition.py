@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,11 +43,16 @@ def val_gradient(
     val: PyTree,
     scale: float,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """The gradient of the summed validation losses, scaled, by reverse mode alone. `look` gets the
-    losses when all is queued."""
+    losses when all is queued; `ready` gets every parameter's gradient as it comes up."""
     weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
-    return weighted_gradient(model_fn, leaves, spec, val, weights, look)[1]
+    return weighted_gradient(model_fn, leaves, spec, val, weights, look, ready)[1]
+
+
+def _given_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> None:
+    ready(i, dense(grad))
 
 
 def weighted_gradient(
@@ -56,9 +62,11 @@ def weighted_gradient(
     batch: PyTree,
     weights: Tensor,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone. `look`
-    gets the losses when all is queued."""
+    gets the losses when all is queued; `ready` gets every parameter's gradient as it comes up, by
+    number, outside transforms."""
     n = batch_size(batch)
     if in_transform():
         losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
@@ -67,6 +75,9 @@ def weighted_gradient(
         look(losses)
         return losses, list(map(dense, grads))
     inputs = [x.detach().requires_grad_() for x in leaves]
+    if ready is not None:
+        for i, x in enumerate(inputs):
+            x.register_hook(partial(_given_dense, ready, i))
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad(), DenseGradients():

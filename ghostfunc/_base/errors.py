@@ -63,6 +63,10 @@ class TransformError(GhostError, RuntimeError):
     """The requested mode cannot run this model; the message says which can."""
 
 
+class RankError(GhostError, RuntimeError):
+    """Another process of the group failed, does not answer, or was given something else."""
+
+
 class VerificationError(GhostError, AssertionError):
     """Ghost and materialized numbers differ by more than the tolerance."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -11,16 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.errors import CoupledSamplesError, ParamsError
+from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
-from ghostfunc._base.torch_private import (
-    BatchNorm,
-    compiled_in_place,
-    lend_to,
-    modules_within,
-    uncompiled,
-)
+from ghostfunc._base.options import check_number
+from ghostfunc._base.torch_private import BatchNorm, lend_to, modules_within
 from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.wrappers import refuse_wrapped
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
 
@@ -172,21 +169,12 @@ def _held(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
             yield prefix, owner, name, x
 
 
-def _refuse_compiled(module: nn.Module) -> None:
-    """Raise for what `torch.compile` made of a module: it would be traced inside our passes."""
-    if uncompiled(module) is not module:
-        raise ParamsError(
-            "from_module got a compiled module (torch.compile(module)). Give it the module itself "
-            "(compiled._orig_mod) and compile the function that calls ghostfunc instead: "
-            "torch.compile(lambda params, batch: gf.ghost_norm(model_fn, params, batch))."
+def check_module(module: object) -> None:
+    """Raise `OptionError` unless it is a module."""
+    if not isinstance(module, nn.Module):
+        raise OptionError(
+            f"module is a {type(module).__name__}; expected a model, a torch.nn.Module."
         )
-    for name, part in module.named_modules():
-        if compiled_in_place(part) or uncompiled(part) is not part:
-            raise ParamsError(
-                f"{name or 'the module'!r} in {type(module).__name__} has been compiled "
-                "(module.compile(), torch.compile(submodule)). Give from_module a module that has "
-                "not, and compile the function that calls ghostfunc instead."
-            )
 
 
 def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tensor]]:
@@ -205,9 +193,16 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
 
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
-            compiled.
+            compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+            DeepSpeedEngine): the message names what to give instead.
     """
-    _refuse_compiled(module)
+    check_module(module)
+    if isinstance(loss, nn.Module) or not callable(loss):
+        raise OptionError(
+            f"loss is a {type(loss).__name__}; expected a function loss(module, batch) -> [n] that "
+            "calls the module and returns one loss per sample."
+        )
+    refuse_wrapped(module)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ParamsError(
@@ -215,6 +210,15 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             "to take gradients of. Unfreeze the parameters you want scores for."
         )
     return ModuleFn(module, loss), params
+
+
+def _check_grad(name: str, grad: object) -> None:
+    """Raise `ParamsError` unless it is a floating-point tensor."""
+    if not isinstance(grad, Tensor) or not grad.is_floating_point():
+        found = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
+        raise ParamsError(
+            f"grads[{name!r}] is a {found}; expected a tensor of a floating-point dtype."
+        )
 
 
 def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: float = 1.0) -> None:
@@ -236,6 +240,12 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         ParamsError: names or shapes are not those of the trainable parameters. Nothing is written
             then.
     """
+    check_module(module)
+    if isinstance(weight, Tensor):
+        if weight.ndim:
+            raise OptionError(f"weight has shape {tuple(weight.shape)}; it must be one number.")
+    elif weight not in (math.inf, -math.inf):  # a loss scaler may overflow
+        check_number("weight", weight)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(grads, Mapping):
         raise ParamsError(
@@ -251,9 +261,11 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             "and grads anew (gf.from_module) when parameters are frozen or unfrozen."
         )
     for name, p in trainable.items():
-        if grads[name].shape != p.shape:
+        grad = grads[name]
+        _check_grad(name, grad)
+        if grad.shape != p.shape:
             raise ParamsError(
-                f"The gradient of {name!r} has shape {tuple(grads[name].shape)}; the parameter's "
+                f"grads: the gradient of {name!r} has shape {tuple(grad.shape)}; the parameter's "
                 f"is {tuple(p.shape)}."
             )
     with torch.no_grad():

@@ -62,6 +62,14 @@ def compiled_in_place(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+# --- process groups ------------------------------------------------------------------------------
+
+
+def group_store(group: Any) -> Any:
+    """The store by which the processes of a group met: it outlives connections between them."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
 # --- torch.func ---------------------------------------------------------------------------------
 # torch.func does not say whether a transform is active, nor what a wrapped tensor wraps.
 
@@ -137,6 +145,15 @@ def batched(x: Tensor) -> bool:
     """Whether `torch.vmap` has wrapped `x`."""
     inside: bool = torch._C._functorch.is_batchedtensor(x)
     return inside
+
+
+def batched_within(x: Tensor) -> bool:
+    """Whether one of the active `torch.vmap` has wrapped `x`, or what is inside of it."""
+    while wrapped(x):
+        if batched(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def innermost(x: Tensor) -> Tensor:

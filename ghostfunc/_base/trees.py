@@ -87,18 +87,19 @@ def _fault(x: Tensor) -> str | None:
     return "an inference tensor, which autograd refuses: pass x.clone(), made outside of it"
 
 
-def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
-    """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor."""
+def flatten_params(params: PyTree, what: str = "params") -> tuple[list[Tensor], ParamSpec]:
+    """Leaves of `params` and their structure; `ParamsError` if a leaf is no float tensor. `what`
+    the caller calls them."""
     if torch.is_inference_mode_enabled():
         raise TransformError(
             "Gradients cannot be taken inside torch.inference_mode(). Leave it for this call; "
             "torch.no_grad() is no obstacle."
         )
     paths, leaves, treedef = optree.tree_flatten_with_path(params)
-    names = tuple([".".join(map(str, path)) or "params" for path in paths])
+    names = tuple([".".join(map(str, path)) or what for path in paths])
     if not leaves:
         raise ParamsError(
-            "params has no tensors in it. Every quantity is about gradients with respect to "
+            f"{what} has no tensors in it. Every quantity is about gradients with respect to "
             "params: pass at least one tensor. (from_module tracks only parameters with "
             "requires_grad=True.)"
         )
@@ -107,21 +108,21 @@ def flatten_params(params: PyTree) -> tuple[list[Tensor], ParamSpec]:
             continue
         if not isinstance(leaf, Tensor):
             raise ParamsError(
-                f"params leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
+                f"{what} leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
                 "out of params: close over them in model_fn."
             )
         if leaf.is_complex():
             raise ParamsError(
-                f"params leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are "
+                f"{what} leaf {name!r} has dtype {leaf.dtype}, which is complex. Gradients are "
                 "with respect to real numbers: pass torch.view_as_real(x), and have model_fn call "
                 "torch.view_as_complex."
             )
         if not leaf.is_floating_point():
             raise ParamsError(
-                f"params leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
+                f"{what} leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
                 "dtype. Close over integer tensors in model_fn instead."
             )
-        raise ParamsError(f"params leaf {name!r} is {_fault(leaf)}.")
+        raise ParamsError(f"{what} leaf {name!r} is {_fault(leaf)}.")
     return leaves, ParamSpec(treedef, names)
 
 

@@ -8,7 +8,7 @@ the sum over positions is paid for once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,21 @@ class RunningTotal:
 
     Attributes:
         value: the sum so far, float32 or wider; None before the first use.
+        to_come: uses that have not been added yet, where `whole` waits for the last of them.
+        whole: gets the value when the last use has been added.
     """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.to_come = 0
+        self.whole: Callable[[Tensor], None] | None = None
+
+    def added(self) -> None:
+        """One more use is in the value."""
+        self.to_come -= 1
+        if self.whole is not None and self.to_come <= 0:
+            assert self.value is not None
+            self.whole(self.value)  # a second time, if there are more uses than were known
 
     def add(
         self, factor: Factor, us: Sequence[Tensor], contract_dtype: ContractDtype
@@ -50,6 +61,7 @@ class RunningTotal:
             self.value = whole.contiguous()
         elif not in_place:
             self.value = before + whole.view_as(before)
+        self.added()
         return dots
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import refuse_not_finite
 from ghostfunc._base.trees import ParamSpec, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
@@ -76,6 +77,9 @@ class Quantity:
         """One reader per parameter; None where the quantity has nothing to read."""
         return [ValueReader(self, tuple(x.shape)) for x in leaves]
 
+    def check_finite(self, leaves: Sequence[Tensor], spec: ParamSpec) -> None:
+        """Raise if what the quantity was made of is not finite; asked where its values are not."""
+
     def contracting(self, contract_dtype: ContractDtype) -> Quantity:
         """The same quantity, contracted in another dtype."""
         if contract_dtype is None:
@@ -103,6 +107,10 @@ class Dot(Quantity):
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[DotReader]:
         us = flatten_like(self.direction, leaves, spec, "direction")
         return [DotReader(u, self.contract_dtype) for u in us]
+
+    def check_finite(self, leaves: Sequence[Tensor], spec: ParamSpec) -> None:
+        us = flatten_like(self.direction, leaves, spec, "direction")
+        refuse_not_finite(us, spec, "direction")
 
 
 class Prepared(Quantity):

@@ -34,7 +34,7 @@ from ghostfunc._taps.tap import (
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
-from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, writes
+from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, told, writes
 
 
 class TapMode(TrackingMode):
@@ -62,7 +62,7 @@ class TapMode(TrackingMode):
         self._note_outputs = note_outputs
         self._trace = trace
         self._entry = 0
-        self._as_traced = self._same_ops = True
+        self._as_traced = self._same_ops = self._seen = True
         self._n_calls = 0
         self._way = 0
         self._shapes = shapes
@@ -195,7 +195,12 @@ class TapMode(TrackingMode):
                 self._made[-1].learn(args, kwargs)
         out = super().elementary(func, args, kwargs)
         read = not self._as_traced or entry in self._trace.reads_at
-        self._way = hash((self._way, entry, op_key(func), told(args), told(kwargs.values())))
+        call = op_key(func), told(args, kwargs)
+        if not self._same_ops:
+            self._seen = self._seen and call in self._trace.in_place
+        elif entry in self._trace.by_values:
+            self._seen = self._seen and call[1] == self._trace.by_values[entry]
+        self._way = hash((self._way, entry, call))
         if read and not isinstance(out, Tensor):
             self._way = hash((self._way, seen_by_python(out)))
         if expected is not None:
@@ -209,9 +214,8 @@ class TapMode(TrackingMode):
         besides tensors, the values that Python read, and the shapes where parameters met samples.
         """
         if self._step is not None:
-            return WayTaken(self._step.is_last, self._step.number, self._step.way)
-        same_ops = self._same_ops and self._entry == len(self._trace.funcs)
-        return WayTaken(same_ops, self._entry, self._way)
+            return WayTaken(True, self._step.number, self._step.way)
+        return WayTaken(self._seen, self._entry, self._way)
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
         """The samples must lie where they lay in the trace. Where the shape would allow other
@@ -243,7 +247,7 @@ class TapMode(TrackingMode):
         """Raise `StaleLayout` unless every traced call was made."""
         if self._expected is not None:
             raise StaleLayout(f"{op_name(self._expected.func)} was not called")
-        if self._made is not None and self._as_traced and self.way.same_ops:
+        if self._made is not None and self._as_traced and self._seen:
             remember(self._trace.ways, self._shapes, [*self._made, last(self.way)])
 
     def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
@@ -346,23 +350,6 @@ class TapMode(TrackingMode):
         call_args, kwargs = call.rebuild(args)
         out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
         return out
-
-
-def told(values: Iterable[Any]) -> Hashable:
-    """What a call is told besides tensors, as far as it may be another for other samples: whole
-    numbers, words, and slices of them."""
-    return tuple(map(_told, values))
-
-
-def _told(x: Any) -> Hashable:
-    kind = type(x)
-    if kind is int or kind is str or kind is bool:
-        return kind is bool, x
-    if kind is tuple or kind is list or kind is torch.Size:
-        return tuple(map(_told, x))
-    if kind is slice:
-        return _told(x.start), _told(x.stop), _told(x.step)
-    return None
 
 
 def seen_by_python(x: Any) -> Hashable:

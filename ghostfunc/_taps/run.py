@@ -32,9 +32,11 @@ from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity
 from ghostfunc._quantities.readers import DeferredGradients
+from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
-from ghostfunc._taps.proof import Claim, prove
-from ghostfunc._taps.sinks import as_cotangent, pour
+from ghostfunc._taps.proof import prove
+from ghostfunc._taps.readings import kind_of, what_was_read
+from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.find import TracedModel, with_trace
@@ -56,6 +58,7 @@ class RunResult:
         deferred: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
         way: what tells the way through the program from others.
+        readers: per quantity, what the values were read by.
     """
 
     losses: Tensor
@@ -65,6 +68,7 @@ class RunResult:
     deferred: list[DeferredGradients | None]
     trace: Trace
     way: WayTaken
+    readers: list[list[Any]]
 
 
 def run(
@@ -83,6 +87,7 @@ def run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     randomness: Randomness = "error",
+    ready: Ready | None = None,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
@@ -91,6 +96,7 @@ def run(
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
     call have memory of their own. The values of quantities that are `summed` over parameters are
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
+    Outside transforms, `ready` gets most gradients while the backward pass goes on.
     """
     own = FiniteLosses() if finite is None else finite
     asked = partial(
@@ -103,22 +109,51 @@ def run(
         outlives=outlives,
         summed=summed,
         finite=own,
+        ready=ready,
     )
+    read = partial(what_was_read, quantities, summed, scale, leaves)
+    options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
 
     def use(model: TracedModel) -> RunResult:
         try:
             taken = asked(model)
         except StaleOutputs:  # trimmed to its longest sample, say
             taken = asked(model, refresh=True)
-        prove(Claim(model, taken.way, taken.losses, partial(dots, model)), check, randomness)
+        followed = in_transform()
+        claim = Claim(
+            model,
+            taken.way,
+            taken.losses,
+            dots,
+            lambda again: read(asked(model) if again else taken),
+            lambda: (kind_of(taken.readers), *options, followed),
+        )
+        prove(claim, check, randomness)
         return taken
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if finite is None:
+        for quantity, values in zip(quantities, taken.values, strict=True):
+            _doubt(own, quantity, leaves, spec, values)
         own.look()
     if any_symbolic(tensors_of(batch)):
         refuse_unproved(model)
     return taken
+
+
+def _doubt(
+    finite: FiniteLosses,
+    quantity: Quantity,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    values: Sequence[Tensor | None],
+) -> None:
+    """Have a quantity looked into if its values are not finite; most cannot be at fault."""
+    if type(quantity).check_finite is Quantity.check_finite:
+        return
+    for x in values:
+        if x is not None:
+            finite.doubt(x, partial(quantity.check_finite, leaves, spec))
 
 
 def refuse_unproved(model: TracedModel) -> None:
@@ -131,9 +166,10 @@ def refuse_unproved(model: TracedModel) -> None:
         )
 
 
-def dots(model: TracedModel, directions: Sequence[Tensor]) -> list[Tensor]:
+def dots(model: TracedModel, directions: Sequence[Tensor]) -> Dots:
     """`<g_i, u>` per parameter."""
-    return _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0).values[0]
+    taken = _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0)
+    return Dots(taken.losses, taken.values[0], taken.way)
 
 
 def _run(
@@ -148,6 +184,7 @@ def _run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     refresh: bool = False,
+    ready: Ready | None = None,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
@@ -163,10 +200,11 @@ def _run(
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any_symbolic((*leaves, *tensors_of(model.batch)))
-    backward = _by_cotangents if followed else _by_sinks
-    taken = backward(
-        model, own, grads, kept, scale, summed, finite or FiniteLosses(), refresh=refresh
-    )
+    look_at = finite or FiniteLosses()
+    if followed:
+        taken = _by_cotangents(model, own, grads, kept, scale, refresh=refresh)
+    else:
+        taken = _by_sinks(model, own, grads, kept, scale, summed, look_at, ready)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
@@ -195,7 +233,7 @@ def _run(
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) if later else None for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way)
+    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way, readers)
 
 
 @dataclass(frozen=True)
@@ -227,8 +265,7 @@ def _by_sinks(
     scale: float | Tensor,
     summed: Collection[int],
     finite: FiniteLosses,
-    *,
-    refresh: bool,
+    ready: Ready | None,
 ) -> _Taken:
     """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
@@ -242,6 +279,7 @@ def _by_sinks(
         cotangent=scale,
         summed=summed,
         finite=finite,
+        ready=ready,
     )
     values, pieces = poured.sinks.values, poured.sinks.pieces
     for key, reader in readers.items():
@@ -259,8 +297,6 @@ def _by_cotangents(
     grads: Collection[int],
     collect: Collection[int],
     scale: float | Tensor,
-    summed: Collection[int],
-    finite: FiniteLosses,
     *,
     refresh: bool,
 ) -> _Taken:

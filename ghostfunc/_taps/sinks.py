@@ -8,13 +8,15 @@ read to a sink themselves.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import check_shape
 from ghostfunc._base.torch_private import unrounded
@@ -28,6 +30,9 @@ from ghostfunc._trace.find import TracedModel
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.tracked import ReaderKey, constants
 from ghostfunc._trace.watch import gradients
+
+Ready: TypeAlias = Callable[[int, Tensor], None]
+"""Gets the gradient of a parameter, by number, when it is whole."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def pour(
     cotangent: float | Tensor,
     summed: Collection[int],
     finite: FiniteLosses,
+    ready: Ready | None = None,
 ) -> Poured:
     """Run a model under taps, outside transforms, and pull its losses back by plain autograd.
 
@@ -73,6 +79,8 @@ def pour(
         cotangent: of the losses.
         summed: quantities that are added up over parameters.
         finite: gets the losses, to look at them later.
+        ready: gets gradients asked for as soon as they are whole, by number: most of them. Those of
+            parameters that others derive from and that samples meet, too, come up at the end.
     """
     leaves, spec = model.leaves, model.spec
     by_position = any(isinstance(reader, PositionsReader) for reader in readers.values())
@@ -100,6 +108,8 @@ def pour(
         losses = model.model_fn(params, model.batch)
     mode.finish()
     check_shape(losses, model.n)
+    if ready is not None:
+        _send_when_whole(mode.uses, leaves, running, primals, ready)
     sinks.open = True  # the model may have pulled something back itself
     with unrounded(losses):
         given = [*primals.values(), *guards, anchor]
@@ -119,6 +129,33 @@ def pour(
             whole, beside = total.value.view_as(leaves[i]), out[i]
             out[i] = whole if beside is None else whole.add_(beside)
     return Poured(losses.detach(), out, mode, sinks)
+
+
+def _send_when_whole(
+    uses: Sequence[Use],
+    leaves: Sequence[Tensor],
+    running: dict[int, RunningTotal],
+    primals: dict[int, Tensor],
+    ready: Ready,
+) -> None:
+    """Have `ready` called during the backward pass that begins now."""
+    for i, primal in primals.items():
+        if i not in running:
+            primal.register_hook(partial(_dense_to, ready, i))
+    for i, total in running.items():
+        if i in primals:
+            continue
+        targets = (target for use in uses for _, target in use.targets)
+        total.to_come = sum(target.running is total for target in targets)
+        total.whole = partial(_viewed_to, ready, i, leaves[i])
+
+
+def _dense_to(ready: Ready, i: int, grad: Tensor) -> None:
+    ready(i, dense(grad))
+
+
+def _viewed_to(ready: Ready, i: int, leaf: Tensor, total: Tensor) -> None:
+    ready(i, total.view_as(leaf))
 
 
 def as_cotangent(losses: Tensor, cotangent: float | Tensor) -> Tensor:

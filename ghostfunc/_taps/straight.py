@@ -107,6 +107,8 @@ def _paired(call: CallTrace, factor: Outer, n: int, running: RunningTotal | None
         add_product(running.value.view(factor.shape), ours.mT, rights)
     elif running is not None:
         running.value = matmul(ours.mT, rights)
+    if running is not None:
+        running.added()
     if tokens.numel() > n * FEW:
         return tokens.mul_(others).view(n, -1).sum(1)
     return torch.bmm(tokens.view(n, 1, -1), others.view(n, -1, 1)).view(n)
@@ -140,3 +142,4 @@ def _read_table(table: list[_Waiting], add: Add) -> None:
         if one.running is not None:
             before = one.running.value
             one.running.value = total if before is None else before.add_(total.view_as(before))
+            one.running.added()

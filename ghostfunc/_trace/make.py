@@ -139,6 +139,8 @@ def _traced(
         recorder.reads,
         frozenset(recorder.reads_at),
         frozenset(recorder.dtypes),
+        frozenset(recorder.in_place),
+        recorder.by_values,
     )
     return trace
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,14 +34,16 @@ from ghostfunc._rules.reordering import (
     sorted_dim,
 )
 from ghostfunc._trace.layout import Layout
-from ghostfunc._trace.trace import CallTrace, Kind, Shape
+from ghostfunc._trace.trace import CallTrace, Kind, Shape, Told
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
 from ghostfunc._trace.watch import (
     ALIKE,
     CONSTANTS,
     TrackingMode,
     decomposed,
+    op_key,
     reads_attribute,
+    told,
     writes,
 )
 
@@ -157,6 +159,8 @@ class Recorder(TrackingMode):
         self.statistics = False
         self.reads = False
         self.reads_at: set[int] = set()
+        self.in_place: set[Told] = set()
+        self.by_values: dict[int, Hashable] = {}
         self._number = -1  # of the call, reads of attributes not counted
         self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.seen: list[RecordedCall] = []
@@ -208,6 +212,8 @@ class Recorder(TrackingMode):
         out = self.elementary(func, args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         outs = shapes(out)
+        if not reads_attribute(func):
+            self._note_moves(func, args, kwargs, inputs_before)
         self._follow_batch(func, args, kwargs, out)
         if outs != outs_before:
             self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
@@ -225,6 +231,27 @@ class Recorder(TrackingMode):
             for now, then in zip(outs, outs_before, strict=False)
         )
         return out
+
+    def _note_moves(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: Sequence[Shape | None],
+    ) -> None:
+        """Note what a call is told: apart if values decide where rows go, as an index into a tensor
+        of samples does."""
+        key = op_key(func), told(args, kwargs)
+        tensors, known = tensors_of((args, kwargs)), iter(s for s in before if s is not None)
+        indices = [x for x in tensors if x.ndim and not differentiable(x)]
+        grown = [x for x in tensors if x.shape != next(known, None)]  # a list may be longer
+        moves = func in MAY_REORDER and any(
+            reorders(func, args, kwargs, axis, x.ndim) for x in grown for axis in range(x.ndim)
+        )
+        if moves or any(i is not x for i in indices for x in grown):
+            self.by_values[self._number] = key[1]
+        else:
+            self.in_place.add(key)
 
     def _follow_batch(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

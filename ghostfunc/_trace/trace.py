@@ -4,7 +4,7 @@ the samples lie there. `make` makes traces."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,6 +16,8 @@ from ghostfunc._trace.layout import Layout
 
 Kind = Literal["use", "derived", "constant", "opaque"]
 Shape = tuple[int, ...]
+Told: TypeAlias = tuple[Callable[..., Any], Hashable]
+"""An op and what it is told besides tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +62,13 @@ class WayTaken(NamedTuple):
     """The way that a run took through the program.
 
     Attributes:
-        same_ops: whether it called the ops of its trace and no others. Of other ops nobody has seen
-            whether they reorder samples by their values.
+        seen: whether all its calls are calls of its trace, or keep samples in place. Of others
+            nobody has seen whether they reorder samples by their values.
         calls: how many calls it made.
         told: a hash of all that tells it from other ways.
     """
 
-    same_ops: bool
+    seen: bool
     calls: int
     told: int
 
@@ -90,6 +92,9 @@ class Trace:
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
         dtypes: of floating-point tensors that carry samples; the coarsest decides what rounding is.
+        in_place: calls, by op and what it was told, that move no sample by values: a recurrence
+            over more steps makes more of them.
+        by_values: what the other calls were told: told another axis, they may move samples.
         ways: the first steps of ways that were gone with this trace, by shapes.
     """
 
@@ -102,6 +107,8 @@ class Trace:
     reads: bool
     reads_at: frozenset[int]
     dtypes: frozenset[torch.dtype]
+    in_place: frozenset[Told]
+    by_values: Mapping[int, Hashable]
     ways: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property

@@ -6,7 +6,7 @@ tensors by identity. This file holds what tracing and tapping share: the skeleto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,24 @@ def reads_attribute(func: Callable[..., Any]) -> bool:
     """Whether a call reads a shape, a device and the like. No way through a model is known by
     these: of tensors without values some are not seen."""
     return func.__name__ == "__get__" and func not in _TENSOR_GETTERS
+
+
+def told(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What a call is told besides tensors, as far as it may be another for other samples: whole
+    numbers, words, and slices of them."""
+    return tuple(map(_told, args)), tuple(map(_told, kwargs.values()))
+
+
+def _told(x: Any) -> Hashable:
+    kind = type(x)
+    if kind is int or kind is str or kind is bool:
+        return kind is bool, x
+    if kind is tuple or kind is list or kind is torch.Size:
+        inner = tuple(map(_told, x))
+        return inner if any(i is not None for i in inner) else None  # any number of tensors
+    if kind is slice:
+        return _told(x.start), _told(x.stop), _told(x.step)
+    return None if isinstance(x, Tensor) else kind.__name__
 
 
 def gradients(

@@ -14,7 +14,13 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_params
@@ -122,6 +128,8 @@ def ghost_clipped_grad(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_chunk_size(chunk_size)
+    check_flags(per_layer=per_layer, normalize=normalize, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     leaves, spec = flatten_params(params)

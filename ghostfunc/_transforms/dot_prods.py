@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
+from ghostfunc._base.options import check_flags
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._transforms.scores.over_ranks import asked_of_all
 from ghostfunc._transforms.scores.question import ask
 
 
@@ -50,6 +53,7 @@ def ghost_dot_prod(
     check: Check = "new",
     randomness: Randomness = "error",
     check_finite: bool = True,
+    group: Any = None,
 ) -> PyTree:
     """Dot products of every train sample's gradient with the validation gradient.
 
@@ -98,6 +102,11 @@ def ghost_dot_prod(
         check_finite: whether to look for losses that are NaN or infinite, which waits for the
             device once, when all is queued. Without it nothing waits: look at what is returned.
             Ghost mode only.
+        group: a process group of `torch.distributed`. Every rank gives train and validation samples
+            of its own, in any numbers, and `u` is the mean (or sum) over all ranks' validation
+            samples; a `direction` is the caller's, and has to be the same on all ranks. Scores are
+            those of the rank's own samples: `gf.distributed.gather` has them all. Not for
+            `reduction="none"`.
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`), float32 or wider; for `per_param` a pytree like
@@ -124,12 +133,16 @@ def ghost_dot_prod(
 
     Raises:
         PositionAxisError: `per_position`, and a parameter meets samples without positions.
+        RankError: with a `group`, another rank failed, is gone, or was given something else. All
+            ranks end with an error that names it.
         GhostError: another of its children: which op, parameter, sample or option, and what to do.
 
     Reference:
         Wang et al., "Data Shapley in One Training Run", ICLR 2025.
     """
-    asked = ask(
+    check_flags(per_position=per_position)
+    make = partial(
+        ask,
         model_fn,
         params,
         train,
@@ -146,6 +159,7 @@ def ghost_dot_prod(
         randomness=randomness,
         check_finite=check_finite,
     )
+    asked = make() if group is None else asked_of_all(group, "ghost_dot_prod", make)
     return asked.positions() if per_position else asked.scores()
 
 
@@ -167,6 +181,7 @@ def ghost_value_and_grad(
     check: Check = "new",
     randomness: Randomness = "error",
     check_finite: bool = True,
+    group: Any = None,
 ) -> GhostStep:
     """One training step's losses, gradient and scores, from one backward pass over `train` (and
     over `val`, the same one where the batches are alike).
@@ -179,12 +194,18 @@ def ghost_value_and_grad(
     A `contract_dtype` rounds scores alone, never losses or `grads`. Where it is cheapest to read a
     parameter's scores off the products that make `grads`, that step is not rounded either.
 
+    With a `group`, `grads` is the gradient of the mean over all samples of all ranks, whatever
+    number of them each has, and the same on all ranks. It is summed up in float32 or wider, in
+    buckets that travel while the backward pass goes on. `losses` and `dot_prods` are those of the
+    rank's own samples.
+
     Returns:
         `GhostStep(losses [n], grads, dot_prods)`. `grads` is a pytree like `params`, of their
         dtypes, the gradient of the *mean* loss; `g_i` in `dot_prods` is that of sample i's own
         loss.
     """
-    asked = ask(
+    make = partial(
+        ask,
         model_fn,
         params,
         train,
@@ -201,6 +222,7 @@ def ghost_value_and_grad(
         randomness=randomness,
         check_finite=check_finite,
     )
+    asked = make() if group is None else asked_of_all(group, "ghost_value_and_grad", make)
     losses, grads, scores = asked.step()
     return GhostStep(losses, asked.spec.unflatten(grads), scores)
 
@@ -222,6 +244,7 @@ def ghost_cosine(
     check: Check = "new",
     randomness: Randomness = "error",
     check_finite: bool = True,
+    group: Any = None,
 ) -> PyTree:
     """Cosines between every train sample's gradient and the validation gradient.
 
@@ -252,6 +275,7 @@ def ghost_cosine(
         randomness: "error" or "different".
         check_finite: as in `ghost_dot_prod`. Without it cosines of gradients whose square over- or
             underflows are NaN.
+        group: as in `ghost_dot_prod`.
 
     Returns:
         `[n]` (`[n, m]` for `reduction="none"`) in [-1, 1]; for `per_param` a pytree like `params`
@@ -262,7 +286,8 @@ def ghost_cosine(
     Raises:
         GhostError: one of its children, as for `ghost_dot_prod`.
     """
-    return ask(
+    make = partial(
+        ask,
         model_fn,
         params,
         train,
@@ -278,4 +303,6 @@ def ghost_cosine(
         check=check,
         randomness=randomness,
         check_finite=check_finite,
-    ).scores()
+    )
+    asked = make() if group is None else asked_of_all(group, "ghost_cosine", make)
+    return asked.scores()

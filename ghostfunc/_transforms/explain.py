@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_model_fn, one_of
+from ghostfunc._base.options import check_flags, check_model_fn, one_of
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -163,12 +163,13 @@ def explain(
     if quantity in ("norm", "clipped_grad") and val is not None:
         raise OptionError(f"quantity={quantity!r} is about one batch; drop val.")
     check_model_fn(model_fn)
+    check_flags(grads=grads)
     leaves, spec = flatten_params(params)
+    n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=True)
     theirs: list[list[UseShape]] = [[] for _ in leaves]
     if val is not None:
         theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
-    n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
     rows = []
     for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
         uses = _ParamUses(mine, others, leaf.numel(), n, m, grads, speed(leaf))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from ghostfunc._base import definition
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_model_fn, one_of
+from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
@@ -145,6 +146,7 @@ class FactoredGrads:
         overflows or underflows, norms are taken again at another scale. A gradient with a NaN or
         infinite entry has a NaN or infinite norm.
         """
+        check_flags(per_param=per_param)
         rows = self.param_norms()
         return self._spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)
 
@@ -173,8 +175,13 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
         `normalize`: 0 where `g_i` or `u` is zero."""
+        check_flags(per_param=per_param, normalize=normalize)
         us = flatten_like(direction, self.leaves, self._spec, "direction")
         dots = self.param_dots(us)
+        finite = FiniteLosses()
+        for x in dots:
+            finite.doubt(x, partial(refuse_not_finite, us, self._spec, "direction"))
+        finite.look()
         dots = dots if per_param else [add_up(dots)]
         if normalize:
             lengths = torch.stack([u.double().norm()[None] for u in us])
@@ -199,6 +206,12 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, g_j>`, `[n, n]`, or `[n, m]` with other gradients; per parameter on request.
         Cosines for `normalize`: 0 where a gradient is zero."""
+        check_flags(per_param=per_param, normalize=normalize)
+        if other is not None and not isinstance(other, FactoredGrads):
+            raise OptionError(
+                f"other is a {type(other).__name__}; expected gradients of other samples, such as "
+                "gf.factored_grads(model_fn, params, other) returns, or None."
+            )
         grams = self.param_grams(other)
         grams = grams if per_param else [add_up(grams)]
         if normalize:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
-from ghostfunc._base.options import CHECKS, one_of
+from ghostfunc._base.options import CHECKS, check_vectorize, one_of
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Reduction
@@ -43,6 +43,7 @@ def direction(
             `ghost_dot_prod(..., reduction="none")`, which never forms it.
     """
     one_of("reduction", reduction, ("mean", "sum"))
+    one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
     u = dense_direction(
         model_fn,
@@ -87,6 +88,7 @@ def per_sample_grads(
     one_of("mode", mode, ("materialized", "ghost"))
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
+    check_vectorize(vectorize)
     leaves, spec = flatten_params(params)
     batch_size(batch)
     if mode == "ghost":

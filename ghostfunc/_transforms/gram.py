@@ -11,7 +11,13 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import CHECKS, check_chunk_size, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -69,21 +75,11 @@ def ghost_gram(
         OptionError: `chunk_size` in a mode that does not run chunks.
         GhostError: another of its children, as for `ghost_vjp`.
     """
-    one_of("mode", mode, _MODES)
-    one_of("randomness", randomness, ("error", "different"))
-    one_of("check", check, CHECKS)
-    check_chunk_size(chunk_size)
-    if chunk_size is not None and (mode, randomness) != ("ghost", "error"):
-        raise OptionError(
-            'chunk_size needs mode="ghost" and randomness="error" here: it runs samples in chunks, '
-            "some more than once."
-        )
-    if normalize and other is not None and randomness != "error":
-        raise OptionError(
-            'normalize=True with other needs randomness="error": norms come from a run of their '
-            'own. ghost_cosine(..., reduction="none") takes them from the same one.'
-        )
+    _check_options(mode, chunk_size, normalize and other is not None, check, randomness)
+    check_flags(per_param=per_param, normalize=normalize)
+    check_vectorize(vectorize)
     leaves, spec = flatten_params(params)
+    lengths: list[list[Tensor]] = []
     if mode == "ghost":
         model = _Gradients(model_fn, leaves, spec, randomness, per_param, check)
         mine = [chunk for _, chunk in batches.chunks(batch, chunk_size)]
@@ -96,7 +92,7 @@ def ghost_gram(
             squares = [model.squares(mine), model.squares(theirs)] if normalize else []
         lengths = [list(map(extreme_norms.root, side)) for side in squares]
     else:
-        books = [
+        book, *others = (
             collect(
                 model_fn,
                 leaves,
@@ -108,14 +104,35 @@ def ghost_gram(
                 randomness=randomness,
             )
             for b in ([batch] if other is None else [batch, other])
-        ]
-        grams = books[0].param_grams(*books[1:])
+        )
+        grams = book.param_grams(*others)
         grams = grams if per_param else [add_up(grams)]
         if normalize:
+            books = [book, *others]
             lengths = [list(b.param_norms()) if per_param else [b.norms()] for b in books]
     if normalize:
         grams = list(map(extreme_norms.cosine, grams, lengths[0], lengths[-1]))
     return spec.unflatten(grams) if per_param else grams[0]
+
+
+def _check_options(
+    mode: Mode, chunk_size: int | None, norms_apart: bool, check: Check, randomness: Randomness
+) -> None:
+    """`norms_apart`: norms are asked for that come from a run of their own."""
+    one_of("mode", mode, _MODES)
+    one_of("randomness", randomness, ("error", "different"))
+    one_of("check", check, CHECKS)
+    check_chunk_size(chunk_size)
+    if chunk_size is not None and (mode, randomness) != ("ghost", "error"):
+        raise OptionError(
+            'chunk_size needs mode="ghost" and randomness="error" here: it runs samples in chunks, '
+            "some more than once."
+        )
+    if norms_apart and randomness != "error":
+        raise OptionError(
+            'normalize=True with other needs randomness="error": norms come from a run of their '
+            'own. ghost_cosine(..., reduction="none") takes them from the same one.'
+        )
 
 
 @dataclass(frozen=True)

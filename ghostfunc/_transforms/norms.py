@@ -8,7 +8,13 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_contract_dtype,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -80,6 +86,8 @@ def ghost_norm(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
+    check_flags(per_param=per_param, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     leaves, spec = flatten_params(params)

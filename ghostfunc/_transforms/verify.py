@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ghostfunc._base.definition import vmap_runs
 from ghostfunc._base.errors import VerificationError
-from ghostfunc._base.options import check_model_fn
+from ghostfunc._base.options import check_flags, check_model_fn, check_not_negative, check_vectorize
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness
@@ -136,6 +136,10 @@ def verify(
         A `Report`, which prints as a table.
     """
     check_model_fn(model_fn)
+    check_flags(check=check)
+    check_vectorize(vectorize)
+    if tolerance is not None:
+        check_not_negative("tolerance", tolerance)
     leaves, spec = flatten_params(params)
 
     def scores(

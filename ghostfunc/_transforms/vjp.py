@@ -11,7 +11,7 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
+from ghostfunc._base.options import CHECKS, check_contract_dtype, check_flags, one_of
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
@@ -78,6 +78,7 @@ def ghost_vjp(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype)
+    check_flags(grads=grads)
     named = quantities if isinstance(quantities, dict) else {"": quantities}
     for name, quantity in named.items():
         if not isinstance(quantity, Quantity):

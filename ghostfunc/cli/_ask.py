@@ -10,6 +10,7 @@ from ghostfunc.cli import _data
 from ghostfunc.cli._errors import UNVERIFIED, CommandError
 from ghostfunc.cli._model import load
 from ghostfunc.cli._options import Explain, Project, Query, Report, Select, Verify
+from ghostfunc.cli._run_folder import TABLE, read_timeline
 from ghostfunc.cli._scores_file import read_scores
 from ghostfunc.data import Rows, Scores, write_rows
 from ghostfunc.projection import kronecker_projection
@@ -33,8 +34,13 @@ def select(options: Select) -> int:
 def report(options: Report) -> int:
     """Run the command."""
     _data.check_out(options.out, (".html",))
-    rows, scores = read_scores(options.scores, options.pool)
-    write_report(options.out, scores, rows, group=options.group)
+    run = options.scores.is_dir()
+    table = options.scores / TABLE if run else options.scores
+    rows, scores = read_scores(table, options.pool)
+    timeline = read_timeline(options.scores, rows, options.group) if run else None
+    write_report(
+        options.out, scores, rows, group=options.group, image=options.image, timeline=timeline
+    )
     print(f"page to look at: {options.out}")
     return 0
 
@@ -116,6 +122,8 @@ def query(options: Query) -> int:
     from ghostfunc.store import Store
 
     _data.check_out(options.out, JSON_LINES)
+    if options.report is not None:
+        _data.check_out(options.report, (".html",))
     if not options.store.exists():
         raise CommandError(f"{options.store}: there is no such store; ghostfunc project makes one.")
     store = Store.open(options.store)
@@ -135,6 +143,14 @@ def query(options: Query) -> int:
     normalize = "cosine" if options.score == "cosine" else "none"
     found = store.topk(asked, options.top, normalize=normalize)
     columns = {f"{options.score}_higher_helps": found.scores[0]}
-    write_rows(options.out, rows, Scores(found.ids[0].tolist(), columns))
+    facts = {"store": str(options.store), "target": str(options.target)}
+    scores = Scores(found.ids[0].tolist(), columns, facts)
+    write_rows(options.out, rows, scores)
+    if options.report is not None:
+        title = "Which samples are most like the target?"
+        write_report(
+            options.report, scores, rows, title=title, group=options.group, image=options.image
+        )
+        print(f"page to look at: {options.report}")
     print(f"{options.top:,} of {store.n_samples:,} rows written to {options.out}, best first")
     return 0

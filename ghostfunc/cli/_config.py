@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ghostfunc.cli._errors import CommandError
-from ghostfunc.cli._options import Loading
 
 C = TypeVar("C")
 
@@ -60,11 +59,21 @@ def _made(cls: type[C], found: Any, where: str) -> C:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    if hint is Loading:
-        return _made(Loading, value, where)
+    if get_origin(hint) is Annotated:  # how tyro marks options
+        hint = get_args(hint)[0]
+    if is_dataclass(hint):
+        return _made(hint, value, where)  # type: ignore[arg-type]
     if "Path" in str(hint) and isinstance(value, str):
         return Path(value)
-    kinds = {int: (int,), str: (str,), bool: (bool,)}.get(hint)
-    if kinds is not None and (not isinstance(value, kinds) or (hint is int and value is True)):
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise CommandError(f"{where}: {value!r} is none of {', '.join(get_args(hint))}.")
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise CommandError(f"{where}: {value!r} is no list of strings.")
+        return tuple(value)
+    kinds = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}.get(hint)
+    if kinds is None:
+        return value
+    if not isinstance(value, kinds) or (hint is not bool and isinstance(value, bool)):
         raise CommandError(f"{where}: {value!r} is no {hint.__name__}.")
     return value

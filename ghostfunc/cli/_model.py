@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ghostfunc._base.types import ModelFn
 from ghostfunc.cli._errors import CommandError
 from ghostfunc.cli._options import Loading
+from ghostfunc.curvature import Likelihood
 from ghostfunc.data import padded
 from ghostfunc.data._batches import Collate
-from ghostfunc.hf import causal_lm
+from ghostfunc.hf import causal_lm, causal_lm_likelihood
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Loaded:
 
     Attributes:
         max_length: tokens of a sample: what was asked for, or the model's positions if fewer.
+        likelihood: how the losses are made of outputs, for curvatures that draw labels.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class Loaded:
     params: dict[str, Tensor]
     collate: Collate
     max_length: int
+    likelihood: Likelihood
 
 
 def load(folder: Path, options: Loading) -> Loaded:
@@ -64,7 +67,8 @@ def load(folder: Path, options: Loading) -> Loaded:
     pad = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     longest = options.max_length if positions is None else min(options.max_length, positions)
-    return Loaded(folder, tokenizer, model_fn, params, padded(pad), longest)
+    likelihood = causal_lm_likelihood(model)
+    return Loaded(folder, tokenizer, model_fn, params, padded(pad), longest, likelihood)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -29,11 +29,37 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """Of `--score influence`: the curvature C, and how it is inverted."""
+
+    damping: float = 0.1
+    """What is added to C before it is inverted, in units of each parameter's mean eigenvalue."""
+    relative_damping: bool = True
+    """Otherwise the damping is in units of C itself, loss^2 per parameter^2."""
+    curvature_rows: int = 2000
+    """How many rows of the pool C is made of, evenly spaced; all where there are no more."""
+    fisher: Literal["sampled", "empirical"] = "sampled"
+    """Whose gradients C is the second moment of: those for labels drawn from the model, or those
+    for the rows' own."""
+    draws: int = 1
+    """How many times labels are drawn for every row."""
+    seed: int = 0
+    """Of the draws."""
+    max_side: int = 8192
+    """The largest side of a matrix with an eigenbasis; larger ones stop the command."""
+    diagonal: tuple[str, ...] = ()
+    """Patterns of parameters, such as '*.lm_head.weight', whose larger sides keep their own axes
+    instead."""
+
+
+@dataclass(frozen=True)
 class Score:
     """Score the rows of a pool by a target, and write the best.
 
-    A row's score is the dot product (or cosine) of its loss's gradient with the gradient of the
-    target's mean loss: above zero, a training step on it lowers the target's loss.
+    A row's score is the dot product (or cosine) of its loss's gradient g with the gradient u of the
+    target's mean loss: above zero, a training step on it lowers the target's loss. Its influence is
+    the product of g with (C + damping)^-1 u, C the curvature of the loss over the pool: above zero,
+    training without it raises the target's loss.
     """
 
     model: Model
@@ -47,14 +73,17 @@ class Score:
     """Where the chosen rows go: .jsonl."""
     top: int = 100
     """How many rows to choose."""
-    score: Literal["dot", "cosine"] = "dot"
-    """What rows are ranked by. Dot products favour samples with large gradients, cosines do not."""
+    score: Literal["dot", "cosine", "influence"] = "dot"
+    """What rows are ranked by. Dot products favour samples with large gradients, cosines do not;
+    influence takes the curvature of the loss into account."""
     scores: Path | None = None
     """Where the scores of all rows go: .parquet."""
     report: Path | None = None
     """Where a page to look at goes: .html."""
     group: str | None = None
     """A column of the pool whose values make groups on the page (source, language, ...)."""
+    image: str | None = None
+    """A column of the pool with images, to be shown on the page."""
     heat: int = 10
     """Samples of either end of which the page shows every token's share in the score."""
     resume: bool = False
@@ -67,6 +96,7 @@ class Score:
     """Tokens of a batch, padding included; found by itself."""
     quiet: bool = False
     """No progress bars."""
+    curvature: tyro.conf.OmitArgPrefixes[Curvature] = Curvature()
     loading: tyro.conf.OmitArgPrefixes[Loading] = Loading()
 
 
@@ -119,13 +149,16 @@ class Report:
     """Make a page to look at from scores that were written before."""
 
     scores: tyro.conf.Positional[Path]
-    """A file of --scores, or of GhostTrainer: .parquet."""
+    """A file of --scores, or of GhostTrainer: .parquet. The folder of a run of GhostTrainer adds a
+    chart over training time, from its checkpoints."""
     pool: Path
     """The rows that were scored."""
     out: Path
     """Where the page goes: .html."""
     group: str | None = None
     """A column of the pool whose values make groups (source, language, ...)."""
+    image: str | None = None
+    """A column of the pool with images, to be shown on the page."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +200,12 @@ class Query:
     """How many rows to find."""
     score: Literal["dot", "cosine"] = "cosine"
     """What rows are ranked by."""
+    report: Path | None = None
+    """Where a page to look at goes: .html."""
+    group: str | None = None
+    """A column of the pool whose values make groups on the page."""
+    image: str | None = None
+    """A column of the pool with images, to be shown on the page."""
     loading: tyro.conf.OmitArgPrefixes[Loading] = Loading()
 
 

@@ -1,40 +1,27 @@
-"""What `ghostfunc score` reads first, what it would take, and which tokens carry a score."""
+"""What `ghostfunc score` would take, and which tokens carry a score."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.dot_prods import ghost_dot_prod
 from ghostfunc._transforms.grads import direction
+from ghostfunc.cli._curvature import Batches, chosen, made
 from ghostfunc.cli._data import target_batches
-from ghostfunc.cli._model import Loaded
+from ghostfunc.cli._inputs import Inputs
 from ghostfunc.cli._options import Score
 from ghostfunc.cli._say import duration, size
-from ghostfunc.data import Encoded, Rows
+from ghostfunc.curvature import EKFAC
 from ghostfunc.data._batches import group
 from ghostfunc.data._chats import pieces_of
 from ghostfunc.data._columns import columns_of
 from ghostfunc.report import Heat
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What was read before anything is computed."""
-
-    model: Loaded
-    rows: Rows
-    pool: Encoded
-    target: Encoded
-    token_budget: int
-
-    def batch(self, samples: Sequence[int]) -> PyTree:
-        """A batch of the pool, on the model's device."""
-        device = next(iter(self.model.params.values())).device
-        batch = self.model.collate([self.pool[i] for i in samples])
-        return {name: x.to(device) for name, x in batch.items()}
+T = TypeVar("T")
 
 
 def plan(inputs: Inputs, options: Score) -> str:
@@ -43,33 +30,76 @@ def plan(inputs: Inputs, options: Score) -> str:
     groups = group([len(x) for x in pool.tokens], inputs.token_budget, None)
     batch = inputs.batch(groups[len(groups) // 2])
     u = direction(model.model_fn, model.params, target_batches(model, inputs.target))
+    quantity = "cosine" if options.score == "cosine" else "dot"
 
-    def one_batch() -> float:
-        start = time.perf_counter()
-        columns_of(model.model_fn, model.params, batch, {"": u}, (options.score, "loss"), "error")
-        return time.perf_counter() - start
+    def one_batch() -> object:
+        return columns_of(model.model_fn, model.params, batch, {"": u}, (quantity, "loss"), "error")
 
     one_batch()  # the first call traces
-    seconds = one_batch() / batch["input_ids"].numel() * pool.total
+    seconds = _timed(one_batch)[0] / batch["input_ids"].numel() * pool.total
+    held = _bytes(model.params)
+    memory = f"{size(2 * held)} for parameters and direction; then a batch's activations"
+    more = {}
+    if options.score == "influence":
+        taken, more["curvature"], of_curvature = _curvature(inputs, options)
+        seconds += taken
+        memory = f"{size(of_curvature)} for the curvature; {memory}"
     numbers = sum(p.numel() for p in model.params.values())
-    held = sum(p.numel() * p.element_size() for p in model.params.values())
     outputs = [str(x) for x in (options.out, options.scores, options.report) if x is not None]
     lines = {
         "model": f"{options.model}: {numbers:,} parameters that count, {size(held)}",
         "pool": f"{len(pool):,} rows, {pool.total:,} tokens",
         "target": f"{len(inputs.target):,} rows, {inputs.target.total:,} tokens",
+        **more,
         "batches": f"up to {inputs.token_budget:,} tokens",
-        "memory": f"{size(2 * held)} for parameters and direction; then a batch's activations",
+        "memory": memory,
         "time": f"about {duration(seconds)} on this machine",
         "would write": ", ".join(outputs),
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
 
 
-def shares(inputs: Inputs, rows: Sequence[int]) -> dict[int, Heat]:
-    """Every token's share in the scores of some rows."""
+def _curvature(inputs: Inputs, options: Score) -> tuple[float, str, int]:
+    """Seconds, words and bytes of a curvature.
+
+    Both passes and the eigenbases are timed on one batch, of middling length, and on the same batch
+    twice: the difference is what a batch takes.
+    """
+    asked = options.curvature
+    samples = chosen(asked.curvature_rows, len(inputs.pool))
+    batches = Batches(inputs, samples)
+    batch = batches[len(batches) // 2]
+    made(inputs, [batch], asked)  # the first call traces
+    once, curvature = _timed(lambda: made(inputs, [batch], asked))
+    twice, _ = _timed(lambda: made(inputs, [batch, batch], asked))
+    total = sum(len(inputs.pool.tokens[i]) for i in samples)
+    others = max(0.0, total / batch["input_ids"].numel() - 1)
+    words = f"EK-FAC of {len(samples):,} rows, {asked.fisher} labels, two passes"
+    return once + others * max(0.0, twice - once), words, _held(curvature)
+
+
+def _held(curvature: EKFAC) -> int:
+    """Bytes while eigenvalues are summed: bases and sums in float64, and bases as they are used."""
+    numbers = 0
+    for block in curvature.blocks:
+        sides = block.rows**2 * block.left + block.columns**2 * block.right
+        numbers += block.groups * (sides + block.rows * block.columns)
+    return 12 * numbers
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors_of(tree))
+
+
+def _timed(call: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    found = call()
+    return time.perf_counter() - start, found
+
+
+def shares(inputs: Inputs, u: PyTree, rows: Sequence[int]) -> dict[int, Heat]:
+    """Every token's share in the scores of some rows along a direction."""
     model = inputs.model
-    u = direction(model.model_fn, model.params, target_batches(model, inputs.target))
     sample_of = {row: i for i, row in enumerate(inputs.pool.rows)}
     found = {}
     for row in rows:

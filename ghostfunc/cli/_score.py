@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from ghostfunc._base.errors import PositionAxisError
+from ghostfunc._base.types import PyTree
+from ghostfunc._transforms.grads import direction
 from ghostfunc._transforms.verify import verify
 from ghostfunc.cli import _data
+from ghostfunc.cli._curvature import influence_direction
 from ghostfunc.cli._errors import UNVERIFIED, CommandError
+from ghostfunc.cli._inputs import Inputs
 from ghostfunc.cli._model import load
-from ghostfunc.cli._options import Score
-from ghostfunc.cli._plan import Inputs, plan, shares
+from ghostfunc.cli._options import Curvature, Score
+from ghostfunc.cli._plan import plan, shares
 from ghostfunc.cli._say import say
+from ghostfunc.curvature._errors import check_count, check_damping
 from ghostfunc.data import Scores, find_token_budget, score_dataset, write_rows
 from ghostfunc.data._files import write_whole
 from ghostfunc.data._parts import read_recipe
@@ -36,13 +41,14 @@ def score(options: Score) -> int:
         return 0
     config = _as_json(options)
     _write_text(folder / "config.json", config)
-    scores = _score(inputs, options, folder)
+    u = _direction(inputs, options, folder)
+    scores = _score(inputs, options, u, folder)
     best = scores.top(options.top, by=f"{options.score}_higher_helps")
     write_rows(options.out, inputs.rows, best)
     if options.scores is not None:
         scores.to_parquet(options.scores)
     if options.report is not None:
-        _report(inputs, scores, options)
+        _report(inputs, scores, options, u)
     _write_text(options.out.with_suffix(".config.json"), config)
     shutil.rmtree(folder)
     print(_summary(scores, best, options))
@@ -61,7 +67,12 @@ def _check(options: Score, folder: Path) -> None:
         raise CommandError(f"--top {options.top}: expected at least 1.")
     if options.verify < 0:
         raise CommandError(f"--verify {options.verify}: expected a number of rows, 0 for none.")
-    started = (folder / "run.json").exists()
+    if options.score == "influence":
+        check_damping(options.curvature.damping)
+        check_count("curvature_rows", options.curvature.curvature_rows)
+    else:
+        _check_unused(options)
+    started = _stopped(folder) is not None
     if started and not (options.resume or options.dry_run):
         raise CommandError(
             f"{folder} holds a run that was stopped. Add --resume to go on with it, or remove the "
@@ -71,6 +82,23 @@ def _check(options: Score, folder: Path) -> None:
         raise CommandError(
             f"--resume: there is no stopped run in {folder}. Leave --resume out to start one."
         )
+
+
+def _check_unused(options: Score) -> None:
+    """Raise where an option is given that this score has no use for."""
+    for field in fields(Curvature):
+        given = getattr(options.curvature, field.name)
+        if given != field.default:
+            raise CommandError(
+                f"--{field.name.replace('_', '-')} {given}: it belongs to --score influence; this "
+                f"is --score {options.score}."
+            )
+
+
+def _stopped(folder: Path) -> Path | None:
+    """Where a run that was stopped says what it is; None if there is none."""
+    found = (place for place in (folder, folder / "curvature") if (place / "run.json").exists())
+    return next(found, None)
 
 
 def _read(options: Score, folder: Path) -> Inputs:
@@ -85,8 +113,8 @@ def _read(options: Score, folder: Path) -> Inputs:
             f"--top {options.top}: {options.pool} has {len(pool):,} rows to choose from."
         )
     budget = options.token_budget
-    if budget is None and (folder / "run.json").exists():
-        budget = int(read_recipe(folder)["token_budget"])  # memory may be another now
+    if budget is None and (stopped := _stopped(folder)) is not None:
+        budget = int(read_recipe(stopped)["token_budget"])  # memory may be another now
     if budget is None:
         few = _data.batch_of(model, pool, 2)
         tokens = few["input_ids"].numel()
@@ -103,8 +131,15 @@ def _verified(inputs: Inputs, count: int) -> bool:
     return report.ok
 
 
-def _score(inputs: Inputs, options: Score, folder: Path) -> Scores:
+def _direction(inputs: Inputs, options: Score, folder: Path) -> PyTree:
+    """What gradients are multiplied with."""
     model = inputs.model
+    u = direction(model.model_fn, model.params, _data.target_batches(model, inputs.target))
+    return influence_direction(inputs, options, u, folder) if options.score == "influence" else u
+
+
+def _score(inputs: Inputs, options: Score, u: PyTree, folder: Path) -> Scores:
+    model, influence = inputs.model, options.score == "influence"
     recipe = {
         "pool": _data.content_of(options.pool),
         "max_length": model.max_length,
@@ -114,8 +149,8 @@ def _score(inputs: Inputs, options: Score, folder: Path) -> Scores:
         model.model_fn,
         model.params,
         inputs.pool,
-        val=_data.target_batches(model, inputs.target),
-        quantities=(options.score, "loss"),
+        direction=u,
+        quantities=("dot" if influence else options.score, "loss"),
         collate=model.collate,
         length=inputs.pool.length,
         token_budget=inputs.token_budget,
@@ -124,24 +159,31 @@ def _score(inputs: Inputs, options: Score, folder: Path) -> Scores:
         recipe=recipe,
         progress=not options.quiet,
     )
-    facts = {"model": str(options.model), "pool": str(options.pool), "target": str(options.target)}
-    return Scores(
-        scores.ids, scores.columns, {**facts, "target_rows": len(inputs.target), **scores.facts}
-    )
+    facts: dict[str, Any] = {
+        name: str(getattr(options, name)) for name in ("model", "pool", "target")
+    }
+    facts = {**facts, "target_rows": len(inputs.target), **scores.facts}
+    columns = scores.columns
+    if influence:  # a dot product along another direction
+        facts |= {"score": "influence", **asdict(options.curvature)}
+        columns = {name.replace("dot", "influence"): x for name, x in columns.items()}
+    return Scores(scores.ids, columns, facts)
 
 
-def _report(inputs: Inputs, scores: Scores, options: Score) -> None:
+def _report(inputs: Inputs, scores: Scores, options: Score, u: PyTree) -> None:
     """The page, with the shares of tokens for a few samples of either end."""
     assert options.report is not None
     ends = [*scores.top(min(options.heat, len(scores))).ids] if options.heat else []
     ends += scores.bottom(min(options.heat, len(scores))).ids if options.heat else []
     heat: dict[int, Heat] = {}
-    if options.score == "dot" and ends:
+    if options.score != "cosine" and ends:
         try:
-            heat = shares(inputs, [int(str(row)) for row in dict.fromkeys(ends)])
+            heat = shares(inputs, u, [int(str(row)) for row in dict.fromkeys(ends)])
         except PositionAxisError as error:
             say(f"the page shows no shares of tokens: {error}")
-    write_report(options.report, scores, inputs.rows, heat=heat, group=options.group)
+    write_report(
+        options.report, scores, inputs.rows, heat=heat, group=options.group, image=options.image
+    )
 
 
 def _summary(scores: Scores, best: Scores, options: Score) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import refuse_not_finite
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature._errors import ConvergenceError, check_count, check_damping
@@ -55,7 +56,7 @@ class CG:
     ) -> None:
         if not isinstance(operator, Operator):
             raise OptionError(
-                "cg takes an operator such as gf.curvature.ggn(...); got "
+                "operator: cg takes an operator such as gf.curvature.ggn(...); got "
                 f"{type(operator).__name__}."
             )
         if preconditioner is not None and not isinstance(preconditioner, EKFAC):
@@ -79,7 +80,8 @@ class CG:
     def solution(self, direction: PyTree, damping: float) -> Solution:
         """`solve`, with the history of residuals."""
         damping = check_damping(damping)
-        leaves, spec = flatten_params(direction)
+        leaves, spec = flatten_params(direction, "direction")
+        refuse_not_finite(leaves, spec, "direction")
         u = [wide(x.detach()) for x in leaves]
 
         def product(x: Vector) -> Vector:

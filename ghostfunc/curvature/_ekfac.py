@@ -8,11 +8,17 @@ from typing import Any, Literal, TypeAlias
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint
-from ghostfunc._base.options import check_chunk_size, one_of
+from ghostfunc._base.options import (
+    check_chunk_size,
+    check_flags,
+    check_model_fn,
+    check_path,
+    one_of,
+)
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._blocks import Limits, patterns
-from ghostfunc.curvature._errors import check_count
+from ghostfunc.curvature._errors import check_batches, check_count
 from ghostfunc.curvature._fisher import Fisher, Gradients
 from ghostfunc.curvature._likelihood import Likelihood
 from ghostfunc.curvature._operator import EKFAC
@@ -114,11 +120,17 @@ def ekfac(
     """
     one_of("sharing", sharing, ("expand", "reduce"))
     check_chunk_size(chunk_size)
+    check_model_fn(model_fn)
+    check_flags(progress=progress)
+    check_count("draws", draws)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
     gradients = Gradients.of(model_fn, likelihood, fisher, draws, seed)
     for name, value in (
         ("max_side", max_side), ("max_dense", max_dense), ("checkpoint_every", checkpoint_every)
     ):  # fmt: skip
         check_count(name, value)
+    check_batches(batches)
     if isinstance(batches, Iterator):
         raise OptionError(
             f"batches is a {type(batches).__name__}, which can be gone through once; curvature "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
 
 from ghostfunc._base.errors import GhostError, OptionError
 
@@ -21,6 +23,15 @@ class ConvergenceError(GhostError, ArithmeticError):
     def __init__(self, message: str, residuals: Sequence[float]) -> None:
         super().__init__(message)
         self.residuals = tuple(residuals)
+
+
+def check_batches(batches: object) -> None:
+    """Raise `OptionError` for what cannot be gone through, batch by batch."""
+    if isinstance(batches, (str, bytes, Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise OptionError(
+            f"batches is a {type(batches).__name__}; expected a list of batches or a data loader. "
+            "Of a single batch make a list: [batch]."
+        )
 
 
 def check_count(name: str, value: object) -> None:

@@ -38,6 +38,10 @@ def read(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise raised(f"there is no file {os.fspath(path)!r}.") from error
+    except OSError as error:
+        raise raised(f"{os.fspath(path)!r} cannot be read: {error}.") from error
     except SafetensorError as error:
         raise raised(
             f"{os.fspath(path)!r} is no whole safetensors file ({error}): it was cut short, or is "

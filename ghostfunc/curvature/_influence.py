@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import optree
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import SampleGrad
@@ -29,6 +29,7 @@ Stack: TypeAlias = list[Float[Tensor, "k ..."]]
 """Several directions, `[k, *shape]` per parameter."""
 
 
+@runtime_checkable
 class Solver(Protocol):
     """An inverse curvature: an `EKFAC`, a `CG`, a `Series`, or one of your own."""
 
@@ -94,8 +95,13 @@ def influence(
         Grosse et al., "Studying Large Language Model Generalization with Influence Functions",
         2023.
     """
+    check_model_fn(model_fn)
+    if query_fn is not None:
+        check_model_fn(query_fn, "query_fn")
     check_count("directions_at_once", directions_at_once)
     check_chunk_size(chunk_size)
+    check_flags(relative=relative, per_param=per_param, per_position=per_position)
+    one_of("randomness", randomness, ("error", "different"))
     leaves, spec = flatten_params(params)
     solve = _solver(curvature, params, spec, damping, relative)
     fns, sides = (model_fn, query_fn or model_fn), (train, queries)
@@ -149,6 +155,8 @@ def _solver(
     if isinstance(curvature, (CG, Series)) and isinstance(curvature.operator, DataOperator):
         curvature.operator.check(params)
 
+    _check_solver(curvature)
+
     def one_by_one(us: Stack) -> Stack:
         found = [
             flatten_like(
@@ -162,6 +170,15 @@ def _solver(
         return [torch.stack(x) for x in zip(*found, strict=True)]
 
     return one_by_one
+
+
+def _check_solver(curvature: object) -> None:
+    """Raise `OptionError` unless it solves."""
+    if isinstance(curvature, Tensor) or not isinstance(curvature, Solver):
+        raise OptionError(
+            f"curvature is a {type(curvature).__name__}; expected what gf.curvature.ekfac, cg, "
+            "neumann or lissa return, anything with solve(direction, damping), or None."
+        )
 
 
 def _is_pytree(side: Any) -> bool:

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError, OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import check_callable, check_number, one_of
 from ghostfunc._base.types import PyTree
 
 Outputs: TypeAlias = Callable[[PyTree, PyTree], Tensor]
@@ -187,6 +187,8 @@ def softmax(
         `softmax(lambda p, b: functional_call(net, p, b["x"]), lambda b: b["y"])`
     """
     one_of("reduction", reduction, ("mean", "sum"))
+    check_callable("labels", labels, "labels(batch) -> integer classes")
+    check_number("ignore_index", ignore_index)
     return _Softmax(outputs, labels, reduction, ignore_index)
 
 
@@ -210,4 +212,5 @@ def gaussian(
         Hessian is `2 w I`.
     """
     one_of("reduction", reduction, ("mean", "sum"))
+    check_callable("targets", targets, "targets(batch), of the shape of the outputs")
     return _Gaussian(outputs, targets, reduction)

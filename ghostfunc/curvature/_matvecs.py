@@ -16,10 +16,10 @@ from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
-from ghostfunc._base.options import check_chunk_size, one_of
+from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
-from ghostfunc.curvature._errors import CurvatureError
+from ghostfunc.curvature._errors import CurvatureError, check_batches
 from ghostfunc.curvature._fisher import Gradients
 from ghostfunc.curvature._likelihood import Likelihood
 from ghostfunc.curvature._operator import Operator
@@ -40,6 +40,7 @@ class DataOperator(Operator):
     ) -> None:
         one_of("hvp", hvp, ("forward", "reverse"))
         check_chunk_size(chunk_size)
+        check_batches(batches)
         if isinstance(batches, Iterator):
             raise OptionError(
                 f"batches is a {type(batches).__name__}, which can be gone through once; products "
@@ -197,6 +198,7 @@ def hessian(
     Returns:
         An operator: `matvec(direction)`.
     """
+    check_model_fn(model_fn)
     return _Hessian(model_fn, params, batches, hvp, chunk_size)
 
 
@@ -226,6 +228,7 @@ def ggn(
     Reference:
         Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020.
     """
+    check_model_fn(model_fn)
     gradients = Gradients.of(model_fn, likelihood, "exact", 1, 0)
     out = _GGN(params, batches, likelihood, hvp, chunk_size)
     gradients.check(params, next(iter(out.batches)))

@@ -14,6 +14,8 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import ParamsError
 from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.finite import refuse_not_finite
+from ghostfunc._base.options import check_path
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
@@ -227,7 +229,8 @@ class EKFAC(Operator):
         return f
 
     def _spectral(self, direction: PyTree, f: Callable[[Tensor], Tensor]) -> PyTree:
-        leaves, spec = flatten_params(direction)
+        leaves, spec = flatten_params(direction, "direction")
+        refuse_not_finite(leaves, spec, "direction")
         self._check_names(spec, leaves)
         return spec.unflatten(
             [
@@ -265,6 +268,7 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> EKFAC:
     Raises:
         CurvatureError: the file is cut short or another one, or the parameters are others.
     """
+    check_path("path", path)
     tensors, about = _files.read(path)
     if about.get("kind") != "ekfac":
         raise CurvatureError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import refuse_not_finite
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature._cg import Solution, Vector, added, check_tolerance, norm
@@ -53,7 +54,8 @@ class Series:
         """`solve`, with the residuals: of every iteration of a Neumann series, of the result of
         LiSSA alone."""
         damping = check_damping(damping)
-        leaves, spec = flatten_params(direction)
+        leaves, spec = flatten_params(direction, "direction")
+        refuse_not_finite(leaves, spec, "direction")
         u = [wide(x.detach()) for x in leaves]
         length = norm(u)
         if length == 0:
@@ -163,8 +165,8 @@ def lissa(
     """
     if not isinstance(operator, DataOperator):
         raise OptionError(
-            "lissa draws batches, so it takes gf.curvature.ggn(...) or gf.curvature.hessian(...); "
-            f"got {type(operator).__name__}."
+            "operator: lissa draws batches, so it takes gf.curvature.ggn(...) or "
+            f"gf.curvature.hessian(...); got {type(operator).__name__}."
         )
     if type(seed) is not int:
         raise OptionError(f"seed={seed!r} must be an integer.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.options import check_callable, check_dataset, check_whole
 from ghostfunc._base.types import PyTree
 
 
@@ -71,11 +72,23 @@ def batches(
         u = gf.direction(model_fn, params, batches(targets, collate=padded(0), length=len))
     """
     check_limits(token_budget, batch_size)
+    check_whole("token_budget", token_budget)
+    check_dataset(dataset)
+    check_functions(collate, length)
+    check_callable("collate", collate, "from a list of samples to a batch")
     if not len(dataset):
         raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
     lengths = [1 if length is None else length(dataset[i]) for i in range(len(dataset))]
     for indices in group(lengths, token_budget, batch_size):
         yield collate([dataset[i] for i in indices])
+
+
+def check_functions(collate: object, length: object) -> None:
+    """Raise `OptionError` unless both are functions, or None."""
+    if collate is not None:
+        check_callable("collate", collate, "from a list of samples to a batch")
+    if length is not None:
+        check_callable("length", length, "from a sample to its number of tokens")
 
 
 def check_limits(token_budget: object, batch_size: object) -> None:
@@ -103,6 +116,9 @@ def padded(pad_id: int, *, label_pad: int = -100) -> Collate:
         BatchError: (by the function) a sample has other keys than the first, no tokens, or
             sequences of unequal lengths.
     """
+
+    check_whole("pad_id", pad_id, 0)
+    check_whole("label_pad", label_pad, -(1 << 62))
 
     def collate(samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         longest = max(_length_of(sample, samples[0]) for sample in samples)

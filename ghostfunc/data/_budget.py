@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import BatchError
-from ghostfunc._base.trees import flatten_params, tensors_of
+from ghostfunc._base.options import check_model_fn, check_whole
+from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
 SHARE = 0.25
@@ -42,7 +43,9 @@ def find_token_budget(model_fn: ModelFn, params: PyTree, batch: PyTree, *, token
     Raises:
         BatchError: `tokens` is not positive.
     """
-    if tokens < 1:
+    check_model_fn(model_fn)
+    batch_size(batch)
+    if check_whole("tokens", tokens, -1) < 1:
         raise BatchError(f"tokens={tokens}: a batch has at least one token.")
     leaves = flatten_params(params)[0]
     device = leaves[0].device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,6 +22,10 @@ WANTED: tuple[Wanted, ...] = ("dot", "cosine", "norm", "loss")
 
 def check_wanted(quantities: Sequence[str]) -> None:
     """Raise `OptionError` unless these are names of quantities."""
+    if not isinstance(quantities, Iterable):
+        raise OptionError(
+            f"quantities is a {type(quantities).__name__}; expected a tuple of names."
+        )
     wrong = [q for q in quantities if q not in WANTED]
     if isinstance(quantities, str) or wrong or not quantities:
         raise OptionError(

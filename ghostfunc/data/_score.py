@@ -13,11 +13,18 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import (
+    check_dataset,
+    check_flags,
+    check_model_fn,
+    check_path,
+    check_type,
+    one_of,
+)
 from ghostfunc._base.trees import flatten, flatten_like, flatten_params, map_leaves, yields_batches
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._transforms.grads import direction as gradient_of
-from ghostfunc.data._batches import Collate, Dataset, Length, check_limits, group
+from ghostfunc.data._batches import Collate, Dataset, Length, check_functions, check_limits, group
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
 from ghostfunc.data._errors import ResumeError
@@ -132,11 +139,20 @@ def score_dataset(
     check_wanted(quantities)
     check_limits(token_budget, batch_size)
     one_of("randomness", randomness, ("error", "different"))
+    check_model_fn(model_fn)
+    check_dataset(dataset)
+    check_flags(progress=progress)
+    check_functions(collate, length)
+    if resume is not None:
+        check_path("resume", resume)
+    if recipe is not None:
+        check_type("recipe", recipe, Mapping, "a dict of what else decides the numbers, or None")
     n = len(dataset)
     if not n:
         raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
     if ids is None:
         ids = range(n)
+    check_type("ids", ids, (Sequence, Tensor, np.ndarray), "a sequence of names of samples")
     if len(ids) != n:
         raise OptionError(f"{len(ids)} ids for {n} samples; expected one each.")
     us = _directions(model_fn, params, val, direction, quantities, randomness)
@@ -183,6 +199,8 @@ def _directions(
         given = "both" if val is not None else "neither"
         raise OptionError(f"Give exactly one of val and direction; {given} was given.")
     if val is not None:
+        if isinstance(val, Mapping) and not val:
+            raise BatchError("val is empty: expected a batch, batches, or a dict of those.")
         several = isinstance(val, Mapping) and all(
             isinstance(x, Mapping) or yields_batches(x) for x in val.values()
         )

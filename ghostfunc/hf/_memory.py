@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.module import check_module
 from ghostfunc._taps.remat.remat import remat
 
 _CACHES = {"use_cache": False, "past_key_values": None, "layer_past": None}
@@ -32,6 +33,7 @@ def enable_remat(model: nn.Module) -> None:
     Raises:
         OptionError: the model has no such layers, or has been enabled already.
     """
+    check_module(model)
     layers = _layers(model)
     if not layers:
         raise OptionError(
@@ -53,6 +55,7 @@ def disable_remat(model: nn.Module) -> None:
     Raises:
         OptionError: it has not been enabled.
     """
+    check_module(model)
     layers = _enabled(_layers(model))
     if not layers:
         raise OptionError(f"gf.hf.enable_remat has not been called on this {type(model).__name__}.")

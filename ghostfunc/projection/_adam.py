@@ -8,7 +8,7 @@ import optree
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_betas, check_not_negative, check_type, check_whole
 from ghostfunc._base.types import PyTree
 
 
@@ -40,8 +40,12 @@ def adam_scaled(
     Reference:
         Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", ICML 2024.
     """
-    if step < 0:
-        raise OptionError(f"step={step} must not be negative.")
+    check_whole("step", step, 0)
+    check_betas(betas)
+    check_not_negative("eps", eps)
+    for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        for x in optree.tree_leaves(state):
+            check_type(name, x, Tensor, "a pytree of tensors, like params")
     b1, b2 = betas
     correct1, correct2 = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1)
 

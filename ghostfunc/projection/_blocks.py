@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -68,15 +68,11 @@ def ranks(n_o: int, n_i: int, rank_total: int, rank_min: int) -> tuple[int, int]
     return k_o, min(n_i, rank_total // k_o)
 
 
-def select(paths: Sequence[str], layers: Sequence[str] | None) -> list[str]:
+def select(paths: Sequence[str], layers: Iterable[str] | None) -> list[str]:
     """The paths that match one of the glob patterns `layers`; all for None."""
     if layers is None:
         return list(paths)
-    if isinstance(layers, str) or not all(isinstance(x, str) for x in layers) or not layers:
-        raise OptionError(
-            f"layers={layers!r} is not a list of patterns. Use None for all parameters, or glob "
-            'patterns such as ["*.attn.*.weight", "wte.weight"].'
-        )
+    layers = _patterns(layers)
     for pattern in layers:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise OptionError(
@@ -84,3 +80,15 @@ def select(paths: Sequence[str], layers: Sequence[str] | None) -> list[str]:
                 f"{', '.join(paths)}."
             )
     return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in layers)]
+
+
+def _patterns(layers: object) -> list[str]:
+    """`layers`, if they are patterns, at least one."""
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    patterns = list(layers) if several else []  # type: ignore[call-overload]
+    if not patterns or not all(isinstance(x, str) for x in patterns):
+        raise OptionError(
+            f"layers={layers!r} is not a list of patterns. Use None for all parameters, or glob "
+            'patterns such as ["*.attn.*.weight", "wte.weight"].'
+        )
+    return patterns

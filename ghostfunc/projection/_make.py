@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.options import check_type, check_whole
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.projection._blocks import Block, matrix_shape, ranks, select
@@ -75,15 +76,19 @@ def kronecker_projection(
         Johnson-Lindenstrauss Transforms", JACM 2014.
     """
     check_kind(kind, seed)
-    if rank_min < 1 or rank_total < rank_min**2:
+    check_whole("rank_total", rank_total)
+    check_whole("rank_min", rank_min)
+    if compress is not None:
+        check_whole("compress", compress)
+    if rank_total < rank_min**2:
         raise OptionError(
             f"rank_total={rank_total} and rank_min={rank_min} contradict each other: both sides of "
-            "a parameter get rank_min or more, so rank_total must be at least rank_min ** 2 >= 1."
+            "a parameter get rank_min or more, so rank_total must be at least rank_min ** 2."
         )
-    if compress is not None and (kind == "dense" or compress < 1):
+    if compress is not None and kind == "dense":
         raise OptionError(
-            f"compress={compress} with kind={kind!r}: it must be at least 1, and kind='dense' "
-            "takes none (rank_total is its number of columns)."
+            f"compress={compress} with kind={kind!r}: kind='dense' takes none, rank_total is its "
+            "number of columns."
         )
     shapes = _chosen(params, layers)
     if kind == "dense":
@@ -111,6 +116,7 @@ def full_projection(params: PyTree, *, layers: Sequence[str] | None = None) -> P
 
 def projection_from_spec(spec: dict[str, Any]) -> Projection:
     """The projection that `Projection.spec()` describes."""
+    check_type("spec", spec, dict, "what Projection.spec() returns")
     if spec["format"] != 1:
         raise OptionError(f"projection format {spec['format']!r} is unknown; this version reads 1.")
     shapes = {b["path"]: tuple(b["shape"]) for b in spec["blocks"]}

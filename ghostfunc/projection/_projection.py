@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.options import one_of
 from ghostfunc._base.torch_private import _pytree, constant_at_compile_time
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors import contract
@@ -311,13 +312,19 @@ for _cls in (KroneckerProjection, CompressedProjection, DenseProjection):
 
 def _by_path(tree: PyTree) -> dict[str, Tensor]:
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    for x in leaves:
+        if not isinstance(x, Tensor) or not x.ndim:
+            found = "a tensor without axes" if isinstance(x, Tensor) else type(x).__name__
+            raise ParamsError(
+                f"grads has a leaf that is a {found}; expected a pytree of [n, *shape], as "
+                "gf.per_sample_grads returns."
+            )
     return {".".join(map(str, path)) or "params": x for path, x in zip(paths, leaves, strict=True)}
 
 
 def check_kind(kind: str, seed: int) -> None:
     """Raise `OptionError` for a kind or a seed that does not exist."""
-    if kind not in KINDS:
-        raise OptionError(f"kind={kind!r} is not an option. Use one of: {', '.join(KINDS)}.")
+    one_of("kind", kind, KINDS)
     if type(seed) is not int:
         raise OptionError(f"seed={seed!r} must be an integer.")
 

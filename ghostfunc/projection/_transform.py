@@ -11,7 +11,7 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable, node
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_contract_dtype, one_of
+from ghostfunc._base.options import check_contract_dtype, check_vectorize, one_of
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
@@ -93,6 +93,7 @@ def ghost_project(
     """
     one_of("mode", mode, ("ghost", "materialized"))
     check_contract_dtype(contract_dtype, mode)
+    check_vectorize(vectorize)
     quantity = Project(projection)
     if mode == "ghost":
         return projection.join(

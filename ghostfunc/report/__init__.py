@@ -3,6 +3,6 @@
 write_report("page.html", scores, Rows.open("pool.jsonl"))
 """
 
-from ghostfunc.report._page import Heat, write_report
+from ghostfunc.report._page import Heat, Timeline, write_report
 
-__all__ = ["Heat", "write_report"]
+__all__ = ["Heat", "Timeline", "write_report"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.module import check_module
 from ghostfunc._base.types import PyTree
 from ghostfunc.shapley._optimizers import Optimizer, adam_change, sgd_change, sgd_gain
 
@@ -34,11 +35,13 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
             and pass `gf.shapley.Optimizer(update)`.
         ParamsError: a trainable parameter of the module is not in the optimizer.
     """
+    check_module(module)
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise OptionError(
-            f"from_optimizer knows torch.optim.SGD, Adam and AdamW, not {kind.__qualname__}. Write "
-            "its step as update(grads, params) -> changes and pass gf.shapley.Optimizer(update)."
+            "optimizer: from_optimizer knows torch.optim.SGD, Adam and AdamW, not "
+            f"{kind.__qualname__}. Write its step as update(grads, params) -> changes and pass "
+            "gf.shapley.Optimizer(update)."
         )
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     changes: dict[str, Change] = {}

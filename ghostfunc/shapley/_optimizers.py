@@ -9,7 +9,15 @@ import optree
 import torch
 from torch import Tensor
 
-from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import (
+    check_betas,
+    check_flags,
+    check_not_negative,
+    check_number,
+    check_positive,
+    check_type,
+    check_whole,
+)
 from ghostfunc._base.types import PyTree
 
 Update = Callable[[PyTree, PyTree], PyTree]
@@ -65,6 +73,13 @@ def sgd(
         An `Optimizer`. Without momentum its `gain` is `-lr`: scores are those of plain SGD,
         `-lr <g_i, u>`.
     """
+
+    check_not_negative("lr", lr)
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+        check_not_negative(name, value)
+    check_number("dampening", dampening)
+    check_flags(nesterov=nesterov)
+    _check_state("momentum_buffer", momentum_buffer)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
         def change(g: Tensor, p: Tensor, b: Tensor | None = None) -> Tensor:
@@ -160,8 +175,12 @@ def _adam(
     *,
     decoupled: bool,
 ) -> Optimizer:
-    if step < 0:
-        raise OptionError(f"step={step}: the number of steps taken so far, 0 before the first.")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check_not_negative(name, value)
+    check_betas(betas)
+    check_whole("step", step, 0)
+    _check_state("exp_avg", exp_avg)
+    _check_state("exp_avg_sq", exp_avg_sq)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
         def change(g: Tensor, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
@@ -170,6 +189,12 @@ def _adam(
         return optree.tree_map(change, grads, params, exp_avg, exp_avg_sq)
 
     return Optimizer(update)
+
+
+def _check_state(name: str, state: PyTree) -> None:
+    """Raise `OptionError` unless it is a pytree of tensors."""
+    for x in optree.tree_leaves(state):
+        check_type(name, x, Tensor, "a pytree of tensors, like params")
 
 
 def adam_change(
@@ -221,8 +246,8 @@ def clipped(optimizer: Optimizer, *, max_norm: float) -> Optimizer:
     Returns:
         An `Optimizer`.
     """
-    if not max_norm > 0:
-        raise OptionError(f"max_norm={max_norm!r} must be positive.")
+    check_type("optimizer", optimizer, Optimizer, "an Optimizer, as gf.shapley.adamw(...) makes")
+    check_positive("max_norm", max_norm, infinite=True)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
         factor = clip_factor(optree.tree_leaves(grads), max_norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_type, check_whole
 from ghostfunc._base.reprs import brief
 
 State: TypeAlias = dict[str, Tensor]
@@ -43,8 +44,7 @@ def init(num_sets: int = 1) -> State:
     Returns:
         A dict of tensors; `torch.save` it, and `torch.load(..., weights_only=True)` gives it back.
     """
-    if num_sets < 1:
-        raise OptionError(f"num_sets={num_sets}: scores need at least one validation set.")
+    check_whole("num_sets", num_sets)
     empty = torch.zeros(0, dtype=torch.int64)
     return {
         "ids": empty,
@@ -68,7 +68,13 @@ def update(state: State, ids: Tensor | Sequence[int], values: Float[Tensor, "n s
         OptionError: shapes or dtypes that do not fit, or values that are not finite: where a loss
             scaler skips a step, leave its values out, for they changed nothing.
     """
-    ids = torch.as_tensor(ids).cpu()
+    _check_state("state", state)
+    check_type("ids", ids, (Tensor, Sequence), "a tensor or a list of integers")
+    check_type("values", values, Tensor, f"a tensor [{len(ids)}, sets], a row per id")
+    try:
+        ids = torch.as_tensor(ids).cpu()
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"ids must be integers [n]: {error}.") from error
     values = values.detach().cpu().double()
     values = values[:, None] if values.ndim == 1 else values
     num_sets = state["values"].shape[1]
@@ -97,6 +103,8 @@ def update(state: State, ids: Tensor | Sequence[int], values: Float[Tensor, "n s
 
 def merge(state: State, other: State) -> State:
     """The sum of two states, of two processes that trained on different samples, say."""
+    _check_state("state", state)
+    _check_state("other", other)
     if state["values"].shape[1] != other["values"].shape[1]:
         raise OptionError(
             f"States of {state['values'].shape[1]} and {other['values'].shape[1]} validation sets "
@@ -113,7 +121,16 @@ def merge(state: State, other: State) -> State:
 
 def finalize(state: State) -> Scores:
     """The scores: what every sample changed the validation losses by, over all its steps."""
+    _check_state("state", state)
     return Scores(state["ids"], state["values"], state["counts"])
+
+
+def _check_state(name: str, state: object) -> None:
+    """Raise `OptionError` unless it is a state."""
+    if not isinstance(state, Mapping) or set(state) != {"ids", "values", "counts"}:
+        raise OptionError(
+            f"{name} is a {type(state).__name__}; expected what gf.shapley.init or update returns."
+        )
 
 
 def _with_rows(state: State, ids: Tensor) -> State:

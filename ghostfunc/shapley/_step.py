@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import optree
@@ -13,7 +14,15 @@ from torch import Tensor
 from ghostfunc._base import definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import (
+    CHECKS,
+    check_flags,
+    check_model_fn,
+    check_number,
+    check_positive,
+    check_type,
+    one_of,
+)
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
@@ -115,52 +124,46 @@ def step(
     """
     one_of("form", form, ("exact", "previous_state"))
     _check_order(order)
+    if order == 2 and form == "previous_state":
+        raise OptionError('order=2 needs the gradient of the step: use form="exact".')
     _check_sets(val_sets)
+    _check_asked(model_fn, optimizer, randomness)
+    check_flags(keep_factors=keep_factors)
+    one_of("check", check, CHECKS)
+    one_of("hvp", hvp, ("forward", "reverse"))
+    check_positive("loss_scale", loss_scale)
+    if weight is not None:
+        check_number("weight", weight)
     leaves, spec = flatten_params(params)
-    n = batch_size(train, "train")
-    weight = 1 / n if weight is None else weight
-    everything, scale = range(len(leaves)), weight * loss_scale
+    weight = 1 / batch_size(train, "train") if weight is None else weight
+    tapped = partial(
+        run,
+        model_fn,
+        leaves,
+        spec,
+        train,
+        scale=weight * loss_scale,
+        check=check,
+        randomness=randomness,
+    )
 
     if order == 1 and (optimizer.linear or form == "previous_state"):
         quantities, factor = _one_pass(
             model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
         )
-        taken = run(
-            model_fn,
-            leaves,
-            spec,
-            train,
-            quantities,
-            grads=everything,
-            scale=scale,
-            check=check,
-            randomness=randomness,
-        )
+        taken = tapped(quantities, grads=range(len(leaves)))
         values = torch.stack([add_up(dots) for dots in taken.values], dim=1) * (factor * weight)
         grads = _unscaled(taken.grads, loss_scale)
         return ShapleyStep(taken.losses, spec.unflatten(grads), values)
 
-    if order == 2 and form == "previous_state":
-        raise OptionError('order=2 needs the gradient of the step: use form="exact".')
-    taken = run(
-        model_fn,
-        leaves,
-        spec,
-        train,
-        [],
-        grads=everything,
-        collect=everything if keep_factors else (),
-        scale=scale,
-        check=check,
-        randomness=randomness,
-    )
-    grads = spec.unflatten(_unscaled(taken.grads, loss_scale))
+    taken = tapped([], grads=range(len(leaves)), collect=range(len(leaves)) if keep_factors else ())
+    gradient = spec.unflatten(_unscaled(taken.grads, loss_scale))
     us = directions(
         model_fn,
         params,
         val_sets,
         optimizer=optimizer,
-        grads=grads,
+        grads=gradient,
         order=order,
         hvp=hvp,
         randomness=randomness,
@@ -169,18 +172,9 @@ def step(
         book = FactoredGrads.of(taken, leaves, spec)
         columns = [book.dot_prods(u) / loss_scale for u in us.values()]
     else:
-        dots = run(
-            model_fn,
-            leaves,
-            spec,
-            train,
-            [Dot(u) for u in us.values()],
-            scale=scale,
-            check=check,
-            randomness=randomness,
-        )
-        columns = [add_up(row) * weight for row in dots.values]
-    return ShapleyStep(taken.losses, grads, torch.stack(columns, dim=1))
+        dots = tapped([Dot(u) for u in us.values()]).values
+        columns = [add_up(row) * weight for row in dots]
+    return ShapleyStep(taken.losses, gradient, torch.stack(columns, dim=1))
 
 
 def directions(
@@ -212,6 +206,8 @@ def directions(
     """
     _check_order(order)
     _check_sets(val_sets)
+    _check_asked(model_fn, optimizer, randomness)
+    one_of("hvp", hvp, ("forward", "reverse"))
     if order == 2 and grads is None:
         raise OptionError("order=2 needs grads, the gradient of the step.")
     leaves, spec = flatten_params(params)
@@ -270,8 +266,15 @@ def _unscaled(grads: Sequence[Tensor], loss_scale: float) -> list[Tensor]:
     return list(grads) if loss_scale == 1.0 else [g / loss_scale for g in grads]
 
 
-def _check_order(order: int) -> None:
-    if order not in (1, 2):
+def _check_asked(model_fn: object, optimizer: object, randomness: object) -> None:
+    check_model_fn(model_fn)
+    how = "an Optimizer, as gf.shapley.sgd(lr=...) or from_optimizer(...) makes"
+    check_type("optimizer", optimizer, Optimizer, how)
+    one_of("randomness", randomness, ("error", "different"))
+
+
+def _check_order(order: object) -> None:
+    if isinstance(order, bool) or not isinstance(order, int) or order not in (1, 2):
         raise OptionError(f"order={order!r} is not an option. Use one of: 1, 2.")
 
 

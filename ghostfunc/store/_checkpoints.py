@@ -83,7 +83,7 @@ def check_name(name: object) -> None:
     """Raise `OptionError` for what cannot be the name of a checkpoint."""
     if not _is_name(name):
         raise OptionError(
-            f"a checkpoint cannot be called {name!r}: use at most 200 letters a-z and A-Z, "
+            f"name={name!r} cannot be that of a checkpoint: use at most 200 letters a-z and A-Z, "
             "digits, '.', '_', '-'; not '.' at the start, and not 'zarr.json'."
         )
 

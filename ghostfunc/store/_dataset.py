@@ -9,6 +9,16 @@ from typing import Any
 import torch
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import (
+    check_callable,
+    check_dataset,
+    check_flags,
+    check_model_fn,
+    check_positive,
+    check_type,
+    check_whole,
+    one_of,
+)
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.projection import Projection
 from ghostfunc.store._again import Comparison
@@ -76,6 +86,18 @@ def project_dataset(
         IncompatibleStoreError: another projection, model or recipe than the store's.
         OptionError: a dataset of another size, or a bad option.
     """
+    check_model_fn(model_fn)
+    check_dataset(dataset)
+    check_type("store", store, Store, "what gf.store.Store.create or open returns")
+    check_callable("collate", collate, "from a list of samples to a batch")
+    for name, function in (("length", length), ("transform", transform)):
+        if function is not None:
+            check_callable(name, function, "or None")
+    one_of("randomness", randomness, ("error", "different"))
+    check_flags(progress=progress)
+    check_whole("batch_size", batch_size)
+    if tolerance is not None:
+        check_positive("tolerance", tolerance, infinite=True)
     store.check_projection(projection)
     store.check_model(checkpoint, params)
     if len(dataset) != store.n_samples:
@@ -83,10 +105,6 @@ def project_dataset(
             f"the dataset has {len(dataset)} samples, the store room for {store.n_samples}. "
             "store.append(count) makes room for more."
         )
-    if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size} must be at least 1.")
-    if tolerance is not None and not tolerance > 0:
-        raise OptionError(f"tolerance={tolerance} must be positive, or None.")
     work = Work(
         model_fn=model_fn,
         params=params,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_path, check_type
 from ghostfunc.store._errors import StoreError
 
 try:
@@ -22,6 +23,9 @@ except ImportError as error:
     raise ImportError("ghostfunc.store needs fsspec: pip install 'ghostfunc[store]'.") from error
 
 PARTIAL = ".partial"
+
+LONGEST_NAME = 255
+"""Bytes of the name of a file or a folder, on all common file systems."""
 
 
 class Files(ABC):
@@ -250,17 +254,40 @@ class RemoteFiles(Files):
             raise StoreError(f"{self}/{key}: {error}.") from error
 
 
+def _local(root: Path) -> LocalFiles:
+    """The files of a folder; `OptionError` for a path that cannot be one."""
+    longest = max((len(os.fsencode(x)) for x in root.parts), default=0)
+    if longest > LONGEST_NAME:
+        raise StoreError(
+            f"url={str(root)!r} has a name of {longest} bytes in it; file systems take "
+            f"{LONGEST_NAME}. Choose a shorter one."
+        )
+    try:
+        fault = None if root.is_dir() or not os.path.lexists(root) else "is a file"
+        part = next((x for x in root.parents if os.path.lexists(x) and not x.is_dir()), None)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"url={str(root)!r} cannot be the folder of a store: {error}.") from error
+    if part is not None:
+        fault = f"lies below {str(part)!r}, which is a file"
+    if fault is not None:
+        raise StoreError(f"url={str(root)!r} {fault}. A store is a folder: choose another place.")
+    return LocalFiles(root)
+
+
 def files_at(url: str | Path, storage_options: dict[str, Any] | None) -> Files:
     """The files below a local path, or below whatever fsspec makes of a URL."""
+    check_path("url", url)
+    if storage_options is not None:
+        check_type("storage_options", storage_options, dict, "a dict for fsspec, or None")
     if not str(url):
         raise OptionError(f"url={url!r} must be a path or a URL.")
     text = str(url)
     if "://" not in text:
-        return LocalFiles(Path(url))
+        return _local(Path(url))
     try:
         fs, path = url_to_fs(text, **(storage_options or {}))
     except (ValueError, ImportError) as error:
         raise OptionError(f"url={text!r} cannot be reached by fsspec: {error}") from error
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     # A local path is written by `LocalFiles`: fsspec writes in place, which can be torn.
-    return LocalFiles(Path(path)) if "file" in protocols else RemoteFiles(fs, path)
+    return _local(Path(path)) if "file" in protocols else RemoteFiles(fs, path)

@@ -111,10 +111,18 @@ def shard_of(shard: tuple[int, int] | None) -> tuple[int, int]:
         if "RANK" not in os.environ:
             return 0, 1
         shard = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rank, world = shard
+    rank, world = _pair(shard)
     if not 0 <= rank < world:
         raise OptionError(f"shard={shard} must be (rank, world_size) with 0 <= rank < world_size.")
     return rank, world
+
+
+def _pair(shard: object) -> tuple[int, int]:
+    """`shard`, if it is a pair of integers."""
+    match shard:
+        case (int() as rank, int() as world):
+            return rank, world
+    raise OptionError(f"shard={shard!r} must be (rank, world_size), two integers, or None.")
 
 
 @contextmanager

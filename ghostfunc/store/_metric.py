@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_positive, check_type
 from ghostfunc.projection import Projection
 from ghostfunc.projection._blocks import select
 from ghostfunc.store._rows import StoredRows
@@ -40,8 +40,8 @@ def preconditioner(store: StoredRows, checkpoint: str, *, damping: float) -> Pre
         Choe et al., 2024 (LoGra); Park et al., 2023 (TRAK); Grosse et al., "Studying Large Language
         Model Generalization with Influence Functions", 2023.
     """
-    if damping <= 0:
-        raise OptionError(f"damping={damping} must be positive.")
+    check_positive("damping", damping)
+    check_type("checkpoint", checkpoint, str, "its name")
     store.need(checkpoint, None)
     groups = store.projection.groups
     moments = {

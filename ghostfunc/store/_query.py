@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import check_flags, check_type, one_of
 from ghostfunc.store._metric import Preconditioner, RowView, norms, unit
 from ghostfunc.store._rows import StoredRows
 
@@ -62,6 +62,7 @@ def plan(
     Whatever is wrong with the query or the store is raised here, before a row is read.
     """
     one_of("normalize", normalize, ("none", "cosine", "relative"))
+    check_flags(per_block=per_block)
     given = _by_checkpoint(store, query)
     scale = _weights(store, list(given), weights)
     metrics = (
@@ -69,6 +70,8 @@ def plan(
         if isinstance(precondition, dict)
         else ({} if precondition is None else dict.fromkeys(given, precondition))
     )
+    for metric in metrics.values():
+        check_type("precondition", metric, Preconditioner, "what store.preconditioner(...) returns")
     if metrics and set(metrics) != set(given):
         raise OptionError(
             f"precondition is given for checkpoints {sorted(metrics)}, the query for "

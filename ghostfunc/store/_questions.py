@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
+from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_whole
 from ghostfunc.store import _faiss, _metric, _query, _topk
 from ghostfunc.store._faiss import SearchIndex
 from ghostfunc.store._metric import Preconditioner
@@ -100,7 +101,7 @@ class Questions(StoredRows):
             layers=layers,
             precondition=precondition,
             weights=weights,
-            chunks=None if chunks is None else sorted({operator.index(c) for c in chunks}),
+            chunks=None if chunks is None else _numbers(chunks),
         )
         queries = len(next(iter(plan.queries.values()))[0])
         return _topk.best(_query.iter_scores(self, plan), k, queries=queries)
@@ -153,3 +154,10 @@ class Questions(StoredRows):
             precondition=precondition,
             train_rows=train_rows,
         )
+
+
+def _numbers(chunks: object) -> list[int]:
+    """Numbers of chunks, in order."""
+    if not isinstance(chunks, Iterable) or isinstance(chunks, (str, bytes)):
+        raise OptionError(f"chunks is a {type(chunks).__name__}; expected numbers of chunks.")
+    return sorted({check_whole("a member of chunks", c, 0) for c in chunks})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_flags, check_type
 from ghostfunc._base.types import PyTree
 from ghostfunc.projection import Projection
 from ghostfunc.store import _checkpoints, _dtypes, _meta
@@ -88,6 +89,7 @@ class Store(Questions):
             StoreError: there is a store already, or the place cannot be written to. OptionError: an
             unknown dtype, a bad size, or notes that are no JSON; nothing is written then.
         """
+        _check_projection(projection)
         _dtypes.check_dtype(dtype)
         row_bytes = projection.k * _dtypes.BYTES[dtype]
         rows = max(1, min(4096, CHUNK_BYTES // row_bytes)) if chunk_rows is None else chunk_rows
@@ -140,6 +142,9 @@ class Store(Questions):
             StoreError: no store, one of another format, or damaged metadata.
             IncompatibleStoreError: the store is of another projection.
         """
+        if projection is not None:
+            _check_projection(projection)
+        check_flags(writable=writable)
         files = files_at(url, storage_options)
         store = cls(files, Meta.read(files), writable=writable)
         if projection is not None:
@@ -148,6 +153,7 @@ class Store(Questions):
 
     def check_projection(self, projection: Projection) -> None:
         """Raise `IncompatibleStoreError` unless `projection` made the store's rows."""
+        _check_projection(projection)
         ours, theirs = self.projection.spec(), projection.spec()
         for key in ("kind", "seed", "compress", "blocks"):
             if ours[key] != theirs[key]:
@@ -220,3 +226,10 @@ class Store(Questions):
         grown.write(self._files)
         start, self._meta = self.n_samples, grown
         return range(start, self.n_samples)
+
+
+def _check_projection(projection: object) -> None:
+    """Raise `OptionError` unless it is a projection."""
+    check_type(
+        "projection", projection, Projection, "what gf.kronecker_projection(...) makes, not a name"
+    )

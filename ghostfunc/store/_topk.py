@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_type
 
 
 class TopK(NamedTuple):
@@ -52,6 +53,9 @@ def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
         OptionError: no parts, parts of other queries, or a sample that is in two of them.
     """
     check_k(k)
+    check_type("parts", parts, (list, tuple), "a list of answers, as Store.topk returns")
+    for part in parts:
+        check_type("a member of parts", part, TopK, "what Store.topk returns")
     if not parts or len({len(part.scores) for part in parts}) > 1:
         sizes = [tuple(part.scores.shape) for part in parts]
         raise OptionError(f"parts must be answers to one query, at least one; got sizes {sizes}.")
@@ -64,7 +68,7 @@ def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
 
 def check_k(k: object) -> None:
     """Raise `OptionError` for what is no number of samples."""
-    if not isinstance(k, Integral) or int(k) < 1:
+    if isinstance(k, bool) or not isinstance(k, Integral) or int(k) < 1:
         raise OptionError(f"k={k!r} must be a whole number of at least 1.")
 
 

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import check_flags, check_model_fn, check_path, check_type, one_of
 from ghostfunc._base.purity import check_losses
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
@@ -100,10 +99,12 @@ def metagradients(
     """
     one_of("reduction", reduction, ("mean", "none"))
     one_of("hvp", hvp, ("forward", "reverse"))
-    if not isinstance(trained, Trained):
-        raise OptionError(
-            f"metagradients takes what gf.unrolled.train returns; got {type(trained).__name__}."
-        )
+    check_type("trained", trained, Trained, "what gf.unrolled.train returns")
+    check_flags(vectorize=vectorize, progress=progress)
+    if val_fn is not None:
+        check_model_fn(val_fn, "val_fn")
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
     training, states = trained.training, trained.states
     losses, last = _final(trained, val, val_fn or training.model_fn, reduction)
     about = {

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import (
+    check_betas,
+    check_flags,
+    check_not_negative,
+    check_number,
+    check_positive,
+    check_type,
+)
 from ghostfunc.shapley._optimizers import adam_change, clip_factor, sgd_change
 
 Leaves: TypeAlias = list[Tensor]
@@ -153,8 +161,11 @@ def sgd(
     weight_decay: float = 0.0,
 ) -> Optimizer:
     """`torch.optim.SGD`, with the learning rate a number or a function of the steps taken."""
-    _check("momentum", momentum)
-    _check("weight_decay", weight_decay)
+    _check_schedule(lr)
+    check_not_negative("momentum", momentum)
+    check_number("dampening", dampening)
+    check_flags(nesterov=nesterov)
+    check_not_negative("weight_decay", weight_decay)
     if nesterov and (not momentum or dampening):
         raise OptionError("nesterov=True needs a momentum and no dampening.")
     return SGD(lr, momentum, dampening, nesterov, weight_decay)
@@ -189,10 +200,10 @@ def adamw(
 def _adam(
     lr: Schedule, betas: tuple[float, float], eps: float, weight_decay: float, *, decoupled: bool
 ) -> Optimizer:
-    if not all(0 <= b < 1 for b in betas):
-        raise OptionError(f"betas={betas!r} must lie in [0, 1).")
-    _check("eps", eps)
-    _check("weight_decay", weight_decay)
+    _check_schedule(lr)
+    check_betas(betas)
+    check_not_negative("eps", eps)
+    check_not_negative("weight_decay", weight_decay)
     return Adam(lr, betas, eps, weight_decay, decoupled)
 
 
@@ -201,8 +212,8 @@ def clipped(optimizer: Optimizer, *, max_norm: float) -> Optimizer:
 
     update(g * min(1, max_norm / (||g|| + 1e-6)), state, params)
     """
-    if not max_norm > 0:
-        raise OptionError(f"max_norm={max_norm!r} must be positive.")
+    check_type("optimizer", optimizer, Optimizer, "one such as gf.unrolled.adam(lr=...)")
+    check_positive("max_norm", max_norm, infinite=True)
     return Clipped(optimizer, max_norm)
 
 
@@ -220,6 +231,7 @@ def rates(lr: Schedule, steps: int) -> list[float]:
     return [rate(lr, t) for t in range(steps)]
 
 
-def _check(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise OptionError(f"{name}={value!r} must not be negative.")
+def _check_schedule(lr: object) -> None:
+    """Raise `OptionError` unless it is a learning rate, or a function of the steps taken."""
+    if not callable(lr):
+        check_not_negative("lr", lr)

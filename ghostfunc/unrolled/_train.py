@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._base.options import check_flags, check_path, check_type
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._errors import check_count
@@ -115,7 +116,11 @@ def train(
     Raises:
         UnrolledError: the directory holds another run, a file is cut short, or training diverges.
     """
+    check_type("training", training, Training, "a gf.unrolled.Training")
     check_count("keep_every", keep_every)
+    check_flags(progress=progress)
+    if directory is not None:
+        check_path("directory", directory)
     states = States(training, keep_every, directory)
     total = len(training)
     step = states.last(total)

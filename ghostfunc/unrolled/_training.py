@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.options import check_model_fn, check_type
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -78,6 +79,7 @@ class Training:
         weights: Float[Tensor, " samples"] | None = None,
         seed: int | None = None,
     ) -> None:
+        check_model_fn(model_fn)
         leaves, self.spec = flatten_params(params)
         self.leaves = [x.detach().clone() for x in leaves]
         if not isinstance(optimizer, Optimizer):
@@ -85,6 +87,7 @@ class Training:
                 f"optimizer must be such as gf.unrolled.adam(lr=...); got "
                 f"{type(optimizer).__name__}. (Those of gf.shapley hold one step's state.)"
             )
+        check_type("steps", steps, Sized, "a sequence of at least one step")
         if isinstance(steps, Iterator) or not len(steps):
             raise OptionError(
                 "steps must be a sequence of at least one step, each of which can be had again."
@@ -93,6 +96,8 @@ class Training:
             raise OptionError(f"seed={seed!r} must be an integer or None.")
         self.model_fn, self.steps, self.optimizer = model_fn, steps, optimizer
         self.weights, self.seed = weights, seed
+        if weights is not None:
+            check_type("weights", weights, Tensor, "a tensor, one weight per sample id, or None")
         if weights is not None and (weights.ndim != 1 or not weights.is_floating_point()):
             raise OptionError(
                 f"weights must be floating-point, one per sample id; got {tuple(weights.shape)} of "
@@ -109,7 +114,7 @@ class Training:
     def micros(self, step: int) -> list[Micro]:
         """The micro-batches of a step."""
         entry = self.steps[step]
-        micros = [entry] if isinstance(entry, Micro) else list(entry)
+        micros = _micros(entry)
         if not micros or not all(isinstance(m, Micro) for m in micros):
             raise BatchError(
                 f"steps[{step}] must be a gf.unrolled.Micro(ids, batch), or a list of them; got "
@@ -127,7 +132,7 @@ class Training:
                 raise BatchError(
                     f"steps[{step}] holds sample {top}, and there are {len(self.weights)} weights."
                 )
-        return micros
+        return list(micros)
 
     def shares(self, micros: Sequence[Micro]) -> list[Tensor]:
         """`c_i / N` of the samples of each micro-batch."""
@@ -205,3 +210,10 @@ class Training:
 
     def unflatten(self, params: Sequence[Tensor]) -> PyTree:
         return self.spec.unflatten(list(params))
+
+
+def _micros(entry: object) -> list[Any]:
+    """The micro-batches of one step, whatever they are."""
+    if isinstance(entry, Micro) or not isinstance(entry, Sequence):
+        return [entry]
+    return list(entry)

@@ -1,6 +1,6 @@
 """Kill `ghostfunc score` at random moments, resume it, and compare the file bit for bit.
 
-    python -m tests.cli.crash --kills 10 --chats 500 --seed 0
+    python -m tests.cli.crash --kills 10 --chats 500 --seed 0 --score influence
 
 The processes are killed by SIGKILL, at moments drawn over the time an undisturbed run takes. The
 tests stop a run in the same process instead; this is the long form.
@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.cli.conftest import chat, lines, save_model
 
 
-def command(folder: Path, out: str, *more: str) -> list[str]:
+def command(out: str, *more: str) -> list[str]:
     run = "import sys; from ghostfunc.cli import main; sys.exit(main())"
     arguments = ["score", "model", "--pool", "pool.jsonl", "--target", "target.jsonl"]
     return [sys.executable, "-c", run, *arguments, "--top", "50", "--out", out, "--quiet", *more]
@@ -29,7 +29,7 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
 def start(folder: Path, out: str, *more: str) -> subprocess.Popen[bytes]:
     """A run, from the moment on when it begins to compute."""
     process = subprocess.Popen(
-        command(folder, out, *more), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(out, *more), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     begun = folder / Path(out).with_suffix(".run") / "config.json"
     before = begun.stat().st_mtime_ns if begun.exists() else 0
@@ -55,13 +55,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--chats", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score", choices=("dot", "cosine", "influence"), default="dot")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp())
     save_model(folder / "model", n_layer=4, n_embd=64)
     (folder / "pool.jsonl").write_text(lines(chat(i) for i in range(options.chats)))
     (folder / "target.jsonl").write_text(lines(chat(i) for i in range(1000, 1020, 2)))
-    process = start(folder, "whole.jsonl")
+    score = ("--score", options.score)
+    process = start(folder, "whole.jsonl", *score)
     begun = time.perf_counter()
     output = process.communicate()[0].decode()
     seconds = time.perf_counter() - begun
@@ -69,8 +71,9 @@ def main() -> None:
     print(f"undisturbed, {seconds:.1f} s of computing", flush=True)
     killed = 0
     while killed < options.kills or not (folder / "sel.jsonl").exists():
-        stopped = (folder / "sel.run" / "run.json").exists()
-        process = start(folder, "sel.jsonl", *(["--resume"] if stopped else []))
+        kept = [folder / "sel.run" / x / "run.json" for x in ("", "curvature")]
+        stopped = any(path.exists() for path in kept)
+        process = start(folder, "sel.jsonl", *score, *(["--resume"] if stopped else []))
         begun = time.perf_counter()
         if killed < options.kills:
             try:
@@ -79,9 +82,9 @@ def main() -> None:
                 process.kill()
                 process.communicate()
                 killed += 1
-                parts = len(list((folder / "sel.run").glob("part-*.npz")))
+                parts = len(list((folder / "sel.run").rglob("*.*")))
                 written = (folder / "sel.jsonl").exists()
-                print(f"killed {killed}: {parts} parts, file written: {written}", flush=True)
+                print(f"killed {killed}: {parts} files kept, file written: {written}", flush=True)
                 compare(folder)
                 continue
         output = process.communicate()[0].decode()

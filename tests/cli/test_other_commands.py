@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ import ghostfunc as gf
 from ghostfunc.cli import _ask
 from ghostfunc.data import Rows, batches, encode, padded
 from ghostfunc.hf._files import write_table
+from ghostfunc.hf._state import STATE_FILE, Saved, save_state
+
+from .conftest import chat, lines
 
 Run = Callable[..., tuple[int, str]]
 LINE = "score MODEL --pool pool.jsonl --target target.jsonl --top 7 --out sel.jsonl"
@@ -60,6 +65,96 @@ def test_the_trainers_files_get_the_sign_of_scores(run: Run, files: Path) -> Non
     assert run("report trainer.parquet --pool pool.jsonl --out t.html")[0] == 0
 
 
+def page_data(path: Path) -> dict[str, Any]:
+    """What a page shows."""
+    text = path.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
+    return dict(json.loads(text))
+
+
+def run_folder(folder: Path) -> None:
+    """A run of 40 samples as GhostTrainer leaves it: at step 10 half of them were met once, at 20
+    all, at 30 the second half again. The even ones are sums, the others songs."""
+    value = torch.where(torch.arange(40) % 2 == 0, -0.5, 0.25).double()
+    met = [torch.arange(40) < 20, torch.arange(40) >= 0, torch.arange(40) >= 20]
+    values, counts = torch.zeros(40).double(), torch.zeros(40, dtype=torch.long)
+    for step, now in zip((10, 20, 30), met, strict=True):
+        new = now & (counts < (2 if step == 30 else 1))
+        values, counts = values + value * new / step, counts + new
+        seen = counts > 0
+        state = gf.shapley.init(1)
+        state = {
+            **state,
+            "ids": torch.arange(40)[seen],
+            "values": values[seen][:, None],
+            "counts": counts[seen],
+        }
+        saved = Saved(state, {}, {})
+        if step == 30:
+            scores = gf.shapley.Scores(torch.arange(40), values[:, None], counts)
+            write_table(scores, ["dev"], {"global_step": 30}, folder / "scores.parquet")
+        else:
+            (folder / f"checkpoint-{step}").mkdir(parents=True)
+            save_state(saved, folder / f"checkpoint-{step}" / STATE_FILE)
+
+
+def test_a_run_over_training_time(run: Run, files: Path) -> None:
+    run_folder(files / "run")
+    code, said = run("report run --pool pool.jsonl --out r.html --group source")
+    assert code == 0, said
+    found = page_data(files / "r.html")["timeline"]
+    assert found["steps"] == [10, 20, 30]
+    lines = {line["name"]: line["values"] for line in found["lines"]}
+    expected = {"sums": [0.05, 0.025, 0.5 / 30], "songs": [-0.025, -0.0125, -0.25 / 30]}
+    assert lines.keys() == expected.keys()
+    for name, values in expected.items():
+        assert lines[name] == pytest.approx(values, rel=1e-4)
+    assert run("report run --pool pool.jsonl --out r.html")[0] == 0
+    (line,) = page_data(files / "r.html")["timeline"]["lines"]
+    assert line["name"] == "all samples"
+    shutil.rmtree(files / "run" / "checkpoint-10")
+    shutil.rmtree(files / "run" / "checkpoint-20")
+    assert run("report run --pool pool.jsonl --out r.html")[0] == 0
+    assert "timeline" not in page_data(files / "r.html")
+
+
+def test_checkpoints_of_another_run(run: Run, files: Path) -> None:
+    run_folder(files / "run")
+    path = files / "run" / "checkpoint-10" / STATE_FILE
+    shutil.copy(path, files / "run" / "checkpoint-20" / STATE_FILE)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, said = run("report run --pool pool.jsonl --out r.html")
+    assert code == 2
+    assert "its checksum is not" in said
+    scores = gf.shapley.Scores(
+        torch.arange(40), torch.zeros(40, 1).double(), torch.zeros(40, dtype=torch.long)
+    )
+    path.unlink()
+    write_table(scores, ["dev"], {"global_step": 30}, files / "run" / "scores.parquet")
+    code, said = run("report run --pool pool.jsonl --out r.html")
+    assert code == 2
+    assert "belongs to another run" in said
+    (files / "empty").mkdir()
+    code, said = run("report empty --pool pool.jsonl --out r.html")
+    assert code == 2
+    assert "no readable Parquet" in said
+
+
+def test_images_come_from_a_column(run: Run, files: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (40, 40), "teal").save(files / "teal.png")
+    rows = [{**chat(i), "picture": "teal.png"} for i in range(40)]
+    (files / "pool.jsonl").write_text(lines(rows))
+    code, said = run(LINE + " --scores s.parquet --report r.html --image picture")
+    assert code == 0, said
+    assert len(page_data(files / "r.html")["images"]) == 40
+    assert run("report s.parquet --pool pool.jsonl --out r.html --image picture")[0] == 0
+    code, said = run("report s.parquet --pool pool.jsonl --out r.html --image photo")
+    assert code == 2
+    assert "no row has a column 'photo'" in said
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -102,8 +197,11 @@ def test_a_projected_pool_finds_what_the_gradients_find(run: Run, files: Path, m
     assert "40 rows projected to 512 numbers" in said
     assert "0 rows projected" in run(make)[1]
     ask = "query MODEL --store store --pool pool.jsonl --target target.jsonl --top 40 --out q.jsonl"
-    code, said = run(ask)
+    code, said = run(ask + " --report q.html --group source")
     assert code == 0, said
+    page = page_data(files / "q.html")
+    assert (page["ranking"], len(page["ids"])) == ("cosine_higher_helps", 40)
+    assert page["facts"]["store"] == "store"
     lm = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     model_fn, params = gf.hf.causal_lm(lm)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import ghostfunc as gf
 from ghostfunc.data import Rows
-from ghostfunc.report import Heat, write_report
+from ghostfunc.report import Heat, Timeline, write_report
+from ghostfunc.report._page import _said_where
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -58,6 +63,28 @@ def scores_of(n: int) -> gf.Scores:
     dots = torch.randn(n, generator=generator) * 0.7 + kind
     losses = torch.rand(n, generator=generator) * 3
     return gf.Scores(range(n), {"dot_higher_helps": dots, "loss": losses}, {"model": "tiny<b>"})
+
+
+OVER_TIME = Timeline(
+    [10, 20, 30, 40],
+    {
+        "sums": [0.3, 0.2, 0.15, 0.1],
+        "songs": [-0.2, None, -0.05, -0.1],
+        "<b>code": [0.1, 0.0, 0.05, 0.02],
+    },
+    "shapley",
+)
+
+
+def templated(i: int) -> tuple[list[str], list[float]]:
+    """The tokens of a chat about sums as a template writes it, and shares of them."""
+    assert i % 3 == 0
+    answer = f"Answer number {i}, at some length. " * (1 + i % 4)
+    text = f"<|user|>How much is {i} and {i}?<|end|><|assistant|>{answer.strip()}<|end|>"
+    pieces = re.findall(r"<\|\w+\|>| ?\w+|\W", text)
+    assert "".join(pieces) == text
+    generator = torch.Generator().manual_seed(1)
+    return pieces, torch.randn(len(pieces), generator=generator).tolist()
 
 
 class Opened:
@@ -235,9 +262,8 @@ def test_a_hundred_thousand_rows_do_not_stutter(page_of: Any, opened: Any, pictu
 def test_it_looks_right(page_of: Any, opened: Any, pictures: Path) -> None:
     """Pictures to look at; no content is wider than the page, light and dark differ."""
     top = scores_of(200).top(1).ids[0]
-    pieces = ["How", " much", " is", f" {top}", " and", f" {top}", "?", "Answer", " number", "."]
-    heat = {top: Heat(pieces, [0.1, -0.2, 0.05, 0.9, 0.1, -0.6, 0, 0.3, 0.5, -0.1])}
-    path = page_of(group="source", heat=heat)
+    heat = {top: Heat(*templated(top))}
+    path = page_of(group="source", heat=heat, timeline=OVER_TIME)
     colours = set()
     for name, width, scheme in (
         ("desktop", 1280, "light"),
@@ -256,6 +282,112 @@ def test_it_looks_right(page_of: Any, opened: Any, pictures: Path) -> None:
     found.page.emulate_media(media="print")
     assert not found.page.locator("#table").is_visible()
     assert found.page.locator(".best .card").count() == 5
+
+
+def test_tokens_stand_under_the_roles_of_their_messages(page_of: Any, opened: Any) -> None:
+    top = scores_of(200).top(1).ids[0]
+    pieces, shares = templated(top)
+    found = opened(page_of(heat={top: Heat(pieces, shares)}))
+    card = found.page.locator(".best .card").first
+    assert card.locator(".role").all_text_contents() == ["user", "assistant"]
+    added = "".join(card.locator(".template").all_text_contents())
+    assert added == "<|user|><|end|><|assistant|><|end|>"
+    spans = card.locator(".text > span:not(.role)")
+    assert spans.all_text_contents() == pieces
+    assert [float(x.replace("\u2212", "-")) for x in card.locator("[title]").evaluate_all(
+        "all => all.map(e => e.title)"
+    )] == pytest.approx(shares, rel=6e-3)  # fmt: skip
+    assert found.wrong == []
+
+
+def test_a_narrow_page_needs_no_sideways_scrolling(page_of: Any, opened: Any) -> None:
+    found = opened(page_of(group="source"), width=390)
+    assert found.page.evaluate("document.querySelector('#table').scrollWidth") <= 390
+    sizes = "all => all.map(e => e.getBoundingClientRect().height)"
+    (height,) = set(found.page.locator("#histogram svg, #groups svg").evaluate_all(
+        "all => all.map(e => e.viewBox.baseVal.width === Math.round(e.clientWidth))"
+    ))  # fmt: skip
+    assert height  # labels have the size that the style says
+    assert min(found.page.locator(".row").evaluate_all(sizes)) > 50
+    found.page.select_option("#sort", "loss↓")
+    by_loss = scores_of(200)["loss"].argsort(descending=True).tolist()
+    ranks = [int(x) for x in found.texts(".row > :first-child")]
+    order = scores_of(200)["dot_higher_helps"].argsort(descending=True, stable=True).tolist()
+    assert [order[rank - 1] for rank in ranks[:5]] == by_loss[:5]
+    found.page.set_viewport_size({"width": 1280, "height": 900})
+    assert found.page.locator("#head").is_visible()
+    assert not found.page.locator("#sort").is_visible()
+    assert found.wrong == []
+
+
+def test_a_scroll_writes_the_rows_that_come_into_view(page_of: Any, opened: Any) -> None:
+    """Counted, since times depend on the machine: rows that stay are not touched."""
+    found = opened(page_of(20_000))
+    count = """async ([times, pixels]) => {
+      const table = document.querySelector("#table");
+      let changes = 0, added = 0;
+      const watch = (list) => list.forEach((m) => {
+        if (m.target.id === "rows") added += m.addedNodes.length;
+        else changes += m.addedNodes.length;
+      });
+      const observer = new MutationObserver(watch);
+      observer.observe(document.querySelector("#rows"), { subtree: true, childList: true });
+      const next = (done) => requestAnimationFrame(() => requestAnimationFrame(done));
+      const frame = () => new Promise(next);
+      for (let k = 0; k < times; k++) { table.scrollTop += pixels; await frame(); }
+      watch(observer.takeRecords());
+      observer.disconnect();
+      return [changes, added];
+    }"""
+    cells = found.page.locator(".row").first.locator("span").count()
+    found.page.evaluate(count, [10, 34])  # away from the upper end
+    changes, moved = found.page.evaluate(count, [20, 34])
+    assert changes <= 21 * cells
+    assert moved <= 21
+    rows = found.page.locator(".row")
+    tops = rows.evaluate_all("all => all.map(e => e.getBoundingClientRect().top)")
+    assert tops == sorted(tops)  # the order of the page is that of the eye
+    ranks = [int(rank.replace(",", "")) for rank in shown(found)]
+    assert ranks == list(range(ranks[0], ranks[0] + len(ranks)))
+
+
+def test_values_over_training_time(page_of: Any, opened: Any) -> None:
+    found = opened(page_of(timeline=OVER_TIME))
+    assert found.page.locator("#timeline circle").count() == 11
+    assert found.page.locator("#timeline path").count() == 3
+    assert found.texts("#timeline .keys > span") == ["sums", "songs", "<b>code"]
+    assert "mean shapley" in found.texts("#timeline figcaption")[0]
+    assert found.wrong == []
+
+
+def png(colour: str, mode: str = "RGB") -> bytes:
+    image = pytest.importorskip("PIL.Image")
+    out = io.BytesIO()
+    image.new(mode, (400, 200), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def pool_of_images(tmp_path: Path) -> Rows:
+    """Images in all the ways that a row may hold them."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "blue.png").write_bytes(png("blue"))
+    address = "data:image/png;base64," + base64.b64encode(png("red", "RGBA")).decode()
+    rows = [{"image": "images/blue.png", "label": "sea"}, {"image": address}, {"label": "none"}]
+    return jsonl(tmp_path / "pool.jsonl", rows)
+
+
+def test_images_stand_beside_samples(tmp_path: Path, opened: Any, pictures: Path) -> None:
+    rows = pool_of_images(tmp_path)
+    write_report(tmp_path / "r.html", scores_of(3), rows, image="image")
+    for width in (1280, 390):
+        found = opened(tmp_path / "r.html", width=width)
+        assert found.page.locator(".row img").count() == 2
+        assert found.page.locator(".ends img").count() == 2
+        sizes = "all => all.map(e => [e.naturalWidth, e.naturalHeight])"
+        assert found.page.locator("img").evaluate_all(sizes) == [[160, 80]] * 4
+        assert "base64" not in found.page.inner_text("body")
+        found.page.screenshot(path=pictures / f"images-{width}.png", full_page=True)
+        assert found.wrong == []
 
 
 # --- without a browser ------------------------------------------------------------------------
@@ -293,3 +425,46 @@ def test_columns_of_any_kind_are_shown(tmp_path: Path) -> None:
     text = (tmp_path / "r.html").read_text()
     for word in ("plain", "before ", "after", "asks", "says", "thing"):
         assert word in text
+
+
+def test_images_of_tables_that_hold_bytes(tmp_path: Path) -> None:
+    table = pa.table(
+        {"image": [{"bytes": png("green"), "path": "x.png"}, None], "text": ["a", "b"]}
+    )
+    pq.write_table(table, tmp_path / "pool.parquet")
+    rows = Rows.open(tmp_path / "pool.parquet")
+    write_report(tmp_path / "r.html", scores_of(2), rows, image="image")
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg;base64,") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("../secret.png", "is not within"),
+        ("/etc/passwd", "is not within"),
+        ("pool.jsonl", "that Pillow does not read"),
+        ("nothing.png", "cannot be read"),
+        ("data:image/png;base64,????", "not base64"),
+        ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "that Pillow does not read"),
+        (3, "has a int"),
+    ],
+)
+def test_what_is_no_image(tmp_path: Path, value: Any, said: str) -> None:
+    (tmp_path / "secret.png").write_bytes(png("blue"))
+    (tmp_path / "in").mkdir()
+    rows = jsonl(tmp_path / "in" / "pool.jsonl", [{"image": value}])
+    with pytest.raises(gf.OptionError, match=f"line 1: the image column 'image'.*{said}"):
+        write_report(tmp_path / "r.html", scores_of(1), rows, image="image")
+    with pytest.raises(gf.OptionError, match="no row has a column 'picture'"):
+        write_report(tmp_path / "r.html", scores_of(1), rows, image="picture")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_roles_are_found_among_tokens() -> None:
+    parts = [["user", " a b "], ["assistant", "a b c"], ["user", "long " * 20], ["user", "gone"]]
+    pieces = ["<u>", " a", " b", "</u>", "a", " b", " c", "<u>", *["long "] * 8]
+    assert _said_where(parts, pieces) == [
+        [1, 3, "user"],
+        [4, 7, "assistant"],
+        [8, 16, "user"],
+    ]

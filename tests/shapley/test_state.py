@@ -80,5 +80,5 @@ def test_what_does_not_fit(ids: Any, values: Any, said: str) -> None:
 def test_sets_of_merged_states_agree() -> None:
     with pytest.raises(gf.OptionError, match="2 and 3"):
         shapley.merge(shapley.init(2), shapley.init(3))
-    with pytest.raises(gf.OptionError, match="at least one"):
+    with pytest.raises(gf.OptionError, match="num_sets=0 must be an integer, 1 or more"):
         shapley.init(0)

@@ -211,3 +211,18 @@ def test_axes_by_length(
         assert_right(case)
     else:
         assert_right_or_refused(case, *REFUSALS)
+
+
+def test_the_same_ops_told_another_axis() -> None:
+    """Positions are permuted in small batches, and samples in large ones, by the same ops."""
+
+    def model(p: Any, batch: Any) -> Tensor:
+        x, lengths = batch["x"], batch["lengths"]
+        axis, keys = (1, torch.arange(x.shape[1])) if len(x) <= 4 else (0, lengths)
+        order = keys.argsort(stable=True)
+        y = torch.tanh(x.index_select(axis, order) @ p["w"])
+        return energy(y.index_select(axis, order.argsort()))
+
+    first = [ragged(3, 3), in_order(6, 3)]
+    case = Case(model, weights(w=(4, 5)), ragged(6, 3), ragged(2, 3), first=first)
+    assert_right_or_refused(case, *REFUSALS)

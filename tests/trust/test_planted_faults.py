@@ -387,9 +387,9 @@ def case_like(case: Case, train: Tensor) -> Case:
 # --- beyond one direction of scores ---------------------------------------------------------------
 
 
-def test_a_factor_beside_zeros_is_proved_when_they_are_none(monkeypatch: Patch) -> None:
-    """LoRA at initialisation proves nothing of `a`: b is zero, and so is all that a fault of `a`'s
-    gradient would change. Trained a little, it is another program to be proved."""
+def test_zeros_hide_nothing(monkeypatch: Patch) -> None:
+    """LoRA at initialisation: b is zero, and so is all that a fault of `a`'s gradient would change.
+    Trained a little, it is the same program at the same shapes, and nothing is new."""
     case = case_of(adapted)
     case.params["b"] = torch.zeros(4, 2, dtype=torch.float64)
     rule = RULES[F.linear]
@@ -399,12 +399,22 @@ def test_a_factor_beside_zeros_is_proved_when_they_are_none(monkeypatch: Patch) 
         return fn(b.flip(-2) if weight.shape[-2:] == (2, 4) else b, input, weight, bias)
 
     monkeypatch.setitem(RULES, F.linear, replace(rule, fn=wrong))
-    case.of(gf.ghost_dot_prod, case.val)  # nothing to be seen
-    trained = {**case.params, "b": torch.randn(4, 2, dtype=torch.float64)}
-    later = Case(case.model_fn, trained, case.train, case.val)
-    assert len(later.g) == 3
-    with pytest.raises(gf.GhostError):
-        off(later, scores)
+    with pytest.raises(gf.SampleAxisError, match="at parameter 'a'"):
+        case.of(gf.ghost_dot_prod, case.val)
+
+
+def test_zeros_that_the_program_looks_at_stay(monkeypatch: Patch) -> None:
+    """A program that goes another way where its parameters are not zero is proved as it is."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        own = F.linear(x, p["w"])
+        beside = F.linear(F.linear(x, p["a"]), p["b"])
+        return energy(own + beside if not bool(p["b"].any()) else own.flip(1) * beside)
+
+    case = case_of(adapted)
+    case.model_fn = model
+    case.params["b"] = torch.zeros(4, 2, dtype=torch.float64)
+    assert not off(case, norms)
 
 
 def test_copies_of_one_sample_prove_nothing_of_others(monkeypatch: Patch) -> None:

@@ -432,7 +432,7 @@ def test_options() -> None:
     training = Training(model, params, steps, optimizer=sgd)
     with pytest.raises(gf.OptionError, match="keep_every=0"):
         gf.unrolled.train(training, keep_every=0)
-    with pytest.raises(gf.OptionError, match=r"takes what gf\.unrolled\.train returns"):
+    with pytest.raises(gf.OptionError, match=r"expected what gf\.unrolled\.train returns"):
         gf.unrolled.metagradients(training, data)  # type: ignore[arg-type]
     trained = gf.unrolled.train(training, keep_every=1)
     with pytest.raises(gf.OptionError, match="reduction='sum'"):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,9 +36,12 @@ from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, map_leaves, take, tensors_of
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
+from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, Reader
+from ghostfunc._taps.claim import Claim
 from ghostfunc._taps.mode import TapMode, mixes_last_axes, unfold_all
-from ghostfunc._taps.proof import Claim, prove
+from ghostfunc._taps.proof import prove
+from ghostfunc._taps.readings import Read, Reading, reading_of
 from ghostfunc._taps.run import dots, pull_back, refuse_unproved, with_zeros
 from ghostfunc._trace.find import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
@@ -69,14 +71,34 @@ def position_dots(
     parameter."""
 
     def use(model: TracedModel) -> list[list[Tensor]]:
-        shares, losses, way = _shares(model, directions=directions, per_param=per_param, look=look)
-        prove(Claim(model, way, losses, partial(dots, model)), check, randomness)
+        def shares_of(model: TracedModel) -> tuple[list[list[Tensor]], Tensor, WayTaken]:
+            return _shares(model, directions=directions, per_param=per_param, look=look)
+
+        shares, losses, way = shares_of(model)
+
+        def read(again: bool) -> Read:
+            found, of, _ = shares_of(model) if again else (shares, losses, way)
+            made = [_reading(us, x) for us, x in zip(directions, found, strict=True)]
+            return Read(of, [reading for reading in made if reading is not None], [])
+
+        asked = "positions", per_param, len(directions), in_transform()
+        claim = Claim(model, way, losses, dots, read, lambda: asked)
+        prove(claim, check, randomness)
         return shares
 
     model, shares = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return shares
+
+
+def _reading(directions: Sequence[Tensor], shares: Sequence[Tensor]) -> Reading | None:
+    """All positions together have `<g_i, u>`."""
+    readers = [DotReader(wide(u)) for u in directions]
+    values = [x.sum(1) for x in shares]
+    return reading_of(
+        Prepared(readers, degree=1), readers, values, summed=len(shares) < len(directions)
+    )
 
 
 def _shares(

@@ -108,6 +108,7 @@ def in_one_run(
     if in_transform() or _difference(train, val) is not None:
         return None
     remembered = memory(model_fn)
+    n, m = batch_size(train), batch_size(val)
     key = (
         "one run",
         structure(model_fn, spec, leaves, train, "error"),  # the batches differ in size alone
@@ -118,11 +119,10 @@ def in_one_run(
         if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
             return None
         uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-        if batch_size(val) == 1:  # code may treat a batch of one in its own way
-            alone = _losses(model_fn, leaves, spec, val)
+        if m == 1 and check == "never":  # else the proof runs it by itself
+            alone = _losses(model_fn, leaves, spec, val)  # code may treat one in its own way
         remembered[key] = [i for i, met in enumerate(uses) if len(met) > 1]
     shared: list[int] = remembered[key]
-    n, m = batch_size(train), batch_size(val)
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = leaves[0].new_full((n + m,), scales[0], dtype=torch.float64)
     weights[n:].fill_(scales[1])

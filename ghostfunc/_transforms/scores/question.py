@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple, TypeAlias
 
@@ -15,8 +16,15 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.options import CHECKS, check_chunk_size, check_contract_dtype, one_of
+from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.options import (
+    CHECKS,
+    check_chunk_size,
+    check_contract_dtype,
+    check_flags,
+    check_vectorize,
+    one_of,
+)
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
@@ -27,6 +35,7 @@ from ghostfunc._factors.matmul import product
 from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
+from ghostfunc._taps.sinks import Ready
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
@@ -87,13 +96,14 @@ class Question:
             return self._joined([(p, self._ghost(p, grads=False).table) for p in self._rounds()])
         return self._joined([(p, self._other(p)) for p in self._rounds()])
 
-    def step(self) -> tuple[Tensor, list[Tensor], PyTree]:
-        """Losses, the gradient of the mean loss, and the scores."""
+    def step(self, ready: Ready | None = None) -> tuple[Tensor, list[Tensor], PyTree]:
+        """Losses, the gradient of the mean loss, and the scores. `ready` gets most gradients of a
+        batch that is run at one time while the backward pass goes on."""
         if self.mode != "ghost":
             scores = self.scores()
             return *self._plain_gradient(), scores
         first, *others = self._rounds()
-        losses, grads, table = self._ghost(first, grads=True)
+        losses, grads, table = self._ghost(first, grads=True, ready=ready)
         tables = [(p, self._ghost(p, grads=False).table) for p in others]
         return losses, grads, self._joined([(first, table), *tables])
 
@@ -115,7 +125,7 @@ class Question:
                 "batches, a dict of them, to tell validation samples apart."
             )
         finite = FiniteLosses(self.check_finite)
-        vals = [self._direction(val, finite) for val in self.targets.vals]
+        vals = [self.direction_of(val, finite) for val in self.targets.vals]
         us = [*vals, *map(self._dense, self.targets.directions)]
 
         def of_chunk(train: PyTree) -> list[Tensor]:
@@ -130,6 +140,8 @@ class Question:
                 randomness=self.randomness,
                 look=finite.add,
             )
+            for k, (u, columns) in enumerate(zip(us, parts, strict=True)):
+                self._doubt(finite, _Piece(k, u=u), columns)
             finite.look()
             return _flat(parts)
 
@@ -159,7 +171,7 @@ class Question:
             return [(chunk, None) for _, chunk in batches.chunks(val, self.chunk_size, "val")]
         if batch_size(val) <= self.chunk_size and self.mode == "ghost":
             return [(val, None)]
-        return [(None, self._direction(val))]
+        return [(None, self.direction_of(val))]
 
     def _dense(self, direction: list[Tensor] | FactoredGrads) -> list[Tensor]:
         if not isinstance(direction, FactoredGrads):
@@ -167,7 +179,10 @@ class Question:
         c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
         return [direction.total(i, c) for i in range(len(self.leaves))]
 
-    def _direction(self, val: PyTree, finite: FiniteLosses | None = None) -> list[Tensor]:
+    def direction_of(
+        self, val: PyTree, finite: FiniteLosses | None = None, ready: Ready | None = None
+    ) -> list[Tensor]:
+        """The validation gradient of a batch."""
         return dense_direction(
             self.model_fn,
             self.leaves,
@@ -177,11 +192,12 @@ class Question:
             chunk_size=self.chunk_size,
             randomness=self.randomness,
             look=check_finite if finite is None else finite.add,
+            ready=ready,
         )
 
     # --- ghost -----------------------------------------------------------------------------------
 
-    def _ghost(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step:
+    def _ghost(self, pieces: Sequence[_Piece], *, grads: bool, ready: Ready | None = None) -> _Step:
         at_once = self._at_once(pieces, grads=grads)
         if at_once is not None:
             return at_once
@@ -204,8 +220,11 @@ class Question:
                 summed=() if self.per_param else range(len(readers)),
                 finite=finite,
                 randomness=self.randomness,
+                ready=ready if train is self.train else None,
             )
             dots = taken.values[: len(readers)]
+            for piece, columns in zip(pieces, dots, strict=True):
+                self._doubt(finite, piece, columns)
             if not self.normalize:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
@@ -229,6 +248,13 @@ class Question:
             del part
         losses, *flat = batches.joined(parts)
         return _Step(losses, sums.result(), self._unflat(flat, len(pieces)))
+
+    def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
+        """Have a direction that was given looked at if what is made of it is not finite."""
+        if piece.u is not None and self.targets.directions:
+            blame = partial(refuse_not_finite, piece.u, self.spec, self.targets.title(piece.target))
+            for values in columns:
+                finite.doubt(values, blame)
 
     def _at_once(self, pieces: Sequence[_Piece], *, grads: bool) -> _Step | None:
         """`_ghost` in one run of both batches, where that can be."""
@@ -435,6 +461,8 @@ def ask(
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype, mode)
     check_chunk_size(chunk_size)
+    check_flags(per_param=per_param, normalize=normalize, check_finite=check_finite)
+    check_vectorize(vectorize)
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     if normalize and mode == "jvp":
@@ -450,6 +478,10 @@ def ask(
             f'Validation gradients kept by gf.factored_grads need mode="ghost"; got mode={mode!r}. '
             "Pass the validation batch itself as val."
         )
+    if mode != "ghost":
+        for k, u in enumerate(targets.directions):
+            if not isinstance(u, FactoredGrads):
+                refuse_not_finite(u, spec, targets.title(k))
     return Question(
         model_fn,
         leaves,

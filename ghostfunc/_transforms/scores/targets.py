@@ -31,6 +31,10 @@ class Targets:
     def __len__(self) -> int:
         return len(self.vals) + len(self.directions)
 
+    def title(self, k: int) -> str:
+        """What the caller knows one of the directions by."""
+        return "direction" if self.names is None else f"direction[{self.names[k]!r}]"
+
     def named(self, results: Sequence[Any]) -> Any:
         """One result for each of them, as the caller gave them: alone, or in a dict."""
         if self.names is None:

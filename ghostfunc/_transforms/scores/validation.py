@@ -8,6 +8,7 @@ parameter, from shapes, for every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import bundles, cost
+from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.factor import Factor, times
 from ghostfunc._factors.matmul import speed
 from ghostfunc._quantities.quantity import Prepared
@@ -53,31 +55,13 @@ def validation_readers(
     `grads` says whether the training gradient will be formed in the same backward pass.
     """
     m = batch_size(val, "val")
-    everything = range(len(leaves))
     each = reduction == "none"
     ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
     theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
-    if each:
-        factored = set(everything)
-        deferred = {i for i in everything if not all(x.direct for x in (*ours[i], *theirs[i]))}
-    else:
-        deferred = set()
-        factored = {
-            i
-            for i, x in enumerate(leaves)
-            if cost.keep_direction_factored(
-                ours[i], theirs[i], grads=grads, speed=speed(x, contract_dtype)
-            )
-        }
+    forms = _Forms.of(leaves, ours, theirs, each=each, grads=grads, contract_dtype=contract_dtype)
     mean = 1 / m if reduction == "mean" else 1.0
-    # In half precision 1 / m would be rounded, once in all cotangents or once in each, and a
-    # gradient has its parameter's dtype: there the direction is added up and divided wider.
-    # So it is where its products may be rounded, which those of a gradient may not.
-    halves = {i for i, x in enumerate(leaves) if wide(x).dtype != x.dtype}
-    apart = set(everything) if contract_dtype is not None else halves
-    wider = {i for i in apart - factored if all(x.direct for x in theirs[i])}
     totals = [
-        TotalReader(tuple(x.shape), contract_dtype) if i in wider else None
+        TotalReader(tuple(x.shape), contract_dtype) if i in forms.wider else None
         for i, x in enumerate(leaves)
     ]
     taken = run(
@@ -85,16 +69,16 @@ def validation_readers(
         leaves,
         spec,
         val,
-        [Prepared(totals, degree=1)] if wider else [],
-        grads=[i for i in everything if i not in factored and i not in wider],
-        collect=factored,
-        defer=deferred,
-        scale=1.0 if apart else mean,
+        [Prepared(totals, degree=1)] if forms.wider else [],
+        grads=forms.dense,
+        collect=forms.factored,
+        defer=forms.deferred,
+        scale=1.0 if forms.scaled_after else mean,
         check=check,
         finite=finite,
         randomness=randomness,
     )
-    after = mean if apart else 1.0
+    after = mean if forms.scaled_after else 1.0
 
     def scaled(factor: Factor) -> Factor:
         return factor if after == 1.0 else times(factor, after)
@@ -103,13 +87,62 @@ def validation_readers(
         deferred = taken.deferred[i]
         if deferred is not None:  # only of reduction "none", which scales nothing
             return DeferredReader(deferred, m, contract_dtype)
-        if i in factored:
+        if i in forms.factored:
             factors = tuple(map(scaled, taken.factors[i]))
             return PairReader(factors, each, m, contract_dtype=contract_dtype)
-        u = wide(taken.values[0][i] if i in wider else taken.grads[i])
+        u = wide(taken.values[0][i] if i in forms.wider else taken.grads[i])
         return DotReader(u if after == 1.0 else u * after, contract_dtype)
 
-    return [reader(i) for i in everything]
+    return [reader(i) for i in range(len(leaves))]
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """In which form each parameter's validation gradient is kept, by index.
+
+    Attributes:
+        factored: as factors; `deferred`: of these, the ones that are formed one sample at a time.
+        wider: added up in a wider dtype than the parameter's, by a reader; `dense`: by autograd.
+        scaled_after: whether the gradients are divided after they were added up.
+    """
+
+    factored: set[int]
+    deferred: set[int]
+    wider: set[int]
+    dense: list[int]
+    scaled_after: bool
+
+    @classmethod
+    def of(
+        cls,
+        leaves: Sequence[Tensor],
+        ours: Sequence[Sequence[UseShape]],
+        theirs: Sequence[Sequence[UseShape]],
+        *,
+        each: bool,
+        grads: bool,
+        contract_dtype: ContractDtype,
+    ) -> _Forms:
+        """`each`: the gradients of single validation samples are asked for, not their sum."""
+        everything = range(len(leaves))
+
+        def keep(i: int) -> bool:
+            faster = speed(leaves[i], contract_dtype)
+            return cost.keep_direction_factored(ours[i], theirs[i], grads=grads, speed=faster)
+
+        factored = {i for i in everything if each or keep(i)}
+        direct = [all(x.direct for x in theirs[i]) for i in everything]
+        deferred = {
+            i for i in everything if each and not (direct[i] and all(x.direct for x in ours[i]))
+        }
+        # In half precision 1 / m would be rounded, once in all cotangents or once in each, and a
+        # gradient has its parameter's dtype: there the direction is added up and divided wider.
+        # So it is where its products may be rounded, which those of a gradient may not.
+        halves = {i for i, x in enumerate(leaves) if wide(x).dtype != x.dtype}
+        apart = set(everything) if contract_dtype is not None else halves
+        wider = {i for i in apart - factored if direct[i]}
+        dense = [i for i in everything if i not in factored and i not in wider]
+        return cls(factored, deferred, wider, dense, bool(apart))
 
 
 def kept_readers(
@@ -150,14 +183,17 @@ def dense_direction(
     chunk_size: int | None,
     randomness: Randomness,
     look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """The gradient of the mean or summed validation losses, a few samples at a time. `val` is a
-    batch or an iterable of batches."""
+    batch or an iterable of batches. `ready` gets the gradients of a batch that is run at one time
+    as they come up."""
 
     def gradient(batch: PyTree, scale: float) -> list[Tensor]:
         def of_chunk(chunk: PyTree) -> list[Tensor]:
             prove_independent(model_fn, leaves, spec, chunk, randomness)
-            return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look)
+            whole = ready if chunk is val else None
+            return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look, whole)
 
         sums = batches.Sums()
         for grads in batches.each(of_chunk, batch, chunk_size, "val"):

@@ -1,0 +1,252 @@
+"""A run's gradients, held against plain autograd along one random direction.
+
+Parameters that are all zeros hide what they multiply: while the second matrix of an adapter is
+zero, so is the gradient of the first. Where a parameter has no gradient, the proof is made with
+small positive numbers in place of such zeros, unless the program then goes another way.
+
+A parameter with small numbers may have nothing but rounding noise in them: a bias that a softmax
+takes no notice of. How large that noise is is seen where it matters: plain autograd takes the
+gradients of a few samples again, with parameters moved by units in their last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.errors import CoupledSamplesError
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.torch_private import unrounded
+from ghostfunc._base.types import ContractDtype, Randomness
+from ghostfunc._taps.claim import (
+    FLOOR,
+    NOISE,
+    NOT_THEIRS,
+    Alone,
+    Claim,
+    Dots,
+    coarsest,
+    loss_sizes,
+    tolerance_of,
+)
+from ghostfunc._taps.readings import Sum
+from ghostfunc._trace.find import Disproved, TracedModel
+from ghostfunc._trace.layout import StaleLayout
+
+ZEROS = 0.02
+"""The typical size of what stands in for parameters that are all zeros."""
+
+NOISY = 4
+"""Samples that rounding noise is looked at with."""
+
+NOISE_MARGIN = 100.0
+"""How much larger than the noise that was seen a difference may be."""
+
+
+def compare_gradients(
+    claim: Claim, seed: int, randomness: Randomness
+) -> CoupledSamplesError | Disproved | None:
+    """What is wrong with the claim, seen along one direction."""
+    model = claim.model
+    generator = np.random.default_rng([seed, model.n])
+    # numpy's numbers: torch draws none inside vmap.
+    v = [torch.from_numpy(generator.standard_normal(x.shape)).to(x) for x in model.leaves]
+    given = claim.dots_by(claim.model, v, seed, randomness)
+    model, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
+    table = found.table
+    index = table.isfinite().all(0).nonzero().flatten().tolist()
+    if not index:  # losses are all there is to compare
+        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        return None
+    alone = Alone(model, found.losses, randomness, seed)
+    weights = _weights(table[:, index], generator)
+    totals, sizes = table.new_zeros(len(v)), table.new_zeros(len(v))
+    for part in _parts(len(index), generator, whole=randomness == "different"):
+        rows = [index[i] for i in part.rows]
+        c = torch.where(torch.tensor(part.own), weights[part.rows], 0)
+        grads = alone.gradient(rows, c, part.own)
+        if isinstance(grads, CoupledSamplesError):
+            return grads
+        with unrounded(found.losses):
+            dots, norms = zip(*(_beside(g, u) for g, u in zip(grads, v, strict=True)), strict=True)
+        totals, sizes = totals + torch.stack(dots), sizes + torch.stack(norms)
+    size = loss_sizes(found.losses[index])
+    noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
+    terms = weights * table[:, index]
+    compared = _Compared(list(range(len(v))), terms, totals, sizes, noise)
+    wrong: CoupledSamplesError | Disproved | None = compared.wrong(model, None)
+    if wrong is None and compared.doubtful(model):
+        wrong = _beyond_noise(compared, alone, index, weights)
+    if wrong is None and bool(given.table.isfinite().all()):
+        wrong = _compare_sums(claim, v, given.table, seed, randomness)
+    return wrong
+
+
+def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """`<g, u>` and `||g||`."""
+    g = wide(g).detach().flatten()
+    return (g @ wide(u).flatten()).double().cpu(), g.norm().double().cpu()
+
+
+def _with_numbers_for_zeros(
+    claim: Claim, given: Dots, v: Sequence[Tensor], seed: int, randomness: Randomness
+) -> tuple[TracedModel, Dots]:
+    """The model with no parameter that is all zeros, where some hide others, and what it reads."""
+    model = claim.model
+    if bool(given.table.any(1).all()):
+        return model, given
+    generator = np.random.default_rng([seed, model.n])
+    filled = list(model.leaves)
+    for i, x in enumerate(filled):
+        if x.numel() > 0 and not bool(x.detach().any()):
+            filled[i] = torch.from_numpy(generator.uniform(0.5, 1.5, x.shape) * ZEROS).to(x)
+    if all(x is y for x, y in zip(filled, model.leaves, strict=True)):
+        return model, given
+    other = replace(model, leaves=filled)
+    try:
+        found = claim.dots_by(other, v, seed, randomness)
+    except StaleLayout:  # of parameters that the program looks at
+        return model, given
+    same = found.way == claim.way and bool(found.losses.isfinite().all())
+    return (other, found) if same else (model, given)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """`sum_i c_i s_ip` beside `t_p`.
+
+    Attributes:
+        params: which parameters.
+        terms: `c_i s_ip`, `[P, n]`; totals: `t_p`; sizes: how large the gradients are.
+        noise: what is rounding noise of the losses.
+    """
+
+    params: list[int]
+    terms: Tensor
+    totals: Tensor
+    sizes: Tensor
+    noise: float
+
+    @property
+    def scales(self) -> Tensor:
+        return self.terms.square().sum(1).sqrt() + self.sizes
+
+    @property
+    def errors(self) -> Tensor:
+        return (self.terms.sum(1) - self.totals).abs()
+
+    def wrong(
+        self, model: TracedModel, contract_dtype: ContractDtype, floor: float = FLOOR
+    ) -> Disproved | None:
+        """Where they do not agree. Below the share `floor` of the largest parameter, numbers may be
+        rounding noise."""
+        names, scales, errors = model.spec.names, self.scales, self.errors
+        limits = torch.maximum(scales, floor * scales.max()) * tolerance_of(model, contract_dtype)
+        bad = (~(errors <= limits.clamp_min(self.noise))).nonzero().flatten().tolist()
+        if not bad:
+            return None
+        listed = ", ".join(repr(names[self.params[p]]) for p in bad[:5])
+        worst = max(float(errors[p] / scales[p].clamp_min(1e-300)) for p in bad)
+        return Disproved(f"{NOT_THEIRS} at parameter {listed} (off by {worst:.1e})")
+
+    def doubtful(self, model: TracedModel) -> bool:
+        """Whether something is off by more than its own scale allows."""
+        return self.wrong(model, None, floor=0.0) is not None
+
+
+def _beyond_noise(
+    compared: _Compared, alone: Alone, index: list[int], weights: Tensor
+) -> CoupledSamplesError | Disproved | None:
+    """What is off by more than rounding noise, which is seen in a few samples: parameters are moved
+    by units in their last place."""
+    model = alone.model
+    few = list(range(min(NOISY, len(index))))
+    rows, c = [index[i] for i in few], weights[few]
+    eps = 2 * torch.finfo(coarsest(model)).eps
+    moved = [x * (1 + eps * _signs(x)) for x in model.leaves]
+    found = []
+    for leaves in (model.leaves, moved):
+        own = [leaves is model.leaves] * len(rows)  # the others' losses are not quite the run's
+        grads = replace(alone, model=replace(model, leaves=leaves)).gradient(rows, c, own)
+        if isinstance(grads, CoupledSamplesError):
+            return grads
+        found.append(grads)
+    noise = [float((wide(x) - wide(y)).norm()) for x, y in zip(*found, strict=True)]
+    seen = torch.tensor(noise, dtype=torch.float64) * (len(index) / len(few)) ** 0.5
+    scales = torch.maximum(compared.scales, seen * NOISE_MARGIN / tolerance_of(model, None))
+    sizes = scales - compared.terms.square().sum(1).sqrt()
+    return replace(compared, sizes=sizes).wrong(model, None, floor=0.0)
+
+
+def _signs(x: Tensor) -> Tensor:
+    """1 and -1, as good as random."""
+    turns = torch.arange(x.numel(), dtype=torch.float64, device=x.device) + 1
+    return torch.sin(turns * turns * 0.7548776662).sign().to(x.dtype).view(x.shape)
+
+
+def _compare_sums(
+    claim: Claim, v: Sequence[Tensor], table: Tensor, seed: int, randomness: Randomness
+) -> Disproved | None:
+    """What is wrong with sums over all samples, training gradients above all: their products with
+    the direction are sums of those that were proved."""
+    model = claim.model
+    for one in claim.read_by(seed, randomness).sums:
+        compared = _of_sum(one, v[one.param], table[one.param], claim)
+        if compared is not None and (wrong := compared.wrong(model, one.contract_dtype)):
+            return wrong
+    return None
+
+
+def _of_sum(one: Sum, v: Tensor, dots: Tensor, claim: Claim) -> _Compared | None:
+    scale = one.scale
+    weights = scale.detach().double().cpu() if isinstance(scale, Tensor) else scale
+    with unrounded(one.value):
+        total, size = _beside(one.value, v)
+    if not bool(total.isfinite()):
+        return None
+    noise = NOISE * torch.finfo(coarsest(claim.model)).eps
+    noise *= float((loss_sizes(claim.losses) * weights).norm())
+    return _Compared([one.param], (dots * weights)[None], total[None], size[None], noise)
+
+
+def _weights(table: Tensor, generator: np.random.Generator) -> Tensor:
+    """Random weights that make the samples' numbers equally large."""
+    size = table.square().sum(0).sqrt()
+    seen = size[size > 0]
+    typical = seen.log().mean().exp() if len(seen) else size.new_ones(())
+    least = typical * torch.finfo(torch.float32).eps ** 0.5
+    signs = torch.from_numpy(generator.choice([-1.0, 1.0], len(size)))
+    return (
+        signs
+        * torch.from_numpy(generator.uniform(0.5, 1.5, len(size)))
+        * (typical / size.clamp_min(least))
+    )
+
+
+class _Part(NamedTuple):
+    """Samples that are run together, and which of them count."""
+
+    rows: list[int]
+    own: list[bool]
+
+
+def _parts(n: int, generator: np.random.Generator, *, whole: bool) -> list[_Part]:
+    """Every sample once, in two random halves of two samples at least: code may treat a batch of
+    one in its own way."""
+    if whole or n == 1:
+        return [_Part(list(range(n)), [True] * n)]
+    if n == 2:
+        return [_Part([i, i], [True, False]) for i in range(n)]
+    order = generator.permutation(n).tolist()
+    parts = []
+    for own in (order[: n // 2], order[n // 2 :]):
+        others = [i for i in order if i not in own][: max(0, 2 - len(own))]
+        rows = sorted([*own, *others])
+        parts.append(_Part(rows, [i in own for i in rows]))
+    return parts

@@ -1,0 +1,331 @@
+"""Readings: what a run read, beside the same numbers made of whole gradients.
+
+The proof along one direction covers gradients. What else is read off the same factors (norms, Gram
+matrices, projections, scores that stay factored, kept factors) is held against its definition, for
+two samples drawn at random:
+
+    plain autograd:   g_i                          one backward pass with all weight on sample i
+    definition:       what the reader of the parameter itself reads off `Dense(g_i)`
+    proved:           the run's own number is that
+
+`Dense(g_i)` takes no way through derived tensors, has one use, no positions and no fold, so it
+shares no shortcut with the run. How far rounding may move a number is seen, not guessed: the
+definition is asked again for gradients that are off by the tolerance, in a few directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dtypes import wide
+from ghostfunc._base.torch_private import batched_within
+from ghostfunc._base.trees import flatten
+from ghostfunc._base.types import ContractDtype
+from ghostfunc._factors import bundles, contract
+from ghostfunc._factors.factor import Dense, Factor
+from ghostfunc._quantities.quantity import Gram, Quantity
+from ghostfunc._quantities.readers import (
+    DeferredGradients,
+    OneRunReader,
+    PositionsReader,
+    TotalReader,
+    ValueReader,
+)
+
+Define = Callable[[Tensor, Tensor | None], Tensor]
+"""A parameter's numbers, from some samples' gradients `[s, *shape]` and the others' sum."""
+
+Pick = Callable[[Tensor], Tensor]
+"""The run's own numbers of the samples that are asked for, `[s, ...]`."""
+
+
+class Numbers(NamedTuple):
+    """One parameter's numbers: by definition, and as the run has them."""
+
+    define: Define
+    pick: Pick
+
+
+class Reading(NamedTuple):
+    """What a run read of one quantity.
+
+    Attributes:
+        what: its name.
+        degree: 1 if it is linear in the gradient.
+        numbers: by parameter.
+        total: picks the sum over parameters, where the run has nothing else.
+        pairs: whether it relates samples to each other, `[s, s]`.
+        samples: how many of the batch's samples it is of; the others are what it is beside.
+        scale: of the gradients that it is of, one number or one per sample.
+        contract_dtype: what its products are rounded to.
+    """
+
+    what: str
+    degree: int
+    numbers: dict[int, Numbers]
+    total: Pick | None = None
+    pairs: bool = False
+    samples: int | None = None
+    scale: float | Tensor = 1.0
+    contract_dtype: ContractDtype = None
+
+
+class Sum(NamedTuple):
+    """`sum_i scale_i g_i` of one parameter, as the run has it."""
+
+    param: int
+    value: Tensor
+    scale: float | Tensor
+    contract_dtype: ContractDtype = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """All that a run read.
+
+    Attributes:
+        losses: `[n]`.
+        readings: what is a number of single samples or of pairs.
+        sums: what is a sum over all samples.
+    """
+
+    losses: Tensor
+    readings: list[Reading]
+    sums: list[Sum]
+
+
+def reading_of(
+    quantity: Quantity,
+    readers: Sequence[Any],
+    values: Sequence[Tensor | None],
+    *,
+    scale: float | Tensor = 1.0,
+    summed: bool = False,
+) -> Reading | None:
+    """What there is to be proved of a quantity; None for what is no function of single gradients:
+    sums over samples, what asks for positions, and what vmap has several of."""
+    if isinstance(scale, float):
+        scale = 1.0  # values are not scaled by a single number
+    if any(batched_within(x) for x in (*values, scale) if isinstance(x, Tensor)):
+        return None
+    numbers: dict[int, Numbers] = {}
+    samples, pairs, contract_dtype = None, False, quantity.contract_dtype
+    for i, reader in enumerate(readers):
+        match reader:
+            case None | TotalReader() | PositionsReader():
+                continue
+            case ValueReader(quantity=of) if of.pairs_samples and not isinstance(of, Gram):
+                continue
+            case ValueReader(quantity=of):
+                pairs = of.pairs_samples
+                contract_dtype = contract_dtype or of.contract_dtype
+            case _:
+                contract_dtype = contract_dtype or reader.contract_dtype
+        if isinstance(reader, OneRunReader):
+            samples = reader.n
+        numbers[i] = Numbers(_defined(reader), _picked(None if summed else values[i], pairs=pairs))
+    if not numbers or (contract_dtype is not None and quantity.degree > 1 and samples is None):
+        return None  # rounded squares may cancel: nobody knows how far they are off
+    degree = 1 if samples is not None else quantity.degree
+    if summed and not values:
+        return None
+    total = _picked(values[0], pairs=pairs) if summed else None
+    name = type(next(x for x in readers if x is not None)).__name__
+    what = {"ValueReader": type(quantity).__name__}.get(name, name.removesuffix("Reader"))
+    return Reading(what, degree, numbers, total, pairs, samples, scale, contract_dtype)
+
+
+def reading_of_factors(
+    bundles_of: Sequence[Sequence[Factor]],
+    deferred: Sequence[DeferredGradients | None],
+    shapes: Sequence[tuple[int, ...]],
+    scale: float | Tensor,
+) -> Reading:
+    """The factors that a run kept, of `scale * g_i`."""
+    numbers: dict[int, Numbers] = {}
+    for i, later in enumerate(deferred):
+        if later is not None:
+            numbers[i] = Numbers(_itself, _formed(later))
+        elif bundles_of[i]:
+            numbers[i] = Numbers(_itself, _materialized(bundles_of[i], shapes[i]))
+    return Reading("the factors", 1, numbers, scale=scale)
+
+
+def _itself(g: Tensor, company: Tensor | None) -> Tensor:
+    return g
+
+
+def _defined(reader: Any) -> Define:
+    def define(g: Tensor, company: Tensor | None) -> Tensor:
+        if isinstance(reader, OneRunReader):
+            assert company is not None
+            alone = reader._replace(n=len(g))
+            return alone.read(Dense(torch.cat([g, company[None]])))
+        read: Tensor = reader.read(Dense(g))
+        return read
+
+    return define
+
+
+def _picked(value: Tensor | None, *, pairs: bool) -> Pick:
+    def pick(index: Tensor) -> Tensor:
+        assert value is not None
+        return value[index][:, index] if pairs else value[index]
+
+    return pick
+
+
+def _formed(deferred: DeferredGradients) -> Pick:
+    return lambda index: torch.stack([deferred.gradient(j) for j in index.tolist()])
+
+
+def _materialized(bundle: Sequence[Factor], shape: tuple[int, ...]) -> Pick:
+    def pick(index: Tensor) -> Tensor:
+        few = [contract.materialize(bundles.take(f, index)) for f in bundle]
+        return contract.add_up([x.reshape(len(index), *shape) for x in few])
+
+    return pick
+
+
+def what_was_read(
+    quantities: Sequence[Quantity],
+    summed: Collection[int],
+    scale: float | Tensor,
+    leaves: Sequence[Tensor],
+    taken: Any,
+) -> Read:
+    """All that a run read, to be proved.
+
+    Args:
+        quantities, summed, scale, leaves: what the run was asked for, as `run` has it.
+        taken: its `RunResult`.
+    """
+    readings: list[Reading | None] = []
+    sums = []
+    for i, g in enumerate(taken.grads):
+        if g is not None:
+            beside = [readers[i] for readers in taken.readers]
+            first = [r.n for r in beside if isinstance(r, OneRunReader)]
+            sums.append(Sum(i, g, _of_the_first(scale, first[0]) if first else scale))
+    rows = zip(quantities, taken.readers, taken.values, strict=True)
+    for number, (quantity, readers, values) in enumerate(rows):
+        of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
+        readings.append(of)
+        for i, reader in enumerate(readers):
+            if isinstance(reader, TotalReader):
+                own = scale if isinstance(scale, Tensor) else 1.0
+                sums.append(Sum(i, values[i], own, reader.contract_dtype))
+    shapes = [tuple(x.shape) for x in leaves]
+    readings.append(reading_of_factors(taken.factors, taken.deferred, shapes, scale))
+    return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
+
+
+def _of_the_first(scale: float | Tensor, n: int) -> Tensor:
+    """One run of two batches has the training gradient of the first samples alone."""
+    assert isinstance(scale, Tensor)
+    return torch.cat([scale[:n], torch.zeros_like(scale[n:])])
+
+
+def kind_of(readers: Any) -> Hashable:
+    """What tells readers from others that would go another way through this package."""
+    leaves, treedef = flatten(readers)
+    return treedef, tuple(map(_kind, leaves))
+
+
+def _kind(x: Any) -> Hashable:
+    match x:
+        case Tensor():
+            return x.dtype, tuple(x.shape)
+        case Quantity():
+            return type(x), x.contract_dtype
+        case None | bool() | int() | str() | torch.dtype():
+            return x
+    return type(x).__module__, type(x).__qualname__
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+DIRECTIONS = 4
+"""Directions that gradients are moved along to see how far a number moves."""
+
+MARGIN = 4.0
+"""How much farther than that a number may be off."""
+
+
+def off_by(
+    reading: Reading,
+    grads: Sequence[Tensor],
+    company: Sequence[Tensor] | None,
+    index: Tensor,
+    reach: Tensor,
+    tolerance: float,
+) -> dict[int, float]:
+    """By parameter (-1 for the sum over them), how far the run's numbers are off, relative to their
+    size, where that is more than rounding.
+
+    Args:
+        grads: of the samples `index`, `[s, *shape]` per parameter, from plain autograd.
+        company: the sum of the gradients that the reading is beside.
+        reach: by how much the gradients may be off, `[P, s]`.
+        tolerance: relative error that is rounding.
+    """
+    found: dict[int, _Compared] = {}
+    for i, (define, _) in reading.numbers.items():
+        beside = None if company is None else company[i]
+        scale = reading.scale
+        g = wide(grads[i])
+        if isinstance(scale, Tensor):
+            scale = scale[index].to(g).view(-1, *[1] * (g.ndim - 1))
+        g = g * scale
+        want = define(g, beside)
+        moves = torch.zeros_like(want, dtype=torch.float64)
+        far = reach[i].to(g).view(-1, *[1] * (g.ndim - 1)) * scale
+        for k in range(DIRECTIONS):
+            moved = define(g + far * _direction(k, g), beside)
+            moves += (moved.double() - want.double()).square()
+        found[i] = _Compared(want.double(), moves / DIRECTIONS)
+    if reading.total is not None:
+        want, moves = (sum(x) for x in zip(*found.values(), strict=True))
+        pairs = [(-1, _Compared(want, moves), reading.total)]
+    else:
+        pairs = [(i, found[i], reading.numbers[i].pick) for i in found]
+    allowed = tolerance * reading.degree
+    errors = {i: _error(x, pick(index), allowed, pairs=reading.pairs) for i, x, pick in pairs}
+    return {i: error for i, error in errors.items() if error > 0}
+
+
+class _Compared(NamedTuple):
+    """Numbers by definition, and the squares of how far they moved."""
+
+    want: Tensor
+    moves: Tensor
+
+
+def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -> float:
+    """The worst relative error of a sample's numbers, or of a pair's; 0 where all are right."""
+    want, moves = compared
+    got = got.double()
+    if got.shape != want.shape:
+        return float("inf")
+    squares = [x.square() for x in (got - want, want)] + [moves]
+    if not pairs:
+        squares = [x.reshape(len(want), -1).sum(1) for x in squares]
+    error, size, moved = (x.sqrt() for x in squares)
+    # What over- or underflowed shows that it did: it is run again, or is infinite.
+    bad = (error > tolerance * size + MARGIN * moved) & error.isfinite()
+    return float((error / size.clamp_min(1e-300))[bad].max()) if bool(bad.any()) else 0.0
+
+
+def _direction(k: int, g: Tensor) -> Tensor:
+    """Directions of length one, `[s, *shape]`, as good as random: torch draws none inside vmap."""
+    if g.numel() == 0:
+        return torch.zeros_like(g)
+    turns = torch.arange(g.numel(), dtype=torch.float64, device=g.device) + 1
+    r = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).view(len(g), -1)
+    r = r / r.square().sum(1, keepdim=True).sqrt().clamp_min(1e-30)
+    return r.to(g.dtype).view_as(g)

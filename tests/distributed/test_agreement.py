@@ -1,0 +1,80 @@
+"""One rank meets something else than the others: all of them end, and say whose fault it was."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from ddp_ranks import ranks, results
+
+
+def test_a_new_structure_on_one_rank_holds_nobody_up(tmp_path: Path) -> None:
+    assert results("disagreement", 2, tmp_path, "structure") == ["right", "right"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "others"),
+    [
+        (
+            "empty",
+            r"BatchError: train is empty",
+            r"RankError: ghost_value_and_grad: while reading its arguments, rank 1 failed with "
+            r"BatchError: train is empty .*No rank has a result",
+        ),
+        (
+            "invalid",
+            r"RuntimeError: Expected tensor for argument #1 'indices'",
+            r"RankError: .* exchanging the training gradient, rank 1 failed with RuntimeError",
+        ),
+        (
+            "backward",
+            r"NonFiniteLossError",
+            r"RankError: .* while exchanging the validation gradient, rank 1 failed with "
+            r"NonFiniteLossError",
+        ),
+        (
+            "interrupt",
+            r"KeyboardInterrupt",
+            r"RankError: .* while exchanging the validation gradient, rank 1 failed with "
+            r"KeyboardInterrupt",
+        ),
+        (
+            "option",
+            r'OptionError: ghost_value_and_grad got a group and reduction="none"',
+            r"RankError: .* rank 1 failed with OptionError",
+        ),
+        (
+            "reduction",
+            r"RankError: .*rank 0 was given .* reduction='mean'; rank 1 was given .*='sum'",
+            r"RankError: .*rank 0 was given .* reduction='mean'; rank 1 was given .*='sum'",
+        ),
+        (
+            "shapes",
+            r"RankError: .*given 7 parameters of 384 elements .*given 7 parameters of 401",
+            r"RankError: .*given 7 parameters of 384 elements .*given 7 parameters of 401",
+        ),
+    ],
+)
+def test_an_error_of_one_rank_is_one_of_all(
+    kind: str, own: str, others: str, tmp_path: Path
+) -> None:
+    for rank, said in enumerate(results("disagreement", 2, tmp_path, kind)):
+        assert re.search(own if rank == 1 else others, said, re.S), (rank, said)
+
+
+@pytest.mark.parametrize("kind", ["killed", "killed in the backward pass", "ended"])
+def test_the_others_name_a_rank_that_is_gone(kind: str, tmp_path: Path) -> None:
+    ended = ranks("disagreement", 4, tmp_path, kind)
+    assert ended[1].code == (0 if kind == "ended" else -9)
+    for rank in (0, 2, 3):
+        assert ended[rank].code == 1
+        said = rf"RankError: .*: rank {rank} waited .*no answer comes from rank 1 of 4: killed"
+        assert re.search(said, ended[rank].result), ended[rank]
+
+
+def test_the_others_name_a_rank_that_is_held_up(tmp_path: Path) -> None:
+    ended = ranks("disagreement", 2, tmp_path, "held up", seconds=4)
+    assert ended[0].code == 1
+    said = r"RankError: .*: rank 0 waited for the others while reading its arguments, and no answer"
+    assert re.search(said + r" comes from rank 1 of 2: .*held up", ended[0].result)
