@@ -69,9 +69,9 @@ def test_beside_a_plain_step(name: str, figure: str, most: float) -> None:
     ("name", "figure", "most"),
     [
         ("ghost_value_and_grad", "functions", 4000),
-        ("ghost_value_and_grad", "lines", 19000),
-        ("ghost_dot_prod", "functions", 3500),
-        ("ghost_dot_prod", "lines", 17000),
+        ("ghost_value_and_grad", "lines", 20000),
+        ("ghost_dot_prod", "functions", 3700),
+        ("ghost_dot_prod", "lines", 18500),
     ],
 )
 def test_python_of_a_warm_step(name: str, figure: str, most: int) -> None:
