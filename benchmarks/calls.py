@@ -31,6 +31,9 @@ PACKAGE = str(Path(gf.__file__).resolve().parent)
 SHAPE = Shape(4, 64, 100, 32, 8, 1)
 Counts = dict[str, int]
 
+COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>"}
+"""What newer releases of Python run without a call."""
+
 WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "histc",
@@ -80,13 +83,15 @@ class CountCalls(TorchDispatchMode):
 
 
 class CountLines:
-    """Counts the lines of ghostfunc's own Python that are executed."""
+    """Counts the lines of ghostfunc's own Python that are executed, and the calls of functions."""
 
     def __init__(self) -> None:
-        self.lines = 0
+        self.lines = self.functions = 0
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+        own = frame.f_code.co_filename.startswith(PACKAGE)
+        self.functions += own and frame.f_code.co_name not in COMPREHENSIONS
+        return self._line if own else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         self.lines += event == "line"
@@ -115,6 +120,7 @@ def count(run: Callable[[], Any]) -> Counts:
         "calls": calls.calls.total(),
         "all": calls.calls.total() + calls.views.total(),
         "waits": calls.waits.total(),
+        "functions": lines.functions,
         "lines": lines.lines,
     }
 
@@ -182,10 +188,13 @@ def functions(
 def table(found: dict[str, Counts]) -> str:
     """All counts, and the ratios to the plain step."""
     plain = found["plain"]
-    lines = [f"{'':<34}{'calls':>6}{'':>7}{'all':>7}{'':>7}{'waits':>7}{'lines':>8}"]
+    lines = [
+        f"{'':<34}{'calls':>6}{'':>7}{'all':>7}{'':>7}{'waits':>7}{'functions':>11}{'lines':>8}"
+    ]
     lines += [
         f"{name:<34}{x['calls']:>6}{x['calls'] / plain['calls']:>7.2f}"
-        f"{x['all']:>7}{x['all'] / plain['all']:>7.2f}{x['waits']:>7}{x['lines']:>8}"
+        f"{x['all']:>7}{x['all'] / plain['all']:>7.2f}{x['waits']:>7}"
+        f"{x['functions']:>11}{x['lines']:>8}"
         for name, x in found.items()
     ]
     return "\n".join(lines)

@@ -87,7 +87,7 @@ def test_compiled_modules_are_refused_at_once(make: Callable[[], nn.Module], sai
 
 
 def lines_of_lending(raise_at: int) -> tuple[Callable[..., object], list[int]]:
-    """A trace function that interrupts at the k-th line of torch's code that swaps tensors."""
+    """A trace function that interrupts at the k-th line of the code that swaps tensors."""
     count = [0]
 
     def local(frame: FrameType, event: str, arg: object) -> Callable[..., object]:
@@ -100,15 +100,20 @@ def lines_of_lending(raise_at: int) -> tuple[Callable[..., object], list[int]]:
     def start(frame: FrameType, event: str, arg: object) -> Callable[..., object] | None:
         name = frame.f_code.co_filename
         swaps = name.endswith(("_named_member_accessor.py", "stateless.py"))
+        swaps |= frame.f_code.co_name in ("_lend", "lend_to")
         return local if swaps else None
 
     return start, count
 
 
-def test_an_interrupt_anywhere_leaves_the_module_its_own_tensors() -> None:
-    """Every line of torch's code that lends tensors and puts them back is interrupted once."""
+@pytest.mark.parametrize("changed", [False, True], ids=["as it was", "with another layer"])
+def test_an_interrupt_anywhere_leaves_the_module_its_own_tensors(changed: bool) -> None:
+    """Every line of the code that lends tensors is interrupted once; it is torch's where the module
+    has other layers than it had."""
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
     model_fn, params = gf.from_module(module, loss)
+    if changed:
+        module.append(nn.Identity())
     held = {name: id(x) for name, x in [*module.named_parameters(), *module.named_buffers()]}
     others = {name: torch.randn_like(x) for name, x in params.items()}
     x = torch.randn(3, 2)

@@ -490,6 +490,12 @@ def pairs(cases: dict[str, Case]) -> list[tuple[str, str]]:
     return [(name, argument) for name, case in cases.items() for argument in case.sorts]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong value that is a path is taken for one of this folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "argument"), pairs(CORE))
 def test_core(name: str, argument: str) -> None:
     for value in WRONG[CORE[name].sorts[argument]]:

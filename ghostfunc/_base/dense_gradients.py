@@ -19,6 +19,11 @@ _SPARSE: dict[Callable[..., Any], tuple[str, int | None]] = {
 """Ops that make sparse gradients on request: the argument's name, and its position if it has one"""
 
 
+def makes_sparse(func: Callable[..., Any]) -> bool:
+    """Whether an op makes sparse gradients on request."""
+    return func in _SPARSE
+
+
 def dense_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

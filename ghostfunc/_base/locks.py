@@ -11,29 +11,33 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.torch_private import tensors_of_module
+from ghostfunc._base.torch_private import modules_within, tensors_of_module
 
 
 class ForkSafeLock:
-    """A re-entrant lock that is free in a child process, whoever held it in the parent."""
+    """A re-entrant lock that is free in a child process, whoever held it in the parent.
+
+    Attributes:
+        now: the lock of this process.
+    """
 
     def __init__(self) -> None:
         self._renew()
         _locks.add(self)
 
     def _renew(self) -> None:
-        self._lock: AbstractContextManager[bool] = threading.RLock()
+        self.now = threading.RLock()
 
     def __enter__(self) -> None:
-        self._lock.__enter__()
+        self.now.__enter__()
 
     def __exit__(
         self,
@@ -41,24 +45,21 @@ class ForkSafeLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lock.__exit__(kind, error, trace)
+        self.now.__exit__(kind, error, trace)
 
 
 class Loan:
-    """Tensors that a module has in place of its own.
+    """Tensors that a module has in place of its own: `take` puts them there.
 
     A `KeyboardInterrupt` may come up anywhere, also while torch puts a module's own tensors back.
     `give_back` puts back what is still missing, and may be called at any time, more than once.
     """
 
-    def __init__(self, module: nn.Module, lent: Iterable[Tensor]) -> None:
-        self._lent = {id(x) for x in lent}
-        self._own: list[tuple[dict[str, Any], str, Any]] = [
-            (held, name, x)
-            for part in module.modules()
-            for held in tensors_of_module(part)
-            for name, x in held.items()
-        ]
+    def __init__(self, parts: Sequence[nn.Module], lent: Iterable[Tensor]) -> None:
+        self._lent = set(map(id, lent))
+        self._own: list[tuple[dict[str, Any], str, Any]] = []
+        for held in [held for part in parts for held in tensors_of_module(part) if held]:
+            self._own += [(held, name, x) for name, x in held.items()]
         _loans.add(self)
 
     def give_back(self) -> None:
@@ -105,11 +106,17 @@ def alone_with(module: nn.Module) -> Iterator[None]:
     with _registry:
         if module not in _within:
             numbered = {
-                _of_module.setdefault(m, (next(_numbers), ForkSafeLock())) for m in module.modules()
+                _of_module.setdefault(m, (next(_numbers), ForkSafeLock()))
+                for m in modules_within(module)
             }
             _within[module] = [lock for _, lock in sorted(numbered, key=lambda x: x[0])]
-        locks = _within[module]
-    with ExitStack() as stack:
+        locks = [lock.now for lock in _within[module]]
+    held = []
+    try:
         for lock in locks:
-            stack.enter_context(lock)
+            lock.acquire()
+            held.append(lock)
         yield
+    finally:
+        for lock in reversed(held):
+            lock.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
 from ghostfunc._base.sharding import Sharding, sharding_of, without_hooks
 from ghostfunc._base.shards import gather
-from ghostfunc._base.torch_private import BatchNorm
+from ghostfunc._base.torch_private import BatchNorm, lend_to, modules_within
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc._base.units import Unit, made_whole_when_called
 from ghostfunc._base.wrappers import refuse_wrapped
@@ -49,10 +50,14 @@ class ModuleFn:
         # Every name of every tensor: tied parameters have several.
         first_name: dict[int, str] = {}
         self._aliases: dict[str, list[str]] = {}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._parts = modules_within(module)
         self._state: dict[str, Tensor] = {}
-        for name, x in _held(module):
+        for prefix, owner, attribute, x in _held(module):
+            name = f"{prefix}.{attribute}" if prefix else attribute
             own = first_name.setdefault(id(x), name)
             self._aliases.setdefault(own, []).append(f"module.{name}")
+            self._places.setdefault(own, []).append((owner, attribute))
         self._units: list[Unit] = []
         if sharding is not None:
             places = {name: [x[7:] for x in alias] for name, alias in self._aliases.items()}
@@ -68,7 +73,9 @@ class ModuleFn:
 
     def training_flags(self) -> tuple[bool, ...]:
         """Training or evaluation, module by module: a trace holds for one setting of them."""
-        return tuple(m.training for m in self.module.modules())
+        if torch.compiler.is_dynamo_compiling():
+            return tuple(m.training for m in self.module.modules())
+        return tuple([m.training for m in modules_within(self.module)])
 
     def refuse_batch_norm(self) -> None:
         """Raise for layers that would normalise over the batch, before they count it."""
@@ -115,13 +122,15 @@ class ModuleFn:
         if self.sharding is not None:
             return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
-        tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         with alone_with(self.module):
             if torch.compiler.is_compiling():
-                return self._called(tensors, run)
-            loan = Loan(self.module, tensors.values())
+                return self._called(named, run)
+            parts = modules_within(self.module)
+            loan = Loan(parts, named.values())
             try:
-                return self._called(tensors, run)
+                if not self._lend(named, parts):
+                    return self._called(named, run)
+                return run(lambda batch: self.loss(self.module, batch))
             finally:
                 loan.give_back()
 
@@ -139,19 +148,28 @@ class ModuleFn:
         in_units = {name for unit in self._units for name in unit.places}
 
         def losses(batch: PyTree) -> Tensor:
-            tensors: dict[str, Tensor] = {}
-            for name in (x for x in shards if x not in in_units):
-                whole = gather(pieces[name], shards[name])
-                tensors.update(dict.fromkeys(self._aliases[name], whole))
-            loan = Loan(self.module, tensors.values())
+            outside = [name for name in shards if name not in in_units]
+            wholes = {name: gather(pieces[name], shards[name]) for name in outside}
+            loan = Loan(modules_within(self.module), wholes.values())
             try:
                 with made_whole_when_called(self._units, shards, pieces, keep=keep):
-                    return self._called(tensors, lambda of: of(batch))
+                    return self._called(wholes, lambda of: of(batch))
             finally:
                 loan.give_back()
 
         with alone_with(self.module), without_hooks(self.module):
             return run(losses)
+
+    def _lend(self, named: dict[str, Tensor], parts: list[nn.Module]) -> bool:
+        """Put tensors where the module holds its own, as `functional_call` does; False where it
+        has other modules than it had, or holds something of it elsewhere."""
+        if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
+            return False
+        for name, x in named.items():
+            for owner, attribute in self._places[name]:
+                if not lend_to(owner, attribute, x):
+                    return False
+        return True
 
     def _check(self, params: object) -> None:
         """Raise unless these are tensors under names of the module's."""
@@ -170,14 +188,16 @@ class ModuleFn:
             )
 
     def _called(
-        self, tensors: dict[str, Tensor], run: Callable[[Callable[[PyTree], Tensor]], T]
+        self, named: dict[str, Tensor], run: Callable[[Callable[[PyTree], Tensor]], T]
     ) -> T:
+        tensors = {alias: x for name, x in named.items() for alias in self._aliases[name]}
         out: T = torch.func.functional_call(self._bound, tensors, (run,), tie_weights=False)
         return out
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every place of the module that holds a parameter or buffer, once, and what it holds.
+def _held(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every place of the module that holds a parameter or buffer, once: the prefix of its owner,
+    the owner, the attribute, and what it holds.
 
     A submodule that is reached by several names holds its tensors in one place: lent twice, that
     place would be given back what was lent to it instead of its own parameter.
@@ -185,7 +205,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, owner in module.named_modules():
         own = {"recurse": False, "remove_duplicate": False}
         for name, x in itertools.chain(owner.named_parameters(**own), owner.named_buffers(**own)):
-            yield f"{prefix}.{name}" if prefix else name, x
+            yield prefix, owner, name, x
 
 
 def check_module(module: object) -> None:
@@ -228,7 +248,8 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             "calls the module and returns one loss per sample."
         )
     refuse_wrapped(module)
-    sharding = sharding_of(module, list(_held(module)))
+    held = [(f"{prefix}.{name}" if prefix else name, x) for prefix, _, name, x in _held(module)]
+    sharding = sharding_of(module, held)
     if sharding is None:
         params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     else:

@@ -33,6 +33,7 @@ from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import (
     TorchDispatchMode,
     address,
+    any_symbolic,
     batched,
     in_transform,
     symbolic,
@@ -50,13 +51,18 @@ def prove_independent(
     randomness: Randomness,
     *,
     anew: bool = False,
-) -> None:
+    log: Refusals | None = None,
+) -> tuple[int, Tensor] | None:
     """Raise unless losses are the same in any company: those of two samples that differ beside each
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
     Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
     its halves alone. Where all samples are the same, another is made of them, and nothing is
     remembered.
+
+    Whoever traces and proves the model next gives a `log` that watches the run of the two samples.
+    What those runs compare themselves is left to them: two samples beside a third one, the whole
+    batch and its halves. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
     _refuse_batched(leaves, batch)
@@ -64,7 +70,7 @@ def prove_independent(
     key = structure(model_fn, spec, leaves, batch, randomness)
     ranks = in_step(model_fn)
     if ranks is not None:
-        new = anew or remembered.get(key) is None
+        new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
             whole_fn, wholes = held_whole(model_fn, leaves, spec)
             with ranks.apart("looking whether samples depend on each other"):
@@ -72,11 +78,12 @@ def prove_independent(
                     prove_independent(whole_fn, wholes, spec, batch, randomness, anew=anew)
                     if memory(whole_fn, Structures).independent.get(key):
                         remembered.put(key, True)
-        return
-    compiling = any(map(symbolic, tensors_of(batch)))
-    known = remembered.get(key) is not None
+        return None
+    compiling = any_symbolic(tensors_of(batch))
+    found = remembered.get(key)
+    known = found is not None if log is not None else bool(found)
     if known and (compiling or not anew):
-        return
+        return None
     if compiling:
         raise not_captured()
     if isinstance(model_fn, ModuleFn):
@@ -84,11 +91,12 @@ def prove_independent(
     other = _other_sample(batch)
     last = min(1, n - 1) if other is None else other
 
-    def losses(data: PyTree) -> Tensor:
+    def losses(data: PyTree, mode: Refusals | None = None) -> Tensor:
         params = lend(leaves)
+        given, guard = spec.unflatten(params), _WriteGuard(_protected(model_fn, spec, leaves, data))
         try:
-            with Refusals(), _WriteGuard(_protected(model_fn, spec, leaves, data)):
-                out = model_fn(spec.unflatten(params), data)
+            with guard, mode or Refusals():
+                out = model_fn(given, data)
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
@@ -130,26 +138,29 @@ def prove_independent(
         if randomness == "error" and n > 1:
             whole = losses(batch)
             compare({"in a half of the batch": (in_halves(), whole)})
-        return
+        return None
     draws = Draws()
     with draws:
-        pair = losses(take(batch, [0, last])).detach()
+        pair = losses(take(batch, [0, last]), log).detach()
     if randomness == "error":
         if draws.seen:
             raise RandomnessError(
                 "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
                 'pass randomness="different" to give every sample its own draws.'
             )
-        whole = losses(batch)
         company = {
-            "with a copy of sample 0 added": (losses(take(batch, [0, last, 0]))[:2], pair),
             "beside a copy of itself": (
                 torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
                 pair,
-            ),
-            "in the whole batch": (whole[[0, last]], pair),
+            )
         }
-        if n > 2:
+        if log is None or n == 1:
+            whole = losses(batch)
+            company["in the whole batch"] = whole[[0, last]], pair
+        if log is None:
+            three = losses(take(batch, [0, last, 0]))[:2]
+            company["with a copy of sample 0 added"] = three, pair
+        if log is None and n > 2:
             company["in a half of the batch"] = (in_halves(), whole)
         compare(company)
         if other is None:
@@ -157,6 +168,22 @@ def prove_independent(
             if beside is not None:
                 compare({"beside another sample": (beside, pair[:1])})
     if other is not None or n == 1:
+        remembered.put(key, log is None)
+    return last, pair
+
+
+def were_compared(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+) -> None:
+    """Note that a proof has compared the losses of a whole batch with those of its halves, which
+    `prove_independent` left to it."""
+    remembered = memory(model_fn, Structures).independent
+    key = structure(model_fn, spec, leaves, batch, randomness)
+    if remembered.get(key) is not None:
         remembered.put(key, True)
 
 

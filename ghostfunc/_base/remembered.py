@@ -14,6 +14,7 @@ from ghostfunc._base.documents import Documents, packing_of
 from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.reach import modules_in_reach
+from ghostfunc._base.torch_private import modules_within
 from ghostfunc._base.trees import ParamSpec, flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -23,6 +24,8 @@ M = TypeVar("M")
 
 LOOKED_INTO = 64
 """Elements of a list or a dict that is searched for modules; longer ones hold data."""
+
+_INT = frozenset((int,))
 
 STRUCTURES = 256
 """Structures of one function that are remembered: settings of its modules, dtypes, trees."""
@@ -110,9 +113,9 @@ def structure(
     packing = packing_of(batch)
     return (
         spec.treedef,
-        tuple((x.ndim, x.dtype) for x in leaves),
+        tuple([(x.ndim, x.dtype) for x in leaves]),
         batch_def,
-        tuple((x.ndim, x.dtype) for x in batch_leaves),
+        tuple([(x.ndim, x.dtype) for x in batch_leaves]),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
         packing is not None and packing.several,  # nor does a document in a row of its own
         randomness,
@@ -125,7 +128,7 @@ def training_flags(model_fn: ModelFn) -> tuple[bool, ...]:
     if isinstance(model_fn, ModuleFn):
         return model_fn.training_flags()
     roots = modules_in_reach([model_fn], names_of_files=True, longest=LOOKED_INTO)
-    return tuple(m.training for root in roots for m in root.modules())
+    return tuple([m.training for root in roots for m in modules_within(root)])
 
 
 def shapes_key(batch: PyTree) -> Hashable:
@@ -136,5 +139,9 @@ def shapes_key(batch: PyTree) -> Hashable:
         sizes = tuple(tuple(x.shape[2:]) for x in batch.tensors.values())
         return packing.rows, packing.width, packing.several, len(batch) > 1, sizes
     if isinstance(batch, tuple):
-        return tuple(map(shapes_key, batch))
-    return tuple(tuple(map(known, x.shape)) for x in tensors_of(batch))
+        return tuple([shapes_key(x) for x in batch])
+    return tuple([_known_shape(x.shape) for x in tensors_of(batch)])
+
+
+def _known_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if _INT.issuperset(map(type, shape)) else tuple(map(known, shape))

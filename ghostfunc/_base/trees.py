@@ -79,6 +79,9 @@ def _fault(x: Tensor) -> str | None:
             f"{described(x)}: pass the tensor itself, x.full_tensor(), or, of a module that "
             "fully_shard has sharded, the params that gf.from_module returns"
         )
+    odd = x.is_nested or x.is_quantized or x.is_meta or x.is_inference()
+    if not odd and x.layout == torch.strided:
+        return None
     if x.is_nested:
         return "a nested tensor: pad it (torch.nested.to_padded_tensor) and pass a mask"
     if x.is_quantized:
@@ -87,9 +90,7 @@ def _fault(x: Tensor) -> str | None:
         return f"sparse ({x.layout}): pass x.to_dense()"
     if x.is_meta:
         return 'on the device "meta", where tensors have no values: materialize it first'
-    if x.is_inference():
-        return "an inference tensor, which autograd refuses: pass x.clone(), made outside of it"
-    return None
+    return "an inference tensor, which autograd refuses: pass x.clone(), made outside of it"
 
 
 def flatten_params(params: PyTree, what: str = "params") -> tuple[list[Tensor], ParamSpec]:
@@ -101,7 +102,7 @@ def flatten_params(params: PyTree, what: str = "params") -> tuple[list[Tensor], 
             "torch.no_grad() is no obstacle."
         )
     paths, leaves, treedef = optree.tree_flatten_with_path(params)
-    names = tuple(".".join(str(k) for k in path) or what for path in paths)
+    names = tuple([".".join(map(str, path)) or what for path in paths])
     if not leaves:
         raise ParamsError(
             f"{what} has no tensors in it. Every quantity is about gradients with respect to "
@@ -109,6 +110,8 @@ def flatten_params(params: PyTree, what: str = "params") -> tuple[list[Tensor], 
             "requires_grad=True.)"
         )
     for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and _fault(leaf) is None:
+            continue
         if not isinstance(leaf, Tensor):
             raise ParamsError(
                 f"{what} leaf {name!r} is a {type(leaf).__name__}, not a tensor. Keep settings "
@@ -125,8 +128,7 @@ def flatten_params(params: PyTree, what: str = "params") -> tuple[list[Tensor], 
                 f"{what} leaf {name!r} has dtype {leaf.dtype}; gradients need a floating-point "
                 "dtype. Close over integer tensors in model_fn instead."
             )
-        if (fault := _fault(leaf)) is not None:
-            raise ParamsError(f"{what} leaf {name!r} is {fault}.")
+        raise ParamsError(f"{what} leaf {name!r} is {_fault(leaf)}.")
     return leaves, ParamSpec(treedef, names)
 
 

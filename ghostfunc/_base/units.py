@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ghostfunc._base.locks import Loan
 from ghostfunc._base.shards import Shards, gather
+from ghostfunc._base.torch_private import modules_within
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _run(
         for whole in [gather(pieces[name], shards[name])]
         for place in places
     }
-    loan = Loan(unit.part, tensors.values())
+    loan = Loan(modules_within(unit.part), tensors.values())
     try:
         return torch.func.functional_call(
             _Part(unit.part, forward), tensors, args, kwargs, tie_weights=False

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps.claim import (
@@ -60,7 +61,8 @@ def compare_gradients(
     model, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
     table = found.table
     index = table.isfinite().all(0).nonzero().flatten().tolist()
-    if not index:
+    if not index:  # losses are all there is to compare
+        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
         return None
     alone = Alone(model, found.losses, randomness, seed)
     weights = _weights(table[:, index], generator)

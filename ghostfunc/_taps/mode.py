@@ -22,7 +22,16 @@ from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
 from ghostfunc._taps.recut import Recut
-from ghostfunc._taps.tap import ANCHOR, Sinks, StaleOutputs, Use, UseOutput, output_of
+from ghostfunc._taps.steps import KnownUse, Step, known_use, last, remember
+from ghostfunc._taps.tap import (
+    ANCHOR,
+    Sinks,
+    StaleOutputs,
+    Use,
+    UseOutput,
+    output_of,
+    split_tensors,
+)
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
@@ -34,7 +43,8 @@ class TapMode(TrackingMode):
 
     `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
     `note_outputs` fills `outputs`, for shapes and costs. With `sinks`, what taps read goes there.
-    With `recut`, the run shows packed rows and the samples are documents.
+    With `recut`, the run shows packed rows and the samples are documents. Where the `shapes` of the
+    run are known, the way that it goes is remembered step by step.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class TapMode(TrackingMode):
         note_outputs: bool = False,
         sinks: Sinks | None = None,
         recut: Recut | None = None,
+        shapes: Hashable = None,
     ) -> None:
         super().__init__(leaves)
         self._recut = recut
@@ -58,6 +69,13 @@ class TapMode(TrackingMode):
         self._as_traced = self._same_ops = self._seen = True
         self._n_calls = 0
         self._way = 0
+        self._shapes = shapes if recut is None else None
+        self._step: Step | None = None
+        self._made: list[Step] | None = None
+        if self._shapes is not None:
+            self._step = trace.ways.get(self._shapes)
+            self._made = None if self._step else []
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._samples = n
         self._n = n if recut is None else recut.packing.rows
         self.taps = taps
@@ -92,6 +110,7 @@ class TapMode(TrackingMode):
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
         other.uses, other.outputs = list(self.uses), list(self.outputs)
         other._stale = dict(self._stale)
+        other._made = None
         return other
 
     def forget(self, before: TapMode, kept: Iterable[object]) -> None:
@@ -117,6 +136,56 @@ class TapMode(TrackingMode):
         finally:
             self._tapping = True
 
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        step = self._step
+        if step is not None and step.plain and func == step.func:
+            values = (*args, *kwargs.values()) if kwargs else args
+            if (
+                tuple(map(type, values)) == step.kinds
+                and self._tracked.keys().isdisjoint(map(id, values))
+                and tuple(kwargs) == step.names
+                and (not step.compared or step.again(values))
+            ):
+                self._step = step.next
+                return func(*args, **kwargs)
+        elif step is not None and step.use is not None and func == step.func:
+            y = self._use_again(step, step.use, args, kwargs)
+            if y is not None:
+                return y
+        if func.__name__ == "__get__" and reads_attribute(func) and not self.tracks(args[0]):
+            return func(*args)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _use_again(
+        self, step: Step, known: KnownUse, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The output of a use that is the one that comes next; None if it is another."""
+        if tuple(kwargs) != known.names or self._stale or in_transform():
+            return None
+        if torch.is_grad_enabled() != known.call.grad_enabled:
+            return None
+        values = (*args, *kwargs.values()) if kwargs else args
+        met = known.met(values, self._tracked)
+        if met is None:
+            return None
+        y, tensors = known.run(values, met)
+        if y.shape != known.out:
+            raise StaleLayout(f"{op_name(known.call.func)} returned another shape than before")
+        self._n_calls += 1
+        self._step = step.next
+        targets = list(zip(known.call.names, met, strict=True))
+        number = len(self.uses)
+        use = Use(known.call, self._n, targets, tensors, known.call.out.axis, number=number)
+        use.known, use.sinks = known, self.sinks
+        return self._tapped(y, use)
+
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -124,11 +193,28 @@ class TapMode(TrackingMode):
             return func(*args)
         if reads_attribute(func):
             return super().elementary(func, args, kwargs)
+        step, self._step = self._step, None
+        if step is None:
+            return self._told(func, args, kwargs)
+        self._entry, self._way = step.number, step.way
+        out = self._told(func, args, kwargs)
+        after = step.next
+        if self._as_traced and after is not None and after.way == self._way:
+            self._step = after
+        return out
+
+    def _told(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call, and what it adds to what is known of the way."""
         entry, funcs = self._entry, self._trace.funcs
         self._entry += 1
         self._same_ops = self._same_ops and entry < len(funcs) and funcs[entry] == op_key(func)
         self._as_traced = self._as_traced and self._same_ops
         expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
+        if self._made is not None:
+            self._made.append(Step(func, entry, self._way))
+            self._given = args, kwargs
+            if entry not in self._trace.reads_at and not self._touched(args, kwargs):
+                self._made[-1].learn(args, kwargs)
         out = super().elementary(func, args, kwargs)
         read = not self._as_traced or entry in self._trace.reads_at
         call = op_key(func), told(args, kwargs)
@@ -149,6 +235,8 @@ class TapMode(TrackingMode):
         """What tells this way through the program from others: its calls, what they were told
         besides tensors, the values that Python read, and the shapes where parameters met samples.
         """
+        if self._step is not None:
+            return WayTaken(True, self._step.number, self._step.way)
         return WayTaken(self._seen, self._entry, self._way)
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
@@ -181,6 +269,8 @@ class TapMode(TrackingMode):
         """Raise `StaleLayout` unless every traced call was made."""
         if self._expected is not None:
             raise StaleLayout(f"{op_name(self._expected.func)} was not called")
+        if self._made is not None and self._as_traced and self._seen:
+            remember(self._trace.ways, self._shapes, [*self._made, last(self.way)])
 
     def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
         """Calls that return no tensor, such as reads of shapes, are not traced."""
@@ -204,18 +294,23 @@ class TapMode(TrackingMode):
         if tap is not None and tap.shape != y.shape:
             raise StaleOutputs
         number = len(self.uses)
+        tensors, rest = split_tensors(args)
         use = Use(
-            call, self._samples, targets, args, treedef, axis, tap, number, self.sinks,
+            call, self._samples, targets, tensors, axis, rest, treedef, tap, number, self.sinks,
             recut=self._recut, place=self._n_calls - 1,
         )  # fmt: skip
-        if self.sinks is not None and self.sinks.collects(targets):
+        return self._tapped(y, use)
+
+    def _tapped(self, y: Tensor, use: Use) -> Tensor:
+        """The output of a use with its tap beside it."""
+        if self.sinks is not None and self.sinks.collects(use.targets):
             use.collecting = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
         self.uses.append(use)
         if self._note_outputs:
-            self.outputs.append(output_of(use, y, axis, self._n))
+            self.outputs.append(output_of(use, y, use.axis, self._n))
         if self._tapping:
             y = use.tap(y, self.taps)
-        if tap is None and use.collecting is None:
+        if use.collect_tap is None and use.collecting is None:
             use.release()
         return y
 
@@ -238,6 +333,10 @@ class TapMode(TrackingMode):
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             args[i] = tracked.const
         targets = list(zip(expected.names, call.tracked, strict=True))
+        if self._made:
+            known = self._made[-1].use = known_use(expected, call, *self._given)
+            if known is not None:
+                known.out = y.shape
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
 
     def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:

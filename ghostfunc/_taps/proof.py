@@ -47,9 +47,9 @@ from typing import TypeAlias
 import torch
 
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import check_finite, distinct
+from ghostfunc._base.purity import check_finite, distinct, prove_independent, were_compared
 from ghostfunc._base.remembered import Recent, memory
-from ghostfunc._base.torch_private import symbolic
+from ghostfunc._base.torch_private import any_symbolic
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import Check, Randomness
 from ghostfunc._taps.claim import NOT_THEIRS, Claim, key_of
@@ -102,7 +102,10 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     `"always"`: the numbers that were read of it, and its loss beside another sample.
     """
     model = claim.model
-    if check == "never" or any(map(symbolic, tensors_of(model.batch))):
+    if any_symbolic(tensors_of(model.batch)):
+        return
+    if check == "never":  # by losses alone
+        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
         return
     proofs = memory(model.model_fn, Proofs)
     keys = claim.key, (claim.key, claim.asked())
@@ -130,6 +133,8 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
             proofs.put(key, error is None)
         if error is not None:
             raise error
+    if whole and differ:
+        were_compared(model.model_fn, model.leaves, model.spec, model.batch, randomness)
 
 
 Compare: TypeAlias = Callable[[Claim, int, Randomness], CoupledSamplesError | Disproved | None]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -253,9 +254,14 @@ def _of_the_first(scale: float | Tensor, n: int) -> Tensor:
 
 
 def kind_of(readers: Any) -> Hashable:
-    """What tells readers from others that would go another way through this package."""
-    leaves, treedef = flatten(readers)
-    return treedef, tuple(map(_kind, leaves))
+    """What tells readers, a list of them for every quantity, from others that would go another way
+    through this package."""
+    kinds: dict[int, Hashable] = {}  # one reader may be that of many parameters
+    for reader in chain.from_iterable(readers):
+        if id(reader) not in kinds:
+            leaves, treedef = flatten(reader)
+            kinds[id(reader)] = treedef, tuple(map(_kind, leaves))
+    return tuple([tuple([kinds[id(x)] for x in row]) for row in readers])
 
 
 def _kind(x: Any) -> Hashable:

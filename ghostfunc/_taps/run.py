@@ -18,6 +18,7 @@ from ghostfunc._base.pieces import in_step, whole_likes
 from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (
     address,
+    any_symbolic,
     divide_all,
     in_transform,
     innermost,
@@ -154,7 +155,7 @@ def run(
         for quantity, values in zip(quantities, taken.values, strict=True):
             _doubt(own, quantity, leaves, spec, values)
         own.look()
-    if any(map(symbolic, tensors_of(batch))):
+    if any_symbolic(tensors_of(batch)):
         refuse_unproved(model)
     return taken
 
@@ -220,7 +221,7 @@ def _run(
     giving = {i: (q, i) for q, i in met if i in grads and _gives_total(readers[q][i])}
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
-    followed = in_transform() or any(map(symbolic, (*leaves, *tensors_of(model.batch))))
+    followed = in_transform() or any_symbolic((*leaves, *tensors_of(model.batch)))
     asked = [i for i in grads if i not in giving]
     look_at = finite or FiniteLosses()
     if followed:
@@ -258,7 +259,7 @@ def _run(
         values[q] = _unscaled(values[q], scale, quantity.degree)
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
-    deferred = [_deferred(i, later) for i in range(len(leaves))]
+    deferred = [_deferred(i, later) if later else None for i in range(len(leaves))]
     return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way, readers)
 
 
@@ -295,7 +296,7 @@ def _by_sinks(
 ) -> _Taken:
     """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
-    running = {i: RunningTotal() for i in grads if _adds_up(leaves[i])}
+    running = {i: RunningTotal() for i in grads if _in_own_dtype(leaves[i])}
     poured = pour(
         model,
         readers,
@@ -461,11 +462,9 @@ def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -
     return [torch.zeros_like(x) if g is None else g for g, x in pairs]
 
 
-def _adds_up(leaf: Tensor) -> bool:
-    """Whether the training gradient of a parameter may be added up in place: outside transforms
-    and compiled programs, in its own dtype."""
-    plain = not in_transform() and not symbolic(leaf)
-    return plain and leaf.is_floating_point() and wide(leaf).dtype == leaf.dtype
+def _in_own_dtype(leaf: Tensor) -> bool:
+    """Whether the training gradient of a parameter may be added up in place, in its own dtype."""
+    return leaf.is_floating_point() and wide(leaf) is leaf
 
 
 def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:

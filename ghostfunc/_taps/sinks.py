@@ -22,6 +22,7 @@ from ghostfunc._base.purity import check_shape
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
+from ghostfunc._quantities.readers import PositionsReader
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.straight import Straight
@@ -83,7 +84,9 @@ def pour(
             parameters that others derive from and that samples meet, too, come up at the end.
     """
     leaves, spec = model.leaves, model.spec
-    sinks = Sinks(frozenset(collect), frozenset(summed), Straight() if summed else None)
+    by_position = any(isinstance(reader, PositionsReader) for reader in readers.values())
+    straight = Straight() if summed else None
+    sinks = Sinks(frozenset(collect), frozenset(summed), straight, by_position)
     anchor = leaves[0].new_empty(()).requires_grad_()
     guards = [x.detach().requires_grad_() for x in leaves]
     # A gradient that comes by way of derived tensors is autograd's to add up.
@@ -99,8 +102,9 @@ def pour(
         tracked[i].running = total
     for key, reader in readers.items():
         tracked[key[1]].readers[key] = (reader, reader)
+    taps, recut = {ANCHOR: anchor}, recut_of(model)
     mode = TapMode(
-        model.trace, tracked, model.n, {ANCHOR: anchor}, {}, sinks=sinks, recut=recut_of(model)
+        model.trace, tracked, model.n, taps, {}, sinks=sinks, recut=recut, shapes=model.shapes
     )
     params: PyTree = spec.unflatten(guards)
     with torch.enable_grad(), mode:

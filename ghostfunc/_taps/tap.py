@@ -31,6 +31,7 @@ from ghostfunc._quantities.readers import (
 )
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
 from ghostfunc._taps.recut import Recut, in_rows, regrouped
+from ghostfunc._taps.steps import KnownUse
 from ghostfunc._taps.straight import Straight
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
@@ -109,11 +110,13 @@ class Sinks:
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
         straight: reads what has a way of its own, where something is `summed`.
+        by_position: whether positions are read, so that no rule may form the gradient.
     """
 
     collect: frozenset[int]
     summed: frozenset[int]
     straight: Straight | None
+    by_position: bool = False
     open: bool = False
     values: dict[ReaderKey, Tensor] = field(default_factory=dict)
     pieces: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -142,8 +145,9 @@ class Use:
         call: what the trace knows of it.
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
-        args, treedef: the call's arguments, flattened.
+        arg_tensors: the tensors among the call's arguments.
         axis: where the samples lie in what the tap stands beside.
+        rest, treedef: the call's arguments, flattened, with holes for the tensors.
         collect_tap: hands out the output's cotangent too, for factors that outlive the run.
         number: of this use in the run.
         sinks: where to put what is read; None inside transforms, whose taps return it.
@@ -151,14 +155,16 @@ class Use:
         reading: whether something is read.
         recut: lays packed rows out as documents, if these are the samples.
         place: number of the call in the trace.
+        known: of a use that was met before at these shapes, what stands for `rest` and `treedef`.
     """
 
     call: CallTrace
     n: int
     targets: list[tuple[ArgName, Tracked]]
-    args: list[Any]
-    treedef: optree.PyTreeSpec
+    arg_tensors: list[Tensor]
     axis: int = 0
+    rest: list[Any] = field(default_factory=list)
+    treedef: optree.PyTreeSpec | None = None
     collect_tap: Tensor | None = None
     number: int = 0
     sinks: Sinks | None = None
@@ -166,23 +172,23 @@ class Use:
     reading: bool = False
     recut: Recut | None = None
     place: int = 0
+    known: KnownUse | None = None
 
     def __post_init__(self) -> None:
-        self.arg_tensors, self._rest = _split_tensors(self.args)
-        if self.sinks is not None:
+        if self.sinks is not None or self.treedef is None:
             return
         readers = [
             [root if own is None else own for own, root in target.readers.values()]
             for _, target in self.targets
         ]
         reader_leaves, self._reader_spec = flatten(readers)
-        self._reader_tensors, self._reader_rest = _split_tensors(reader_leaves)
+        self._reader_tensors, self._reader_rest = split_tensors(reader_leaves)
         self.n_taps = 0
         self.n_args = len(self.arg_tensors)
 
     def release(self) -> None:
         """Let go of the arguments: what the backward pass needs of them, autograd has saved."""
-        self.args, self.arg_tensors = [], []
+        self.arg_tensors = []
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
         """`y` with the taps of all targets beside it."""
@@ -231,12 +237,11 @@ class Use:
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
-            readers = [root if own is None else own for own, root in target.readers.values()]
-            by_position = any(isinstance(r, PositionsReader) for r in readers)
-            factor = self.shaped(factors[name], target, by_position=by_position)
+            factor = self.shaped(factors[name], target, by_position=sinks.by_position)
             straight = sinks.straight
             if straight is not None and straight.read(self.call, target, factor, sinks.add):
                 continue
+            readers = [root if own is None else own for own, root in target.readers.values()]
             found = _read_all(factor, target, readers)
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
@@ -268,6 +273,8 @@ class Use:
     def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
         """What makes the factors of all targets, by the rule's names for them, given the output's
         cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
+        if self.known is not None:
+            return self.known.factors(b, args, self.n)
         layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
@@ -275,12 +282,13 @@ class Use:
             if recut is not None:
                 g = recut.broadcast(self.place, self.call, g, const)
             return {"": lambda: Dense(real(g.reshape(n, *const.shape)))}
-        leaves = _merge_tensors(self._rest, args)
+        leaves = _merge_tensors(self.rest, args)
         if recut is None:
             b, leaves = layout.stack(b, n), stack_all(leaves, self.call.places, n)
         else:
             b = recut.cotangent(self.place, self.call, b)
             leaves = recut.arguments(self.place, self.call, leaves)
+        assert self.treedef is not None
         call_args, kwargs = unflatten(self.treedef, leaves)
         assert rule is not None  # tracing saw to it
         return rule.fn(b, *call_args, **kwargs)
@@ -471,7 +479,7 @@ def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:
     return out
 
 
-def _split_tensors(leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+def split_tensors(leaves: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
     """Tensors among `leaves`, and the rest with holes where the tensors were."""
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     return tensors, [_HOLE if isinstance(x, Tensor) else x for x in leaves]

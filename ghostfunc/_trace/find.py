@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from ghostfunc._base.documents import Packing, packing_of
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
-from ghostfunc._base.purity import not_captured
+from ghostfunc._base.purity import not_captured, prove_independent
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
-from ghostfunc._base.torch_private import symbolic, wrapped
+from ghostfunc._base.torch_private import any_symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._trace.layout import StaleLayout
@@ -65,6 +66,11 @@ class TracedModel:
         """What the model takes for samples: they, or the rows that documents share."""
         return self.n if self.packing is None else self.packing.rows
 
+    @functools.cached_property
+    def shapes(self) -> Hashable:
+        """The exact shapes of the batch and of the parameters."""
+        return shapes_key((self.batch, self.leaves))
+
 
 def with_trace(
     use: Callable[[TracedModel], T],
@@ -92,7 +98,7 @@ def with_trace(
             continue  # control flow went another way: perhaps one that was traced before
         _remember(traces, fitting, trace, shapes)
         return model, result
-    if any(map(symbolic, tensors_of(batch))):
+    if any_symbolic(tensors_of(batch)):
         raise not_captured()
     observed = ""
     for number, pair in enumerate(pairs_to_trace(model_fn, leaves, spec, batch)):
@@ -108,6 +114,7 @@ def with_trace(
             continue
         _remember(traces, fitting, trace, shapes)
         return model, result
+    prove_independent(model_fn, leaves, spec, batch, randomness)
     if unproved:
         raise not_proved(unproved)
     raise ControlFlowError(

@@ -4,7 +4,7 @@ Guessing the sample axis from one shape is how silent errors are made, so the mo
 times on a few samples, without keeping anything (`purity` has shown before that their losses do
 not depend on each other):
 
-1. on two samples, 0 and 1 as a rule: the shapes of every torch call;
+1. on two samples, 0 and 1 as a rule: the shapes of every torch call (`purity` makes this run);
 2. on those and the first of them again: an axis that grew holds samples, and a tensor computed from
    parameters whose shape did not change is derived;
 3. the same, with a zero tap at every use, pulled back from one loss at a time: rows with a
@@ -24,8 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._base.documents import apart
-from ghostfunc._base.errors import WAYS_OUT, CoupledSamplesError, InPlaceError, SampleAxisError
+from ghostfunc._base.documents import apart, packing_of
+from ghostfunc._base.errors import (
+    WAYS_OUT,
+    CoupledSamplesError,
+    GhostError,
+    InPlaceError,
+    SampleAxisError,
+)
 from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import ParamSpec, batch_size, take
@@ -74,17 +80,40 @@ def trace_model(
 
     Documents are traced in rows of their own, where a row is a sample: what is found of rows holds
     for those that several documents share.
-    """
-    prove_independent(model_fn, leaves, spec, batch, randomness)
-    chosen = list(pair)
-    small, grown = apart(take(batch, chosen)), apart(take(batch, [*chosen, chosen[0]]))
-    k = len(chosen)
 
+
+    Samples that depend on each other are looked for first. Whatever goes wrong later, they may be
+    the reason: they are then looked for in the whole batch.
+    """
     log = ShapeLog()
-    params = spec.unflatten(lend(leaves))
-    with log:
-        plain = model_fn(params, small)
-    plain = check_losses(plain, k).detach()
+    packed = packing_of(batch) is not None  # the pair that is compared shares rows
+    seen = prove_independent(model_fn, leaves, spec, batch, randomness, log=None if packed else log)
+    plain = None if packed or seen is None or (0, seen[0]) != pair else seen[1]
+    try:
+        if plain is None:
+            log, small = ShapeLog(), apart(take(batch, list(pair)))
+            params = spec.unflatten(lend(leaves))
+            with log:
+                plain = model_fn(params, small)
+            plain = check_losses(plain, len(pair)).detach()
+        return _traced(model_fn, leaves, spec, batch, randomness, pair, log, plain)
+    except GhostError:
+        prove_independent(model_fn, leaves, spec, batch, randomness)
+        raise
+
+
+def _traced(
+    model_fn: ModelFn,
+    leaves: Sequence[Tensor],
+    spec: ParamSpec,
+    batch: PyTree,
+    randomness: Randomness,
+    pair: tuple[int, int],
+    log: ShapeLog,
+    plain: Tensor,
+) -> Trace:
+    """The trace, given the calls and the losses of a run on the pair."""
+    k, grown = len(pair), apart(take(batch, [*pair, pair[0]]))
     tracked = constants(leaves, spec)
     recorder = Recorder(tracked, log, k, k + 1, grown)
     with recorder:

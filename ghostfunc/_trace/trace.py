@@ -95,6 +95,7 @@ class Trace:
         in_place: calls, by op and what it was told, that move no sample by values: a recurrence
             over more steps makes more of them.
         by_values: what the other calls were told: told another axis, they may move samples.
+        ways: the first steps of ways that were gone with this trace, by shapes.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -108,6 +109,7 @@ class Trace:
     dtypes: frozenset[torch.dtype]
     in_place: frozenset[Told]
     by_values: Mapping[int, Hashable]
+    ways: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def derived_from(self) -> frozenset[int]:
@@ -123,6 +125,11 @@ _FOLDS: set[Callable[..., Any]] = {
     Tensor.unflatten, Tensor.repeat, torch.tile, Tensor.tile, torch.cat, torch.concat,
     torch.concatenate, torch.stack, torch.vstack, torch.hstack,
 }  # fmt: skip
+
+
+def folds(func: Callable[..., Any]) -> bool:
+    """Whether an op may fold samples and positions."""
+    return func in _FOLDS
 
 
 def pattern(

@@ -74,6 +74,11 @@ def op_key(func: Callable[..., Any]) -> Callable[..., Any]:
     return Tensor.to if func in _CONVERSIONS else func
 
 
+def nests(func: Callable[..., Any]) -> bool:
+    """Whether a call takes gradients itself."""
+    return func in _NESTED
+
+
 def reads_attribute(func: Callable[..., Any]) -> bool:
     """Whether a call reads a shape, a device and the like. No way through a model is known by
     these: of tensors without values some are not seen."""

@@ -19,6 +19,8 @@ from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.purity import check_losses, close, lend
+from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
@@ -121,19 +123,21 @@ def in_one_run(
     if in_transform() or _difference(train, val) is not None:
         return None
     remembered = memory(model_fn, OneRuns)
+    n, m = batch_size(train), batch_size(val)
     key = (
-        *(structure(model_fn, spec, leaves, batch, "error") for batch in (train, val)),
+        structure(model_fn, spec, leaves, train, "error"),  # the batches differ in size alone
         shapes_key((train, val, leaves)),
     )
+    alone: Tensor | None = None
     shared = remembered.shared.get(key)
     if shared is None:
         if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
             return None
         uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-        trace_of(model_fn, leaves, spec, val, randomness="error")  # proves it, by itself
+        if m == 1 and check == "never":  # else the proof runs it by itself
+            alone = _losses(model_fn, leaves, spec, val)  # code may treat one in its own way
         several = [i for i, met in enumerate(uses) if len(met) > 1]
         shared = remembered.shared.put(key, several)
-    n, m = batch_size(train), batch_size(val)
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = leaves[0].new_full((n + m,), scales[0], dtype=torch.float64)
     weights[n:].fill_(scales[1])
@@ -154,7 +158,10 @@ def in_one_run(
         )
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
-    if (company := _company(found.trace)) is not None:
+    company = _company(found.trace)
+    if alone is not None and not close(found.losses[n:], alone):
+        company = "the validation sample has another loss by itself"
+    if company is not None:
         # The joined batch took another way than either batch by itself.
         remembered.apart.put(shapes_key((train, val, leaves)), company)
         remembered.shared.drop(key)
@@ -162,6 +169,14 @@ def in_one_run(
     dots = found.dots if per_param else [add_up(found.dots)]
     dots = dots if scales[0] == 1 else divide_all(dots, scales[0])
     return OneRunResult(found.losses[:n], found.grads, dots)
+
+
+@torch.enable_grad()
+def _losses(model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree) -> Tensor:
+    """The losses of a plain run, `[n]`."""
+    with Refusals():
+        losses = model_fn(spec.unflatten(lend(leaves)), batch)
+    return check_losses(losses, batch_size(batch)).detach()
 
 
 class _Found(NamedTuple):

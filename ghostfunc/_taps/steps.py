@@ -1,0 +1,229 @@
+"""The way of an earlier run at the same shapes, step by step.
+
+A run hashes what its calls are told, so that other ways through the program are known by it. A run
+that goes a way that was gone before at these shapes need not: of most calls it is enough to see
+that they are the step that comes next, by comparing what it was told. Where a call is another one,
+the hash goes on from what it was before that step, so both find the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.dense_gradients import makes_sparse
+from ghostfunc._base.refusals import REFUSED
+from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
+from ghostfunc._trace.trace import CallTrace, WayTaken, folds
+from ghostfunc._trace.tracked import CallArgs, Tracked
+from ghostfunc._trace.watch import nests
+
+MAX_WAYS = 64
+"""Ways of one trace, at as many shapes, that are remembered step by step."""
+
+_NUMBERS = frozenset((int, str, bool))
+_LISTS = frozenset((tuple, list, torch.Size))
+_INT = frozenset((int,))
+
+Pick: TypeAlias = Callable[[Any], Any]
+
+
+def _nothing(values: Any) -> None:
+    """What a call that is told nothing is told."""
+
+
+class Step:
+    """One call, and what tells that it is made again.
+
+    Attributes:
+        func: the op; None after the last call.
+        number: of the call; `way`: the hash of the way before it.
+        plain: whether nothing but what follows has to be looked at: no parameter meets the call,
+            and what it returns is not handed to Python.
+        names: of the keyword arguments; `kinds`: the types of all arguments.
+        pick: takes the whole numbers, words and lists of numbers out of the arguments; `told`: what
+            they were. `lists`: which arguments are lists of whole numbers.
+        shape: of the first argument, for ops that may fold axes.
+        compared: whether any of these three is to be.
+        use: what is known of the use, for calls that are one.
+        next: the step after this one.
+    """
+
+    __slots__ = (
+        "compared", "func", "kinds", "lists", "names", "next", "number", "pick", "plain", "shape",
+        "told", "use", "way",
+    )  # fmt: skip
+
+    def __init__(self, func: Callable[..., Any] | None, number: int, way: int) -> None:
+        self.func, self.number, self.way = func, number, way
+        self.plain = False
+        self.names: tuple[str, ...] = ()
+        self.kinds: tuple[type, ...] = ()
+        self.pick: Pick = _nothing
+        self.told: Any = None
+        self.lists: tuple[int, ...] = ()
+        self.compared = False
+        self.shape: torch.Size | None = None
+        self.use: KnownUse | None = None
+        self.next: Step | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no call follows."""
+        return self.func is None
+
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have the step be plain, if what its call is told can be compared."""
+        values = (*args, *kwargs.values())
+        assert self.func is not None
+        if self.func in REFUSED or self.func in DECOMPOSITIONS or nests(self.func):
+            return
+        kinds = tuple(map(type, values))
+        lists = tuple(i for i, kind in enumerate(kinds) if issubclass(kind, (tuple, list)))
+        told = [i for i, kind in enumerate(kinds) if kind in _NUMBERS]
+        if makes_sparse(self.func) or slice in kinds:
+            return
+        if any(kinds[i] not in _LISTS or not _INT.issuperset(map(type, values[i])) for i in lists):
+            return
+        if folds(self.func):
+            if not isinstance(values[0], Tensor) or any(isinstance(x, Tensor) for x in values[1:]):
+                return
+            self.shape = values[0].shape
+        self.names, self.kinds, self.lists = tuple(kwargs), kinds, lists
+        if picked := (*told, *lists):
+            self.pick = itemgetter(*picked)
+            self.told = self.pick(values)
+        self.compared = bool(picked) or self.shape is not None
+        self.plain = True
+
+    def again(self, values: tuple[Any, ...]) -> bool:
+        """Whether arguments of the same types tell the call the same."""
+        return (
+            self.pick(values) == self.told
+            and (self.shape is None or values[0].shape == self.shape)
+            and (not self.lists or self._whole(values))
+        )
+
+    def _whole(self, values: tuple[Any, ...]) -> bool:
+        """Whether lists of numbers hold whole ones: `[1]` equals `[True]`."""
+        return all(_INT.issuperset(map(type, values[i])) for i in self.lists)
+
+
+class KnownUse:
+    """A use that was met before at these shapes: what tells that it is met again, and what is then
+    known of it.
+
+    Attributes:
+        call: what the trace knows of it.
+        names, kinds: as those of a `Step`.
+        hits: which arguments are tracked, in the trace's order; `numbers`: which tensors they are.
+        tensors: which arguments are tensors, in the order in which a use keeps them; `shapes`:
+            theirs. `layouts`: where samples lie in them, None for those that carry none.
+        pick: takes out the other arguments; `others`: what they were. `lists`: as in a `Step`.
+        template: all arguments, without the tensors.
+        out: shape of the output.
+    """
+
+    __slots__ = (
+        "call", "hits", "kinds", "layouts", "lists", "names", "numbers", "others", "out", "pick",
+        "shapes", "template", "tensors",
+    )  # fmt: skip
+
+    def __init__(
+        self, call: CallTrace, made: CallArgs, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        values = (*args, *kwargs.values())
+        self.call, self.numbers = call, call.numbers
+        self.names, self.kinds = tuple(kwargs), tuple(map(type, values))
+        place = {id(x): i for i, x in enumerate(values)}
+        tensors = [i for i, x in enumerate(made.leaves) if isinstance(x, Tensor)]
+        self.hits = tuple(place[id(made.leaves[i])] for i in call.hits)
+        self.tensors = tuple(place[id(made.leaves[i])] for i in tensors)
+        self.layouts = tuple(call.places.get(i) for i in tensors)
+        self.shapes = [values[i].shape for i in self.tensors]
+        others = [i for i in range(len(values)) if i not in self.tensors]
+        self.lists = tuple(i for i in others if isinstance(values[i], (tuple, list)))
+        self.pick = itemgetter(*others) if others else _nothing
+        self.others = self.pick(values)
+        self.template = [None if i in self.tensors else x for i, x in enumerate(values)]
+        self.out = torch.Size(())
+
+    def met(
+        self, values: tuple[Any, ...], tracked: Mapping[int, tuple[Any, Tracked]]
+    ) -> list[Tracked] | None:
+        """The tracked tensors that are met, if this is the same use again."""
+        if (
+            tuple(map(type, values)) != self.kinds
+            or sum(map(tracked.__contains__, map(id, values))) != len(self.hits)
+            or [values[i].shape for i in self.tensors] != self.shapes
+            or self.pick(values) != self.others
+            or not all(_INT.issuperset(map(type, values[i])) for i in self.lists)
+        ):
+            return None
+        found = [tracked[id(values[i])][1] for i in self.hits if id(values[i]) in tracked]
+        return found if tuple([t.number for t in found]) == self.numbers else None
+
+    def run(self, values: tuple[Any, ...], met: Sequence[Tracked]) -> tuple[Tensor, list[Tensor]]:
+        """The op's output, and the tensors among its arguments, on constants."""
+        given = list(values)
+        for i, tracked in zip(self.hits, met, strict=True):
+            given[i] = tracked.const
+        return self._apply(self.call.func, given), [given[i] for i in self.tensors]
+
+    def factors(self, b: Tensor, tensors: Sequence[Tensor], n: int) -> Factors:
+        """What makes the factors of all targets, given the output's cotangent."""
+        given = list(self.template)
+        for i, x, layout in zip(self.tensors, tensors, self.layouts, strict=True):
+            given[i] = x.expand(n, *x.shape) if layout is None else layout.stack(x, n)
+        fn: Any = self.call.rule.fn  # type: ignore[union-attr]
+        return self._apply(partial(fn, self.call.out.stack(b, n)), given)
+
+    def _apply(self, func: Callable[..., Any], given: list[Any]) -> Any:
+        if not self.names:
+            return func(*given)
+        count = len(given) - len(self.names)
+        return func(*given[:count], **dict(zip(self.names, given[count:], strict=True)))
+
+
+_COMPARED = frozenset((int, str, bool, float, type(None), torch.dtype))
+
+
+def known_use(
+    call: CallTrace, made: CallArgs, args: Sequence[Any], kwargs: dict[str, Any]
+) -> KnownUse | None:
+    """What will be known of a use, if it can be told when it comes again."""
+    if call.func in REFUSED or makes_sparse(call.func) or not isinstance(call.rule, FactorRule):
+        return None
+    values = (*args, *kwargs.values())
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    lists = [x for x in values if isinstance(x, (tuple, list))]
+    others = [type(x) for x in values if not isinstance(x, (Tensor, tuple, list))]
+    if (
+        len(set(map(id, tensors))) != len(tensors)  # one tensor may be two arguments
+        or len(tensors) != sum(isinstance(x, Tensor) for x in made.leaves)
+        or not _COMPARED.issuperset(others)
+        or not all(type(x) in _LISTS and _INT.issuperset(map(type, x)) for x in lists)
+    ):
+        return None
+    return KnownUse(call, made, args, kwargs)
+
+
+def last(way: WayTaken) -> Step:
+    """What stands after the last call."""
+    return Step(None, way.calls, way.told)
+
+
+def remember(ways: dict[Hashable, Step], shapes: Hashable, steps: list[Step]) -> None:
+    """Keep a way among those of a trace, by its first step; of too many the oldest is forgotten.
+    Other threads may do so at the same time."""
+    for step, after in itertools.pairwise(steps):
+        step.next = after
+    for old in list(ways)[: max(0, len(ways) + 1 - MAX_WAYS)]:
+        ways.pop(old, None)
+    ways[shapes] = steps[0]
