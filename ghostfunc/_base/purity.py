@@ -117,6 +117,8 @@ def prove_independent(
             whole = losses(batch)
             compare({"in a half of the batch": (in_halves(), whole)})
         return None
+    # One sample by itself comes first: errors count its losses, and not those of copies.
+    whole = losses(batch) if n == 1 and randomness == "error" else None
     draws = Draws()
     with draws:
         pair = losses(take(batch, [0, last]), log).detach()
@@ -132,13 +134,14 @@ def prove_independent(
                 pair,
             )
         }
-        if log is None or n == 1:
+        if whole is None and log is None:
             whole = losses(batch)
+        if whole is not None:
             company["in the whole batch"] = whole[[0, last]], pair
         if log is None:
             three = losses(take(batch, [0, last, 0]))[:2]
             company["with a copy of sample 0 added"] = three, pair
-        if log is None and n > 2:
+        if whole is not None and n > 2:
             company["in a half of the batch"] = (in_halves(), whole)
         compare(company)
         if other is None:
