@@ -118,7 +118,7 @@ def prove_independent(
             compare({"in a half of the batch": (in_halves(), whole)})
         return None
     # One sample by itself comes first: errors count its losses, and not those of copies.
-    whole = losses(batch) if n == 1 and randomness == "error" else None
+    every = losses(batch) if n == 1 and randomness == "error" else None
     draws = Draws()
     with draws:
         pair = losses(take(batch, [0, last]), log).detach()
@@ -134,15 +134,15 @@ def prove_independent(
                 pair,
             )
         }
-        if whole is None and log is None:
-            whole = losses(batch)
-        if whole is not None:
-            company["in the whole batch"] = whole[[0, last]], pair
+        if every is None and log is None:
+            every = losses(batch)
+        if every is not None:
+            company["in the whole batch"] = every[[0, last]], pair
         if log is None:
             three = losses(take(batch, [0, last, 0]))[:2]
             company["with a copy of sample 0 added"] = three, pair
-        if whole is not None and n > 2:
-            company["in a half of the batch"] = (in_halves(), whole)
+        if every is not None and n > 2:
+            company["in a half of the batch"] = (in_halves(), every)
         compare(company)
         if other is None:
             beside = _beside_another(losses, batch)
