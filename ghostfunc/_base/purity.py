@@ -139,6 +139,8 @@ def prove_independent(
             whole = losses(batch)
             compare({"in a half of the batch": (in_halves(), whole)})
         return None
+    # One sample by itself comes first: errors count its losses, and not those of copies.
+    every = losses(batch) if n == 1 and randomness == "error" else None
     draws = Draws()
     with draws:
         pair = losses(take(batch, [0, last]), log).detach()
@@ -154,14 +156,15 @@ def prove_independent(
                 pair,
             )
         }
-        if log is None or n == 1:
-            whole = losses(batch)
-            company["in the whole batch"] = whole[[0, last]], pair
+        if every is None and log is None:
+            every = losses(batch)
+        if every is not None:
+            company["in the whole batch"] = every[[0, last]], pair
         if log is None:
             three = losses(take(batch, [0, last, 0]))[:2]
             company["with a copy of sample 0 added"] = three, pair
-        if log is None and n > 2:
-            company["in a half of the batch"] = (in_halves(), whole)
+        if every is not None and n > 2:
+            company["in a half of the batch"] = (in_halves(), every)
         compare(company)
         if other is None:
             beside = _beside_another(losses, batch)
