@@ -11,6 +11,8 @@ and under `TYPE_CHECKING` included. Private names of torch stand in `_base/torch
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,10 @@ STRANGERS = {
     ("_rules", "_quantities"): "a rule never imports a quantity",
     ("_quantities", "_rules"): "a quantity never imports a rule",
 }
+
+
+LONGEST = 60
+"""Lines of code of a function: what fits on a page. Docstrings and comments do not count."""
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +92,7 @@ def check(package: Path) -> list[Violation]:
         file = path.relative_to(package.parent).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=file)
         violations += _habits(file, tree)
+        violations += _long_functions(file, tree, path.read_text(encoding="utf-8"))
         if path != package / "_base" / "torch_private.py":
             violations += _private_names_of_torch(file, tree)
         if path == package / "__init__.py":
@@ -212,6 +219,23 @@ def _habits(file: str, tree: ast.Module) -> Iterator[Violation]:
         yield Violation(file, node.lineno, ast.unparse(node), why)
 
 
+def _long_functions(file: str, tree: ast.Module, source: str) -> Iterator[Violation]:
+    """Functions of more than `LONGEST` lines of code."""
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = set(range(node.lineno, (node.end_lineno or node.lineno) + 1)) & code
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+            if len(lines) > LONGEST:
+                why = f"{len(lines)} lines of code; a function has {LONGEST} at most"
+                yield Violation(file, node.lineno, f"def {node.name}", why)
+
+
 def _private_names_of_torch(file: str, tree: ast.Module) -> Iterator[Violation]:
     """`torch._C`, `from torch._ops import ...`, `torch.overrides._f` and their kin."""
     for node in ast.walk(tree):
@@ -317,6 +341,7 @@ def test_a_clean_tree_has_no_violations(tmp_path: Path) -> None:
         ("_taps/tap.py", "from torch._ops import OpOverload\n", 1, "a private name of torch"),
         ("_taps/tap.py", "from torch.overrides import _f\n", 1, "a private name of torch"),
         ("hf/__init__.py", "import torch\nx = torch._C\n", 2, "a private name of torch"),
+        ("_taps/tap.py", "def f():\n" + "    x = 1\n" * 60, 1, "61 lines of code"),
     ],
 )
 def test_a_violation_is_named(tmp_path: Path, file: str, source: str, line: int, why: str) -> None:

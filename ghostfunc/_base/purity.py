@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,46 @@ def prove_independent(
         model_fn.refuse_batch_norm()
     other = _other_sample(batch)
     last = min(1, n - 1) if other is None else other
+    company = _Company(model_fn, leaves, spec, batch, n, (0, last))
+    if known:
+        if randomness == "error" and n > 1:
+            whole = company.whole()
+            company.compare({"in a half of the batch": (company.in_halves(), whole)})
+        return None
+    pair = company.of_two(log, randomness)
+    if randomness == "error" and other is None:
+        beside = _beside_another(company.losses, batch)
+        if beside is not None:
+            company.compare({"beside another sample": (beside, pair[:1])})
+    if other is not None or n == 1:
+        remembered.put(key, log is None)
+    return last, pair
 
-    def losses(data: PyTree, mode: Refusals | None = None) -> Tensor:
+
+@dataclass(frozen=True)
+class _Company:
+    """Losses of a batch's samples in the company of others.
+
+    Attributes:
+        n: samples in the batch; `two` of them are looked at more closely.
+    """
+
+    model_fn: ModelFn
+    leaves: Sequence[Tensor]
+    spec: ParamSpec
+    batch: PyTree
+    n: int
+    two: tuple[int, int]
+
+    def losses(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
+        """The losses of other samples, `[n]`, in a run that a mode watches."""
+        leaves, spec = self.leaves, self.spec
         params = lend(leaves)
-        given, guard = spec.unflatten(params), _WriteGuard(_protected(model_fn, spec, leaves, data))
+        given = spec.unflatten(params)
+        guard = _WriteGuard(_protected(self.model_fn, spec, leaves, data))
         try:
             with guard, mode or Refusals():
-                out = model_fn(given, data)
+                out = self.model_fn(given, data)
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
@@ -109,70 +143,64 @@ def prove_independent(
         _refuse_kept(out, leaves, params, spec)
         return out.detach()
 
-    def compare(company: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def whole(self) -> Tensor:
+        """All losses, from one run."""
+        return self.losses(self.batch)
+
+    def in_halves(self) -> Tensor:
+        """All losses, from two batches of two samples at least: code may treat a batch of one in
+        its own way."""
+        n, batch = self.n, self.batch
+        if n == 2:
+            return torch.cat([self.losses(take(batch, [i, i]))[:1] for i in range(n)])
+        half = n // 2
+        start = min(half, n - 2)
+        order = company_order(n, batch)
+        lower = self.losses(take(batch, order[: max(half, 2)]))
+        upper = self.losses(take(batch, order[start:]))
+        found = torch.cat([lower[:half], upper[half - start :]])
+        return found if order == list(range(n)) else found[np.argsort(order)]
+
+    def compare(self, company: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Raise `CoupledSamplesError` where losses found in some company are not the expected."""
         for where, (found, expected) in company.items():
             if not close(found, expected):
                 raise coupled_samples(
                     f"some samples have losses {expected[:8].tolist()}; {where}, they have "
                     f"{found[:8].tolist()}",
-                    batch,
-                    cause(losses, batch, (0, last)),
+                    self.batch,
+                    cause(self.losses, self.batch, self.two),
                 )
 
-    def in_halves() -> Tensor:
-        """All losses, from two batches of two samples at least: code may treat a batch of one in
-        its own way."""
-        if n == 2:
-            return torch.cat([losses(take(batch, [i, i]))[:1] for i in range(n)])
-        half = n // 2
-        start = min(half, n - 2)
-        order = company_order(n, batch)
-        lower, upper = (
-            losses(take(batch, order[: max(half, 2)])),
-            losses(take(batch, order[start:])),
-        )
-        found = torch.cat([lower[:half], upper[half - start :]])
-        return found if order == list(range(n)) else found[np.argsort(order)]
-
-    if known:
-        if randomness == "error" and n > 1:
-            whole = losses(batch)
-            compare({"in a half of the batch": (in_halves(), whole)})
-        return None
-    # One sample by itself comes first: errors count its losses, and not those of copies.
-    every = losses(batch) if n == 1 and randomness == "error" else None
-    draws = Draws()
-    with draws:
-        pair = losses(take(batch, [0, last]), log).detach()
-    if randomness == "error":
+    def of_two(self, log: Refusals | None, randomness: Randomness) -> Tensor:
+        """The losses of the two, compared with those in other company, as far as nobody with a
+        `log` does it later."""
+        batch, two = self.batch, self.two
+        # One sample by itself comes first: errors count its losses, and not those of copies.
+        every = self.whole() if self.n == 1 and randomness == "error" else None
+        draws = Draws()
+        with draws:
+            pair = self.losses(take(batch, list(two)), log).detach()
+        if randomness != "error":
+            return pair
         if draws.seen:
             raise RandomnessError(
                 "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
                 'pass randomness="different" to give every sample its own draws.'
             )
-        company = {
-            "beside a copy of itself": (
-                torch.stack([losses(take(batch, [i, i]))[0] for i in (0, last)]),
-                pair,
-            )
-        }
+        alike = torch.stack([self.losses(take(batch, [i, i]))[0] for i in two])
+        company = {"beside a copy of itself": (alike, pair)}
         if every is None and log is None:
-            every = losses(batch)
+            every = self.whole()
         if every is not None:
-            company["in the whole batch"] = every[[0, last]], pair
+            company["in the whole batch"] = every[list(two)], pair
         if log is None:
-            three = losses(take(batch, [0, last, 0]))[:2]
+            three = self.losses(take(batch, [*two, two[0]]))[:2]
             company["with a copy of sample 0 added"] = three, pair
-        if every is not None and n > 2:
-            company["in a half of the batch"] = (in_halves(), every)
-        compare(company)
-        if other is None:
-            beside = _beside_another(losses, batch)
-            if beside is not None:
-                compare({"beside another sample": (beside, pair[:1])})
-    if other is not None or n == 1:
-        remembered.put(key, log is None)
-    return last, pair
+        if every is not None and self.n > 2:
+            company["in a half of the batch"] = self.in_halves(), every
+        self.compare(company)
+        return pair
 
 
 def were_compared(

@@ -124,20 +124,11 @@ def run(
         def look(fn: ModelFn, wholes: Sequence[Tensor]) -> RunResult:
             return run(fn, wholes, spec, batch, [], check=check, randomness=randomness)
 
-        def of_all(model: TracedModel) -> RunResult:
-            taken = asked(model)
-            if own.wanted:
-                check_finite(taken.losses)  # while the others still listen
-            return taken
-
         together = Together(ranks, model_fn, plain(leaves), spec, batch, look, check, randomness)
-        return together.run(of_all)[1]
+        return together.run(partial(_of_all, asked, own))[1]
 
     def use(model: TracedModel) -> RunResult:
-        try:
-            taken = asked(model)
-        except StaleOutputs:  # trimmed to its longest sample, say
-            taken = asked(model, refresh=True)
+        taken = _on_fresh_outputs(asked, model)
         followed = in_transform()
         claim = Claim(
             model,
@@ -152,27 +143,44 @@ def run(
 
     model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
     if finite is None:
-        for quantity, values in zip(quantities, taken.values, strict=True):
-            _doubt(own, quantity, leaves, spec, values)
+        _doubt(own, quantities, leaves, spec, taken.values)
         own.look()
     if any_symbolic(tensors_of(batch)):
         refuse_unproved(model)
     return taken
 
 
+def _of_all(
+    asked: Callable[[TracedModel], RunResult], finite: FiniteLosses, model: TracedModel
+) -> RunResult:
+    """A rank's share of a run of all ranks."""
+    taken = asked(model)
+    if finite.wanted:
+        check_finite(taken.losses)  # while the others still listen
+    return taken
+
+
+def _on_fresh_outputs(asked: Callable[..., RunResult], model: TracedModel) -> RunResult:
+    """A run, with the outputs' shapes looked at anew where they are not those of an earlier run of
+    the same shapes: where a batch is trimmed to its longest sample, say."""
+    try:
+        return asked(model)
+    except StaleOutputs:
+        return asked(model, refresh=True)
+
+
 def _doubt(
     finite: FiniteLosses,
-    quantity: Quantity,
+    quantities: Sequence[Quantity],
     leaves: Sequence[Tensor],
     spec: ParamSpec,
-    values: Sequence[Tensor | None],
+    values: Sequence[Sequence[Tensor | None]],
 ) -> None:
-    """Have a quantity looked into if its values are not finite; most cannot be at fault."""
-    if type(quantity).check_finite is Quantity.check_finite:
-        return
-    for x in values:
-        if x is not None:
-            finite.doubt(x, partial(quantity.check_finite, leaves, spec))
+    """Have quantities looked into if their values are not finite; most cannot be at fault."""
+    for quantity, row in zip(quantities, values, strict=True):
+        if type(quantity).check_finite is not Quantity.check_finite:
+            for x in (x for x in row if x is not None):
+                finite.doubt(x, partial(quantity.check_finite, leaves, spec))
 
 
 def refuse_unproved(model: TracedModel) -> None:
@@ -209,13 +217,7 @@ def _run(
     leaves, spec = model.leaves, model.spec
     wholes = whole_likes(model.model_fn, leaves, spec)
     readers = [q.readers(leaves if q.of_directions else wholes, spec) for q in quantities]
-    keys: list[ReaderKey] = []
-    met: list[ReaderKey] = []
-    for q, row in enumerate(readers):
-        for i in (i for i, r in enumerate(row) if r is not None):
-            # Not linear in the gradient, a quantity needs all uses of a parameter together.
-            together = quantities[q].degree > 1 and model.trace.uses[i] > 1
-            (met if together else keys).append((q, i))
+    keys, met = _use_by_use(quantities, readers, model.trace)
     kept = {*collect, *(i for _, i in met)}
     # Read with all uses at hand, a quantity may have the gradient of their sum, too.
     giving = {i: (q, i) for q, i in met if i in grads and _gives_total(readers[q][i])}
@@ -234,9 +236,7 @@ def _run(
     values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
     for (q, i), value in taken.values.items():
         values[q][i] = value
-    out_grads: list[Any] = [None] * len(leaves)
-    for i, grad in taken.grads.items():
-        out_grads[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+    out_grads = _by_leaf(taken.grads, leaves)
     at_once: list[tuple[Tracked, Factor]] = []
     later: list[tuple[Tracked, Factor]] = []
     with unrounded(losses):
@@ -254,13 +254,26 @@ def _run(
                 values[q][i] = readers[q][i].read_all(factors[i])
     for q, quantity in enumerate(quantities):
         if q in summed:
-            pieces = [*taken.pieces.get(q, ()), *(x for x in values[q] if x is not None)]
-            values[q] = [contract.add_up(pieces)] if pieces else []
+            values[q] = _added_up(taken.pieces.get(q, ()), values[q])
         values[q] = _unscaled(values[q], scale, quantity.degree)
     if outlives:
         factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
     deferred = [_deferred(i, later) if later else None for i in range(len(leaves))]
     return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way, readers)
+
+
+def _use_by_use(
+    quantities: Sequence[Quantity], readers: Sequence[Sequence[Any]], trace: Trace
+) -> tuple[list[ReaderKey], list[ReaderKey]]:
+    """What is read use by use, and what with all uses of a parameter at hand: a quantity that is
+    not linear in the gradient."""
+    keys: list[ReaderKey] = []
+    met: list[ReaderKey] = []
+    for q, row in enumerate(readers):
+        for i in (i for i, r in enumerate(row) if r is not None):
+            together = quantities[q].degree > 1 and trace.uses[i] > 1
+            (met if together else keys).append((q, i))
+    return keys, met
 
 
 @dataclass(frozen=True)
@@ -373,14 +386,13 @@ def _by_cotangents(
         guarded=model,
         differentiable=_derivative_wanted(leaves, model.batch, list(readers.values())),
     )
-    kept_b = with_zeros(cotangents, collect_taps)
     uses = [modes[0].uses[number] for number in collected]
     return _Taken(
         losses,
         dict(zip(readers, with_zeros(read, taps), strict=True)),
         {},
         dict(zip(grads, param_grads, strict=True)),
-        list(zip(uses, kept_b, saved, strict=True)),
+        list(zip(uses, with_zeros(cotangents, collect_taps), saved, strict=True)),
         [x for args in saved for x in args if not x.requires_grad],
         modes[0].way,
     )
@@ -446,6 +458,20 @@ def _refuse_unseen(guarded: TracedModel, cotangents: Sequence[Tensor | None]) ->
     unseen = [name for name, g in pairs if g is not None]
     if unseen:
         raise unseen_use(unseen)
+
+
+def _by_leaf(grads: dict[int, Tensor | None], leaves: Sequence[Tensor]) -> list[Any]:
+    """Gradients in the order of the parameters, zeros written out; None where none is wanted."""
+    out: list[Any] = [None] * len(leaves)
+    for i, grad in grads.items():
+        out[i] = torch.zeros_like(leaves[i]) if grad is None else grad
+    return out
+
+
+def _added_up(pieces: Sequence[Tensor], values: Sequence[Tensor | None]) -> list[Any]:
+    """The one value of all parameters; none where no parameter is met."""
+    found = [*pieces, *(x for x in values if x is not None)]
+    return [contract.add_up(found)] if found else []
 
 
 def _unscaled(values: list[Any], scale: float | Tensor, degree: int) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,21 +145,51 @@ def ghost_clipped_grad(
             group, "ghost_clipped_grad", params, batch, alike, rest, lambda x: x.grads, mean=False
         )
         return ClippedGrad(total, clipped.norms)
-    one_of("mode", mode, ("ghost", "materialized"))
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_chunk_size(chunk_size)
     check_flags(per_layer=per_layer, normalize=normalize, check_finite=check_finite)
     check_vectorize(vectorize)
+    _check_mode(mode, model_fn, check_finite)
+    leaves, spec = flatten_params(params)
+    bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
+    if weights is not None:
+        check_weight_shape(weights, batch_size(batch))
+    clipped_of = partial(
+        _clipped,
+        model_fn,
+        leaves,
+        spec,
+        bounds=bounds,
+        per_layer=per_layer,
+        normalize=normalize,
+        mode=mode,
+        vectorize=vectorize,
+        check=check,
+        randomness=randomness,
+        check_finite=check_finite,
+    )
+    least = chunks_of_all(model_fn, batch, chunk_size)
+    sums, norms = _over_chunks(clipped_of, batch, weights, chunk_size, least)
+    return ClippedGrad(spec.unflatten(sums), spec.unflatten(norms) if per_layer else norms[0])
+
+
+def _check_mode(mode: Mode, model_fn: ModelFn, check_finite: bool) -> None:
+    one_of("mode", mode, ("ghost", "materialized"))
     if not check_finite and mode != "ghost":
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     if mode != "ghost":
         refuse_pieces(model_fn, f"mode={mode!r}")
-    leaves, spec = flatten_params(params)
-    n = batch_size(batch)
-    bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
-    if weights is not None:
-        check_weight_shape(weights, n)
+
+
+def _over_chunks(
+    clipped_of: Callable[..., ClippedGrad],
+    batch: PyTree,
+    weights: Tensor | None,
+    chunk_size: int | None,
+    least: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums of clipped gradients and norms of all samples, a chunk at a time."""
     start = 0
 
     def of_chunk(chunk: PyTree) -> ClippedGrad:
@@ -166,32 +197,14 @@ def ghost_clipped_grad(
         stop = start + batch_size(chunk)
         own = None if weights is None else weights[start:stop]
         start = stop
-        return _clipped(
-            model_fn,
-            leaves,
-            spec,
-            chunk,
-            bounds,
-            own,
-            per_layer=per_layer,
-            normalize=normalize,
-            mode=mode,
-            vectorize=vectorize,
-            check=check,
-            randomness=randomness,
-            check_finite=check_finite,
-        )
+        return clipped_of(chunk, weights=own)
 
     norms, sums = [], batches.Sums()
-    least = chunks_of_all(model_fn, batch, chunk_size)
     for part in batches.each(of_chunk, batch, chunk_size, least=least):
         sums.add(flatten(part.grads)[0])
         norms.append(flatten(part.norms)[0])
         del part
-    found = batches.joined(norms)
-    return ClippedGrad(
-        spec.unflatten(sums.result()), spec.unflatten(found) if per_layer else found[0]
-    )
+    return sums.result(), batches.joined(norms)
 
 
 def _clipped(

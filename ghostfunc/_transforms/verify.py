@@ -182,12 +182,16 @@ def verify(
         for name, g, e in zip(spec.names, ghost, exact, strict=True)
         if not bool(g.any()) and not bool(e.any())
     )
-    if tolerance is None:
-        tolerance = 1e-10 if eps < 1e-12 else 1e-4 if eps < 1e-5 else 5e-2
-    report = Report(rows, total, unused, tolerance, contract_dtype, vectorize)
+    limit = _usual_tolerance(eps) if tolerance is None else tolerance
+    report = Report(rows, total, unused, limit, contract_dtype, vectorize)
     if check:
         report.check()
     return report
+
+
+def _usual_tolerance(eps: float) -> float:
+    """For float64, float32, and half precision."""
+    return 1e-10 if eps < 1e-12 else 1e-4 if eps < 1e-5 else 5e-2
 
 
 def _row(name: str, shape: tuple[int, ...], ghost: Tensor, exact: Tensor, floor: float) -> Row:

@@ -131,11 +131,7 @@ def ekfac(
     ):  # fmt: skip
         check_count(name, value)
     check_batches(batches)
-    if isinstance(batches, Iterator):
-        raise OptionError(
-            f"batches is a {type(batches).__name__}, which can be gone through once; curvature "
-            "needs two passes. Pass a list, or the data loader itself."
-        )
+    _refuse_iterator(batches)
     leaves, spec = flatten_params(params)
     leaves = [x.detach() for x in leaves]
     limits = Limits(
@@ -159,3 +155,12 @@ def ekfac(
         fisher=fisher,
         fingerprint=fingerprint(spec.names, leaves),
     )
+
+
+def _refuse_iterator(batches: object) -> None:
+    """Raise for what one pass uses up."""
+    if isinstance(batches, Iterator):
+        raise OptionError(
+            f"batches is a {type(batches).__name__}, which can be gone through once; curvature "
+            "needs two passes. Pass a list, or the data loader itself."
+        )

@@ -160,11 +160,8 @@ def score_dataset(
     n = len(dataset)
     if not n:
         raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
-    if ids is None:
-        ids = range(n)
-    check_type("ids", ids, (Sequence, Tensor, np.ndarray), "a sequence of names of samples")
-    if len(ids) != n:
-        raise OptionError(f"{len(ids)} ids for {n} samples; expected one each.")
+    ids = range(n) if ids is None else ids
+    _check_ids(ids, n)
     us = _directions(model_fn, params, val, direction, quantities, randomness)
     wanted = tuple(dict.fromkeys(quantities))
     run = _Run(
@@ -188,10 +185,14 @@ def score_dataset(
             _part(run, number, range(start, min(start + PART, n)), token_budget, parts, advance)
             for number, start in enumerate(range(0, n, PART))
         ]
-    columns = {
-        name: torch.from_numpy(np.concatenate([part[name] for part in done])) for name in done[0]
-    }
-    return Scores(ids, columns, facts)
+    parts_of = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
+    return Scores(ids, {name: torch.from_numpy(x) for name, x in parts_of.items()}, facts)
+
+
+def _check_ids(ids: Any, n: int) -> None:
+    check_type("ids", ids, (Sequence, Tensor, np.ndarray), "a sequence of names of samples")
+    if len(ids) != n:
+        raise OptionError(f"{len(ids)} ids for {n} samples; expected one each.")
 
 
 def _directions(

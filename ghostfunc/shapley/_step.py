@@ -124,18 +124,11 @@ def step(
     Reference:
         Wang et al., "Data Shapley in One Training Run", ICLR 2025.
     """
-    one_of("form", form, ("exact", "previous_state"))
-    _check_order(order)
-    if order == 2 and form == "previous_state":
-        raise OptionError('order=2 needs the gradient of the step: use form="exact".')
+    _check_form(form, order)
     _check_sets(val_sets)
     _check_asked(model_fn, optimizer, randomness)
-    check_flags(keep_factors=keep_factors)
-    one_of("check", check, CHECKS)
-    one_of("hvp", hvp, ("forward", "reverse"))
-    check_positive("loss_scale", loss_scale)
-    if weight is not None:
-        check_number("weight", weight)
+    _check_passes(check, hvp, keep_factors)
+    _check_scales(loss_scale, weight)
     leaves, spec = flatten_params(params)
     _check_pieces(model_fn, optimizer, order)
     weight = 1 / samples_of_all(model_fn, batch_size(train, "train")) if weight is None else weight
@@ -151,9 +144,8 @@ def step(
     )
 
     if order == 1 and (optimizer.linear or form == "previous_state"):
-        quantities, factor = _one_pass(
-            model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
-        )
+        asked = model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
+        quantities, factor = _one_pass(*asked)
         taken = tapped(quantities, grads=range(len(leaves)))
         values = torch.stack([add_up(dots) for dots in taken.values], dim=1) * (factor * weight)
         grads = _unscaled(taken.grads, loss_scale)
@@ -288,6 +280,25 @@ def _check_pieces(model_fn: ModelFn, optimizer: Optimizer, order: int) -> None:
             "gf.shapley with an optimizer that may mix the gradient's places (clipped, or "
             "Optimizer(...) without elementwise=True)",
         )
+
+
+def _check_form(form: object, order: object) -> None:
+    one_of("form", form, ("exact", "previous_state"))
+    _check_order(order)
+    if order == 2 and form == "previous_state":
+        raise OptionError('order=2 needs the gradient of the step: use form="exact".')
+
+
+def _check_passes(check: object, hvp: object, keep_factors: object) -> None:
+    check_flags(keep_factors=keep_factors)
+    one_of("check", check, CHECKS)
+    one_of("hvp", hvp, ("forward", "reverse"))
+
+
+def _check_scales(loss_scale: object, weight: object) -> None:
+    check_positive("loss_scale", loss_scale)
+    if weight is not None:
+        check_number("weight", weight)
 
 
 def _check_order(order: object) -> None:

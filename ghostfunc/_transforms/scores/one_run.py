@@ -139,16 +139,14 @@ def in_one_run(
         several = [i for i, met in enumerate(uses) if len(met) > 1]
         shared = remembered.shared.put(key, several)
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
-    weights = leaves[0].new_full((n + m,), scales[0], dtype=torch.float64)
-    weights[n:].fill_(scales[1])
-    reader = OneRunReader(n, contract_dtype)
+    weights = _weights(n, m, scales, leaves[0].device)
     try:
         found = _run(
             model_fn,
             leaves,
             spec,
             _joined(train, val),
-            reader,
+            OneRunReader(n, contract_dtype),
             shared,
             weights,
             grads=grads,
@@ -167,8 +165,15 @@ def in_one_run(
         remembered.shared.drop(key)
         return None
     dots = found.dots if per_param else [add_up(found.dots)]
-    dots = dots if scales[0] == 1 else divide_all(dots, scales[0])
-    return OneRunResult(found.losses[:n], found.grads, dots)
+    unscaled = dots if scales[0] == 1 else divide_all(dots, scales[0])
+    return OneRunResult(found.losses[:n], found.grads, unscaled)
+
+
+def _weights(n: int, m: int, scales: tuple[float, float], device: torch.device) -> Tensor:
+    """What the losses of both batches are multiplied by, `[n + m]`."""
+    weights = torch.full((n + m,), scales[0], dtype=torch.float64, device=device)
+    weights[n:].fill_(scales[1])
+    return weights
 
 
 @torch.enable_grad()

@@ -478,13 +478,7 @@ def ask(
     check_chunk_size(chunk_size)
     check_flags(per_param=per_param, normalize=normalize, check_finite=check_finite)
     check_vectorize(vectorize)
-    if not check_finite and mode != "ghost":
-        raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
-    if normalize and mode == "jvp":
-        raise OptionError(
-            'Cosines need norms of gradients, which mode="jvp" does not have. Use mode="ghost" or '
-            'mode="materialized".'
-        )
+    _check_mode(mode, normalize, check_finite)
     leaves, spec = flatten_params(params)
     batch_size(train, "train")
     targets = make_targets(val, direction, train, leaves, spec)
@@ -516,6 +510,17 @@ def ask(
         randomness,
         check_finite,
     )
+
+
+def _check_mode(mode: Mode, normalize: bool, check_finite: bool) -> None:
+    """Raise for what a mode does not have."""
+    if not check_finite and mode != "ghost":
+        raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
+    if normalize and mode == "jvp":
+        raise OptionError(
+            'Cosines need norms of gradients, which mode="jvp" does not have. Use mode="ghost" or '
+            'mode="materialized".'
+        )
 
 
 def _check_in_step(mode: Mode, reduction: Reduction, targets: Targets) -> None:
