@@ -187,5 +187,5 @@ def test_what_from_optimizer_refuses() -> None:
         gf.shapley.from_optimizer(SGD(module[0].parameters(), lr=0.1), module)
     with pytest.raises(gf.OptionError, match="step=-1"):
         gf.shapley.adam(lr=0.1, exp_avg={}, exp_avg_sq={}, step=-1)
-    with pytest.raises(gf.OptionError, match="must be positive"):
+    with pytest.raises(gf.OptionError, match="must be a positive number"):
         gf.shapley.clipped(gf.shapley.sgd(lr=0.1), max_norm=0)
