@@ -15,7 +15,7 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._rules.registry import DECOMPOSITIONS, canonical
-from ghostfunc._trace.find import trace_of
+from ghostfunc._trace.fitting import trace_of
 from ghostfunc._transforms.dot_prods import ghost_dot_prod, ghost_value_and_grad
 from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc._transforms.gram import ghost_gram

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ghostfunc as gf
 from ghostfunc._taps import mode, steps
-from ghostfunc._trace.find import trace_of
+from ghostfunc._trace.fitting import trace_of
 from ghostfunc._trace.trace import Trace
 
 Program = Callable[[Any, Tensor, Any], Tensor]

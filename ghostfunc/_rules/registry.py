@@ -1,4 +1,5 @@
-"""The op registry: refuses what it does not know, and to be told twice."""
+"""The registry of op rules: from torch ops to rules, which live in the other files of this room, by
+family of ops. An op without a rule is refused, and so is a second rule for an op."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ ArgName: TypeAlias = str | tuple[str, int]
 
 
 Factors: TypeAlias = dict[Any, Callable[[], Factor]]
-"""What a rule returns: for every argument that may be a parameter, what makes its factor."""
+"""What a rule returns: argument name -> a function without arguments that returns its factor."""
 
 
 RuleFn: TypeAlias = Callable[..., Factors]
@@ -30,8 +31,8 @@ RuleFn: TypeAlias = Callable[..., Factors]
 
 @dataclass(frozen=True)
 class ByPosition:
-    """Makes a factor in one of two forms: called, in the smaller one; `outer` makes it position by
-    position, however large. Readers of the positions themselves ask for the latter."""
+    """Makes a factor in one of two forms. A call gives the cheaper one. `outer` keeps positions
+    apart, even where that is larger: readers of single positions ask for it."""
 
     smaller: Callable[[], Factor]
     outer: Callable[[], Factor]
@@ -128,7 +129,7 @@ def register_rule(
         from argument name to a function that makes the factor of that argument's per-sample
         gradient (`gf.Outer`, `gf.OneHot` or `gf.Dense`). `b`, the cotangent of the op's output, and
         every tensor among the arguments are stacked over samples, `[n, *shape]`, where `shape` is
-        what a call with one sample would have; see `docs/adding_a_rule.md`.
+        what a call with one sample would have; see `docs/adding_a_rule.md` for an example.
 
     Raises:
         OptionError: an op is not callable or has a rule already.
@@ -157,7 +158,7 @@ def register_decomposition(
 
     Args:
         ops: ops that reach torch functions whole (`torch.lstm`, `F.multi_head_attention_forward`).
-        otherwise: why it may decline a call, for the error.
+        otherwise: the reason that an error gives where `fn` returns `NotImplemented`.
 
     Returns:
         A decorator for a function with the op's signature. It is called instead of the op, and the
@@ -185,8 +186,8 @@ def no_rule_because(reason: str, *ops: Callable[..., Any]) -> None:
 
 
 def constant(x: Tensor) -> Tensor:
-    """`x`, whose use by a decomposition is accounted for elsewhere: a tracked tensor is seen no
-    further."""
+    """`x` as a constant. A decomposition calls this on a parameter whose gradient another call of
+    the same decomposition accounts for."""
     if has_torch_function((x,)):
         held: Tensor = handle_torch_function(constant, (x,), x)
         return held

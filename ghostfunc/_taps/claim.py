@@ -17,7 +17,7 @@ from ghostfunc._base.purity import close, coupled_samples
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps.readings import Read
-from ghostfunc._trace.find import TracedModel
+from ghostfunc._trace.fitting import TracedModel
 from ghostfunc._trace.trace import WayTaken
 
 TOLERANCES = {

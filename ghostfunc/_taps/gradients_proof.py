@@ -36,7 +36,7 @@ from ghostfunc._taps.claim import (
     tolerance_of,
 )
 from ghostfunc._taps.readings import Sum
-from ghostfunc._trace.find import Disproved, TracedModel
+from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.layout import StaleLayout
 
 ZEROS = 0.02

@@ -23,7 +23,7 @@ from ghostfunc._taps.claim import (
     tolerance_of,
 )
 from ghostfunc._taps.readings import Read, Reading, off_by
-from ghostfunc._trace.find import Disproved
+from ghostfunc._trace.fitting import Disproved
 
 
 def compare_numbers(

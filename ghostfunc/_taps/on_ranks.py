@@ -21,7 +21,7 @@ from ghostfunc._base.pieces import held_whole, whole_likes
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._taps.proof import gradients_unproved
-from ghostfunc._trace.find import TracedModel, known_trace
+from ghostfunc._trace.fitting import TracedModel, known_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.trace import Trace, WayTaken
 

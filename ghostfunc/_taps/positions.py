@@ -20,7 +20,7 @@ from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.trees import take
 from ghostfunc._taps.mode import TapMode, unfold_all
 from ghostfunc._taps.recut import Positions, Recut
-from ghostfunc._trace.find import TracedModel
+from ghostfunc._trace.fitting import TracedModel
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.trace import CallTrace, Shape, Trace
 from ghostfunc._trace.tracked import CallArgs, constants

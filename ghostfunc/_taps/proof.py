@@ -55,7 +55,7 @@ from ghostfunc._base.types import Check, Randomness
 from ghostfunc._taps.claim import NOT_THEIRS, Claim, key_of
 from ghostfunc._taps.gradients_proof import compare_gradients
 from ghostfunc._taps.numbers_proof import compare_numbers
-from ghostfunc._trace.find import Disproved, TracedModel
+from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.trace import WayTaken
 
 REMEMBERED = 4096

@@ -43,7 +43,7 @@ from ghostfunc._taps.readings import kind_of, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, pour
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
-from ghostfunc._trace.find import TracedModel, plain, with_trace
+from ghostfunc._trace.fitting import TracedModel, plain, with_trace
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.trace import Trace, WayTaken
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at

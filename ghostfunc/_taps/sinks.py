@@ -27,7 +27,7 @@ from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.tap import ANCHOR, Sinks, Use
-from ghostfunc._trace.find import TracedModel
+from ghostfunc._trace.fitting import TracedModel
 from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.tracked import ReaderKey, constants
 from ghostfunc._trace.watch import gradients

@@ -1,7 +1,10 @@
-"""A tap: a zero input that leaves an op's output as it is, and whose cotangent is a quantity.
+"""A tap: the identity on an op's output, with further inputs that are zero. In the backward pass
+the cotangent of such an input is a quantity of the samples: their dot products, norms, projections.
 
 The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
-its input; the training gradient, where it is wanted, is one more thing read off the factor.
+its input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
+output's cotangent and the op's arguments. Readers read quantities off the factor, and the training
+gradient too, where it is wanted.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ class _SinkTap(torch.autograd.Function):
 Blank: TypeAlias = Callable[[], Tensor]
 
 ANCHOR: ReaderKey = (-1, -1)
-"""The one tap of a run whose taps put what they read into sinks."""
+"""A dummy input that all taps of a run with sinks share, so that autograd calls their backward."""
 
 
 @dataclass
@@ -103,13 +106,13 @@ class Sinks:
     """Where the taps of one run put what they read.
 
     Attributes:
-        collect: parameters the cotangents of whose uses are kept.
+        collect: parameters, by number; the outputs' cotangents of all their uses are kept.
         summed: quantities that are added up over parameters.
-        open: whether the backward pass has begun; what is read before is for nobody.
+        open: whether the backward pass has begun; until then taps read nothing.
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
-        straight: reads what has a way of its own, where something is `summed`.
+        straight: reads biases and norms of many layers together, where something is `summed`.
         by_position: whether positions are read, so that no rule may form the gradient.
     """
 
@@ -146,7 +149,7 @@ class Use:
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
         arg_tensors: the tensors among the call's arguments.
-        axis: where the samples lie in what the tap stands beside.
+        axis: where the samples lie in the op's output.
         rest, treedef: the call's arguments, flattened, with holes for the tensors.
         collect_tap: hands out the output's cotangent too, for factors that outlive the run.
         number: of this use in the run.
@@ -237,7 +240,7 @@ class Use:
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
-            factor = self.shaped(factors[name], target, by_position=sinks.by_position)
+            factor = self.fitted(factors[name], target, by_position=sinks.by_position)
             straight = sinks.straight
             if straight is not None and straight.read(self.call, target, factor, sinks.add):
                 continue
@@ -317,11 +320,11 @@ class Use:
         *,
         by_position: bool = False,
     ) -> Factor:
-        """The factor of one target, given the output's cotangent; `by_position`, no rule may form
-        the gradient because that is smaller."""
-        return self.shaped(self.factors(b, args)[name], target, by_position=by_position)
+        """The factor of one target, given the output's cotangent; `by_position`, positions are kept
+        apart even where the formed gradient would be smaller."""
+        return self.fitted(self.factors(b, args)[name], target, by_position=by_position)
 
-    def shaped(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
+    def fitted(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
         if by_position and isinstance(make, ByPosition):
             make = make.outer
         if isinstance(self.call.rule, BroadcastRule):
@@ -356,10 +359,10 @@ class ByDocument:
             return _read_all(factor, target, readers)
         here = all(own is not None for own, _ in target.readers.values())
         if here and all(isinstance(r, DotReader) for r in readers):
-            rows = in_rows(single, packing)
-            rows = None if rows is None else as_param_shape(rows, target)
-            if isinstance(rows, (Outer, OneHot)):
-                return _read_all(rows, target, readers, packing)
+            packed = in_rows(single, packing)
+            packed = None if packed is None else as_param_shape(packed, target)
+            if isinstance(packed, (Outer, OneHot)):
+                return _read_all(packed, target, readers, packing)
         apart = len(packing.groups) > 1 and not target.wants_grad
         if readers and apart and all(map(by_sample, readers)):
             parts = [
@@ -402,7 +405,7 @@ def _read_all(
     ]
     readers = [reader for here, reader in zip(own, readers, strict=True) if here]
     beside = [root for _, root in target.readers.values() if isinstance(root, OneRunReader)]
-    if beside:  # then all are
+    if beside:  # if one reader is a `OneRunReader`, all are
         leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
         readers = _readers_for_train_rows(factor, target, leaves, readers)
         factor = bundles.take(factor, slice(beside[0].n))
@@ -456,7 +459,7 @@ def _read_with_total(
 def _readers_for_train_rows(
     factor: Factor, target: Tracked, leaves: Sequence[int], readers: Sequence[Any]
 ) -> list[Reader]:
-    """What reads the first samples, made of the others."""
+    """Readers of the train samples, which come first, made of the validation samples' factors."""
 
     def at_parameter(i: int, total: Tensor) -> Tensor:
         (g,) = contract.materialize(leaf_factors(target, Dense(total[None]))[i])

@@ -2,7 +2,8 @@
 
 A tensor that carries samples has them on an axis of their own (`[n, T, d]`, `[T, n, d]`), or folded
 together with positions, sample-major (`[n*T, d]`), position-major (`[T*n, d]`) or between two axes
-of positions (`[A*n*B, d]`).
+of positions (`[A*n*B, d]`). `record.py` finds the axis, by what grows with the number of samples;
+`make.py` settles how it is folded, by whose rows have a cotangent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Layout:
 
     Attributes:
         outer, inner: how many positions there are before and after the samples where they lie
-            between. Their product is all that other sizes show, so they are fixed.
+            between. Other batch sizes show their product alone, so both stay as they are.
     """
 
     axis: int

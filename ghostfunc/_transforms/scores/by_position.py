@@ -44,7 +44,7 @@ from ghostfunc._taps.mode import TapMode, mixes_last_axes, unfold_all
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import Read, Reading, reading_of
 from ghostfunc._taps.run import dots, pull_back, refuse_unproved, with_zeros
-from ghostfunc._trace.find import TracedModel, with_trace
+from ghostfunc._trace.fitting import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.trace import CallTrace, WayTaken
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, constants, shaped

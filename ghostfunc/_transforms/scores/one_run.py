@@ -35,7 +35,7 @@ from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, OneRunReader
 from ghostfunc._taps.run import run
 from ghostfunc._taps.uses import use_shapes
-from ghostfunc._trace.find import trace_of
+from ghostfunc._trace.fitting import trace_of
 from ghostfunc._trace.trace import Trace
 
 TRAIN_PER_VAL = 4

@@ -24,14 +24,15 @@ T = TypeVar("T")
 
 
 MAX_TRACES = 32
-"""Ways through one model that are remembered."""
+"""Traces of one structure that are remembered."""
 
 DISPROVED_PAIRS = 2
-"""Traces that are made of one batch before it counts that they are disproved."""
+"""How many traces are made of one batch, each of another pair of samples, before the call is given
+up because all of them were disproved."""
 
 
 @dataclass(frozen=True)
-class Ways:
+class Traces:
     """The traces of one model function.
 
     Attributes:
@@ -83,7 +84,7 @@ def with_trace(
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
     leaves = plain(leaves)
     n, packing = batch_size(batch), packing_of(batch)
-    remembered = memory(model_fn, Ways)
+    remembered = memory(model_fn, Traces)
     own = structure(model_fn, spec, leaves, batch, randomness)
     traces = remembered.traces.made(own, list)
     fitting, shapes = remembered.fitting, (own, shapes_key(batch))
@@ -140,10 +141,10 @@ class Disproved(StaleLayout):
 def not_proved(observed: str) -> SampleAxisError:
     """What the caller is told where no trace could be proved."""
     return SampleAxisError(
-        f"{observed}. Either rows are ascribed to samples that they are not those of (model_fn "
-        "reorders samples by their values: it sorts them, packs sequences, or routes rows to "
-        "experts), or an op's rule or gradient is wrong. Keep the samples in their order where "
-        f"parameters meet them. {WAYS_OUT}"
+        f"{observed}. Either rows are ascribed to the wrong samples (model_fn reorders samples by "
+        "their values: it sorts them, packs sequences, or routes rows to experts), or an op's rule "
+        "or gradient is wrong. Keep the samples in their order where parameters meet them. "
+        f"{WAYS_OUT}"
     )
 
 
@@ -167,7 +168,7 @@ def known_trace(
     randomness: Randomness,
 ) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
-    remembered = memory(model_fn, Ways)
+    remembered = memory(model_fn, Traces)
     own = structure(model_fn, spec, leaves, batch, randomness)
     found = remembered.fitting.get((own, shapes_key(batch)))
     return found if found in (remembered.traces.get(own) or ()) else None
