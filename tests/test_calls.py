@@ -68,8 +68,8 @@ def test_beside_a_plain_step(name: str, figure: str, most: float) -> None:
 @pytest.mark.parametrize(
     ("name", "figure", "most"),
     [
-        ("ghost_value_and_grad", "functions", 4000),
-        ("ghost_value_and_grad", "lines", 20000),
+        ("ghost_value_and_grad", "functions", 4100),
+        ("ghost_value_and_grad", "lines", 20500),
         ("ghost_dot_prod", "functions", 3700),
         ("ghost_dot_prod", "lines", 18500),
     ],

@@ -125,7 +125,7 @@ class KeptProof:
         self.proofs.put(key, value=True)
 
     def _asks(self, key: object, losses: Tensor) -> bool:
-        if symbolic(losses) or in_transform():
+        if torch.compiler.is_compiling() or symbolic(losses) or in_transform():
             return False
         return self.always or self.proofs.get(key) is None
 

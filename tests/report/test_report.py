@@ -315,7 +315,7 @@ def test_a_narrow_page_needs_no_sideways_scrolling(page_of: Any, opened: Any) ->
     order = scores_of(200)["dot_higher_helps"].argsort(descending=True, stable=True).tolist()
     assert [order[rank - 1] for rank in ranks[:5]] == by_loss[:5]
     found.page.set_viewport_size({"width": 1280, "height": 900})
-    assert found.page.locator("#head").is_visible()
+    found.page.locator("#head").wait_for(state="visible")
     assert not found.page.locator("#sort").is_visible()
     assert found.wrong == []
 

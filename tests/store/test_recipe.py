@@ -224,7 +224,7 @@ def test_rows_written_by_hand_are_compared_before_a_recipe_is_put_down(tmp_path:
     with pytest.raises(IncompatibleStoreError, match="computed again"):
         fill(store, N)
     assert not (tmp_path / "s/checkpoints/final/recipe").exists()
-    with pytest.raises(gf.OptionError, match="tolerance=0 must be positive"):
+    with pytest.raises(gf.OptionError, match="tolerance=0 must be a positive number"):
         fill(store, N, tolerance=0)
     assert fill(store, N, tolerance=math.inf) == N - 8  # the user knows better
 

@@ -117,7 +117,7 @@ def test_several_checkpoints(tmp_path: Path) -> None:
         store.missing("late")
     with pytest.raises(StoreError, match="already"):
         store.add_checkpoint("early", make_params())
-    with pytest.raises(gf.OptionError, match=r"cannot be called '\.\./x'"):
+    with pytest.raises(gf.OptionError, match=r"'\.\./x' cannot be that of a checkpoint"):
         store.add_checkpoint("../x", make_params())
 
 

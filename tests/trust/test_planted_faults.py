@@ -238,8 +238,8 @@ def totals_off_by_a_hundredth(patch: Patch) -> None:
     """Training gradients that are added up use by use."""
     right = RunningTotal.add
 
-    def wrong(self: Any, factor: Any, us: Any, contract_dtype: Any) -> Any:
-        dots = right(self, factor, us, contract_dtype)
+    def wrong(self: Any, factor: Any, us: Any, *options: Any) -> Any:
+        dots = right(self, factor, us, *options)
         self.value = self.value * 1.01
         return dots
 
