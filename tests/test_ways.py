@@ -184,15 +184,22 @@ def test_a_run_is_compared_with_the_one_before(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_ways_that_are_remembered_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "MAX_WAYS", 3)
     params = weights(w=(4, 3))
 
     def model_fn(p: Any, x: Tensor) -> Tensor:
         return energy(x @ p["w"])
 
-    for n in range(2, 8):
-        gf.ghost_norm(model_fn, params, torch.ones(n, 4, dtype=torch.float64).cumsum(0))
-    trace = only_trace(model_fn, params, torch.ones(2, 4, dtype=torch.float64))
+    def batch(n: int) -> Tensor:
+        return torch.ones(n, 4, dtype=torch.float64).cumsum(0)
+
+    gf.ghost_norm(model_fn, params, batch(2))
+    trace = only_trace(model_fn, params, batch(2))
+    length, step = 1, next(iter(trace.ways.values()))
+    while step.next is not None:
+        length, step = length + 1, step.next
+    monkeypatch.setattr(steps, "MAX_STEPS", 3 * length + 1)
+    for n in range(3, 9):
+        gf.ghost_norm(model_fn, params, batch(n))
     assert len(trace.ways) == 3
 
 

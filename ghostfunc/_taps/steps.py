@@ -24,8 +24,9 @@ from ghostfunc._trace.trace import CallTrace, WayTaken, folds
 from ghostfunc._trace.tracked import CallArgs, Tracked
 from ghostfunc._trace.watch import nests
 
-MAX_WAYS = 64
-"""Ways of one trace, at as many shapes, that are remembered step by step."""
+MAX_STEPS = 50_000
+"""Steps of one trace that are remembered, over all its ways: some 20 MB. A way through a GPT-2 of 4
+layers has 260, through a model of 32 layers some thousands."""
 
 _NUMBERS = frozenset((int, str, bool))
 _LISTS = frozenset((tuple, list, torch.Size))
@@ -224,6 +225,7 @@ def remember(ways: dict[Hashable, Step], shapes: Hashable, steps: list[Step]) ->
     Other threads may do so at the same time."""
     for step, after in itertools.pairwise(steps):
         step.next = after
-    for old in list(ways)[: max(0, len(ways) + 1 - MAX_WAYS)]:
+    most = max(1, MAX_STEPS // len(steps))  # the ways of a trace are about equally long
+    for old in list(ways)[: max(0, len(ways) + 1 - most)]:
         ways.pop(old, None)
     ways[shapes] = steps[0]
