@@ -102,13 +102,14 @@ class InStep:
         if state != _RUNS and (state == _STOPPED or not stopped):
             return  # whoever says so has an error of its own
         if stopped:
-            listed = "; ".join(f"rank {r} failed with {texts[r]}" for r in stopped)
+            listed = "; ".join(f"{self._ranks.named(r)} failed with {texts[r]}" for r in stopped)
             raise RankError(
-                f"Rank {self.rank} stopped while {place}, since another rank did: {listed}"
+                f"{self._ranks.named(self.rank)} stopped while {place}, since another rank did: "
+                + listed
             )
         if any(told.states):
             raise OtherRankRetries
-        listed = "; ".join(f"rank {r} is {text}" for r, text in enumerate(texts))
+        listed = "; ".join(f"{self._ranks.named(r)} is {x}" for r, x in enumerate(texts))
         raise RankError(
             f"The ranks are at several places of the program: {listed}. Every rank has to make the "
             "same calls of ghostfunc in the same order, with as many chunks of batches of its own, "
@@ -132,10 +133,10 @@ class InStep:
         """Meet the others where a stretch ends, and tell them how it did."""
         if error is None:
             self._meet(f"done with {place}")
-        elif isinstance(error, Exception) and not isinstance(error, (RankError, OtherRankRetries)):
+        elif not isinstance(error, (RankError, OtherRankRetries, GeneratorExit)):
             self._tell(place, error, _RETRIES if isinstance(error, retries) else _STOPPED)
 
-    def _tell(self, place: str, error: Exception, state: int) -> None:
+    def _tell(self, place: str, error: BaseException, state: int) -> None:
         said = str(error).splitlines()
         text = f"{type(error).__name__} while {place}: {said[0] if said else ''}"
         self._meet(text, state)

@@ -16,7 +16,7 @@ from ghostfunc._base.dtensors import like_parameter, local
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
-from ghostfunc._base.sharding import Sharding, sharding_of, without_hooks
+from ghostfunc._base.sharding import Sharding, reshard, sharding_of, without_hooks
 from ghostfunc._base.shards import gather
 from ghostfunc._base.torch_private import BatchNorm, lend_to, modules_within
 from ghostfunc._base.types import ModelFn, PyTree
@@ -248,6 +248,7 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
             "calls the module and returns one loss per sample."
         )
     refuse_wrapped(module)
+    reshard(module)
     held = [(f"{prefix}.{name}" if prefix else name, x) for prefix, _, name, x in _held(module)]
     sharding = sharding_of(module, held)
     if sharding is None:
@@ -302,6 +303,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
     """
     check_module(module)
     _check_weight(weight)
+    reshard(module)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(grads, Mapping):
         raise ParamsError(

@@ -67,6 +67,10 @@ class Ranks:
         self._gloo = "gloo" in dist.get_backend_config(group)
         self.device = torch.device("cpu" if self._gloo else "cuda")
 
+    def named(self, rank: int) -> str:
+        """A rank of the group, as the whole program knows it."""
+        return f"rank {dist.get_global_rank(self.group, rank)}"
+
     def phase(self, place: str) -> Phase:
         """A part of the call, for `with`; `place` completes "failed while ..."."""
         return Phase(self, place)
@@ -126,7 +130,7 @@ class Ranks:
             who = "the store of the process group does not answer: the process that holds it, rank "
             who += "0 unless torchrun does, is gone"
         elif missing:
-            names = ", ".join(f"rank {r}" for r in missing)
+            names = ", ".join(map(self.named, missing))
             who = (
                 f"no answer comes from {names} of {self.size}: killed, ended by an error, or held "
             )
@@ -135,8 +139,8 @@ class Ranks:
             who = "every rank still answers; one of them took longer than the timeout of the "
             who += "process group, or called something else"
         return RankError(
-            f"{self.call}: rank {self.rank} waited for the others while {place}, and {who}. Look "
-            f"at what that rank printed last; start the run again. torch said: {said}"
+            f"{self.call}: {self.named(self.rank)} waited for the others while {place}, and {who}. "
+            f"Look at what that rank printed last; start the run again. torch said: {said}"
         )
 
     def _roll_call(self, place: str) -> list[int] | None:
@@ -204,7 +208,7 @@ class Phase:
         # A rank that failed still sends what the others wait for: zeros.
         for exchange in self._exchanges:
             exchange.send_all()
-        failed, alike = error is not None, _number_of(self.alike)
+        failed, alike = error is not None, _number_of(f"{self._ranks.call}: {self.alike}")
         table = self._ranks.rows([failed, alike, self.number], self._place)
         if any(row[0] for row in table):
             self._tell(error)
@@ -218,16 +222,17 @@ class Phase:
         told = self._ranks.objects(said, self._place)
         if error is not None:
             return
-        parts = [f"rank {r} failed with {text}" for r, text in enumerate(told) if text is not None]
+        named = self._ranks.named
+        parts = [f"{named(r)} failed with {x}" for r, x in enumerate(told) if x is not None]
         raise RankError(
             f"{self._ranks.call}: while {self._place}, {'; '.join(parts)}. No rank has a result."
         )
 
     def _disagree(self) -> None:
-        told = self._ranks.objects(self.alike, self._place)
-        parts = [f"rank {r} was given {text}" for r, text in enumerate(told)]
+        told = self._ranks.objects(f"{self._ranks.call}: {self.alike}", self._place)
+        parts = [f"{self._ranks.named(r)} was given {text}" for r, text in enumerate(told)]
         raise RankError(
-            f"{self._ranks.call}: the ranks have to be given the same but for their samples; "
+            "The ranks have to make the same call, and be given the same but for their samples; "
             f"{'; '.join(parts)}."
         )
 

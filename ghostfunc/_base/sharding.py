@@ -136,6 +136,14 @@ def _put_aside(hooks: dict[int, Any], own: int) -> Iterator[None]:
         hooks.update(before)
 
 
+def reshard(module: nn.Module) -> None:
+    """Have `fully_shard`ed parameters be pieces again: a forward pass may have left them whole."""
+    unit: Any
+    for unit in module.modules():
+        if is_fsdp_unit(unit):
+            unit.reshard()
+
+
 def sharding_of(module: nn.Module, held: Sequence[tuple[str, Tensor]]) -> Sharding | None:
     """How a module's parameters are sharded by `fully_shard`; None where they are not.
 
@@ -143,9 +151,6 @@ def sharding_of(module: nn.Module, held: Sequence[tuple[str, Tensor]]) -> Shardi
         ParamsError: some tensors are distributed in another way.
     """
     units = [part for part in module.modules() if is_fsdp_unit(part)]
-    unit: Any
-    for unit in units:
-        unit.reshard()  # a forward pass may have left them whole
     if not units and not any(is_dtensor(x) for _, x in held):
         return None
     _refuse_policies(module)

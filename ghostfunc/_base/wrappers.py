@@ -25,6 +25,12 @@ WRAPPERS = {
         "averaged: gf.ghost_value_and_grad(..., group=ddp.process_group); gradients go to "
         "gf.accumulate_grads(ddp.module, step.grads).",
     ),
+    "torch.distributed._composable.replicate.DDP": Wrapper(
+        "its ranks exchange gradients in loss.backward(), which ghostfunc does not call: the ranks "
+        "would train models of their own",
+        "Give it the module as it was before replicate(module), and say whose gradients are "
+        "averaged: gf.ghost_value_and_grad(..., group=torch.distributed.group.WORLD).",
+    ),
     "DataParallel": Wrapper(
         "it runs copies of the module in threads, whose parameters nobody tracks",
         "Give it the module inside, gf.from_module(wrapped.module, loss); several devices take one "
@@ -52,7 +58,8 @@ def refuse_wrapped(module: nn.Module) -> None:
     has such a module within."""
     _refuse_compiled(module)
     for place, part in module.named_modules():
-        name = next((c.__name__ for c in type(part).__mro__ if c.__name__ in WRAPPERS), None)
+        names = [(c.__name__, f"{c.__module__}.{c.__name__}") for c in type(part).__mro__]
+        name = next((x for pair in names for x in pair if x in WRAPPERS), None)
         if name is not None:
             why, instead = WRAPPERS[name]
             where = f"{place!r} in {type(module).__name__} is" if place else "from_module got"

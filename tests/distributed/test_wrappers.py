@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -52,6 +53,15 @@ def test_wrappers_are_refused_by_name(name: str, way_out: str) -> None:
 def test_data_parallel_itself_is_refused() -> None:
     with pytest.raises(gf.ParamsError, match="from_module got a DataParallel"):
         gf.from_module(nn.DataParallel(nn.Linear(3, 2)), loss)
+
+
+def test_replicated_modules_are_refused() -> None:
+    """`replicate(module)` has the module itself be of another class."""
+    replicate = importlib.import_module("torch.distributed._composable.replicate")
+    module = nn.Linear(3, 2)
+    module.__class__ = type("DDPLinear", (replicate.DDP, nn.Linear), {})
+    with pytest.raises(gf.ParamsError, match=r"(?s)replicate\.DDP: .*before replicate\(module\)"):
+        gf.from_module(module, loss)
 
 
 def test_other_modules_that_hold_one_are_not() -> None:
