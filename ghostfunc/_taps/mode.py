@@ -35,7 +35,14 @@ from ghostfunc._taps.tap import (
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
-from ghostfunc._trace.watch import TrackingMode, op_key, reads_attribute, told, writes
+from ghostfunc._trace.watch import (
+    SIZED_BY_VALUES,
+    TrackingMode,
+    op_key,
+    reads_attribute,
+    told,
+    writes,
+)
 
 
 class TapMode(TrackingMode):
@@ -153,8 +160,13 @@ class TapMode(TrackingMode):
                 and tuple(kwargs) == step.names
                 and (not step.compared or step.again(values))
             ):
+                try:
+                    out = func(*args, **kwargs)
+                except Exception as error:
+                    self._raised(step, error)
+                    raise
                 self._step = step.next
-                return func(*args, **kwargs)
+                return out
         elif step is not None and step.use is not None and func == step.func:
             y = self._use_again(step, step.use, args, kwargs)
             if y is not None:
@@ -175,7 +187,11 @@ class TapMode(TrackingMode):
         met = known.met(values, self._tracked)
         if met is None:
             return None
-        y, tensors = known.run(values, met)
+        try:
+            y, tensors = known.run(values, met)
+        except Exception as error:
+            self._raised(step, error)
+            raise
         if y.shape != known.out:
             raise StaleLayout(f"{op_name(known.call.func)} returned another shape than before")
         self._n_calls += 1
@@ -185,6 +201,11 @@ class TapMode(TrackingMode):
         use = Use(known.call, self._n, targets, tensors, known.call.out.axis, number=number)
         use.known, use.sinks = known, self.sinks
         return self._tapped(y, use)
+
+    def _raised(self, step: Step, error: Exception) -> None:
+        """A known call has raised an error, which the program may catch."""
+        self._entry, self._step = step.number + 1, None
+        self._way = hash((step.way, step.number, type(error).__name__))
 
     def elementary(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,7 +236,12 @@ class TapMode(TrackingMode):
             self._given = args, kwargs
             if entry not in self._trace.reads_at and not self._touched(args, kwargs):
                 self._made[-1].learn(args, kwargs)
-        out = super().elementary(func, args, kwargs)
+        try:
+            out = super().elementary(func, args, kwargs)
+        except Exception as error:
+            self._made = None
+            self._way = hash((self._way, entry, type(error).__name__))
+            raise
         read = not self._as_traced or entry in self._trace.reads_at
         call = op_key(func), told(args, kwargs)
         if not self._same_ops:
@@ -225,6 +251,9 @@ class TapMode(TrackingMode):
         self._way = hash((self._way, entry, call))
         if read and not isinstance(out, Tensor):
             self._way = hash((self._way, seen_by_python(out)))
+        if func in SIZED_BY_VALUES:
+            sizes = [tuple(map(known, x.shape)) for x in tensors_of(out)]
+            self._way = hash((self._way, *sizes))
         if expected is not None:
             inputs = [x.shape for x in tensors_of((args, kwargs))]
             self._as_traced = pattern(func, inputs, [out.shape]) == expected

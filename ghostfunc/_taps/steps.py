@@ -22,13 +22,15 @@ from ghostfunc._base.refusals import REFUSED
 from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
 from ghostfunc._trace.trace import CallTrace, WayTaken, folds
 from ghostfunc._trace.tracked import CallArgs, Tracked
-from ghostfunc._trace.watch import nests
+from ghostfunc._trace.watch import SIZED_BY_VALUES, nests
 
 MAX_STEPS = 50_000
 """Steps of one trace that are remembered, over all its ways: some 20 MB. A way through a GPT-2 of 4
 layers has 260, through a model of 32 layers some thousands."""
 
-_NUMBERS = frozenset((int, str, bool))
+_NUMBERS = frozenset((int, str, bool, torch.dtype))
+_OTHERS = frozenset((float, type(None), type(...), torch.device, torch.layout, torch.memory_format))
+"""Types of arguments that are told, and of those that move no sample."""
 _LISTS = frozenset((tuple, list, torch.Size))
 _INT = frozenset((int,))
 
@@ -48,8 +50,8 @@ class Step:
         plain: whether nothing but what follows has to be looked at: no parameter meets the call,
             and what it returns is not handed to Python.
         names: of the keyword arguments; `kinds`: the types of all arguments.
-        pick: takes the whole numbers, words and lists of numbers out of the arguments; `told`: what
-            they were. `lists`: which arguments are lists of whole numbers.
+        pick: takes whole numbers, words and dtypes out of the arguments; `told`: what they were.
+        lists: which arguments are lists of whole numbers; `listed`: what was in them.
         shape: of the first argument, for ops that may fold axes.
         compared: whether any of these three is to be.
         use: what is known of the use, for calls that are one.
@@ -57,8 +59,8 @@ class Step:
     """
 
     __slots__ = (
-        "compared", "func", "kinds", "lists", "names", "next", "number", "pick", "plain", "shape",
-        "told", "use", "way",
+        "compared", "func", "kinds", "listed", "lists", "names", "next", "number", "pick", "plain",
+        "shape", "told", "use", "way",
     )  # fmt: skip
 
     def __init__(self, func: Callable[..., Any] | None, number: int, way: int) -> None:
@@ -69,6 +71,7 @@ class Step:
         self.pick: Pick = _nothing
         self.told: Any = None
         self.lists: tuple[int, ...] = ()
+        self.listed: list[tuple[int, ...]] = []
         self.compared = False
         self.shape: torch.Size | None = None
         self.use: KnownUse | None = None
@@ -88,7 +91,10 @@ class Step:
         kinds = tuple(map(type, values))
         lists = tuple(i for i, kind in enumerate(kinds) if issubclass(kind, (tuple, list)))
         told = [i for i, kind in enumerate(kinds) if kind in _NUMBERS]
-        if makes_sparse(self.func) or slice in kinds:
+        if makes_sparse(self.func) or self.func in SIZED_BY_VALUES:
+            return
+        rest = {k for k in kinds if k not in _NUMBERS and k not in _OTHERS and k not in _LISTS}
+        if any(not issubclass(kind, Tensor) for kind in rest):
             return
         if any(kinds[i] not in _LISTS or not _INT.issuperset(map(type, values[i])) for i in lists):
             return
@@ -97,10 +103,11 @@ class Step:
                 return
             self.shape = values[0].shape
         self.names, self.kinds, self.lists = tuple(kwargs), kinds, lists
-        if picked := (*told, *lists):
-            self.pick = itemgetter(*picked)
+        if told:
+            self.pick = itemgetter(*told)
             self.told = self.pick(values)
-        self.compared = bool(picked) or self.shape is not None
+        self.listed = [tuple(values[i]) for i in lists]  # a caller may write to a list of its own
+        self.compared = bool(told or lists) or self.shape is not None
         self.plain = True
 
     def again(self, values: tuple[Any, ...]) -> bool:
@@ -108,12 +115,16 @@ class Step:
         return (
             self.pick(values) == self.told
             and (self.shape is None or values[0].shape == self.shape)
-            and (not self.lists or self._whole(values))
+            and (not self.lists or self._same_lists(values))
         )
 
-    def _whole(self, values: tuple[Any, ...]) -> bool:
-        """Whether lists of numbers hold whole ones: `[1]` equals `[True]`."""
-        return all(_INT.issuperset(map(type, values[i])) for i in self.lists)
+    def _same_lists(self, values: tuple[Any, ...]) -> bool:
+        """Whether lists hold the same whole numbers: `[1]` equals `[True]`."""
+        given = [values[i] for i in self.lists]
+        return all(
+            tuple(x) == y and _INT.issuperset(map(type, x))
+            for x, y in zip(given, self.listed, strict=True)
+        )
 
 
 class KnownUse:
@@ -139,7 +150,9 @@ class KnownUse:
     def __init__(
         self, call: CallTrace, made: CallArgs, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
-        values = (*args, *kwargs.values())
+        given = (*args, *kwargs.values())
+        # A caller may write to a list of its own, also between the two passes.
+        values: tuple[Any, ...] = tuple(list(x) if type(x) is list else x for x in given)
         self.call, self.numbers = call, call.numbers
         self.names, self.kinds = tuple(kwargs), tuple(map(type, values))
         place = {id(x): i for i, x in enumerate(values)}

@@ -20,7 +20,7 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.purity import Draws
 from ghostfunc._base.refusals import Refusals, op_name
-from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address, in_transform
 from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
@@ -53,6 +53,7 @@ _NUMBERS: set[Callable[..., Any]] = {
 _READS: set[Callable[..., Any]] = _NUMBERS | {
     Tensor.__bool__, Tensor.__array__, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero,
     Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.__contains__,
+    Tensor.__repr__, Tensor.__format__,
 }  # fmt: skip
 """Ops by which values of tensors come into Python."""
 
@@ -153,6 +154,7 @@ class Recorder(TrackingMode):
         self._log = log
         self._k, self._grown = k, grown
         self._of_batch = {id(x): x for x in tensors_of(batch)}  # what is made of its values
+        self._written: set[int] = set()
         self._entry = 0
         self._reordered_at: int | None = None
         self.dtypes: set[torch.dtype] = set()
@@ -257,11 +259,14 @@ class Recorder(TrackingMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
-        if any(id(x) in self._of_batch for x in values):
+        if any(id(x) in self._of_batch or address(x) in self._written for x in values):
             if func in _READS:
                 self.reads = True
                 self.reads_at.add(self._number)
             self._of_batch.update((id(x), x) for x in tensors_of(out))
+            if writes(func, kwargs) or kwargs.get("out") is not None:
+                # Other tensors with this memory hold values of the batch from now on.
+                self._written.update(map(address, tensors_of((args[:1], kwargs.get("out"), out))))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._batch_wide_results) and any(

@@ -6,9 +6,11 @@ tensors by identity. This file holds what tracing and tapping share: the skeleto
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -85,9 +87,17 @@ def reads_attribute(func: Callable[..., Any]) -> bool:
     return func.__name__ == "__get__" and func not in _TENSOR_GETTERS
 
 
+SIZED_BY_VALUES: set[Callable[..., Any]] = {
+    torch.bincount, Tensor.bincount, torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere,
+    torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive,
+    torch.masked_select, Tensor.masked_select, torch.repeat_interleave, Tensor.repeat_interleave,
+}  # fmt: skip
+"""Ops whose output's shape depends on values."""
+
+
 def told(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What a call is told besides tensors, as far as it may be another for other samples: whole
-    numbers, words, and slices of them."""
+    numbers, words, dtypes, and slices and arrays of them."""
     return tuple(map(_told, args)), tuple(map(_told, kwargs.values()))
 
 
@@ -100,7 +110,15 @@ def _told(x: Any) -> Hashable:
         return inner if any(i is not None for i in inner) else None  # any number of tensors
     if kind is slice:
         return _told(x.start), _told(x.stop), _told(x.step)
-    return None if isinstance(x, Tensor) else kind.__name__
+    if isinstance(x, Tensor):
+        return None
+    if isinstance(x, np.ndarray):
+        return x.shape, x.dtype.str, x.tobytes()
+    if isinstance(x, (int, np.integer)):
+        return False, operator.index(x)
+    if isinstance(x, (tuple, list)):
+        return kind.__name__, tuple(map(_told, x))
+    return str(x) if isinstance(x, (str, torch.dtype)) else kind.__name__
 
 
 def gradients(
