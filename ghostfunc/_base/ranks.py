@@ -229,10 +229,10 @@ class Phase:
         )
 
     def _disagree(self) -> None:
-        told = self._ranks.objects(f"{self._ranks.call}: {self.alike}", self._place)
+        told = self._ranks.objects(f"{self.alike} (in {self._ranks.call})", self._place)
         parts = [f"{self._ranks.named(r)} was given {text}" for r, text in enumerate(told)]
         raise RankError(
-            "The ranks have to make the same call, and be given the same but for their samples; "
+            f"{self._ranks.call}: the ranks have to be given the same but for their samples; "
             f"{'; '.join(parts)}."
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from ghostfunc._base.definition import unwrapped_memory
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, TransformError, UntrackedUseError
 from ghostfunc._base.purity import lend, refuse_checkpoints
 from ghostfunc._base.refusals import op_name
@@ -106,7 +107,8 @@ def probe_uses(
             return model_fn(spec.unflatten(primals), grown)
 
     if in_transform():
-        losses, pullback = torch.func.vjp(run, taps, lend(leaves))[:2]
+        with unwrapped_memory():
+            losses, pullback = torch.func.vjp(run, taps, lend(leaves))[:2]
         marks = []
         for c in _each(losses):
             cotangents, unseen = pullback(c, create_graph=False)

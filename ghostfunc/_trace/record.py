@@ -130,6 +130,11 @@ def _has_second_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
     return all(g.requires_grad or not bool(g.any()) for g in met)
 
 
+def _memory(tensors: Sequence[Tensor]) -> set[int]:
+    """The addresses of tensors that have one."""
+    return {address(x) for x in tensors if x.layout == torch.strided}
+
+
 def shapes(tree: object) -> list[Shape | None]:
     return [tuple(x.shape) if isinstance(x, Tensor) else None for x in flatten(tree)[0]]
 
@@ -259,14 +264,16 @@ class Recorder(TrackingMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
-        if any(id(x) in self._of_batch or address(x) in self._written for x in values):
+        if any(id(x) in self._of_batch for x in values) or (
+            self._written and not self._written.isdisjoint(_memory(values))
+        ):
             if func in _READS:
                 self.reads = True
                 self.reads_at.add(self._number)
             self._of_batch.update((id(x), x) for x in tensors_of(out))
             if writes(func, kwargs) or kwargs.get("out") is not None:
                 # Other tensors with this memory hold values of the batch from now on.
-                self._written.update(map(address, tensors_of((args[:1], kwargs.get("out"), out))))
+                self._written |= _memory(tensors_of((args[:1], kwargs.get("out"), out)))
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._batch_wide_results) and any(
