@@ -443,3 +443,18 @@ def test_batches_of_other_numbers_of_documents_are_not_proved_anew(
     assert not made
     gf.ghost_norm(model_fn, params, by_segments(*draw([[3, 3, 3], [6, 3], [9]], 2)))
     assert made
+
+
+def test_numbers_as_labels_have_zeros_behind_the_end() -> None:
+    """Losses of a regression over all positions that a batch of documents has."""
+    y = torch.arange(1.0, 9.0)[None]
+    docs = gf.documents({"x": y, "labels": y, "segments": torch.tensor([[0] * 6 + [1] * 2])})
+    assert docs["labels"].sum(1).tolist() == [21.0, 15.0]
+    assert docs.rows()["labels"].tolist() == y.tolist()
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7), (2,), (3, 6)])
+def test_rows_are_made_of_whole_documents(shape: tuple[int, ...]) -> None:
+    docs = gf.documents({"x": torch.ones(1, 8), "segments": torch.tensor([[0] * 6 + [1] * 2])})
+    with pytest.raises(gf.BatchError, match=r"to_rows got .* these documents are \[2, 6"):
+        docs.to_rows(torch.ones(shape))

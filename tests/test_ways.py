@@ -3,9 +3,11 @@ program does otherwise then is seen, and the numbers are right."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ import ghostfunc as gf
 from ghostfunc._taps import mode, steps
 from ghostfunc._trace.fitting import trace_of
 from ghostfunc._trace.trace import Trace
+from ghostfunc._trace.watch import told
 
 Program = Callable[[Any, Tensor, Any], Tensor]
 
@@ -227,3 +230,97 @@ def test_layers_that_were_exchanged_are_lent_their_parameters() -> None:
     expected = energy(F.linear(x, params["0.weight"], params["0.bias"]).tanh())
     torch.testing.assert_close(losses, expected)
     assert [id(x) for x in module.parameters()] == own
+
+
+REFUSALS = gf.SampleAxisError, gf.ControlFlowError, gf.CoupledSamplesError
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def norms_like_a_loop(model_fn: Any, params: Any, x: Tensor) -> None:
+    got = gf.ghost_norm(model_fn, params, x)
+    want = gf.ghost_norm(model_fn, params, x, mode="materialized", vectorize=False)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_list_of_the_programs_own_may_change() -> None:
+    """It is compared with what was in it, and not with itself."""
+    order = [0, 1, 2]
+    params = weights(w=(4, 5))
+    x = draw(4, 4, 4)
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return energy(torch.tanh(x.permute(order) @ p["w"]).permute(order))
+
+    for axes in ([0, 1, 2], [0, 1, 2], [1, 0, 2], [0, 1, 2], [1, 0, 2]):
+        order[:] = axes
+        norms_like_a_loop(model_fn, params, x)
+
+
+def test_a_call_that_raises_is_another_than_one_that_does_not() -> None:
+    fails = [False]
+    params = weights(w=(4, 5))
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        try:
+            torch.ones(3).reshape(2 if fails[0] else 3)
+        except RuntimeError:
+            x = x.transpose(0, 1)
+        y = torch.tanh(x @ p["w"])
+        return energy(y.transpose(0, 1) if fails[0] else y)
+
+    for raises in (False, False, True, False, True, True):
+        fails[0] = raises
+        norms_like_a_loop(model_fn, params, draw(4, 4, 4))
+
+
+@pytest.mark.parametrize("number", [np.int64, int])
+def test_integers_of_numpy_are_told(number: Any) -> None:
+    swap = [False]
+    params = weights(w=(4, 5))
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        axes = number(0), number(1 if swap[0] else 0)
+        return energy(torch.tanh(x.transpose(*axes) @ p["w"]).transpose(*axes))
+
+    for swapped in (False, False, True, False, True):
+        swap[0] = swapped
+        norms_like_a_loop(model_fn, params, draw(4, 4, 4))
+
+
+def test_arrays_of_numpy_and_dtypes_are_told() -> None:
+    one, other = np.array([0, 1, 2]), np.array([1, 0, 2])
+    assert told((one,), {}) == told((one.copy(),), {})
+    assert told((one,), {}) != told((other,), {})
+    assert told((torch.float32,), {}) != told((torch.float64,), {})
+    assert told(([np.int64(1)],), {}) != told(([np.int64(2)],), {})
+
+
+def test_a_verdict_that_is_written_down_is_read() -> None:
+    """Or printed, or a size."""
+    params = weights(w=(4, 5))
+
+    def written(x: Tensor) -> bool:
+        noted = torch.zeros(2, dtype=torch.bool)
+        noted[0] = (x > 0).all()
+        return bool(noted[:1].all())
+
+    def printed(x: Tensor) -> bool:
+        return "True" in str((x > 0).all())
+
+    def sized(x: Tensor) -> bool:
+        return torch.bincount((x > 0).all().long()[None]).shape[0] == 2
+
+    for verdict in (written, printed, sized):
+
+        def model_fn(p: Any, x: Tensor, verdict: Any = verdict) -> Tensor:
+            over = verdict(x)
+            y = torch.tanh((x.transpose(0, 1) if over else x) @ p["w"])
+            return energy(y.transpose(0, 1) if over else y)
+
+        x = draw(4, 4, 4)
+        for batch in (x, x, x.abs() + 0.1, x, x.abs() + 0.1):
+            with contextlib.suppress(*REFUSALS):
+                norms_like_a_loop(model_fn, params, batch)

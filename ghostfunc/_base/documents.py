@@ -30,7 +30,7 @@ from ghostfunc._base.trees import NAMESPACE
 from ghostfunc._base.types import PyTree
 
 FILL = {"labels": -100}
-"""What stands behind the last document of a row, where it matters."""
+"""What stands behind the last document of a row, where it matters: for labels that are classes."""
 
 FILLED_UP = 0.6
 """Length of the shortest document of a group, relative to its longest one's."""
@@ -189,13 +189,20 @@ class Documents:
         `position_ids` `[R, T]`, which begin anew in every document, and the masks they came with,
         `[R, heads, T, T]`."""
         packing = self.packing
-        rows = {k: self.to_rows(x, fill=FILL.get(k)) for k, x in self.tensors.items()}
+        fills = {k: None if x.is_floating_point() else FILL.get(k) for k, x in self.tensors.items()}
+        rows = {k: self.to_rows(x, fill=fills[k]) for k, x in self.tensors.items()}
         rows |= {k: _mask_of_rows(x, packing) for k, x in self.masks.items()}
         return rows | {"position_ids": packing.position_ids}
 
     def to_rows(self, x: Tensor, *, fill: float | None = None) -> Tensor:
         """`[n, t, ...]` as rows, `[R, T, ...]`. Where no document is, `fill` stands, or what is at
         the last position before: values that the model takes."""
+        if x.shape[:2] != self.packing.index.shape:
+            n, t = self.packing.index.shape
+            raise BatchError(
+                f"to_rows got a tensor of shape {tuple(x.shape)}; these documents are [{n}, {t}, "
+                "...]: a value per position, those behind the end of a document included."
+            )
         return to_rows(x, self.packing, fill)
 
     def from_rows(self, x: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def documents(
 
     def cut(name: str, x: Tensor) -> Tensor:
         out = x.flatten(0, 1)[places.to(x.device)]
-        fill = IGNORED if name == "labels" else 0
+        fill = IGNORED if name == "labels" and not x.is_floating_point() else 0
         outside = ~mine.to(x.device).reshape(*mine.shape, *[1] * (x.ndim - 2))
         return out.masked_fill(outside, fill)
 

@@ -91,7 +91,8 @@ def compare_gradients(
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
-    return (g @ u.flatten().to(g)).double().cpu(), g.norm().double().cpu()
+    size = torch.linalg.vector_norm(g, dtype=torch.float64)  # squares may be beyond float32
+    return (g @ u.flatten().to(g)).double().cpu(), size.cpu()
 
 
 def _with_numbers_for_zeros(

@@ -141,5 +141,5 @@ def pattern(
     shapes = [x for x in inputs if x is not None][:2]
     return (
         *(tuple(2 if size > 1 else int(size) for size in x) for x in shapes),
-        shapes[0] == outs[0],
+        shapes[:1] == list(outs[:1]),  # a call that raised has none
     )

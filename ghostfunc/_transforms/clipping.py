@@ -252,7 +252,7 @@ def _clipped(
         grads = book.param_sums(list(factors.expand(len(leaves), n)), finite=finite)
         return ClippedGrad(grads, spec.unflatten(list(rows)) if per_layer else joint)
 
-    with together(model_fn, "clipping"):
+    with together(model_fn, f"clipping to {bounds}, normalize={normalize}"):
         squares = book.squares()
         if not symbolic(squares) and not in_transform():
             # As if all were finite, which one look tells when everything is queued.

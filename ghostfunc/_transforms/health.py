@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
-from ghostfunc._base.options import CHECKS, check_contract_dtype, one_of
+from ghostfunc._base.options import CHECKS, check_contract_dtype, check_number, check_whole, one_of
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
@@ -140,11 +140,14 @@ class Health:
         return self.noise / self.signal if self.signal > 0 else math.inf
 
     def quantile(self, q: float) -> float:
-        """A quantile of `||g_i||`."""
+        """A quantile of `||g_i||`, for `q` from 0 to 1."""
+        if not 0 <= check_number("q", q) <= 1:
+            raise OptionError(f"q={q!r} must be between 0 and 1.")
         return float(self.norms.quantile(q))
 
     def largest(self, k: int = 5) -> list[tuple[int | str, float]]:
         """The k samples of the largest gradients, `(id, norm)`, the largest first."""
+        check_whole("k", k)
         values, index = self.norms.topk(min(k, len(self.norms)))
         return [(self.ids[i], x) for i, x in zip(index.tolist(), values.tolist(), strict=True)]
 

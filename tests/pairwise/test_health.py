@@ -191,3 +191,14 @@ def test_gradients_that_agree_by_nothing_have_an_infinite_scale() -> None:
     found = gf.health(gf.ghost_health(lambda p, x: x @ p["w"], params, x))
     assert math.isinf(found.noise_scale)
     assert found.conflicting == 1.0
+
+
+def test_what_a_health_cannot_be_asked() -> None:
+    params = {"w": torch.ones(3)}
+    step = gf.ghost_health(lambda p, x: (x @ p["w"]).square(), params, torch.eye(3))
+    health = gf.health(step)
+    for wrong in (2, -0.1, "a", float("nan")):
+        with pytest.raises(gf.OptionError, match="q="):
+            health.quantile(wrong)
+    with pytest.raises(gf.OptionError, match="k=-1"):
+        health.largest(-1)
