@@ -13,6 +13,7 @@ from ghostfunc.curvature._operator import (
     Operator,
     load,
 )
+from ghostfunc.curvature._rows import EigenRows
 from ghostfunc.curvature._series import Series, lissa, neumann
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CurvatureError",
     "CurvatureReport",
     "DataOperator",
+    "EigenRows",
     "Likelihood",
     "Operator",
     "Series",
