@@ -132,9 +132,8 @@ def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
     gradients.check(data.params, few)
     readers = [None if matches(name, limits.identity) else FormReader() for name in data.spec.names]
     _look(gradients, data, few, readers)
-    for batch in data.batches:
-        if all(reader is None or reader.forms for reader in readers):
-            break
+    rest = iter(data.batches) if _unmet(readers) else iter(())
+    while _unmet(readers) and (batch := next(rest, None)) is not None:
         for _, chunk in chunks(batch, data.chunk_size):
             _look(gradients, data, chunk, [None if r is None or r.forms else r for r in readers])
     forms = _agreed([[] if r is None else r.forms for r in readers], data.group)
@@ -142,6 +141,10 @@ def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
         block_of(name, tuple(x.shape), seen, limits)
         for name, x, seen in zip(data.spec.names, data.leaves, forms, strict=True)
     ]
+
+
+def _unmet(readers: Sequence[FormReader | None]) -> bool:
+    return any(reader is not None and not reader.forms for reader in readers)
 
 
 def _look(

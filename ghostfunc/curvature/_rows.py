@@ -20,24 +20,25 @@ from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.readers import Push
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._readers import rotated
-from ghostfunc.projection import OF_TENSORS, Projection, Recipe
 from ghostfunc.projection import Block as Columns
+from ghostfunc.projection import Projection
+from ghostfunc.projection._projection import OF_TENSORS, Recipe
 
 
 class Part(NamedTuple):
-    """The rows of one parameter: `scale * vec(left^T g_i right)[index]`.
+    """The rows of one parameter: `scale * vec(left^T g_i right)[kept]`.
 
     Attributes:
         left, right: eigenvectors in columns, `[groups, rows, k]` and `[groups, columns, l]`; None
             is the identity.
         scale: `(L + damping)^-1/2` of the columns that are kept.
-        index: which they are, among `groups k l`; None for all.
+        kept: which they are, among `groups k l`; None for all.
     """
 
     left: Tensor | None
     right: Tensor | None
     scale: Float[Tensor, " kept"]
-    index: Int[Tensor, " kept"] | None
+    kept: Int[Tensor, " kept"] | None
 
 
 class RowReader(NamedTuple):
@@ -147,7 +148,7 @@ def eigen_rows(
     blocks: Sequence[Block],
     bases: Sequence[tuple[Tensor | None, Tensor | None, Tensor]],
     damped: Callable[[Tensor], Tensor],
-    columns: int | None,
+    columns: object,
 ) -> EigenRows:
     """See `EKFAC.rows`; `damped` makes `(L + damping)^-1/2` of a parameter's eigenvalues."""
     scales = [damped(values).flatten() for *_, values in bases]
@@ -156,7 +157,7 @@ def eigen_rows(
     kept = _largest(held, columns)
     parts, places, start, whole = [], [], 0, columns is None
     for block, (left, right, _), scale, index in zip(blocks, bases, scales, kept, strict=True):
-        if not len(index):
+        if len(index) == 0 < len(scale):
             continue
         parts.append(
             Part(left, right, scale, None)
@@ -179,7 +180,7 @@ def eigen_rows(
     return EigenRows(kind, places, tuple(blocks), share).with_parts(parts)
 
 
-def _largest(held: Sequence[Tensor], columns: int | None) -> list[Tensor]:
+def _largest(held: Sequence[Tensor], columns: object) -> list[Tensor]:
     """The columns to keep of every parameter, in order: those that hold most."""
     sizes = [len(x) for x in held]
     if columns is None:
@@ -199,7 +200,7 @@ def _reduced(
     block: Block, left: Tensor | None, right: Tensor | None, scale: Tensor, index: Tensor
 ) -> Part:
     """With those eigenvectors alone that a kept column needs, where all groups share them."""
-    groups, rows, columns = block.sizes
+    groups, _, columns = block.sizes
     scale = scale[index]
     if groups > 1:
         return Part(left, right, scale, index)
@@ -219,8 +220,7 @@ def _flatten(rows: EigenRows) -> tuple[list[Tensor], Recipe]:
 
 
 def _unflatten(tensors: Iterable[Tensor], recipe: Recipe) -> EigenRows:
-    *args, held = recipe.args
-    rows = EigenRows(*args)
+    rows = EigenRows(*recipe.args[:-1])
     rows.recipe = recipe
     rows.take_tensors(list(tensors))
     return rows

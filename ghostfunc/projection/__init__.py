@@ -7,15 +7,13 @@ from ghostfunc.projection._make import (
     kronecker_projection,
     projection_from_spec,
 )
-from ghostfunc.projection._projection import OF_TENSORS, Projection, Recipe
+from ghostfunc.projection._projection import Projection
 from ghostfunc.projection._transform import Project, ghost_project
 
 __all__ = [
-    "OF_TENSORS",
     "Block",
     "Project",
     "Projection",
-    "Recipe",
     "adam_scaled",
     "full_projection",
     "ghost_project",

@@ -24,7 +24,6 @@ from ghostfunc.projection import _random
 from ghostfunc.projection._blocks import Block, select
 from ghostfunc.projection._readers import KroneckerReader, SignsReader
 
-
 OF_TENSORS = "eigenbasis"
 """How the kind begins of projections that no seed makes: those of a curvature."""
 

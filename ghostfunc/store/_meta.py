@@ -12,7 +12,8 @@ from numbers import Integral
 from typing import Any
 
 from ghostfunc._base.errors import GhostError, OptionError
-from ghostfunc.projection import OF_TENSORS, Projection, projection_from_spec
+from ghostfunc.projection import Projection, projection_from_spec
+from ghostfunc.projection._projection import OF_TENSORS
 from ghostfunc.store import _documents, _dtypes
 from ghostfunc.store._errors import IncompatibleStoreError, StoreError
 from ghostfunc.store._files import Files
