@@ -166,9 +166,8 @@ def test_what_calls_are_told_is_proved(
 
 
 def only_trace(model_fn: Any, params: Any, x: Tensor) -> Trace:
-    from ghostfunc._base.trees import flatten_params
 
-    return trace_of(model_fn, *flatten_params(params), x, randomness="error")
+    return trace_of(program.Program.of(model_fn, params), x)
 
 
 def test_a_run_is_compared_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
