@@ -142,17 +142,8 @@ def ghost_clipped_grad(
         rest = partial(own, weights=weights, mode=mode, vectorize=vectorize, check=check)
         rest = partial(rest, chunk_size=chunk_size, randomness=randomness)
         rest = partial(rest, check_finite=check_finite)
-        total, clipped = sums_of_all(
-            group,
-            "ghost_clipped_grad",
-            model_fn,
-            params,
-            batch,
-            alike,
-            rest,
-            lambda x: x.grads,
-            mean=False,
-        )
+        asked = group, "ghost_clipped_grad", model_fn, params, batch, alike, rest
+        total, clipped = sums_of_all(*asked, lambda x: x.grads, mean=False)
         return ClippedGrad(total, clipped.norms)
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
