@@ -23,7 +23,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import chunks_of_all, on_any_rank, refuse_pieces, together
+from ghostfunc._base.pieces import chunks_of_all, of_all_ranks, on_any_rank, refuse_pieces, together
 from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic
@@ -50,6 +50,7 @@ class ClippedGrad(NamedTuple):
 
 
 @compilable(ClippedGrad)
+@of_all_ranks("gf.ghost_clipped_grad")
 def ghost_clipped_grad(
     model_fn: ModelFn,
     params: PyTree,
@@ -142,9 +143,8 @@ def ghost_clipped_grad(
         rest = partial(own, weights=weights, mode=mode, vectorize=vectorize, check=check)
         rest = partial(rest, chunk_size=chunk_size, randomness=randomness)
         rest = partial(rest, check_finite=check_finite)
-        total, clipped = sums_of_all(
-            group, "ghost_clipped_grad", params, batch, alike, rest, lambda x: x.grads, mean=False
-        )
+        asked = group, "ghost_clipped_grad", model_fn, params, batch, alike, rest
+        total, clipped = sums_of_all(*asked, lambda x: x.grads, mean=False)
         return ClippedGrad(total, clipped.norms)
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)

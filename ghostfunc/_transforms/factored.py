@@ -8,6 +8,7 @@ when the question is asked: the book-keeping of Bu et al., for any contraction.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +22,14 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
 from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
-from ghostfunc._base.pieces import gathered, in_step, summed_and_cut, whole_likes
+from ghostfunc._base.pieces import (
+    gathered,
+    in_step,
+    of_all_ranks,
+    summed_and_cut,
+    together,
+    whole_likes,
+)
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.remembered import memory
@@ -39,6 +47,7 @@ from ghostfunc._transforms.kept_proof import KeptProof
 T = TypeVar("T")
 
 
+@of_all_ranks("gf.factored_grads")
 def factored_grads(
     model_fn: ModelFn,
     params: PyTree,
@@ -187,10 +196,11 @@ class FactoredGrads:
     ) -> PyTree:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
         `normalize`: 0 where `g_i` or `u` is zero."""
-        check_flags(per_param=per_param, normalize=normalize)
-        us = flatten_like(direction, self.leaves, self._spec, "direction")
-        if self._model_fn is not None:
-            us = list(gathered(self._model_fn, us, self._spec))
+        with self._together("dotting kept gradients"):
+            check_flags(per_param=per_param, normalize=normalize)
+            us = flatten_like(direction, self.leaves, self._spec, "direction")
+            if self._model_fn is not None:
+                us = list(gathered(self._model_fn, us, self._spec))
         dots = self.param_dots(us)
         finite = FiniteLosses()
         for x in dots:
@@ -267,8 +277,13 @@ class FactoredGrads:
 
         Samples of weight zero are left out: they cost nothing, and a NaN in one spoils nothing.
         """
-        weights = check_weights(weights, len(self.losses))
-        return self.param_sums([weights] * len(self.bundles))
+        with self._together("adding kept gradients up"):
+            weights = check_weights(weights, len(self.losses))
+            return self.param_sums([weights] * len(self.bundles))
+
+    def _together(self, place: str) -> AbstractContextManager[None]:
+        """What the ranks of a sharded module do together."""
+        return nullcontext() if self._model_fn is None else together(self._model_fn, place)
 
     def scaled(self, i: int, c: float) -> tuple[Factor, ...]:
         """The factors of `c * g_j` of parameter i; made once."""

@@ -8,7 +8,7 @@ from typing import Any
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.options import CHECKS, check_vectorize, one_of
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.pieces import of_all_ranks, refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size
@@ -20,6 +20,7 @@ from ghostfunc._transforms.sums_over_ranks import sums_of_all
 
 
 @compilable()
+@of_all_ranks("gf.direction")
 def direction(
     model_fn: ModelFn,
     params: PyTree,
@@ -57,6 +58,7 @@ def direction(
         return sums_of_all(
             group,
             "direction",
+            model_fn,
             params,
             val,
             {"reduction": reduction},
@@ -72,6 +74,7 @@ def direction(
 
 
 @compilable()
+@of_all_ranks("gf.per_sample_grads")
 def per_sample_grads(
     model_fn: ModelFn,
     params: PyTree,

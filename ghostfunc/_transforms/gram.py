@@ -18,7 +18,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.pieces import of_all_ranks, refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -31,6 +31,7 @@ from ghostfunc._transforms.norms import _MODES
 
 
 @compilable()
+@of_all_ranks("gf.ghost_gram")
 def ghost_gram(
     model_fn: ModelFn,
     params: PyTree,

@@ -15,7 +15,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import chunks_of_all, refuse_pieces
+from ghostfunc._base.pieces import chunks_of_all, of_all_ranks, refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
@@ -28,6 +28,7 @@ _MODES = ("ghost", "materialized")
 
 
 @compilable()
+@of_all_ranks("gf.ghost_norm")
 def ghost_norm(
     model_fn: ModelFn,
     params: PyTree,

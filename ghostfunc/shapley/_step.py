@@ -23,7 +23,7 @@ from ghostfunc._base.options import (
     check_type,
     one_of,
 )
-from ghostfunc._base.pieces import in_step, refuse_pieces, samples_of_all
+from ghostfunc._base.pieces import in_step, of_all_ranks, refuse_pieces, samples_of_all
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
@@ -59,6 +59,7 @@ class ShapleyStep(NamedTuple):
         return brief("ShapleyStep", **self._asdict())
 
 
+@of_all_ranks("gf.shapley.step")
 def step(
     model_fn: ModelFn,
     params: PyTree,
@@ -164,6 +165,7 @@ def step(
     return ShapleyStep(taken.losses, gradient, torch.stack(columns, dim=1))
 
 
+@of_all_ranks("gf.shapley.directions")
 def directions(
     model_fn: ModelFn,
     params: PyTree,

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.pieces import in_step
+from ghostfunc._base.pieces import refuse_group
 from ghostfunc._base.program import Program
 from ghostfunc._base.ranks import Exchange, Ranks
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
@@ -117,11 +117,7 @@ def _direction(ranks: Ranks, asked: Question, val: PyTree, order: list[int]) -> 
 
 
 def _check(asked: Question, call: str) -> None:
-    if in_step(asked.program.model_fn) is not None:
-        raise OptionError(
-            f"{call} got a group and a module that fully_shard has sharded, whose gradients are "
-            "those of all its ranks' samples already: leave out group=."
-        )
+    refuse_group(asked.program.model_fn, call)
     if asked.reduction == "none":
         raise OptionError(
             f'{call} got a group and reduction="none": the validation samples of other ranks are '
