@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -16,6 +16,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import (
     ParamSpec,
     batch_size,
@@ -173,23 +174,24 @@ class _Asked:
     """What was asked for, validated.
 
     Attributes:
-        fns, sides: of train samples and of queries.
+        programs, sides: of train samples and of queries.
         fewer: the side that the curvature is applied to.
         most: directions that exist at one time.
     """
 
-    fns: tuple[ModelFn, ModelFn]
+    programs: Sequence[Program]
     sides: tuple[PyTree, PyTree]
-    leaves: list[Tensor]
-    spec: ParamSpec
     params: PyTree
     curvature: Solver | None
     fewer: int
     chunk_size: int | None
     most: int
     way: Way
-    randomness: Randomness
     per_position: bool
+
+    @property
+    def spec(self) -> ParamSpec:
+        return self.programs[0].spec
 
     def parts(self, side: int, most: int | None) -> Iterator[PyTree]:
         return _parts(self.sides[side], most, ("train", "queries")[side])
@@ -198,7 +200,7 @@ class _Asked:
         """The way to take."""
         loaders = [yields_batches(x) for x in self.sides]
         n, m = (0 if x else batch_size(s) for s, x in zip(self.sides, loaders, strict=True))
-        size = sum(x.numel() for x in self.leaves)
+        size = sum(x.numel() for x in self.programs[0].leaves)
         few = (n, m)[self.fewer]
         directions, rows = self.most * size, few * size
         if self.way == "rows":
@@ -216,10 +218,7 @@ class _Asked:
             why = f"since the rows of {few} samples would be more than {MOST} elements"
         if why or not isinstance(self.curvature, EKFAC):
             return InfluencePlan("directions", why, n, m, None, None, directions)
-        both = [
-            Side.of(f, self.leaves, self.spec, batch, self.randomness)
-            for f, batch in zip(self.fns, self.sides, strict=True)
-        ]
+        both = [Side.of(*side) for side in zip(self.programs, self.sides, strict=True)]
         ops = count(self.curvature, both[self.fewer], both[1 - self.fewer], self.most)
         if ops[1] < ops[0]:
             return InfluencePlan("rows", "with fewer operations", n, m, *ops, rows)
@@ -260,10 +259,10 @@ def _asked(
     if isinstance(curvature, EKFAC):
         curvature.check(params)
     fewer = 0 if not per_position and _fewer(train, queries) else 1
+    programs = [Program(f, leaves, spec, randomness) for f in (model_fn, query_fn or model_fn)]
     return _Asked(
-        (model_fn, query_fn or model_fn), (train, queries), leaves, spec, params, curvature, fewer,
-        chunk_size, min(directions_at_once, chunk_size or directions_at_once), way, randomness,
-        per_position,
+        programs, (train, queries), params, curvature, fewer, chunk_size,
+        min(directions_at_once, chunk_size or directions_at_once), way, per_position,
     )  # fmt: skip
 
 
@@ -271,26 +270,25 @@ def _by_directions(
     asked: _Asked, solve: Callable[[Stack], Stack], *, per_param: bool, per_position: bool
 ) -> list[Tensor]:
     """`[other, fewer]`, of every parameter or in all: a few directions at a time."""
-    fewer, spec = asked.fewer, asked.spec
+    fewer, other = asked.programs[asked.fewer], asked.programs[1 - asked.fewer]
     columns: list[list[Tensor]] = []
-    for chunk in asked.parts(fewer, asked.most):
-        grads = run(
-            asked.fns[fewer], asked.leaves, spec, chunk, [SampleGrad()], randomness=asked.randomness
-        )
+    for chunk in asked.parts(asked.fewer, asked.most):
+        grads = run(fewer, chunk, [SampleGrad()])
         us = solve([x.detach() for x in grads.values[0]])
         named = {
-            f"direction {j}": spec.unflatten([u[j] for u in us]) for j in range(batch_size(chunk))
+            f"direction {j}": fewer.spec.unflatten([u[j] for u in us])
+            for j in range(batch_size(chunk))
         }
         rows: list[list[Tensor]] = []
-        for others in asked.parts(1 - fewer, asked.chunk_size):
+        for others in asked.parts(1 - asked.fewer, asked.chunk_size):
             scores = ghost_dot_prod(
-                asked.fns[1 - fewer],
+                other.model_fn,
                 asked.params,
                 others,
                 direction=named,
                 per_param=per_param,
                 per_position=per_position,
-                randomness=asked.randomness,
+                randomness=other.randomness,
             )
             leaves_of = [optree.tree_leaves(scores[name]) for name in named]
             rows.append([torch.stack(x, 1) for x in zip(*leaves_of, strict=True)])
@@ -308,8 +306,9 @@ def _by_rows(asked: _Asked, rows: EigenRows) -> list[Tensor]:
     places = list(rows.groups.values())
 
     def of(side: int, chunk: PyTree) -> Tensor:
+        program = asked.programs[side]
         return ghost_project(
-            asked.fns[side], asked.params, chunk, rows, randomness=asked.randomness
+            program.model_fn, asked.params, chunk, rows, randomness=program.randomness
         )
 
     most = min(most, asked.chunk_size or most)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._quantities.quantity import Prepared, Quantity
@@ -152,7 +153,7 @@ def _look(
 ) -> None:
     """Note what the factors of some parameters look like."""
     model_fn, scored = next(gradients.runs(data.params, batch, 0))
-    run(model_fn, data.leaves, data.spec, scored, [Prepared(readers, degree=1)])
+    run(Program(model_fn, data.leaves, data.spec, "error"), scored, [Prepared(readers, degree=1)])
 
 
 def _agreed(forms: list[list[Form]], group: Any) -> list[list[Form]]:
@@ -240,7 +241,8 @@ def _pass(
             for _, chunk in chunks(batch, data.chunk_size):
                 # A chunk has draws of its own, by its place in the data set.
                 for model_fn, scored in gradients.runs(params, chunk, state.samples):
-                    taken = run(model_fn, data.leaves, data.spec, scored, quantities)
+                    program = Program(model_fn, data.leaves, data.spec, "error")
+                    taken = run(program, scored, quantities)
                     for name, values in zip(names, taken.values, strict=True):
                         _add(state, name, values, blocks, number)
                 state.samples += batch_size(chunk)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch import Tensor
-
+from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import preformatted
-from ghostfunc._base.trees import ParamSpec, batch_size
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size
+from ghostfunc._base.types import PyTree
 from ghostfunc._factors import cost
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._taps.uses import use_shapes
@@ -64,10 +62,8 @@ class Side:
     uses: list[list[UseShape]]
 
     @staticmethod
-    def of(
-        fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, random: Randomness
-    ) -> Side:
-        shapes = use_shapes(fn, leaves, spec, batch, randomness=random, exact=False)
+    def of(program: Program, batch: PyTree) -> Side:
+        shapes = use_shapes(program, batch, exact=False)
         one = [[UseShape(u.kind, u.shape, 1, u.positions, u.direct) for u in x] for x in shapes]
         return Side(batch_size(batch), one)
 
