@@ -1,9 +1,9 @@
 """EK-FAC influence as an explainer of quanda, whose metrics and benchmarks then judge it.
 
-    python -m examples.quanda_explainer
+    python examples/quanda_explainer.py
 
-Run it from the root, with `pip install quanda omegaconf` beside ghostfunc: it explains a
-tiny random classifier and prints shapes. https://github.com/dilyabareeva/quanda
+Run it with `pip install quanda omegaconf` beside ghostfunc (as a file: packages that quanda needs
+bring an `examples` of their own). It explains a tiny random classifier and prints shapes. https://github.com/dilyabareeva/quanda
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import bm25s
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -37,10 +38,12 @@ def bm25(documents: Sequence[str], queries: Sequence[str]) -> Float[Tensor, "n q
     """BM25 of every document for every query: words in common, the rare ones counting more.
 
     Words are what `bm25s` makes of a text with its default pattern, lower case, without a list of
-    stop words (code has its own).
+    stop words (code has its own). A query without any scores zero everywhere.
     """
     index = bm25s.BM25()
     corpus = bm25s.tokenize(list(documents), stopwords=None, show_progress=False)
     index.index(corpus, show_progress=False)
     words = bm25s.tokenize(list(queries), stopwords=None, return_ids=False, show_progress=False)
-    return torch.stack([torch.from_numpy(index.get_scores(query)) for query in words], dim=1)
+    none = np.zeros(len(documents), dtype=np.float32)
+    rows = [index.get_scores(query) if query else none for query in words]
+    return torch.stack([torch.from_numpy(row) for row in rows], dim=1)

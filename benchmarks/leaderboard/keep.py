@@ -37,9 +37,14 @@ class Keep:
         kept, losses = torch.load(path)
         return kept, losses
 
-    def method(self, name: str, source: str, make: Callable[[], Measured]) -> Measured:
+    def method(
+        self, name: str, source: str, make: Callable[[], Measured] | None
+    ) -> Measured | None:
+        """What was measured; None if nothing was, and it cannot be made."""
         path = self.folder / f"{name}-{digest(source, 'measure.py')}.pt"
         if not path.exists():
+            if make is None:
+                return None
             write(path, asdict(make()))
         return Measured(**torch.load(path))
 

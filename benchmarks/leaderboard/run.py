@@ -4,7 +4,8 @@ python benchmarks/leaderboard/run.py                    # three seeds: 60 minute
 python benchmarks/leaderboard/run.py --quick            # one seed, fewer models: 5 minutes
 python benchmarks/leaderboard/run.py --tasks mlp gpt2
 
-What was measured is kept in outputs/leaderboard: the same command goes on where it was cut.
+What was measured is kept in outputs/leaderboard: the same command goes on where it was cut, and
+--kept makes the tables of what there is.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ LIMIT = 3600.0
 """Seconds after which a method is stopped."""
 
 
-def evaluate(task: Task, seed: int, only: list[str], keep: Keep) -> dict[str, Any]:
-    """All methods on one trained model."""
+def evaluate(
+    task: Task, seed: int, only: list[str], keep: Keep, *, measuring: bool
+) -> dict[str, Any]:
+    """All methods on one trained model; those that were measured before, if not `measuring`."""
     trained = gf.unrolled.train(task.training(), keep_every=12)
     truth = {}
     for share in LEFT_OUT:
@@ -60,7 +63,10 @@ def evaluate(task: Task, seed: int, only: list[str], keep: Keep) -> dict[str, An
         if only and name not in only:
             continue
         source = "peers.py" if name in PEERS else "methods.py"
-        got = keep.method(name, source, partial(measure, task, trained, name, method))
+        make = partial(measure, task, trained, name, method) if measuring else None
+        got = keep.method(name, source, make)
+        if got is None:
+            continue
         say(task, seed, name, got.seconds, got.error)
         if got.scores is None:
             rows[name] = {"error": got.error}
@@ -114,6 +120,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[], help="only these, by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=KEPT, help="where results are kept")
+    parser.add_argument("--kept", action="store_true", help="tables of what is kept, no more")
     parser.add_argument("--out", type=Path, default=HERE / "recorded.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -123,20 +130,18 @@ def main() -> None:
     results: dict[str, Any] = {
         "quick": options.quick,
         "versions": versions(),
+        "processors": os.cpu_count(),
         "tasks": {},
-        "seconds": 0.0,
     }
     for key in options.tasks:
         runs: list[dict[str, Any]] = []
         for seed in seeds:
             task = TASKS[key](seed, quick=options.quick)
             keep = Keep(options.keep, f"{key} {seed}{' quick' if options.quick else ''}")
-            runs.append(evaluate(task, seed, options.methods, keep))
+            runs.append(evaluate(task, seed, options.methods, keep, measuring=not options.kept))
             results["tasks"][key] = {"name": task.name, "subsets": task.subsets, "runs": runs}
             options.out.write_text(json.dumps(results, indent=1) + "\n")
-    results["seconds"] = perf_counter() - start
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{results['seconds']:.0f} s; written to {options.out}")
+    print(f"{perf_counter() - start:.0f} s; written to {options.out}")
     from report import write
 
     write(results)
