@@ -87,12 +87,14 @@ def _second_order(
     primals = [x.detach() for x in params]
 
     def forward(*u: Tensor) -> tuple[Tensor, ...]:
-        def slopes(p: list[Tensor]) -> Tensor:
-            out: Tensor = torch.func.jvp(losses, (p,), (list(u),))[1]
-            return out
+        # Forward over reverse: torch's forward derivatives of layer_norm and instance_norm have a
+        # wrong derivative themselves.
+        def first(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            values, pull = torch.func.vjp(losses, p)[:2]
+            return values, pull(share.to(values))[0]
 
-        dots, pull = torch.func.vjp(slopes, primals)[:2]
-        return (dots, *pull(share.to(dots))[0])
+        dots, products = torch.func.jvp(first, (primals,), (list(u),))[1]
+        return (dots, *products)
 
     def reverse(*u: Tensor) -> tuple[Tensor, ...]:
         def along(p: list[Tensor], s: Tensor) -> Tensor:

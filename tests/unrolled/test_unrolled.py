@@ -470,3 +470,38 @@ def test_a_training_that_diverges_is_an_error() -> None:
     training = Training(model, draw_params(), steps, optimizer=gf.unrolled.sgd(lr=1e308))
     with pytest.raises((UnrolledError, gf.NonFiniteLossError)):
         gf.unrolled.train(training, keep_every=1)
+
+
+NORMS: dict[str, Any] = {
+    "layer_norm": lambda x, p: F.layer_norm(x, x.shape[-1:], p["g"], p["c"]),
+    "group_norm": lambda x, p: F.group_norm(x, 2, p["g"], p["c"]),
+    "softmax": lambda x, p: F.gelu(x, approximate="tanh").softmax(-1) * p["g"],
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_both_ways_to_second_derivatives_are_those_of_finite_differences(name: str) -> None:
+    """Forward derivatives of some ops have no right derivative in torch."""
+
+    def normed(p: Params, b: Any) -> Tensor:
+        h = torch.stack([NORMS[name](x[None] @ p["a"].T, p)[0] for x in b["x"]])
+        return (torch.tanh(h) - b["y"]).square().mean(1)
+
+    params = {k: torch.randn(4, *s).double() for k, s in {"a": (3,), "g": (), "c": ()}.items()}
+    batch = {"x": torch.randn(5, 3).double(), "y": torch.randn(5, 4).double()}
+    steps = [Micro(torch.arange(5), batch)] * 3
+    optimizer = gf.unrolled.sgd(lr=0.3, momentum=0.5)
+
+    def loss(weights: Tensor) -> Any:
+        training = Training(normed, params, steps, optimizer=optimizer, weights=weights)
+        return gf.unrolled.train(training, keep_every=3)
+
+    ones, h = torch.ones(5, dtype=torch.float64), 1e-5
+    expected = []
+    for i in range(5):
+        moved = [loss(ones + sign * h * F.one_hot(torch.tensor(i), 5)) for sign in (1, -1)]
+        up, down = (float(normed(x.params, batch).mean()) for x in moved)
+        expected.append((up - down) / (2 * h))
+    for hvp in ("forward", "reverse"):
+        made = gf.unrolled.metagradients(loss(ones), batch, hvp=hvp)  # type: ignore[arg-type]
+        assert_equal(made.scores.values[:, 0], torch.tensor(expected).double(), 1e-6)
