@@ -336,17 +336,15 @@ ZOO["Phi"] = Animal(
     prompted,
     "parallel attention and MLP, partial rotary positions",
 )
+_IMPLEMENTED = ("batched_mm", "grouped_mm", "eager")
 for _name, _make in (("Mixtral", _mixtral), ("Qwen3-MoE", _qwen_moe)):
-    for _experts in ("batched_mm", "grouped_mm", "eager"):
+    for _experts in _IMPLEMENTED[_name == "Qwen3-MoE" :]:
         ZOO[f"{_name}, {_experts}"] = Animal(
             lambda make=_make, experts=_experts: make(experts),
             causal,
             prompted,
             f'routed experts, `experts_implementation="{_experts}"`',
             single=FLOAT32_NORM,
-            dtype=torch.float32 if _experts == "grouped_mm" else torch.float64,
-            ghost={"grouped_mm": "grouped_mm", "eager": "linear"}.get(_experts, ""),
-            jvp="_grouped_mm" if _experts == "grouped_mm" else "",
         )
 ZOO["Mamba"] = Animal(
     lambda: hf.MambaForCausalLM(
