@@ -35,9 +35,7 @@ class Animal:
         draw: `draw(n, t, seed)` is a batch of n samples, of up to t positions where it has any.
         remarks: what is special about it, for the table.
         single: what runs in float32 whatever it is given; "" where nothing does.
-        dtype: of the parameters, where a kernel takes no float64.
         ghost: words of the error where ghost mode has no exact rule, the op's name among them.
-        jvp: words of the error where torch has no forward mode.
     """
 
     make: Callable[[], nn.Module]
@@ -45,15 +43,13 @@ class Animal:
     draw: Draw
     remarks: str
     single: str = ""
-    dtype: torch.dtype = torch.float64
     ghost: str = ""
-    jvp: str = ""
 
     def build(self) -> tuple[nn.Module, Any, dict[str, Tensor]]:
         """The module, its `model_fn` and its parameters."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            module = self.make().eval().to(self.dtype)
+            module = self.make().eval().double()
             with torch.no_grad():
                 for p in module.parameters():
                     p.add_(torch.randn_like(p), alpha=0.2)

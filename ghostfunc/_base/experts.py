@@ -1,10 +1,10 @@
 """Routed experts of transformers, run so that every row stays with its sample.
 
-transformers sorts the rows of all samples by expert (`"grouped_mm"`), or gathers those of one expert
-after the other (`"eager"`): what lies where depends on the router. Here the rows stay in their order,
-and one op takes each to its expert:
+transformers sorts the rows of all samples by expert (`"grouped_mm"`), or gathers those of one
+expert after the other (`"eager"`): what lies where depends on the router. Here the rows stay in
+their order, and one op takes each to its expert:
 
-    routed(x, W, ids):   y_rj = W[ids_rj] x_rj     x [N, k, d], W [E, p, d], ids [N, k]  ->  [N, k, p]
+    routed(x, W, ids):  y_rj = W[ids_rj] x_rj     x [N, k, d], W [E, p, d], ids [N, k] -> [N, k, p]
 
 The router's choice is an argument of that op, read anew in every run. What a layer computes is held
 against its own `forward` when a model function calls it for the first time.

@@ -19,9 +19,7 @@ from ghostfunc._rules.registry import ByPosition, Factors, register_rule, rows
 
 
 @register_rule(routed)
-def experts(
-    b: Tensor, x: Tensor, weight: Tensor, ids: Tensor, transposed: bool = False
-) -> Factors:
+def experts(b: Tensor, x: Tensor, weight: Tensor, ids: Tensor, transposed: bool = False) -> Factors:
     def of_weight(apart: bool) -> Grouped:
         number, own = weight.shape[1], ids.flatten(1)
         places, size = (_apart if apart else _together)(own, number)
