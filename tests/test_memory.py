@@ -152,5 +152,4 @@ def test_a_first_call_holds_few_gradients_as_large_as_the_model(call: str) -> No
     with Allocations(params, ids) as memory:
         calls[call]()
     models = memory.peak / (table.numel() * table.element_size())
-    print(call, models)
     assert models < 6

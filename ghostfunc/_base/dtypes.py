@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Numbers that are in float64 at one time."""
 
 

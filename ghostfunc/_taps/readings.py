@@ -309,15 +309,17 @@ def off_by(
         beside = None if company is None else company[i]
         g = wide(grads[i])
         by = [-1, *[1] * (g.ndim - 1)]
-        if isinstance(reading.scale, Tensor):
-            g, scale = g * reading.scale[index].to(g).view(by), reading.scale[index].abs()
-        else:
-            g, scale = g * reading.scale if reading.scale != 1.0 else g, abs(reading.scale)
+        scale = reading.scale
+        if isinstance(scale, Tensor):
+            scale = scale[index]
+            g = g * scale.to(g).view(by)
+        elif scale != 1.0:
+            g = g * scale
         define = reading.numbers[i].define
         want = define(g, beside)
         if not moving:
             return _Compared(want, None)
-        far = (reach[i] * scale).to(g).view(by)
+        far = (reach[i] * (scale.abs() if isinstance(scale, Tensor) else abs(scale))).to(g).view(by)
         moved = [
             _squares(define(torch.addcmul(g, far, _direction(k, g)), beside), want, reading.pairs)
             for k in range(DIRECTIONS)
