@@ -27,7 +27,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Factor, Grouped, OneHot, Outer
-from ghostfunc._quantities.readers import PositionsReader, Push
+from ghostfunc._quantities.readers import MomentReader, PositionsReader, Push
 from ghostfunc.curvature._blocks import Block, Form
 
 ELEMENTS = 1 << 22
@@ -105,7 +105,7 @@ class SideReader(_OneParameter):
 
 
 @dataclass(frozen=True)
-class VectorReader(_OneParameter):
+class VectorReader(_OneParameter, MomentReader):
     """`sum_i g_i g_i^T` of a whole vector: `[1, k, k]`."""
 
     block: Block
@@ -121,9 +121,13 @@ class VectorReader(_OneParameter):
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
         return _gram(contract.add_up([as_matrices(f, self.block.sizes) for f in factors]))
 
+    def define(self, g: Float[Tensor, "n ..."]) -> Tensor:
+        x = g.reshape(len(g), self.block.columns)
+        return torch.einsum("ni,nj->ij", x, x)[None]
+
 
 @dataclass(frozen=True)
-class EigenvalueReader(_OneParameter):
+class EigenvalueReader(_OneParameter, MomentReader):
     """`sum_i (left^T g_i right)^2`, elementwise: `[groups, rows, columns]`.
 
     `left` and `right` are eigenbases `[groups, k, k]`, vectors in columns; None is the identity.
@@ -157,6 +161,12 @@ class EigenvalueReader(_OneParameter):
             for some in _slices(n, max(1, ELEMENTS // max(1, _numel(self.block))))
         ]
         return contract.add_up(parts)
+
+    def define(self, g: Float[Tensor, "n ..."]) -> Tensor:
+        x = g.reshape(-1, *self.block.sizes)
+        x = x if self.left is None else torch.einsum("ngpd,gpk->ngkd", x, self.left.to(x))
+        x = x if self.right is None else torch.einsum("ngpd,gdl->ngpl", x, self.right.to(x))
+        return x.square().sum(0)
 
     def _of(self, factor: Factor) -> Float[Tensor, "n g p d"]:
         return rotated(factor, self.block.sizes, self.left, self.right)
