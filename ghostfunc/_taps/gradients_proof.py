@@ -62,7 +62,7 @@ def compare_gradients(
     table = found.table
     index = table.isfinite().all(0).nonzero().flatten().tolist()
     if not index:  # losses are all there is to compare
-        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        prove_independent(model, model.batch)
         return None
     alone = Alone(model, found.losses, randomness, seed)
     weights = _weights(table[:, index], generator)

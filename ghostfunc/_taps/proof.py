@@ -105,7 +105,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     if any_symbolic(tensors_of(model.batch)):
         return
     if check == "never":  # by losses alone
-        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        prove_independent(model, model.batch)
         return
     proofs = memory(model.model_fn, Proofs)
     keys = claim.key, (claim.key, claim.asked())
@@ -134,7 +134,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
         if error is not None:
             raise error
     if whole and differ:
-        were_compared(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        were_compared(model, model.batch)
 
 
 Compare: TypeAlias = Callable[[Claim, int, Randomness], CoupledSamplesError | Disproved | None]

@@ -15,6 +15,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import (
     ParamSpec,
     batch_size,
@@ -114,10 +115,11 @@ def influence(
     solve = _solver(curvature, params, spec, damping, relative)
     fns, sides = (model_fn, query_fn or model_fn), (train, queries)
     fewer = 0 if not per_position and _fewer(train, queries) else 1
+    program = Program(fns[fewer], leaves, spec, randomness)
     most = min(directions_at_once, chunk_size or directions_at_once)
     columns: list[list[Tensor]] = []
     for chunk in _parts(sides[fewer], most, ("train", "queries")[fewer]):
-        grads = run(fns[fewer], leaves, spec, chunk, [SampleGrad()], randomness=randomness)
+        grads = run(program, chunk, [SampleGrad()])
         us = solve([x.detach() for x in grads.values[0]])
         named = {
             f"direction {j}": spec.unflatten([u[j] for u in us]) for j in range(batch_size(chunk))

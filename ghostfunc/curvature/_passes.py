@@ -15,6 +15,7 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._quantities.quantity import Prepared, Quantity
@@ -129,7 +130,7 @@ def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
     gradients.check(data.params, few)
     readers = [FormReader() for _ in data.leaves]
     model_fn, scored = next(gradients.runs(data.params, few, 0))
-    run(model_fn, data.leaves, data.spec, scored, [Prepared(readers, degree=1)])
+    run(Program(model_fn, data.leaves, data.spec, "error"), scored, [Prepared(readers, degree=1)])
     return [
         block_of(name, tuple(x.shape), reader.forms, limits)
         for name, x, reader in zip(data.spec.names, data.leaves, readers, strict=True)
@@ -212,7 +213,8 @@ def _pass(
             for _, chunk in chunks(batch, data.chunk_size):
                 # A chunk has draws of its own, by its place in the data set.
                 for model_fn, scored in gradients.runs(params, chunk, state.samples):
-                    taken = run(model_fn, data.leaves, data.spec, scored, quantities)
+                    program = Program(model_fn, data.leaves, data.spec, "error")
+                    taken = run(program, scored, quantities)
                     for name, values in zip(names, taken.values, strict=True):
                         _add(state, name, values, blocks, number)
                 state.samples += batch_size(chunk)
