@@ -10,7 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class Mode(TorchFunctionMode):
-    """A mode that says what becomes of each call."""
+    """A mode that says what becomes of each call.
+
+    Modes of warm calls override `__torch_function__` itself: a function more per call is felt.
+    """
 
     def __torch_function__(
         self,

@@ -1,4 +1,5 @@
-"""Two runs of a model side by side, the second on one sample more: what grew holds samples."""
+"""Runs 1 and 2 of tracing, side by side. The second has one sample more: an axis that grew holds
+samples."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The mode that watches a model run.
+"""The mode that watches a model run: the skeleton that tracing and tapping share.
 
-A `TorchFunctionMode`, active while `model_fn` runs, sees every torch call and knows tracked
-tensors by identity. This file holds what tracing and tapping share: the skeleton of such modes.
+It is active while `model_fn` runs. It sees every torch call, and knows tracked tensors by identity.
+`record` and `probe` fill in what a run of tracing does at a tracked tensor, `TapMode` what a run
+under taps does.
 """
 
 from __future__ import annotations
