@@ -32,7 +32,8 @@ What a proof does not see:
   that torch hands to Python are part of what is proved.
 - Coupling that is the same in both halves as in the whole.
 - What is no function of a sample's gradient: the shares of single positions (their sum is proved),
-  and second moments for curvature. Numbers that vmap has several of.
+  and the sums over positions whose eigenvectors are the bases of a curvature (its second moments
+  in these bases are proved). Numbers that vmap has several of.
 - Squares with a `contract_dtype`: terms that are rounded may cancel.
 """
 

@@ -36,6 +36,7 @@ from ghostfunc._quantities.readers import (
     DeferredGradients,
     DeferredReader,
     DotReader,
+    MomentReader,
     OneRunReader,
     PairReader,
     PositionsReader,
@@ -48,6 +49,9 @@ Define = Callable[[Tensor, Tensor | None], Tensor]
 
 Pick = Callable[[Tensor], Tensor]
 """The run's own numbers of the samples that are asked for, `[s, ...]`."""
+
+Again = Callable[..., Any]
+"""Another run of the same batch, with another `scale`."""
 
 
 class Numbers(NamedTuple):
@@ -146,6 +150,34 @@ def reading_of(
     return Reading(what, degree, numbers, total, pairs, samples, scale, contract_dtype)
 
 
+def reading_of_moments(
+    number: int, readers: Sequence[Any], scale: float | Tensor, n: int, again: Again
+) -> Reading:
+    """Sums over samples of one quantity, each of a function of its gradient: those of a run in
+    which all samples but those that are asked for weigh nothing."""
+    runs: dict[tuple[int, ...], Any] = {}
+
+    def picked(i: int) -> Pick:
+        def pick(index: Tensor) -> Tensor:
+            chosen = tuple(index.tolist())
+            if chosen not in runs:
+                weights = torch.zeros(n, device=index.device)
+                weights[index] = 1.0
+                weights = scale * weights if isinstance(scale, Tensor) else weights
+                runs[chosen] = again(scale=weights).values[number]
+            value: Tensor = runs[chosen][i]
+            return value
+
+        return pick
+
+    numbers = {
+        i: Numbers(_defined(reader), picked(i))
+        for i, reader in enumerate(readers)
+        if isinstance(reader, MomentReader)
+    }
+    return Reading("moments", 2, numbers, scale=scale if isinstance(scale, Tensor) else 1.0)
+
+
 def reading_of_factors(
     bundles_of: Sequence[Sequence[Factor]],
     deferred: Sequence[DeferredGradients | None],
@@ -184,6 +216,8 @@ def _defined(reader: Any) -> Define:
             case DeferredReader(deferred=deferred, m=m):
                 columns = [flat @ deferred.gradient(j).flatten().to(flat) for j in range(m)]
                 return torch.stack(columns, dim=1)
+            case MomentReader():
+                return reader.define(g)
             case ValueReader(quantity=SqNorm()):
                 return flat.square().sum(1)
             case ValueReader(quantity=Gram()):
@@ -220,12 +254,14 @@ def what_was_read(
     scale: float | Tensor,
     leaves: Sequence[Tensor],
     taken: Any,
+    again: Again,
 ) -> Read:
     """All that a run read, to be proved.
 
     Args:
         quantities, summed, scale, leaves: what the run was asked for, as `run` has it.
         taken: its `RunResult`.
+        again: makes another one, with another scale.
     """
     readings: list[Reading | None] = []
     sums = []
@@ -238,6 +274,8 @@ def what_was_read(
     for number, (quantity, readers, values) in enumerate(rows):
         of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
         readings.append(of)
+        if any(isinstance(x, MomentReader) for x in readers):
+            readings.append(reading_of_moments(number, readers, scale, len(taken.losses), again))
         for i, reader in enumerate(readers):
             if isinstance(reader, TotalReader):
                 own = scale if isinstance(scale, Tensor) else 1.0

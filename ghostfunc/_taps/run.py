@@ -133,7 +133,7 @@ def run(
             taken.way,
             taken.losses,
             dots,
-            lambda again: read(asked(model) if again else taken),
+            lambda again: read(asked(model) if again else taken, partial(asked, model)),
             lambda: (kind_of(taken.readers), *options, followed),
         )
         prove(claim, check, program.randomness)
