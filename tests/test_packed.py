@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -236,6 +237,78 @@ def test_equal_documents_that_see_each_other_are_refused() -> None:
     docs = gf.documents(rows, cu_seq_lens=torch.tensor([0, 3, 6, 9]))
     with pytest.raises(gf.CoupledSamplesError):
         gf.ghost_norm(model_fn, params, docs)
+
+
+def _leak(when: str) -> Callable[[nn.Module, gf.Documents], Tensor]:
+    """A loss whose documents see the first position of their row in some batches. What decides are
+    values of tensors: numbers of Python's are part of a program's way."""
+
+    def loss(module: nn.Module, docs: gf.Documents) -> Tensor:
+        rows = docs.rows()
+        x, place = rows["x"], rows["position_ids"]
+        h = module(x)
+        number = (place == 0).cumsum(1) - 1  # those of padding count on
+        leaks = {
+            "a third document": number == 2,
+            "a full row": (place[:, 11:] > 0).any() & (docs.row.max() > 0),
+            "many documents": torch.ones_like(docs.row).sum() > 8,
+            "long documents": docs.length.max() > 8,
+            "a value": (x > 5).any(),
+        }[when]
+        seen = F.pad((leaks & (number > 0)).to(h.dtype)[..., None], (0, h.shape[1] - 1))
+        return docs.sums((h + 0.3 * seen @ h).square().sum(-1))
+
+    return loss
+
+
+LATER: dict[str, tuple[list[list[int]], list[list[int]]]] = {
+    "a third document": ([[6, 5], [7, 4]], [[6, 5], [3, 4, 4]]),
+    "a full row": ([[6, 5], [7, 4]], [[6, 6], [7, 5]]),
+    "many documents": ([[3, 3, 3, 2], [3, 3, 3, 2]], [[3, 2, 3, 2], [2, 2, 2, 3, 2]]),
+    "long documents": ([[6, 5], [7, 4]], [[2, 9], [6, 5]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("when", "asked"),
+    [*((when, "norms") for when in LATER), *(("long documents", asked) for asked in ASKED)],
+)
+def test_documents_that_see_each_other_later(when: str, asked: str) -> None:
+    """At the same [R, T] of a function that was proved before, in another layout."""
+    torch.manual_seed(0)
+    model_fn, params = gf.from_module(nn.Linear(3, 4).double(), _leak(when))
+    first, later = (_of_lengths(rows, 12) for rows in LATER[when])
+    ASKED[asked](model_fn, params, first)
+    assert later.rows()["x"].shape == first.rows()["x"].shape
+    with pytest.raises(gf.CoupledSamplesError, match="depends on others of its row"):
+        ASKED[asked](model_fn, params, later)
+
+
+@pytest.mark.parametrize("rows", [[[6, 5], [7, 4]], [[3, 3, 5]]])
+def test_documents_that_values_couple(rows: list[list[int]]) -> None:
+    """Nothing but a value tells these batches from each other: every call has to be proved."""
+    torch.manual_seed(0)
+    model_fn, params = gf.from_module(nn.Linear(3, 4).double(), _leak("a value"))
+    first, later = _of_lengths(rows, 12), _of_lengths(rows, 12)
+    later.tensors["x"][1, 1, 1] = 6.0
+    for asked in (gf.ghost_norm, partial(gf.ghost_dot_prod, direction=params)):
+        asked(model_fn, params, first, check="always")
+        with pytest.raises(gf.CoupledSamplesError, match="depends on others of its row"):
+            _often(asked, model_fn, params, later)
+
+
+def _often(asked: Callable[..., Any], *args: Any) -> None:
+    """One document after the other is proved."""
+    for _ in range(6):
+        asked(*args, check="always")
+
+
+def _of_lengths(rows: list[list[int]], width: int) -> gf.Documents:
+    segments = torch.full((len(rows), width), -1)
+    for r, lengths in enumerate(rows):
+        numbers = [k for k, length in enumerate(lengths) for _ in range(length)]
+        segments[r, : len(numbers)] = torch.tensor(numbers)
+    return gf.documents({"x": torch.randn(len(rows), width, 3).double()}, segments=segments)
 
 
 def test_a_mask_that_lets_documents_see_each_other_is_refused() -> None:

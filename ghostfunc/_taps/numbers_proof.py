@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghostfunc._base.company import beside_others
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.torch_private import unrounded
@@ -36,15 +37,16 @@ def compare_numbers(
     chosen = _chosen(read, model.n, few, turn)
     if not chosen:
         return None
-    rows = list(range(model.n))
-    if randomness == "error":
-        others = [i for i in rows if i not in chosen]
-        drawn = np.random.default_rng([seed, turn]).permutation(others)
-        rows = [*chosen, *drawn[: max(0, 2 - len(chosen))].tolist()]
     alone = Alone(model, read.losses, randomness, seed)
+    order = np.random.default_rng([seed, turn]).permutation(model.n).tolist()
     found: list[list[Tensor]] = []
     for i in chosen:
-        weights = torch.tensor([float(j == i) for j in rows], dtype=torch.float64)
+        rows = list(range(model.n))
+        if randomness == "error":
+            beside = chosen if model.packing is None else [i]
+            rows = beside_others(beside, order, model.packing)
+        weights = torch.zeros(len(rows), dtype=torch.float64)
+        weights[rows.index(i)] = 1
         one = alone.gradient(rows, weights)
         if isinstance(one, CoupledSamplesError):
             return one
