@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -318,6 +319,48 @@ def test_a_mask_that_lets_documents_see_each_other_is_refused() -> None:
         gf.documents({"input_ids": ids, "attention_mask": mask}, segments=segments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_added_masks_hide_what_the_softmax_makes_zero(dtype: torch.dtype) -> None:
+    ids, _, segments = draw(TRAIN, 1)
+    seen = blocks(segments)
+
+    def added(hidden: float) -> gf.Documents:
+        mask = torch.full(seen.shape, 3.0, dtype=dtype).masked_fill_(~seen, hidden)
+        return gf.documents({"input_ids": ids, "attention_mask": mask}, segments=segments)
+
+    for hidden in (-math.inf, torch.finfo(dtype).min, -1e9, -1e4):
+        if hidden >= torch.finfo(dtype).min:
+            added(hidden)
+    for hidden in (-50.0, -150.0, 0.0):  # exp(-50) is no zero, and scores may differ by a hundred
+        with pytest.raises(gf.CoupledSamplesError, match=rf"it adds {hidden:.4g} there, and the"):
+            added(hidden)
+    with pytest.raises(gf.BatchError, match="has NaN"):
+        added(math.nan)
+
+
+def test_a_document_that_sees_padding_is_refused() -> None:
+    ids = torch.ones(1, 3).long()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    with pytest.raises(gf.CoupledSamplesError, match="see position 2 of padding"):
+        gf.documents(
+            {"input_ids": ids, "attention_mask": mask, "segments": ids - ids.cumsum(1) // 3 * 2}
+        )
+
+
+def test_parameters_of_documents_laid_apart_are_refused() -> None:
+    layer = nn.Linear(3, 1).double()
+    docs = gf.documents({"x": torch.randn(2, 6, 3).double(), "segments": HALVES.repeat(2, 1)})
+    losses: list[Callable[..., Tensor]] = [
+        lambda m, docs: m(docs.from_rows(docs.rows()["x"])).squeeze(-1).square().sum(1),
+        lambda m, docs: m(docs.from_rows(docs.rows()["x"]).mean(1)).squeeze(-1).square(),
+        lambda m, docs: m(docs["x"]).squeeze(-1).square().sum(1),
+    ]
+    for loss in losses:
+        model_fn, params = gf.from_module(layer, loss)
+        with pytest.raises(gf.SampleAxisError, match=r"laid apart \(after docs.from_rows"):
+            gf.ghost_norm(model_fn, params, docs)
+
+
 def test_parameters_of_whole_rows_are_refused() -> None:
     layer = nn.Linear(3, 1).double()
 
@@ -423,6 +466,24 @@ def test_what_is_wrong_with_rows_is_said(what: str) -> None:
     extra, message = WRONG[what]
     with pytest.raises(gf.BatchError, match=message):
         gf.documents(SIX | extra)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int32])
+def test_masks_of_padding_have_any_dtype(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]]).to(dtype)
+    docs = gf.documents({"max_length_q": 5, **SIX, "attention_mask": mask, "segments": HALVES})
+    assert docs.length.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("batch", [None, SIX["input_ids"], [SIX], "input_ids"])
+def test_rows_come_by_name(batch: Any) -> None:
+    with pytest.raises(gf.BatchError, match="expected packed rows by name"):
+        gf.documents(batch)
+
+
+def test_documents_are_not_made_of_documents() -> None:
+    with pytest.raises(gf.BatchError, match="made of documents already"):
+        gf.documents(gf.documents(SIX, segments=HALVES))  # type: ignore[arg-type]
 
 
 def test_bounds_are_for_one_row() -> None:
