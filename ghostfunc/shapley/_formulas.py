@@ -192,6 +192,8 @@ def _share_of_rate(name: str | None, p: Tensor) -> float:
     return 0.2 * math.sqrt(max(rows, columns)) if name == "match_rms_adamw" else 1.0
 
 
+_MUON = vars(torch.optim).get("Muon")  # from torch 2.9 on
+
 FORMULAS: dict[type[torch.optim.Optimizer], Callable[[Settings, Settings], Change]] = {
     torch.optim.RMSprop: rmsprop,
     torch.optim.Adagrad: adagrad,
@@ -200,8 +202,8 @@ FORMULAS: dict[type[torch.optim.Optimizer], Callable[[Settings, Settings], Chang
     torch.optim.NAdam: nadam,
     torch.optim.RAdam: radam,
     torch.optim.Adafactor: adafactor,
-    torch.optim.Muon: muon,
+    **({} if _MUON is None else {_MUON: muon}),
 }
 
-DECOUPLED = (torch.optim.Adafactor, torch.optim.Muon)
+DECOUPLED = (torch.optim.Adafactor, _MUON)
 """Optimizers whose weight decay never passes through the state."""
