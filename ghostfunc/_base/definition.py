@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.company import neighbours
 from ghostfunc._base.dense_gradients import DenseGradients, dense
@@ -22,6 +21,7 @@ from ghostfunc._base.documents import apart, packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import in_step
 from ghostfunc._base.program import Program
@@ -178,18 +178,11 @@ def prove_independent_tangents(program: Program, batch: PyTree) -> None:
     remembered.put(key, True)
 
 
-class ReverseModeConstants(TorchFunctionMode):
+class ReverseModeConstants(Mode):
     """Holds constant in forward mode what reverse mode does: what is computed under
     `torch.no_grad`, and the padding row of a look-up."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             leaves, treedef = flatten((args, kwargs))
             leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
