@@ -24,7 +24,8 @@ def warn_of_blocks(module: nn.Module, batch: Mapping[str, Any]) -> None:
             f"Rows of the first micro-batch look like blocks of several documents: {sign}. Values "
             "are of rows, then: a row's is what its documents do together. To score documents, "
             "train with a row for each, or ask gf.ghost_dot_prod for scores of "
-            "gf.documents(rows). Conversations, with that token after each turn, are samples as they are.",
+            "gf.documents(rows). Conversations, with that token after each turn, are samples as "
+            "they are.",
             stacklevel=2,
         )
 
