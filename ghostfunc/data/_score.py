@@ -180,10 +180,13 @@ def score_dataset(
         token_budget = _budget(run, folder)
     facts = {"samples": n, "token_budget": token_budget, "quantities": list(wanted)}
     parts = None if folder is None else Parts(folder, _recipe(run, facts, recipe or {}))
+    ranges = [range(start, min(start + PART, n)) for start in range(0, n, PART)]
+    if parts is not None and randomness == "error":  # random numbers are others each time
+        _compare(run, ranges, token_budget, parts)
     with progress_bar(n, "scoring", shown=progress) as advance:
         done = [
-            _part(run, number, range(start, min(start + PART, n)), token_budget, parts, advance)
-            for number, start in enumerate(range(0, n, PART))
+            _part(run, number, rows, token_budget, parts, advance)
+            for number, rows in enumerate(ranges)
         ]
     parts_of = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
     return Scores(ids, {name: torch.from_numpy(x) for name, x in parts_of.items()}, facts)
@@ -251,6 +254,18 @@ def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dic
     }
 
 
+def _compare(run: _Run, ranges: Sequence[range], token_budget: int, parts: Parts) -> None:
+    """Compute a batch of the last finished part again: samples that were put in or left out have
+    moved those at the end."""
+    for number in reversed(range(len(ranges))):
+        found = parts.load(number)
+        if found is not None:
+            rows = ranges[number]
+            at = group(run.lengths(rows), token_budget, run.batch_size)[-1]
+            _check_same(run, found, [rows[i] for i in at], at)
+            return
+
+
 def _part(
     run: _Run,
     number: int,
@@ -263,8 +278,6 @@ def _part(
     groups = group(lengths, token_budget, run.batch_size)
     found = None if parts is None else parts.load(number)
     if found is not None:
-        if number == 0 and run.randomness == "error":  # random numbers are others each time
-            _check_same(run, found, [rows[i] for i in groups[-1]], groups[-1])
         advance(len(rows), 0)
         return found
     columns: Columns = {}

@@ -188,6 +188,17 @@ def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any], said
         gf.score_dataset(model_fn, resume=tmp_path, **{**options, **change})
 
 
+def test_samples_that_moved_after_the_first_part_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_score, "PART", 7)
+    u = gf.direction(model_fn, P, target())
+    gf.score_dataset(model_fn, P, POOL, direction=u, resume=tmp_path, **COMMON)
+    moved = [*POOL[:20], *POOL[21:], POOL[20]]
+    with pytest.raises(gf.data.ResumeError, match="computed again"):
+        gf.score_dataset(model_fn, P, moved, direction=u, resume=tmp_path, **COMMON)
+
+
 def test_a_part_that_another_run_left_is_not_taken(tmp_path: Path) -> None:
     """As where a folder was removed in part: its description is gone, a part is still there."""
     u = gf.direction(model_fn, P, target())
