@@ -131,8 +131,7 @@ def _has_second_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
 
 
 def _memory(tensors: Sequence[Tensor]) -> set[int]:
-    """The addresses of tensors that have one."""
-    return {address(x) for x in tensors if x.layout == torch.strided}
+    return set(map(address, tensors))
 
 
 def shapes(tree: object) -> list[Shape | None]:

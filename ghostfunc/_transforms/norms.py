@@ -74,8 +74,8 @@ def ghost_norm(
     Returns:
         `[n]`, float32 or wider; for `per_param` a pytree like `params` of those. NaN or infinite
         where the gradient has such an entry. Samples whose square over- or underflows are run once
-        more, at another scale (not with `randomness="different"`); what is below 1e-22 in float32
-        may read as zero.
+        more, at another scale. Norms below 1e-22 in float32 read as zero where that is not done:
+        with `randomness="different"`, with `check_finite=False`, and when compiled.
 
     Raises:
         GhostError: one of its children, as for `ghost_vjp`.
@@ -110,8 +110,8 @@ def ghost_norm(
                 finite=finite,
                 randomness=randomness,
             )
-            rows = result.values[0]
-            return [sample_norms(model_fn, leaves, spec, chunk, rows, randomness, finite)]
+            rows, losses = result.values[0], result.losses
+            return [sample_norms(model_fn, leaves, spec, chunk, rows, losses, randomness, finite)]
         book = collect(
             model_fn,
             leaves,

@@ -244,6 +244,7 @@ class Question:
                 self.spec,
                 train,
                 taken.values[-1],
+                taken.losses,
                 self.randomness,
                 finite,
             )
