@@ -96,7 +96,7 @@ def check(package: Path) -> list[Violation]:
         if path != package / "_base" / "torch_private.py":
             violations += _private_names_of_torch(file, tree)
         if path == package / "__init__.py":
-            violations += _more_than_reexports(file, tree, package.name)
+            violations += _more_than_names(file, tree, package.name)
         else:
             imports += _imports(path, tree, package)
     return sorted({*violations, *_wrong_way(imports), *_cycles(imports)})
@@ -179,8 +179,8 @@ def _cycles(imports: list[Import]) -> Iterator[Violation]:
                 yield edge.violation(f"{names[0]} imports {names[1]} in its turn")
 
 
-def _more_than_reexports(file: str, tree: ast.Module, package: str) -> Iterator[Violation]:
-    """Statements of `__init__.py` that are neither docstring, re-export, nor `__all__` and co."""
+def _more_than_names(file: str, tree: ast.Module, package: str) -> Iterator[Violation]:
+    """Statements of `__init__.py` that are neither docstring, import, nor `__all__` and co."""
     for position, node in enumerate(tree.body):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and position == 0:
             continue
@@ -190,15 +190,15 @@ def _more_than_reexports(file: str, tree: ast.Module, package: str) -> Iterator[
                 continue
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = {t.id for t in targets if isinstance(t, ast.Name)}
-            if names and names <= {"__all__", "__version__"}:
+            names = {t.id for t in ast.walk(targets[0]) if isinstance(t, ast.Name)}
+            if names and names <= {"__all__", "__version__", "__getattr__", "__dir__"}:
                 continue
         yield Violation(
             file,
             node.lineno,
             ast.unparse(node).splitlines()[0],
             f"the package's __init__ holds only `from {package}... import ...`, __all__, "
-            "__version__ and a docstring",
+            "__version__, __getattr__, __dir__ and a docstring",
         )
 
 

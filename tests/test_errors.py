@@ -116,7 +116,7 @@ def test_options(call: Callable[[], Any], message: str) -> None:
 
 def test_all_errors_are_ghost_errors() -> None:
     """One `except` catches them, and those with a builtin meaning are caught as that too."""
-    errors = [x for name, x in vars(gf).items() if name.endswith("Error")]
+    errors = [getattr(gf, name) for name in gf.__all__ if name.endswith("Error")]
     assert len(errors) > 10
     assert all(issubclass(x, gf.GhostError) for x in errors)
     assert issubclass(gf.OptionError, ValueError)

@@ -79,6 +79,11 @@ def _prepare(
             f"{function.__name__} got a group inside torch.compile, which cannot follow an "
             "exchange between processes. Call it outside."
         )
+    if isinstance(model_fn, ModuleFn) and model_fn.sharding is not None:
+        raise TransformError(
+            f"{function.__name__} got a module that fully_shard has sharded inside torch.compile, "
+            "which cannot follow what its ranks exchange. Call it outside."
+        )
     function(model_fn, *args, **kwargs)
     number = next(_numbers)
     forget = weakref.ref(model_fn, lambda _: _functions.pop(number, None))

@@ -52,6 +52,7 @@ class InStep:
             members = dist.get_process_group_ranks(group)
             self.control = dist.new_group(members, backend="gloo", use_local_synchronization=True)
         self.together = 0
+        self._over = False  # all ranks know that this call ended, and have not met since
         self._ranks = Ranks(self.control, "A sharded module")
 
     # --- waiting for each other ---
@@ -85,6 +86,7 @@ class InStep:
             all_gather(rows, mine, group=self.control)
         except RuntimeError as error:
             raise self.lost(place, error) from error
+        self._over = False
         told = _Told(*(column.tolist() for column in rows.view(self.size, 3).unbind(1)))
         if any(told.states) or len(set(told.places)) > 1:
             self._stop(place, told, state)
@@ -99,6 +101,7 @@ class InStep:
         texts: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(texts, place, group=self.control)
         stopped = [r for r, s in enumerate(told.states) if s == _STOPPED]
+        self._over = bool(stopped) or not any(told.states)
         if state != _RUNS and (state == _STOPPED or not stopped):
             return  # whoever says so has an error of its own
         if stopped:
@@ -133,7 +136,7 @@ class InStep:
         """Meet the others where a stretch ends, and tell them how it did."""
         if error is None:
             self._meet(f"done with {place}")
-        elif not isinstance(error, (RankError, OtherRankRetries, GeneratorExit)):
+        elif not self._over and not isinstance(error, (RankError, OtherRankRetries, GeneratorExit)):
             self._tell(place, error, _RETRIES if isinstance(error, retries) else _STOPPED)
 
     def _tell(self, place: str, error: BaseException, state: int) -> None:

@@ -7,19 +7,26 @@ one, and nothing communicates.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ghostfunc._base import batches
-from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.errors import BatchError, OptionError, TransformError
 from ghostfunc._base.in_step import InStep
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.program import Program
 from ghostfunc._base.sharding import Sharding
+from ghostfunc._base.torch_private import in_transform
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import ModelFn, PyTree
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _in_pieces(model_fn: ModelFn) -> Sharding | None:
@@ -38,6 +45,32 @@ def together(model_fn: ModelFn, place: str) -> AbstractContextManager[None]:
     """A stretch of the program that the ranks go through together, if there are several."""
     ranks = in_step(model_fn)
     return nullcontext() if ranks is None else ranks.in_step(place)
+
+
+def of_all_ranks(name: str) -> Callable[[F], F]:
+    """Have all ranks go through a public function `f(model_fn, *args, **kwargs)` together, from its
+    arguments to its result: whatever ends it on one of them ends this call, and no later one, on
+    all. Without it a rank that is refused a batch would give its next one to the others' last."""
+    place = f"calling {name}"
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def called(model_fn: Any, *args: Any, **kwargs: Any) -> Any:
+            ranks = in_step(model_fn)
+            if ranks is None:
+                return function(model_fn, *args, **kwargs)
+            if in_transform():
+                raise TransformError(
+                    f"{name} got a module that fully_shard has sharded inside a transform of "
+                    "torch.func, which cannot follow what its ranks exchange. Call it outside."
+                )
+            ranks.meet(place)
+            with ranks.apart(place):
+                return function(model_fn, *args, **kwargs)
+
+        return called  # type: ignore[return-value]
+
+    return decorate
 
 
 def on_any_rank(model_fn: ModelFn, place: str, *, flag: bool) -> bool:
@@ -81,26 +114,35 @@ def refuse_pieces(model_fn: ModelFn, what: str) -> None:
         )
 
 
-def held_whole(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec
-) -> tuple[ModelFn, list[Tensor]]:
-    """A function of whole parameters in place of one of pieces, and those: for what a rank does by
-    itself. All ranks gather them."""
-    sharding = _in_pieces(model_fn)
+def refuse_group(model_fn: ModelFn, call: str) -> None:
+    """Raise for a group beside a sharded module: gradients would be added up twice."""
+    if in_step(model_fn) is not None:
+        raise OptionError(
+            f"{call} got a group and a module that fully_shard has sharded, whose gradients are "
+            "those of all its ranks' samples already: leave out group=."
+        )
+
+
+def held_whole(program: Program) -> Program:
+    """The program at whole parameters, in place of one at pieces: for what a rank does by itself.
+    All ranks gather them."""
+    sharding = _in_pieces(program.model_fn)
     if sharding is None:
-        return model_fn, list(leaves)
-    assert isinstance(model_fn, ModuleFn)
-    other = copy.copy(model_fn)
+        return program
+    assert isinstance(program.model_fn, ModuleFn)
+    other = copy.copy(program.model_fn)
     with sharding.ranks.in_step("making parameters whole"):
-        other.sharding, wholes = sharding.gathered(spec.names, leaves)
-    return other, wholes
+        other.sharding, wholes = sharding.gathered(program.spec.names, program.leaves)
+    return replace(program, model_fn=other, leaves=wholes)
 
 
-def whole_likes(model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec) -> Sequence[Tensor]:
+def whole_likes(program: Program) -> Sequence[Tensor]:
     """Tensors of the shapes of the whole parameters: the leaves themselves, or zeros without memory
     in place of pieces."""
-    sharding = _in_pieces(model_fn)
-    return leaves if sharding is None else sharding.likes(spec.names, leaves)
+    sharding = _in_pieces(program.model_fn)
+    if sharding is None:
+        return program.leaves
+    return sharding.likes(program.spec.names, program.leaves)
 
 
 def gathered(model_fn: ModelFn, pieces: Sequence[Tensor], spec: ParamSpec) -> Sequence[Tensor]:

@@ -34,6 +34,9 @@ from ghostfunc._rules import (
     dense as dense,
 )
 from ghostfunc._rules import (
+    experts as experts,
+)
+from ghostfunc._rules import (
     inplace as inplace,
 )
 from ghostfunc._rules import (

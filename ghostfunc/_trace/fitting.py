@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
-
-from torch import Tensor
 
 from ghostfunc._base.documents import Packing, packing_of
 from ghostfunc._base.errors import (
@@ -16,11 +14,12 @@ from ghostfunc._base.errors import (
     SampleAxisError,
     UnsupportedOpError,
 )
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import not_captured, prove_independent
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import any_symbolic, wrapped
-from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, tensors_of
+from ghostfunc._base.types import PyTree
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.make import few_to_trace, trace_model
 from ghostfunc._trace.trace import Trace
@@ -49,23 +48,24 @@ class Traces:
     fitting: Recent[Hashable, Trace] = field(default_factory=lambda: Recent(SHAPES))
 
 
-@dataclass(frozen=True)
-class TracedModel:
-    """A model function with its trace, ready to be run on one batch.
-
-    Made by `with_trace`.
+@dataclass(frozen=True, eq=False)
+class TracedModel(Program):
+    """A program with its trace, ready to be run on one batch. Made by `with_trace`.
 
     Attributes:
         packing: how the samples share rows, if they are documents.
     """
 
-    model_fn: ModelFn
-    leaves: list[Tensor]
-    spec: ParamSpec
     batch: PyTree
     n: int
     trace: Trace
-    packing: Packing | None = None
+    packing: Packing | None
+
+    @staticmethod
+    def on(program: Program, batch: PyTree, trace: Trace) -> TracedModel:
+        """The program, which followed `trace` on a batch like this one."""
+        own = program.model_fn, program.leaves, program.spec, program.randomness
+        return TracedModel(*own, batch, batch_size(batch), trace, packing_of(batch))
 
     @property
     def rows(self) -> int:
@@ -79,24 +79,18 @@ class TracedModel:
 
 
 def with_trace(
-    use: Callable[[TracedModel], T],
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
+    use: Callable[[TracedModel], T], program: Program, batch: PyTree
 ) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
-    leaves = plain(leaves)
-    n, packing = batch_size(batch), packing_of(batch)
-    remembered = memory(model_fn, Traces)
-    own = structure(model_fn, spec, leaves, batch, randomness)
+    program = plain(program)
+    remembered = memory(program.model_fn, Traces)
+    own = structure(program, batch)
     traces = remembered.traces.made(own, list)
     fitting, shapes = remembered.fitting, (own, shapes_key(batch))
     first = fitting.get(shapes)
     unproved = ""
     for trace in [*([first] if first in traces else []), *(x for x in traces if x is not first)]:
-        model = TracedModel(model_fn, leaves, spec, batch, n, trace, packing)
+        model = TracedModel.on(program, batch, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -107,15 +101,15 @@ def with_trace(
     if any_symbolic(tensors_of(batch)):
         raise not_captured()
     observed, refused = "", None
-    for number, few in enumerate(few_to_trace(model_fn, leaves, spec, batch)):
+    for number, few in enumerate(few_to_trace(program, batch)):
         if (unproved or refused) and number >= FAILED_TRACES:
             break
         try:
-            trace = trace_model(model_fn, leaves, spec, batch, randomness, few)
+            trace = trace_model(program, batch, few)
         except (ControlFlowError, SampleAxisError, UnsupportedOpError) as error:
             refused = refused or error  # other samples may go another way, and the batch's own
             continue
-        model = TracedModel(model_fn, leaves, spec, batch, n, trace, packing)
+        model = TracedModel.on(program, batch, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -124,7 +118,7 @@ def with_trace(
             continue
         _remember(traces, fitting, trace, shapes)
         return model, result
-    prove_independent(model_fn, leaves, spec, batch, randomness)
+    prove_independent(program, batch)
     if refused is not None:
         raise refused
     if unproved:
@@ -160,32 +154,21 @@ def not_proved(observed: str) -> SampleAxisError:
     )
 
 
-def trace_of(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    *,
-    randomness: Randomness,
-) -> Trace:
+def trace_of(program: Program, batch: PyTree) -> Trace:
     """A trace of the model, made now if there is none."""
-    return with_trace(lambda model: model.trace, model_fn, leaves, spec, batch, randomness)[1]
+    return with_trace(lambda model: model.trace, program, batch)[1]
 
 
-def known_trace(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> Trace | None:
+def known_trace(program: Program, batch: PyTree) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
-    remembered = memory(model_fn, Traces)
-    own = structure(model_fn, spec, leaves, batch, randomness)
+    remembered = memory(program.model_fn, Traces)
+    own = structure(program, batch)
     found = remembered.fitting.get((own, shapes_key(batch)))
     return found if found in (remembered.traces.get(own) or ()) else None
 
 
-def plain(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Parameters without the caller's autograd history, but inside the caller's transforms."""
-    return [x.detach() if x.requires_grad and not wrapped(x) else x for x in leaves]
+def plain(program: Program) -> Program:
+    """The program at its parameters without the caller's autograd history, but inside the caller's
+    transforms."""
+    leaves = [x.detach() if x.requires_grad and not wrapped(x) else x for x in program.leaves]
+    return replace(program, leaves=leaves)

@@ -33,10 +33,11 @@ from ghostfunc._base.errors import (
     InPlaceError,
     SampleAxisError,
 )
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.trees import ParamSpec, batch_size, take
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, take
+from ghostfunc._base.types import PyTree, Randomness
 from ghostfunc._trace.probe import probe_uses
 from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
@@ -65,9 +66,7 @@ class Few(NamedTuple):
         return *self.rows, *self.rows[: self.more]
 
 
-def few_to_trace(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
-) -> Iterator[Few]:
+def few_to_trace(program: Program, batch: PyTree) -> Iterator[Few]:
     """Samples that may stand for the batch: the first two, and if those go another way through the
     program (none of them is padded, say), pairs that call the same ops. Two even of one: code may
     treat a batch of one in its own way. Where the way depends on the number of samples, there are
@@ -79,7 +78,7 @@ def few_to_trace(
         log = ShapeLog()
         data = batch if rows == tuple(range(n)) else apart(take(batch, list(rows)))
         with log, torch.enable_grad():
-            model_fn(spec.unflatten(lend(leaves)), data)
+            program.losses(lend(program.leaves), data)
         return [func for func, _, _ in log.calls]
 
     whole = way(tuple(range(n)))
@@ -100,14 +99,7 @@ def few_to_trace(
 
 
 @torch.enable_grad()
-def trace_model(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-    few: Few,
-) -> Trace:
+def trace_model(program: Program, batch: PyTree, few: Few) -> Trace:
     """Trace `model_fn` on a few samples of the batch.
 
     Documents are traced in rows of their own, where a row is a sample: what is found of rows holds
@@ -118,39 +110,30 @@ def trace_model(
     """
     log = ShapeLog()
     packed = packing_of(batch) is not None  # the pair that is compared shares rows
-    seen = prove_independent(model_fn, leaves, spec, batch, randomness, log=None if packed else log)
+    seen = prove_independent(program, batch, log=None if packed else log)
     plain = None if packed or seen is None or (0, seen[0]) != few.rows else seen[1]
     try:
         if plain is None:
             log, small = ShapeLog(), apart(take(batch, list(few.rows)))
-            params = spec.unflatten(lend(leaves))
+            params = program.spec.unflatten(lend(program.leaves))
             with log:
-                plain = model_fn(params, small)
+                plain = program.model_fn(params, small)
             plain = check_losses(plain, len(few.rows)).detach()
-        return _traced(model_fn, leaves, spec, batch, randomness, few, log, plain)
+        return _traced(program, batch, few, log, plain)
     except GhostError:
-        prove_independent(model_fn, leaves, spec, batch, randomness)
+        prove_independent(program, batch)
         raise
 
 
-def _traced(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-    few: Few,
-    log: ShapeLog,
-    plain: Tensor,
-) -> Trace:
+def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Tensor) -> Trace:
     """The trace, given the calls and the losses of a run on the few samples."""
     k, more, grown = len(few.rows), few.more, apart(take(batch, list(few.grown)))
-    tracked = constants(leaves, spec)
+    tracked = constants(program.leaves, program.spec)
     recorder = Recorder(tracked, log, k, k + more, grown)
     with recorder:
-        losses = model_fn(spec.unflatten([t.shown for t in tracked]), grown)
+        losses = program.losses([t.shown for t in tracked], grown)
     losses = check_losses(losses, k + more).detach()  # its graph need not outlive it
-    if randomness == "error" and not close(losses[:k], plain):
+    if program.randomness == "error" and not close(losses[:k], plain):
         raise InPlaceError(
             f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
             "one: model_fn writes in place to tensors that are views of others, or depends on "
@@ -158,12 +141,12 @@ def _traced(
         )
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
-    cotangents = probe_uses(model_fn, leaves, spec, grown, recorder.seen, uses)
+    cotangents = probe_uses(program, grown, recorder.seen, uses)
     calls = iter(
-        _settle_layout(s, b, k, k + more, randomness)
+        _settle_layout(s, b, k, k + more, program.randomness)
         for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
     )
-    counts = [0] * len(leaves)
+    counts = [0] * len(program.leaves)
     for use in uses:
         for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
             counts[leaf] += 1

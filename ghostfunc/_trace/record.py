@@ -423,8 +423,8 @@ class Recorder(TrackingMode):
         if small[axis] % k or grown[axis] != self._grown * positions:
             raise SampleAxisError(
                 f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
-                f"{self._grown}: not the same number for every sample. For transformers' experts, "
-                'model.set_experts_implementation("batched_mm") keeps a sample\'s rows together. '
+                f"{self._grown}: not the same number for every sample. In models of "
+                "transformers, gf.from_module and gf.hf keep the rows of routed experts in order. "
                 + WAYS_OUT
             )
         if positions == 1:

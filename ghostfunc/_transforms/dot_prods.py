@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.options import check_flags
+from ghostfunc._base.pieces import of_all_ranks
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._transforms.scores.over_ranks import asked_of_all
-from ghostfunc._transforms.scores.question import ask
+from ghostfunc._transforms.scores.question import Question, ask
 
 
 class GhostStep(NamedTuple):
@@ -35,6 +36,7 @@ class GhostStep(NamedTuple):
 
 
 @compilable()
+@of_all_ranks("gf.ghost_dot_prod")
 def ghost_dot_prod(
     model_fn: ModelFn,
     params: PyTree,
@@ -81,8 +83,8 @@ def ghost_dot_prod(
         per_param: return the contributions of every parameter; they sum to the total.
         per_position: return the contributions of every position, `[n, T]`; they sum to the total
             (see below). Ghost mode only, and not for `reduction="none"`.
-        normalize: cosines instead, `s_i / (||g_i|| ||u||)`; 0 where a gradient is zero. Not for
-            `mode="jvp"`.
+        normalize: cosines instead, `s_i / (||g_i|| ||u||)`; 0 where a gradient is zero, NaN
+            where the product of norms underflows. Not for `mode="jvp"`.
         vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
             the loop where vmap cannot run the model; `verify` says which it was.
         contract_dtype: torch.bfloat16 or torch.float16: the two operands of every matrix product of
@@ -141,8 +143,7 @@ def ghost_dot_prod(
     Reference:
         Wang et al., "Data Shapley in One Training Run", ICLR 2025.
     """
-    check_flags(per_position=per_position)
-    make = partial(
+    given = partial(
         ask,
         model_fn,
         params,
@@ -160,11 +161,17 @@ def ghost_dot_prod(
         randomness=randomness,
         check_finite=check_finite,
     )
+
+    def make() -> Question:
+        check_flags(per_position=per_position)
+        return given()
+
     asked = make() if group is None else asked_of_all(group, "ghost_dot_prod", make)
     return asked.positions() if per_position else asked.scores()
 
 
 @compilable(GhostStep)
+@of_all_ranks("gf.ghost_value_and_grad")
 def ghost_value_and_grad(
     model_fn: ModelFn,
     params: PyTree,
@@ -225,10 +232,11 @@ def ghost_value_and_grad(
     )
     asked = make() if group is None else asked_of_all(group, "ghost_value_and_grad", make)
     losses, grads, scores = asked.step()
-    return GhostStep(losses, asked.spec.unflatten(grads), scores)
+    return GhostStep(losses, asked.program.spec.unflatten(grads), scores)
 
 
 @compilable()
+@of_all_ranks("gf.ghost_cosine")
 def ghost_cosine(
     model_fn: ModelFn,
     params: PyTree,

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import optree
 from torch import Tensor
 
+from ghostfunc._base.pieces import refuse_group
 from ghostfunc._base.ranks import Ranks
 from ghostfunc._base.trees import batch_size, flatten_params
-from ghostfunc._base.types import PyTree
+from ghostfunc._base.types import ModelFn, PyTree
 
 T = TypeVar("T")
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 def sums_of_all(
     group: Any,
     call: str,
+    model_fn: ModelFn,
     params: PyTree,
     batch: PyTree,
     options: dict[str, Any],
@@ -30,7 +32,7 @@ def sums_of_all(
 
     Args:
         group, call: the ranks, and the public function's name.
-        params, batch: its arguments.
+        model_fn, params, batch: its arguments.
         options: those of its options that have to be alike on all ranks.
         own: the call on this rank's samples.
         tree_of: the tree in its result, like `params`.
@@ -38,6 +40,7 @@ def sums_of_all(
     """
     ranks = Ranks(group, call)
     with ranks.phase("reading its arguments") as phase:
+        refuse_group(model_fn, call)
         leaves, spec = flatten_params(params)
         phase.number = n = batch_size(batch)
         shapes = [(tuple(x.shape), str(x.dtype)) for x in leaves]

@@ -8,28 +8,25 @@ from typing import Any
 
 import tyro
 
-from ghostfunc._base.errors import BatchError, GhostError, OptionError
 from ghostfunc.cli import _config, _options
-from ghostfunc.cli._ask import explain, project, query, report, select, verify
-from ghostfunc.cli._errors import FAILED, STOPPED, USAGE, CommandError
+from ghostfunc.cli._errors import STOPPED, CommandError
 from ghostfunc.cli._say import say
-from ghostfunc.cli._score import score
-from ghostfunc.data import ResumeError, RowsError
 
 ABOUT = """Per-sample gradients of your model: which rows of a pool lower the loss of a target.
 
     ghostfunc score model --pool pool.jsonl --target target.jsonl --top 100 --out sel.jsonl
 """
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-    "score": (_options.Score, score),
-    "select": (_options.Select, select),
-    "report": (_options.Report, report),
-    "verify": (_options.Verify, verify),
-    "explain": (_options.Explain, explain),
-    "project": (_options.Project, project),
-    "query": (_options.Query, query),
+COMMANDS: dict[str, type[_options.Command]] = {
+    "score": _options.Score,
+    "select": _options.Select,
+    "report": _options.Report,
+    "verify": _options.Verify,
+    "explain": _options.Explain,
+    "project": _options.Project,
+    "query": _options.Query,
 }
+"""Names of commands, and the classes of their options."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -47,39 +44,30 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        name, options = _parse(arguments)
-        return COMMANDS[name][1](options)
+        options = _parse(arguments)
+        from ghostfunc.cli._commands import run  # imports torch: --help is answered before that
+
+        return run(options)
     except CommandError as error:
-        return _ended(error, error.code)
-    except (RowsError, ResumeError, OptionError, BatchError) as error:
-        return _ended(error, USAGE)
-    except (GhostError, OSError, MemoryError) as error:
-        return _ended(error, FAILED)
+        say(f"ghostfunc: error: {error}")
+        return error.code
     except KeyboardInterrupt:
         say("\nStopped. `score` goes on with --resume, `project` when it is called again.")
         return STOPPED
 
 
-def _parse(arguments: list[str]) -> tuple[str, Any]:
+def _parse(arguments: list[str]) -> _options.Command:
     arguments, config = _config.split(arguments)
     if config is None:
-        subcommands: dict[str, Callable[..., Any]] = {
-            name: cls for name, (cls, _) in COMMANDS.items()
-        }
-        options = tyro.extras.subcommand_cli_from_dict(
+        subcommands: dict[str, Callable[..., Any]] = {**COMMANDS}
+        return tyro.extras.subcommand_cli_from_dict(
             subcommands, prog="ghostfunc", description=ABOUT, args=arguments
         )
-        return next(name for name, (cls, _) in COMMANDS.items() if type(options) is cls), options
     if not arguments or arguments[0] not in COMMANDS:
         raise CommandError(f"--config goes after a command: {', '.join(COMMANDS)}.")
     name = arguments[0]
-    cls = COMMANDS[name][0]
+    cls = COMMANDS[name]
     default = _config.read(cls, config)
-    return name, tyro.cli(
+    return tyro.cli(
         cls, prog=f"ghostfunc {name}", default=default, args=arguments[1:], description=ABOUT
     )
-
-
-def _ended(error: BaseException, code: int) -> int:
-    say(f"ghostfunc: error: {str(error) or type(error).__name__}")
-    return code

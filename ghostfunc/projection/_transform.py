@@ -12,6 +12,7 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable, node
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_contract_dtype, check_vectorize, one_of
+from ghostfunc._base.pieces import of_all_ranks
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
@@ -47,6 +48,7 @@ class Project(Quantity):
 
 
 @compilable()
+@of_all_ranks("gf.ghost_project")
 def ghost_project(
     model_fn: ModelFn,
     params: PyTree,

@@ -27,15 +27,20 @@ class Ended(NamedTuple):
     stderr: str
 
 
+def find_workers() -> None:
+    """Tell the server, before it starts, where the worker files are."""
+    tests = HERE.parent
+    paths = [str(HERE), str(tests), str(tests / "hf"), str(tests.parent)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def ranks(name: str, size: int, folder: Path, *args: Any, seconds: float = 60) -> list[Ended]:
     """`<name>(*args)` of a worker file in every process of a group whose collectives time out after
     so many seconds. Those that still run after four times as many, and a minute, are killed: their
     exit code is -9."""
-    tests = HERE.parent
-    # For the server, when it starts.
-    paths = [str(HERE), str(tests), str(tests / "hf"), str(tests.parent)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
-    os.environ["OMP_NUM_THREADS"] = "1"
+    find_workers()
     started = [
         FORKS.Process(target=ddp_worker.rank, args=(name, size, str(folder), rank, args, seconds))
         for rank in range(size)

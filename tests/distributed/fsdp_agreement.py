@@ -51,6 +51,46 @@ def outcome(call: Callable[[], Any]) -> str:
     return "no error"
 
 
+def refused_on_one_rank(
+    model_fn: Any, params: Any, plain: Tensor, last: bool, right: Callable[[Tensor], float]
+) -> dict[str, Any]:
+    """What every public function says when one rank alone gives it a batch without samples, whether
+    the ranks' next call is right, and the same of other arguments."""
+    shapes = gf.distributed.whole_shapes(model_fn, params)
+    projection = gf.kronecker_projection(shapes, rank_total=4, rank_min=1, kind="dense", seed=0)
+    sgd = gf.shapley.sgd(lr=0.1)
+    u = gf.direction(model_fn, params, plain)
+    kept = gf.factored_grads(model_fn, params, plain)
+    own, weights = plain[: 0 if last else 4], torch.ones(3 if last else 4)
+    calls: dict[str, Callable[..., Any]] = {
+        "ghost_dot_prod": lambda fn, p: gf.ghost_dot_prod(fn, p, own, plain),
+        "ghost_dot_prod, val": lambda fn, p: gf.ghost_dot_prod(fn, p, plain, own),
+        "ghost_dot_prod, chunks": lambda fn, p: gf.ghost_dot_prod(
+            fn, p, own, direction=u, chunk_size=2
+        ),
+        "ghost_value_and_grad": lambda fn, p: gf.ghost_value_and_grad(fn, p, own, plain),
+        "ghost_cosine": lambda fn, p: gf.ghost_cosine(fn, p, own, plain),
+        "direction": lambda fn, p: gf.direction(fn, p, own),
+        "ghost_norm": lambda fn, p: gf.ghost_norm(fn, p, own),
+        "ghost_gram": lambda fn, p: gf.ghost_gram(fn, p, own),
+        "ghost_clipped_grad": lambda fn, p: gf.ghost_clipped_grad(fn, p, own, max_norm=1.0),
+        "ghost_project": lambda fn, p: gf.ghost_project(fn, p, own, projection),
+        "ghost_vjp": lambda fn, p: gf.ghost_vjp(fn, p, own, gf.SqNorm()),
+        "factored_grads": lambda fn, p: gf.factored_grads(fn, p, own),
+        "per_sample_grads": lambda fn, p: gf.per_sample_grads(fn, p, own, mode="ghost"),
+        "step": lambda fn, p: gf.shapley.step(fn, p, own, {"a": plain}, optimizer=sgd),
+        "step, val": lambda fn, p: gf.shapley.step(fn, p, plain, {"a": own}, optimizer=sgd),
+        "directions": lambda fn, p: gf.shapley.directions(fn, p, {"a": own}, optimizer=sgd),
+        "whole": lambda fn, p: gf.distributed.whole(fn, p, {} if last else u),
+        "weighted_sum": lambda fn, p: kept.weighted_sum(weights),
+        "dot_prods": lambda fn, p: kept.dot_prods({} if last else u),
+    }
+    return {
+        f"refused: {name}": [outcome(lambda call=call: call(model_fn, params)), right(plain)]
+        for name, call in calls.items()
+    }
+
+
 def main() -> None:
     rank, world, directory, what = (
         int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4],
@@ -104,6 +144,7 @@ def main() -> None:
             )
         )
         found["after other calls"] = right(plain)
+        found |= refused_on_one_rank(model_fn, params, plain, last, right)
         found["a wrapped function"] = outcome(
             lambda: gf.ghost_norm(lambda p, b: model_fn(p, b), params, plain)
         )

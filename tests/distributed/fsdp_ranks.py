@@ -1,36 +1,41 @@
-"""Starts a script on several ranks."""
+"""Starts a script on several ranks, in processes that need not import torch anew."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-HERE = Path(__file__).parent
+from ddp_ranks import FORKS, find_workers
+from ddp_worker import script
+
 TIMEOUT = 900
 """Seconds for all ranks of one start."""
 
 
-def ranks_of(
-    script: str, world: int, directory: Path, *args: str
-) -> list[subprocess.CompletedProcess[str]]:
+class Done(NamedTuple):
+    """How a rank ended: its exit code, and what it printed."""
+
+    returncode: int | None
+    stdout: str
+
+
+def ranks_of(name: str, world: int, directory: Path, *args: str) -> list[Done]:
     """Start a script on every rank and wait for all of them."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), str(rank), str(world), str(directory), *args],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    out = []
-    try:
-        for process in running:
-            said, _ = process.communicate(timeout=TIMEOUT)
-            out.append(subprocess.CompletedProcess(process.args, process.returncode, said))
-    finally:
-        for process in running:
-            process.kill()
-    return out
+    find_workers()
+    running = []
+    for rank in range(world):
+        argv = [name, str(rank), str(world), str(directory), *args]
+        running.append(FORKS.Process(target=script, args=(argv, str(directory / f"{rank}.out"))))
+        running[-1].start()
+    end = time.monotonic() + TIMEOUT
+    for process in running:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in running:
+        process.kill()
+        process.join()
+    said = [directory / f"{rank}.out" for rank in range(world)]
+    return [
+        Done(p.exitcode, x.read_text() if x.exists() else "")
+        for p, x in zip(running, said, strict=True)
+    ]

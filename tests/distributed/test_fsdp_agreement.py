@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fsdp_ranks import ranks_of
+
+import ghostfunc as gf
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,8 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
         ),
         (
             "other calls",
-            "rank 0 is counting samples; rank 1 is asking whether all ranks have a trace",
-            "rank 0 is counting samples; rank 1 is asking whether all ranks have a trace",
+            "rank 0 is calling gf.direction; rank 1 is calling gf.ghost_norm",
+            "rank 0 is calling gf.direction; rank 1 is calling gf.ghost_norm",
         ),
         (
             "a wrapped function",
@@ -88,6 +92,35 @@ def test_errors_name_the_rank_and_the_place(
     assert last in differ[1][what]
 
 
+def test_an_argument_that_one_rank_is_refused_ends_the_call_on_all(
+    differ: list[dict[str, Any]],
+) -> None:
+    """No rank gives its next batch to the others' last."""
+    calls = [name for name in differ[0] if name.startswith("refused: ")]
+    assert len(calls) == 19
+    for name in calls:
+        (others, after), (own, own_after) = (found[name] for found in differ)
+        assert others.startswith("RankError: "), (name, others)
+        assert re.search(r"rank 1 failed with (Batch|Params|Option)Error while", others), others
+        assert re.match("(Batch|Params|Option)Error: ", own), (name, own)
+        assert max(after, own_after) < 1e-10, name
+
+
+def test_every_function_of_a_model_is_for_all_ranks_or_refused() -> None:
+    """Those that take `model_fn` begin and end on all ranks together."""
+    source = {
+        name: inspect.getsource(f)
+        for place in (gf, gf.shapley, gf.distributed)
+        for name in place.__all__
+        if inspect.isfunction(f := getattr(place, name))
+        and "model_fn" in inspect.signature(f).parameters
+    }
+    assert len(source) > 15
+    alone = {"whole_shapes"}  # communicates nothing
+    for name, text in source.items():
+        assert name in alone or "@of_all_ranks(" in text or "refuse_pieces(" in text, name
+
+
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     """The others end by an error within the timeout of the process group."""
     ranks_of("fsdp_agreement.py", 3, tmp_path, "killed")
@@ -95,4 +128,4 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
         said = json.loads((tmp_path / f"{rank}.json").read_text())["killed"]
         assert said.startswith("RankError: "), said
         assert "no answer comes from rank 2 of 3" in said, said
-        assert "asking whether all ranks have a trace" in said, said
+        assert "calling gf.ghost_norm" in said, said
