@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostfunc._base.experts import routed, static
 from ghostfunc._factors.factor import Grouped
-from ghostfunc._rules.registry import ByPosition, Factors, register_rule, rows
+from ghostfunc._rules.registry import ByPosition, Factors, flat_positions, register_rule
 
 
 @register_rule(routed)
@@ -23,7 +23,7 @@ def experts(b: Tensor, x: Tensor, weight: Tensor, ids: Tensor, transposed: bool 
     def of_weight(apart: bool) -> Grouped:
         number, own = weight.shape[1], ids.flatten(1)
         places, size = (_apart if apart else _together)(own, number)
-        left, right = (_grouped(rows(v), places, size, number) for v in (b, x))
+        left, right = (_grouped(flat_positions(v), places, size, number) for v in (b, x))
         return Grouped(right, left) if transposed else Grouped(left, right)
 
     return {"weight": ByPosition(partial(of_weight, False), partial(of_weight, True))}

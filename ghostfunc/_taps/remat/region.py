@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.experts import in_order_now, rows_in_order
 from ghostfunc._base.locks import alone_with
+from ghostfunc._base.modes import Mode
 from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.torch_private import address, tensors_of_module, without_torch_functions
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
@@ -106,21 +106,14 @@ class _Borrower(nn.Module):
         }
 
 
-class _Parameters(TorchFunctionMode):
+class _Parameters(Mode):
     """Shows every `nn.Parameter` that a torch call is given."""
 
     def __init__(self, see: Callable[[nn.Parameter], None]) -> None:
         super().__init__()
         self._see = see
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with without_torch_functions():
             for x in tensors_of((args, kwargs)):
                 if isinstance(x, nn.Parameter):
