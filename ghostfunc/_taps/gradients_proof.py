@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.company import Part, halves
+from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.torch_private import unrounded
@@ -56,7 +56,7 @@ def compare_gradients(
     model = claim.model
     generator = np.random.default_rng([seed, model.n])
     # numpy's numbers: torch draws none inside vmap.
-    v = [torch.from_numpy(generator.standard_normal(x.shape)).to(x) for x in model.leaves]
+    v = [_normal(generator, x) for x in model.leaves]
     given = claim.dots_by(claim.model, v, seed, randomness)
     model, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
     table = found.table
@@ -67,15 +67,19 @@ def compare_gradients(
     alone = Alone(model, found.losses, randomness, seed)
     weights = _weights(table[:, index], generator)
     totals, sizes = table.new_zeros(len(v)), table.new_zeros(len(v))
-    for part in _parts(len(index), generator, whole=randomness == "different"):
-        rows = [index[i] for i in part.rows]
-        c = torch.where(torch.tensor(part.own), weights[part.rows], 0)
-        grads = alone.gradient(rows, c, part.own)
+    of_all = table.new_zeros(model.n).index_copy(0, torch.tensor(index), weights)
+    parts = [Part(index, [True] * len(index))]
+    if randomness == "error":
+        parts = halves(generator.permutation(index).tolist(), model.packing)
+    for part in parts:
+        c = torch.where(torch.tensor(part.own), of_all[part.rows], 0)
+        grads = alone.gradient(part.rows, c, part.own)
         if isinstance(grads, CoupledSamplesError):
             return grads
         with unrounded(found.losses):
             dots, norms = zip(*(_beside(g, u) for g, u in zip(grads, v, strict=True)), strict=True)
         totals, sizes = totals + torch.stack(dots), sizes + torch.stack(norms)
+        del grads  # before those of the next part are there
     size = loss_sizes(found.losses[index])
     noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
     terms = weights * table[:, index]
@@ -88,10 +92,16 @@ def compare_gradients(
     return wrong
 
 
+def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
+    """Random numbers like `x`."""
+    dtype = np.float64 if x.dtype == torch.float64 else np.float32
+    return torch.from_numpy(generator.standard_normal(x.shape, dtype)).to(x)
+
+
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
-    size = torch.linalg.vector_norm(g, dtype=torch.float64)  # squares may be beyond float32
+    size = squared_norms(g[None])[0].sqrt()  # squares may be beyond float32
     return (g @ u.flatten().to(g)).double().cpu(), size.cpu()
 
 
@@ -228,26 +238,3 @@ def _weights(table: Tensor, generator: np.random.Generator) -> Tensor:
         * torch.from_numpy(generator.uniform(0.5, 1.5, len(size)))
         * (typical / size.clamp_min(least))
     )
-
-
-class _Part(NamedTuple):
-    """Samples that are run together, and which of them count."""
-
-    rows: list[int]
-    own: list[bool]
-
-
-def _parts(n: int, generator: np.random.Generator, *, whole: bool) -> list[_Part]:
-    """Every sample once, in two random halves of two samples at least: code may treat a batch of
-    one in its own way."""
-    if whole or n == 1:
-        return [_Part(list(range(n)), [True] * n)]
-    if n == 2:
-        return [_Part([i, i], [True, False]) for i in range(n)]
-    order = generator.permutation(n).tolist()
-    parts = []
-    for own in (order[: n // 2], order[n // 2 :]):
-        others = [i for i in order if i not in own][: max(0, 2 - len(own))]
-        rows = sorted([*own, *others])
-        parts.append(_Part(rows, [i in own for i in rows]))
-    return parts

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from compare import leaves_of
 from problems import NanoGPT, Problem, TiedLM, energy, language_model, sequences, weights
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of all tensors that ops have made and that are alive, at their peak."""
-
-    def __init__(self, *known: Any) -> None:
-        super().__init__()
-        self.peak = self.largest = self.alive = 0
-        self._sizes = {x.untyped_storage()._cdata: 0 for x in leaves_of(known)}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in optree.tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._note(x.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._sizes:
-            self._sizes[key] = size
-            self.alive += size
-            self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
-            weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.alive -= self._sizes.pop(key)
 
 
 def wide_mlp() -> Problem:
@@ -131,3 +102,25 @@ def test_the_measurement_counts_what_is_alive() -> None:
     assert log.largest == 400
     assert log.peak == 800
     assert len(held) == 2
+
+
+@pytest.mark.parametrize("call", ["scores", "norms", "clipped"])
+def test_a_first_call_holds_few_gradients_as_large_as_the_model(call: str) -> None:
+    """It traces and proves: whole gradients are compared one after the other, in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(40_000, 32, generator=generator)
+    ids = torch.randint(40_000, (8, 3), generator=generator)
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return F.embedding(x, p["table"]).tanh().square().sum((1, 2))
+
+    params = {"table": table}
+    calls: dict[str, Callable[[], Any]] = {
+        "scores": lambda: gf.ghost_dot_prod(model_fn, params, ids[:6], ids[6:]),
+        "norms": lambda: gf.ghost_norm(model_fn, params, ids),
+        "clipped": lambda: gf.ghost_clipped_grad(model_fn, params, ids, max_norm=1.0),
+    }
+    with Allocations(params, ids) as memory:
+        calls[call]()
+    models = memory.peak / (table.numel() * table.element_size())
+    assert models < 6
