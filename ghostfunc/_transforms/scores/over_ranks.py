@@ -18,6 +18,7 @@ from ghostfunc._base.errors import OptionError
 from ghostfunc._base.pieces import refuse_group
 from ghostfunc._base.ranks import Exchange, Ranks
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
+from ghostfunc._base.same_weights import count_call, said_of_weights
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads
@@ -82,7 +83,9 @@ def asked_of_all(group: Any, call: str, make: Callable[[], Question]) -> AskedOf
     with ranks.phase("reading its arguments") as phase:
         asked = make()
         _check(asked, call)
-        phase.alike, phase.number = _outline(asked), batch_size(asked.train)
+        weights = said_of_weights(asked.model_fn, asked.spec.names, asked.leaves)
+        phase.alike, phase.number = f"{_outline(asked)}, {weights}", batch_size(asked.train)
+    count_call(asked.model_fn, asked.leaves)
     order = ranks.from_first(_order_of(asked), "agreeing on the order of gradients")
     numbers, targets = phase.numbers, asked.targets
     found = [_direction(ranks, asked, val, order) for val in targets.vals]
