@@ -43,6 +43,14 @@ def test_select_chooses_as_score_does(run: Run, files: Path) -> None:
     assert "between 1 and all 40" in said
 
 
+def test_torchrun_is_refused(run: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes would write the same files at one time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = run(LINE)
+    assert (code, "2 processes of torchrun" in said) == (2, True), said
+    assert not (files / "sel.jsonl").exists()
+
+
 def test_report(run: Run, files: Path) -> None:
     assert run(LINE + " --scores s.parquet")[0] == 0
     code, said = run("report s.parquet --pool pool.jsonl --out r.html --group source")
