@@ -21,14 +21,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from shapes import Shape, gpt2, gpt2_loss
+from shapes import CALLS_COST, Shape, gpt2, gpt2_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
 
 RECORDED = Path(__file__).resolve().parent / "calls.json"
 PACKAGE = str(Path(gf.__file__).resolve().parent)
-SHAPE = Shape(4, 64, 100, 32, 8, 1)
+SHAPE = CALLS_COST
 Counts = dict[str, int]
 
 COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>"}

@@ -12,6 +12,7 @@ from exact import MAX_NORM, exact
 from measure import Contestant
 from shapes import Shape, gpt2, gpt2_loss, untied_gpt, untied_loss
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import ghostfunc as gf
 
@@ -31,6 +32,25 @@ def plain(module: nn.Module, loss: Loss, ids: Tensor) -> Callable[[], None]:
     return step
 
 
+class Watching(TorchFunctionMode):
+    """Sees every call of torch, and does nothing: the least that a mode costs."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def watched(run: Callable[[], None]) -> None:
+    """`run` under a mode that does nothing."""
+    with Watching():
+        run()
+
+
 def step(shape: Shape) -> dict[str, Contestant]:
     """Scores, with and without the training gradient, against steps over all rows."""
     module, ids = gpt2(shape), shape.ids()
@@ -48,6 +68,7 @@ def step(shape: Shape) -> dict[str, Contestant]:
     return {
         "plain": Contestant(plain(module, gpt2_loss, ids), counted=True),
         "plain, n rows": Contestant(plain(module, gpt2_loss, train)),
+        "plain, watched": Contestant(partial(watched, plain(module, gpt2_loss, ids))),
         "step": Contestant(with_gradient, scores, dots, counted=True),
         "step, bf16": Contestant(
             partial(with_gradient, contract_dtype=torch.bfloat16), scores, dots

@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--onednn", choices=ONEDNN, default="none")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    ONEDNN[args.onednn]()
     job, shape = args.process.split("/")
+    torch.set_num_threads(1 if shape == "calls" else args.threads)
+    ONEDNN[args.onednn]()
     if job == "scaling":
         found = grow(shape, args.seconds, quick=args.quick)
     else:

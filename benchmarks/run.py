@@ -112,9 +112,10 @@ def main() -> None:
                 continue
             found[process] = run_process(process, args, Path(folder))
             print(f"{process}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    lines = [judge(row, found if row in chosen else {}) for row in ROWS]
+    keys = {row.key for row in chosen}
+    lines = [judge(row.by(args.onednn), found if row in chosen else {}) for row in ROWS]
     for line in lines:
-        if line.row in chosen:
+        if line.row.key in keys:
             print(report.text(line))
     if args.check:
         worse = regressions(lines, recorded)

@@ -37,7 +37,11 @@ class Shape:
 
 
 SMALL = Shape(6, 384, 8000, 256, 4, 1)
+CALLS_COST = Shape(4, 64, 100, 32, 8, 1)
+"""Python and calls of torch are all that a step costs here, as on a GPU. One thread is timed."""
+
 SHAPES = {
+    "calls": CALLS_COST,
     "256": SMALL,
     "gpt2-small": Shape(12, 768, 50257, 256, 4, 1),
     "512": replace(SMALL, length=512, n=8),

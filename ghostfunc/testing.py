@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ghostfunc._base.errors import OptionError, VerificationError
+from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.trees import flatten_params
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._rules.registry import DECOMPOSITIONS, canonical
 from ghostfunc._trace.fitting import trace_of
@@ -228,8 +228,7 @@ def _check_called(
     params: Tensors,
     batch: Tensors,
 ) -> None:
-    leaves, spec = flatten_params(params)
-    calls = trace_of(model_fn, leaves, spec, batch, randomness="error").calls
+    calls = trace_of(Program.of(model_fn, params), batch).calls
     met = [canonical(call.func) for call in calls if call.kind == "use"]
     if canonical(op) not in met and op not in DECOMPOSITIONS:
         names = ", ".join(sorted({op_name(x) for x in met})) or "nothing"

@@ -131,3 +131,25 @@ def test_the_measurement_counts_what_is_alive() -> None:
     assert log.largest == 400
     assert log.peak == 800
     assert len(held) == 2
+
+
+@pytest.mark.parametrize("call", ["scores", "norms", "clipped"])
+def test_a_first_call_holds_few_gradients_as_large_as_the_model(call: str) -> None:
+    """It traces and proves: whole gradients are compared one after the other, in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(40_000, 32, generator=generator)
+    ids = torch.randint(40_000, (8, 3), generator=generator)
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return F.embedding(x, p["table"]).tanh().square().sum((1, 2))
+
+    params = {"table": table}
+    calls: dict[str, Callable[[], Any]] = {
+        "scores": lambda: gf.ghost_dot_prod(model_fn, params, ids[:6], ids[6:]),
+        "norms": lambda: gf.ghost_norm(model_fn, params, ids),
+        "clipped": lambda: gf.ghost_clipped_grad(model_fn, params, ids, max_norm=1.0),
+    }
+    with Allocations(params, ids) as memory:
+        calls[call]()
+    models = memory.peak / (table.numel() * table.element_size())
+    assert models < 6

@@ -16,6 +16,7 @@ from problems import Problem, energy, features, weights
 from torch import Tensor, nn
 
 import ghostfunc as gf
+from ghostfunc._base import program as programs
 from ghostfunc._taps import mode, steps
 from ghostfunc._trace.fitting import trace_of
 from ghostfunc._trace.trace import Trace
@@ -166,9 +167,7 @@ def test_what_calls_are_told_is_proved(
 
 
 def only_trace(model_fn: Any, params: Any, x: Tensor) -> Trace:
-    from ghostfunc._base.trees import flatten_params
-
-    return trace_of(model_fn, *flatten_params(params), x, randomness="error")
+    return trace_of(programs.Program.of(model_fn, params), x)
 
 
 def test_a_run_is_compared_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,14 @@ class Measured:
     Attributes:
         seconds: of the processor, by this process: other processes do not count.
         peak: bytes of the process beyond those at its start.
+        load: processes that wanted a processor at that time, this one among them.
     """
 
     scores: Tensor | None
     seconds: float = 0.0
     peak: int = 0
     error: str = ""
+    load: float = 0.0
 
 
 def measured(

@@ -88,6 +88,13 @@ def metagradients(task: Task, trained: Trained) -> Tensor:
     return -made.scores.values
 
 
+def half_weights(task: Task, trained: Trained) -> Tensor:
+    """The derivative of another run, in which every sample weighs a half: their mean weight where
+    half of them are left out."""
+    training = task.training(weights=torch.full((task.n,), 0.5))
+    return metagradients(task, gf.unrolled.train(training, keep_every=12))
+
+
 def loss(task: Task, trained: Trained) -> Tensor:
     """A control: minus the loss of a sample itself, the same for every query."""
     with torch.no_grad():
@@ -109,6 +116,7 @@ def alike(task: Task, trained: Trained) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "metagradients": metagradients,
+    "metagradients, half weights": half_weights,
     "EK-FAC + CG": ekfac_cg,
     "EK-FAC, 16 draws": partial(ekfac, draws=16),
     "EK-FAC": ekfac,

@@ -109,11 +109,32 @@ def dattri_ekfac(task: Task, trained: Trained) -> Tensor:
 
 
 def bergson(task: Task, trained: Trained) -> Tensor:
-    import bergson as package
+    """Projected gradients of linear layers, preconditioned by the inverse of their damped second
+    moment. Its pipelines read Hugging Face data sets; its hooks take any module."""
+    from bergson import GradientProcessor
+    from bergson.collector.gradient_collectors import TraceCollector
+    from bergson.hessians.preconditioner import DensePreconditioner
 
-    raise NotImplementedError(
-        f"bergson {package.__version__} builds its index from Hugging Face models and datasets"
-    )
+    module = module_of(task, trained)
+    processor = GradientProcessor(projection_dim=16, include_bias=True, projection_seed=0)
+
+    def rows(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        collector = TraceCollector(
+            model=module, processor=processor, device="cpu", dtype=torch.float32
+        )
+        with collector:
+            for batch in batches:
+                x, y = batch["x"], batch["y"]
+                x = x[:, None] if x.ndim == 2 and x.is_floating_point() else x  # [n, s, d]
+                z = module(x)
+                losses = F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="none")
+                losses.view(len(y), -1).mean(1).sum().backward()
+        return {name: torch.cat(x).flatten(1) for name, x in collector.mod_grads.items()}
+
+    train, queries = rows(task.batches()), rows([task.queries])
+    processor.hessians = {name: g.mT @ g / task.n for name, g in train.items()}
+    inverse = DensePreconditioner.from_processor(processor)
+    return sum((train[k] @ q.mT for k, q in inverse.apply(queries).items()), torch.zeros(()))
 
 
 PEERS: dict[str, Callable[[Task, Trained], Tensor]] = {
@@ -126,6 +147,10 @@ MODULES = {
     "kronfluence EK-FAC": ["kronfluence.analyzer", "kronfluence.task"],
     "traker": ["trak"],
     "dattri EK-FAC": ["dattri.algorithm.influence_function", "dattri.task"],
-    "bergson": ["bergson"],
+    "bergson": [
+        "bergson",
+        "bergson.collector.gradient_collectors",
+        "bergson.hessians.preconditioner",
+    ],
 }
 """What each of them imports."""

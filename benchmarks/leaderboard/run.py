@@ -3,15 +3,20 @@
 python benchmarks/leaderboard/run.py                    # three seeds: 60 minutes on two cores
 python benchmarks/leaderboard/run.py --quick            # one seed, fewer models: 5 minutes
 python benchmarks/leaderboard/run.py --tasks mlp gpt2
+
+What was measured is kept in outputs/leaderboard: the same command goes on where it was cut.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import warnings
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -22,38 +27,40 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
 
 import torch  # noqa: E402
-from measure import measured, rank_agreement  # noqa: E402
-from methods import METHODS  # noqa: E402
+from keep import Keep  # noqa: E402
+from measure import Measured, measured, rank_agreement  # noqa: E402
+from methods import METHODS, Method  # noqa: E402
 from peers import MODULES, PEERS  # noqa: E402
 from retrain import datamodeling_scores, query_losses, retrained, subsets  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
 import ghostfunc as gf  # noqa: E402
+from ghostfunc.unrolled import Trained  # noqa: E402
 
-LEFT_OUT = (0.1, 0.5)
+LEFT_OUT = (0.05, 0.1, 0.5)
 """Shares of the samples that retrained models do without."""
 
-LIMIT = 900.0
+KEPT = HERE.parents[1] / "outputs" / "leaderboard"
+
+LIMIT = 3600.0
 """Seconds after which a method is stopped."""
 
 
-def evaluate(task: Task, seed: int, only: list[str]) -> dict[str, Any]:
+def evaluate(task: Task, seed: int, only: list[str], keep: Keep) -> dict[str, Any]:
     """All methods on one trained model."""
-    start = perf_counter()
-    training = task.training()
-    trained = gf.unrolled.train(training, keep_every=12)
+    trained = gf.unrolled.train(task.training(), keep_every=12)
     truth = {}
     for share in LEFT_OUT:
-        kept = subsets(task, share, seed)
-        models = retrained(task, kept.float())
-        truth[f"{share:g}"] = kept, query_losses(task, models)
-    say(task, seed, "retraining", perf_counter() - start)
+        start = perf_counter()
+        truth[f"{share:g}"] = keep.truth(f"{share:g}", lambda s=share: retraining(task, s, seed))
+        say(task, seed, f"without {share:g}", perf_counter() - start)
     rows: dict[str, Any] = {}
     found: dict[str, torch.Tensor] = {}
     for name, method in {**METHODS, **PEERS}.items():
         if only and name not in only:
             continue
-        got = measured(method, task, trained, limit=LIMIT, modules=MODULES.get(name, ()))
+        source = "peers.py" if name in PEERS else "methods.py"
+        got = keep.method(name, source, partial(measure, task, trained, name, method))
         say(task, seed, name, got.seconds, got.error)
         if got.scores is None:
             rows[name] = {"error": got.error}
@@ -63,7 +70,7 @@ def evaluate(task: Task, seed: int, only: list[str]) -> dict[str, Any]:
             share: datamodeling_scores(got.scores, kept, losses)
             for share, (kept, losses) in truth.items()
         }
-        rows[name] = {"lds": lds, "seconds": got.seconds, "peak": got.peak}
+        rows[name] = {"lds": lds, "seconds": got.seconds, "peak": got.peak, "load": got.load}
     out = {"seed": seed, "rows": rows, "n": task.n, "m": len(task.queries["y"])}
     out["parameters"] = sum(x.numel() for x in task.params.values())
     reference = found.get("EK-FAC, 16 draws")
@@ -72,6 +79,18 @@ def evaluate(task: Task, seed: int, only: list[str]) -> dict[str, Any]:
             if name in found:
                 rows[name]["agreement"] = rank_agreement(found[name], reference)
     return out
+
+
+def retraining(task: Task, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples each model keeps, and its losses of the queries."""
+    kept = subsets(task, share, seed)
+    return kept, query_losses(task, retrained(task, kept.float()))
+
+
+def measure(task: Task, trained: Trained, name: str, method: Method) -> Measured:
+    """A method's scores and costs, and how busy the machine was."""
+    got = measured(method, task, trained, limit=LIMIT, modules=MODULES.get(name, ()))
+    return replace(got, load=os.getloadavg()[0])
 
 
 def say(task: Task, seed: int, what: str, seconds: float, error: str = "") -> None:
@@ -94,21 +113,29 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=[], help="only these, by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
+    parser.add_argument("--keep", type=Path, default=KEPT, help="where results are kept")
     parser.add_argument("--out", type=Path, default=HERE / "recorded.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     start = perf_counter()
-    results: dict[str, Any] = {"quick": options.quick, "versions": versions(), "tasks": {}}
+    results: dict[str, Any] = {
+        "quick": options.quick,
+        "versions": versions(),
+        "tasks": {},
+        "seconds": 0.0,
+    }
     for key in options.tasks:
-        runs = []
+        runs: list[dict[str, Any]] = []
         for seed in seeds:
             task = TASKS[key](seed, quick=options.quick)
-            runs.append(evaluate(task, seed, options.methods))
-        results["tasks"][key] = {"name": task.name, "subsets": task.subsets, "runs": runs}
-        results["seconds"] = perf_counter() - start
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+            keep = Keep(options.keep, f"{key} {seed}{' quick' if options.quick else ''}")
+            runs.append(evaluate(task, seed, options.methods, keep))
+            results["tasks"][key] = {"name": task.name, "subsets": task.subsets, "runs": runs}
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+    results["seconds"] = perf_counter() - start
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{results['seconds']:.0f} s; written to {options.out}")
     from report import write
 

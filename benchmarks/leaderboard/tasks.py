@@ -48,8 +48,10 @@ class Task:
     def n(self) -> int:
         return len(self.train["y"])
 
-    def training(self) -> Training:
-        return Training(self.model_fn, self.params, self.steps, optimizer=self.optimizer)
+    def training(self, weights: Tensor | None = None) -> Training:
+        return Training(
+            self.model_fn, self.params, self.steps, optimizer=self.optimizer, weights=weights
+        )
 
     def batches(self, size: int = 64) -> list[Batch]:
         pieces = zip(*(x.split(size) for x in self.train.values()), strict=True)

@@ -22,6 +22,7 @@ from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import in_step
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
@@ -33,14 +34,12 @@ from ghostfunc._base.purity import (
 )
 from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, take, tensors_of, unflatten
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, flatten, take, tensors_of, unflatten
+from ghostfunc._base.types import PyTree
 
 
 def val_gradient(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     val: PyTree,
     scale: float,
     look: Callable[[Tensor], None] = check_finite,
@@ -49,7 +48,7 @@ def val_gradient(
     """The gradient of the summed validation losses, scaled, by reverse mode alone. `look` gets the
     losses when all is queued; `ready` gets every parameter's gradient as it comes up."""
     weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
-    return weighted_gradient(model_fn, leaves, spec, val, weights, look, ready)[1]
+    return weighted_gradient(program, val, weights, look, ready)[1]
 
 
 def _given_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> None:
@@ -57,9 +56,7 @@ def _given_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> 
 
 
 def weighted_gradient(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     batch: PyTree,
     weights: Tensor,
     look: Callable[[Tensor], None] = check_finite,
@@ -69,17 +66,17 @@ def weighted_gradient(
     gets the losses when all is queued; `ready` gets every parameter's gradient as it comes up, by
     number, outside transforms."""
     n = batch_size(batch)
-    ranks = in_step(model_fn)
+    ranks = in_step(program.model_fn)
     if ranks is not None and not ranks.together:
         with ranks.in_step("computing a gradient"):
-            return weighted_gradient(model_fn, leaves, spec, batch, weights, look, ready)
+            return weighted_gradient(program, batch, weights, look, ready)
     if in_transform():
-        losses, pullback = _vjp(model_fn, leaves, spec, batch, n)
+        losses, pullback = _vjp(program, batch, n)
         with unrounded(losses):
             (grads,) = pullback(weights.to(losses), retain_graph=False, create_graph=False)
         look(losses)
         return losses, list(map(dense, grads))
-    inputs = [x.detach().requires_grad_() for x in leaves]
+    inputs = [x.detach().requires_grad_() for x in program.leaves]
     if ready is not None:
         for i, x in enumerate(inputs):
             x.register_hook(partial(_given_dense, ready, i))
@@ -89,7 +86,7 @@ def weighted_gradient(
             losses = check_shape(losses_of(batch), n)
         if not losses.requires_grad:
             look(losses)
-            return losses, [torch.zeros_like(x) for x in leaves]
+            return losses, [torch.zeros_like(x) for x in program.leaves]
         with unrounded(losses):
             grads = torch.autograd.grad(
                 losses, inputs, weights.to(losses), allow_unused=True, materialize_grads=True
@@ -97,18 +94,16 @@ def weighted_gradient(
         look(losses.detach())
         return losses.detach(), list(map(dense, grads))
 
-    params = spec.unflatten(inputs)
-    if isinstance(model_fn, ModuleFn):
-        return model_fn.lending(params, gradient)
-    return gradient(lambda data: model_fn(params, data))
+    params = program.spec.unflatten(inputs)
+    if isinstance(program.model_fn, ModuleFn):
+        return program.model_fn.lending(params, gradient)
+    return gradient(lambda data: program.model_fn(params, data))
 
 
-def val_gradients(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, val: PyTree
-) -> Iterator[list[Tensor]]:
+def val_gradients(program: Program, val: PyTree) -> Iterator[list[Tensor]]:
     """The gradient of every validation loss in turn."""
     m = batch_size(val, "val")
-    losses, pullback = _vjp(model_fn, leaves, spec, val, m)
+    losses, pullback = _vjp(program, val, m)
     check_finite(losses)
     for j in range(m):
         cotangent = torch.zeros_like(losses)
@@ -119,32 +114,26 @@ def val_gradients(
 
 
 def _vjp(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, n: int
+    program: Program, batch: PyTree, n: int
 ) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
     def losses(p: list[Tensor]) -> Tensor:
         with DenseGradients():
-            return check_shape(model_fn(spec.unflatten(p), batch), n)
+            return check_shape(program.losses(p, batch), n)
 
     with unwrapped_memory():
-        out, pullback = torch.func.vjp(losses, list(leaves))[:2]
+        out, pullback = torch.func.vjp(losses, list(program.leaves))[:2]
     return out, pullback
 
 
 def jvp_dots(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    train: PyTree,
-    direction: Sequence[Tensor],
-    *,
-    per_param: bool,
+    program: Program, train: PyTree, direction: Sequence[Tensor], *, per_param: bool
 ) -> list[Tensor]:
     """`<g_i, u>` as the directional derivative of the losses: `[n]`, one in all or one per
     parameter."""
     n = batch_size(train, "train")
 
     def losses(p: list[Tensor]) -> Tensor:
-        return check_losses(model_fn(spec.unflatten(p), train), n)
+        return check_losses(program.losses(p, train), n)
 
     def along(tangents: list[Tensor]) -> Tensor:
         with (
@@ -154,33 +143,31 @@ def jvp_dots(
             torch.enable_grad(),
             ReverseModeConstants(),
         ):
-            tangent = torch.func.jvp(losses, (list(leaves),), (tangents,))[1]
+            tangent = torch.func.jvp(losses, (list(program.leaves),), (tangents,))[1]
         return wide(tangent)
 
-    direction = [dense(u).to(x.dtype) for u, x in zip(direction, leaves, strict=True)]
+    direction = [dense(u).to(x.dtype) for u, x in zip(direction, program.leaves, strict=True)]
     if not per_param:
         return [along(direction)]
-    zeros = [torch.zeros_like(x) for x in leaves]
+    zeros = [torch.zeros_like(x) for x in program.leaves]
     return [along([*zeros[:i], u, *zeros[i + 1 :]]) for i, u in enumerate(direction)]
 
 
-def prove_independent_tangents(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
-) -> None:
+def prove_independent_tangents(program: Program, batch: PyTree) -> None:
     """Raise `CoupledSamplesError` if a sample's derivative depends on the others, as its loss may
     not: think of `h.mean(0) - h.mean(0).detach()`. Remembered by structure."""
-    remembered = memory(model_fn, Structures).tangents
-    key = structure(model_fn, spec, leaves, batch, "error")
+    remembered = memory(program.model_fn, Structures).tangents
+    key = structure(program, batch)
     if remembered.get(key):
         return
     generator = torch.Generator().manual_seed(0)
-    u = [torch.randn(x.shape, generator=generator).to(x) for x in leaves]
+    u = [torch.randn(x.shape, generator=generator).to(x) for x in program.leaves]
     chosen = [0, min(1, batch_size(batch) - 1)]
     two, three = (
-        jvp_dots(model_fn, leaves, spec, take(batch, index), u, per_param=False)[0][:2].nan_to_num()
+        jvp_dots(program, take(batch, index), u, per_param=False)[0][:2].nan_to_num()
         for index in (chosen, [*chosen, 0])
     )
-    if not close(three.to(leaves[0].dtype), two.to(leaves[0].dtype)):
+    if not close(three.to(program.leaves[0].dtype), two.to(program.leaves[0].dtype)):
         raise coupled_samples(
             f"beside each other, samples {chosen} have directional derivatives {two.tolist()}; "
             f"with a copy of sample 0 added, {three.tolist()}"
@@ -232,50 +219,33 @@ def _forward_mode() -> Iterator[None]:
         ) from error
 
 
-def materialize(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    *,
-    vectorize: bool | None,
-    randomness: Randomness,
-) -> list[Tensor]:
+def materialize(program: Program, batch: PyTree, *, vectorize: bool | None) -> list[Tensor]:
     """Every sample's gradient by itself, `[n, *shape]` per parameter.
 
     `vectorize` is True for `vmap(grad)`, False for a loop over samples, and None for vmap where it
     runs the model and the loop elsewhere. A model that vmap cannot run is tried once.
     """
-    args = model_fn, leaves, spec, batch
     batch_size(batch)
     if vectorize is not None:
-        return (_by_vmap if vectorize else _by_loop)(*args, randomness)
-    loops = memory(model_fn, Structures).loops
-    key = structure(model_fn, spec, leaves, batch, randomness)
+        return (_by_vmap if vectorize else _by_loop)(program, batch)
+    loops = memory(program.model_fn, Structures).loops
+    key = structure(program, batch)
     if not loops.get(key):
         try:
-            return _by_vmap(*args, randomness)
+            return _by_vmap(program, batch)
         except RuntimeError as error:
             if not _of_vmap(error):
                 raise
-    grads = _by_loop(
-        *args, randomness
-    )  # an error of the model itself is raised here, in its own words
+    grads = _by_loop(program, batch)  # an error of the model is raised here, in its own words
     loops.put(key, True)
     return grads
 
 
-def vmap_runs(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> bool:
+def vmap_runs(program: Program, batch: PyTree) -> bool:
     """Whether vmap runs the model. It shows a model the shapes of samples and no values, so one
     sample tells for all of a batch."""
     try:
-        _by_vmap(model_fn, leaves, spec, take(batch, [0]), randomness)
+        _by_vmap(program, take(batch, [0]))
     except RuntimeError as error:
         if not _of_vmap(error):
             raise
@@ -295,62 +265,48 @@ def _of_vmap(error: RuntimeError) -> bool:
     return not isinstance(error, (GhostError, torch.OutOfMemoryError))
 
 
-def _by_vmap(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> list[Tensor]:
+def _by_vmap(program: Program, batch: PyTree) -> list[Tensor]:
     samples, treedef = flatten(batch)
-    rounding = autocasting(leaves[0].device.type)
+    rounding = autocasting(program.leaves[0].device.type)
 
     def loss(p: list[Tensor], sample: list[Tensor]) -> Tensor:
         one = unflatten(treedef, [x[None] for x in sample])
         with DenseGradients(), cast_as(rounding):
-            return _one_loss(model_fn(spec.unflatten(p), one))
+            return _one_loss(program.losses(p, one))
 
     def of_sample(sample: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        grads, value = torch.func.grad_and_value(loss)(list(leaves), sample)
+        grads, value = torch.func.grad_and_value(loss)(list(program.leaves), sample)
         return grads, value
 
-    with _vectorized(), unrounded(leaves[0]):
-        grads, losses = torch.vmap(of_sample, randomness=randomness)(samples)
+    with _vectorized(), unrounded(program.leaves[0]):
+        grads, losses = torch.vmap(of_sample, randomness=program.randomness)(samples)
     check_finite(losses)
-    if randomness == "error":
-        _compare_alone(model_fn, leaves, spec, batch, losses)
+    if program.randomness == "error":
+        _compare_alone(program, batch, losses)
     return grads
 
 
-def _by_loop(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> list[Tensor]:
+def _by_loop(program: Program, batch: PyTree) -> list[Tensor]:
     rows, values = [], []
     for i in range(batch_size(batch)):
-        row, value = _gradient_of_one(model_fn, leaves, spec, take(batch, [i]))
+        row, value = _gradient_of_one(program, take(batch, [i]))
         rows.append(row)
         values.append(value)
     alone = torch.stack(values)
     check_finite(alone)
-    if randomness == "error":
-        _compare_alone(model_fn, leaves, spec, batch, alone)
+    if program.randomness == "error":
+        _compare_alone(program, batch, alone)
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def _compare_alone(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree, alone: Tensor
-) -> None:
+def _compare_alone(program: Program, batch: PyTree, alone: Tensor) -> None:
     """Raise `CoupledSamplesError` unless samples have the same losses beside each other as by
     themselves."""
     n = batch_size(batch)
     if n == 1 or any(map(symbolic, tensors_of(batch))):
         return
     with torch.enable_grad():  # a model may take gradients itself
-        together = check_losses(model_fn(spec.unflatten(lend(leaves)), batch), n).detach()
+        together = check_losses(program.losses(lend(program.leaves), batch), n).detach()
     if not close(alone, together):
         raise coupled_samples(
             f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "
@@ -359,35 +315,33 @@ def _compare_alone(
         )
 
 
-def _gradient_of_one(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, sample: PyTree
-) -> tuple[Sequence[Tensor], Tensor]:
+def _gradient_of_one(program: Program, sample: PyTree) -> tuple[Sequence[Tensor], Tensor]:
     """The gradient and the loss of a batch of one sample. Outside transforms by plain autograd,
     which runs what no transform does: checkpoints, packed sequences, scripted functions."""
 
     def loss(p: Sequence[Tensor]) -> Tensor:
         with DenseGradients():
-            return _one_loss(model_fn(spec.unflatten(p), sample))
+            return _one_loss(program.losses(p, sample))
 
     if in_transform():
-        grads, value = torch.func.grad_and_value(loss)(list(leaves))
+        grads, value = torch.func.grad_and_value(loss)(list(program.leaves))
         return grads, value
-    inputs = [x.detach().requires_grad_() for x in leaves]
+    inputs = [x.detach().requires_grad_() for x in program.leaves]
 
     def gradient(losses: Callable[[PyTree], Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         with torch.enable_grad():
             value = _one_loss(losses(sample))
         if not value.requires_grad:
-            return [torch.zeros_like(x) for x in leaves], value
+            return [torch.zeros_like(x) for x in program.leaves], value
         refuse_checkpoints(value)
         with unrounded(value):
             grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         return list(map(dense, grads)), value.detach()
 
-    params = spec.unflatten(inputs)
-    if isinstance(model_fn, ModuleFn):
-        return model_fn.lending(params, gradient)
-    return gradient(lambda batch: model_fn(params, batch))
+    params = program.spec.unflatten(inputs)
+    if isinstance(program.model_fn, ModuleFn):
+        return program.model_fn.lending(params, gradient)
+    return gradient(lambda batch: program.model_fn(params, batch))
 
 
 def _one_loss(losses: Tensor) -> Tensor:

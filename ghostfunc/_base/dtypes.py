@@ -1,11 +1,34 @@
-"""The dtype that contractions run in."""
+"""The dtype that contractions run in, and norms that no dtype overflows."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+PIECE = 1 << 18
+"""Numbers that are in float64 at one time."""
 
 
 def wide(x: Tensor) -> Tensor:
     """`x` in the dtype contractions run in: float32, or wider if `x` is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def squared_norms(
+    x: Float[Tensor, "s ..."], y: Float[Tensor, "s ..."] | None = None
+) -> Float[Tensor, " s"]:
+    """`||x_i - y_i||^2`, or `||x_i||^2`, in float64; no copy of `x` is made."""
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    pieces, others = _pieces(x), None if y is None else _pieces(y)
+    for number, piece in enumerate(pieces):
+        part = piece.double()
+        if others is not None:
+            part = part - others[number].double()
+        total = total + part.square().sum(1)
+    return total
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    flat = x.reshape(len(x), x[0].numel())
+    return flat.split(max(1, PIECE // len(x)), dim=1)

@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from ghostfunc._base.errors import BatchError, OptionError, TransformError
 from ghostfunc._base.in_step import InStep
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.program import Program
 from ghostfunc._base.sharding import Sharding
 from ghostfunc._base.torch_private import in_transform
 from ghostfunc._base.trees import ParamSpec, batch_size
@@ -121,26 +123,26 @@ def refuse_group(model_fn: ModelFn, call: str) -> None:
         )
 
 
-def held_whole(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec
-) -> tuple[ModelFn, list[Tensor]]:
-    """A function of whole parameters in place of one of pieces, and those: for what a rank does by
-    itself. All ranks gather them."""
-    sharding = _in_pieces(model_fn)
+def held_whole(program: Program) -> Program:
+    """The program at whole parameters, in place of one at pieces: for what a rank does by itself.
+    All ranks gather them."""
+    sharding = _in_pieces(program.model_fn)
     if sharding is None:
-        return model_fn, list(leaves)
-    assert isinstance(model_fn, ModuleFn)
-    other = copy.copy(model_fn)
+        return program
+    assert isinstance(program.model_fn, ModuleFn)
+    other = copy.copy(program.model_fn)
     with sharding.ranks.in_step("making parameters whole"):
-        other.sharding, wholes = sharding.gathered(spec.names, leaves)
-    return other, wholes
+        other.sharding, wholes = sharding.gathered(program.spec.names, program.leaves)
+    return replace(program, model_fn=other, leaves=wholes)
 
 
-def whole_likes(model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec) -> Sequence[Tensor]:
+def whole_likes(program: Program) -> Sequence[Tensor]:
     """Tensors of the shapes of the whole parameters: the leaves themselves, or zeros without memory
     in place of pieces."""
-    sharding = _in_pieces(model_fn)
-    return leaves if sharding is None else sharding.likes(spec.names, leaves)
+    sharding = _in_pieces(program.model_fn)
+    if sharding is None:
+        return program.leaves
+    return sharding.likes(program.spec.names, program.leaves)
 
 
 def gathered(model_fn: ModelFn, pieces: Sequence[Tensor], spec: ParamSpec) -> Sequence[Tensor]:

@@ -29,6 +29,7 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import held_whole, in_step
+from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import COLLECTIVES, Refusals, refuse_collective
 from ghostfunc._base.remembered import Structures, memory, structure
 from ghostfunc._base.torch_private import (
@@ -39,20 +40,13 @@ from ghostfunc._base.torch_private import (
     in_transform,
     symbolic,
 )
-from ghostfunc._base.trees import ParamSpec, batch_size, map_tensors, take, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, map_tensors, take, tensors_of
+from ghostfunc._base.types import PyTree
 
 
 @torch.enable_grad()
 def prove_independent(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-    *,
-    anew: bool = False,
-    log: Refusals | None = None,
+    program: Program, batch: PyTree, *, anew: bool = False, log: Refusals | None = None
 ) -> tuple[int, Tensor] | None:
     """Raise unless losses are the same in any company: those of two samples that differ beside each
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
@@ -66,18 +60,18 @@ def prove_independent(
     batch and its halves. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
-    _refuse_batched(leaves, batch)
-    remembered = memory(model_fn, Structures).independent
-    key = structure(model_fn, spec, leaves, batch, randomness)
-    ranks = in_step(model_fn)
+    _refuse_batched(program.leaves, batch)
+    remembered = memory(program.model_fn, Structures).independent
+    key = structure(program, batch)
+    ranks = in_step(program.model_fn)
     if ranks is not None:
         new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
-            whole_fn, wholes = held_whole(model_fn, leaves, spec)
+            whole = held_whole(program)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
-                    prove_independent(whole_fn, wholes, spec, batch, randomness, anew=anew)
-                    if memory(whole_fn, Structures).independent.get(key):
+                    prove_independent(whole, batch, anew=anew)
+                    if memory(whole.model_fn, Structures).independent.get(key):
                         remembered.put(key, True)
         return None
     compiling = any_symbolic(tensors_of(batch))
@@ -87,18 +81,18 @@ def prove_independent(
         return None
     if compiling:
         raise not_captured()
-    if isinstance(model_fn, ModuleFn):
-        model_fn.refuse_batch_norm()
+    if isinstance(program.model_fn, ModuleFn):
+        program.model_fn.refuse_batch_norm()
     other = _other_sample(batch)
     last = min(1, n - 1) if other is None else other
-    company = _Company(model_fn, leaves, spec, batch, n, (0, last))
+    company = _Company(program, batch, n, (0, last))
     if known:
-        if randomness == "error" and n > 1:
-            whole = company.whole()
-            company.compare({"in a half of the batch": (company.in_halves(), whole)})
+        if program.randomness == "error" and n > 1:
+            every = company.whole()
+            company.compare({"in a half of the batch": (company.in_halves(), every)})
         return None
-    pair = company.of_two(log, randomness)
-    if randomness == "error" and other is None:
+    pair = company.of_two(log)
+    if program.randomness == "error" and other is None:
         beside = _beside_another(company.losses, batch)
         if beside is not None:
             company.compare({"beside another sample": (beside, pair[:1])})
@@ -115,22 +109,20 @@ class _Company:
         n: samples in the batch; `two` of them are looked at more closely.
     """
 
-    model_fn: ModelFn
-    leaves: Sequence[Tensor]
-    spec: ParamSpec
+    program: Program
     batch: PyTree
     n: int
     two: tuple[int, int]
 
     def losses(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
         """The losses of other samples, `[n]`, in a run that a mode watches."""
-        leaves, spec = self.leaves, self.spec
-        params = lend(leaves)
-        given = spec.unflatten(params)
-        guard = _WriteGuard(_protected(self.model_fn, spec, leaves, data))
+        program = self.program
+        params = lend(program.leaves)
+        given = program.spec.unflatten(params)
+        guard = _WriteGuard(_protected(program, data))
         try:
             with guard, mode or Refusals():
-                out = self.model_fn(given, data)
+                out = program.model_fn(given, data)
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
@@ -140,7 +132,7 @@ class _Company:
             ) from error
         check_losses(out, batch_size(data))
         _refuse_unreached(out)
-        _refuse_kept(out, leaves, params, spec)
+        _refuse_kept(out, program, params)
         return out.detach()
 
     def whole(self) -> Tensor:
@@ -172,10 +164,10 @@ class _Company:
                     cause(self.losses, self.batch, self.two),
                 )
 
-    def of_two(self, log: Refusals | None, randomness: Randomness) -> Tensor:
+    def of_two(self, log: Refusals | None) -> Tensor:
         """The losses of the two, compared with those in other company, as far as nobody with a
         `log` does it later."""
-        batch, two = self.batch, self.two
+        batch, two, randomness = self.batch, self.two, self.program.randomness
         # One sample by itself comes first: errors count its losses, and not those of copies.
         every = self.whole() if self.n == 1 and randomness == "error" else None
         draws = Draws()
@@ -203,17 +195,11 @@ class _Company:
         return pair
 
 
-def were_compared(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> None:
+def were_compared(program: Program, batch: PyTree) -> None:
     """Note that a proof has compared the losses of a whole batch with those of its halves, which
     `prove_independent` left to it."""
-    remembered = memory(model_fn, Structures).independent
-    key = structure(model_fn, spec, leaves, batch, randomness)
+    remembered = memory(program.model_fn, Structures).independent
+    key = structure(program, batch)
     if remembered.get(key) is not None:
         remembered.put(key, True)
 
@@ -283,14 +269,13 @@ def _refuse_unreached(losses: Tensor) -> None:
     )
 
 
-def _refuse_kept(
-    losses: Tensor, leaves: Sequence[Tensor], params: Sequence[Tensor], spec: ParamSpec
-) -> None:
+def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> None:
     """Raise `UntrackedUseError` if the losses depend on a parameter's memory by another way than
     these `params`."""
     if in_transform():
         return
-    names = {address(x): name for name, x in zip(spec.names, leaves, strict=True) if x.numel()}
+    named = zip(program.spec.names, program.leaves, strict=True)
+    names = {address(x): name for name, x in named if x.numel()}
     own = {x.grad_fn.next_functions[0][0] for x in params if x.grad_fn is not None}
     for node in _nodes(losses):
         if node.name() != "torch::autograd::AccumulateGrad" or node in own:
@@ -420,11 +405,10 @@ def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
         )
 
 
-def _protected(
-    model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree
-) -> dict[int, str]:
+def _protected(program: Program, batch: PyTree) -> dict[int, str]:
     """What must not be written to, by address of its memory."""
     named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
+    model_fn, spec, leaves = program.model_fn, program.spec, program.leaves
     if isinstance(model_fn, ModuleFn):
         sharding = model_fn.sharding
         named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
-
-from torch import Tensor
 
 from ghostfunc._base.compilable import known
 from ghostfunc._base.documents import Documents, packing_of
 from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.program import Program
 from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.torch_private import modules_within
-from ghostfunc._base.trees import ParamSpec, flatten, tensors_of
+from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
 K = TypeVar("K", bound=Hashable)
@@ -105,21 +104,19 @@ def memory(model_fn: ModelFn, kind: type[M]) -> M:
     return found
 
 
-def structure(
-    model_fn: ModelFn, spec: ParamSpec, leaves: Sequence[Tensor], batch: PyTree, randomness: str
-) -> Hashable:
+def structure(program: Program, batch: PyTree) -> Hashable:
     """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
     batch_leaves, batch_def = flatten(batch)
     packing = packing_of(batch)
     return (
-        spec.treedef,
-        tuple([(x.ndim, x.dtype) for x in leaves]),
+        program.spec.treedef,
+        tuple([(x.ndim, x.dtype) for x in program.leaves]),
         batch_def,
         tuple([(x.ndim, x.dtype) for x in batch_leaves]),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
         packing is not None and packing.several,  # nor does a document in a row of its own
-        randomness,
-        training_flags(model_fn),
+        program.randomness,
+        training_flags(program.model_fn),
     )
 
 

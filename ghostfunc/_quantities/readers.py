@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
@@ -38,6 +39,14 @@ class Reader(Protocol):
 
 class PositionsReader:
     """Base of readers that read the positions of a factor, not only the gradient they add up to."""
+
+
+class MomentReader(PositionsReader):
+    """Base of readers of `sum_i f(g_i)`, f a function of whole gradients with `f(0) = 0`."""
+
+    def define(self, g: Float[Tensor, "n ..."]) -> Tensor:
+        """The sum by its definition, of gradients that are at hand."""
+        raise NotImplementedError
 
 
 class Push(NamedTuple):

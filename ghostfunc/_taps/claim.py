@@ -122,7 +122,7 @@ class Alone:
         if self.randomness == "different":
             torch.manual_seed(self.seed)
         batch = model.batch if rows == list(range(model.n)) else take(model.batch, rows)
-        losses, grads = weighted_gradient(model.model_fn, model.leaves, model.spec, batch, weights)
+        losses, grads = weighted_gradient(model, batch, weights)
         expected = self.losses[rows].detach()
         mask = torch.tensor(own or [True] * len(rows), device=losses.device)
         same = close(losses[mask], expected[mask], coarsest(model))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.torch_private import unrounded
@@ -56,13 +56,13 @@ def compare_gradients(
     model = claim.model
     generator = np.random.default_rng([seed, model.n])
     # numpy's numbers: torch draws none inside vmap.
-    v = [torch.from_numpy(generator.standard_normal(x.shape)).to(x) for x in model.leaves]
+    v = [_normal(generator, x) for x in model.leaves]
     given = claim.dots_by(claim.model, v, seed, randomness)
     model, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
     table = found.table
     index = table.isfinite().all(0).nonzero().flatten().tolist()
     if not index:  # losses are all there is to compare
-        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        prove_independent(model, model.batch)
         return None
     alone = Alone(model, found.losses, randomness, seed)
     weights = _weights(table[:, index], generator)
@@ -76,6 +76,7 @@ def compare_gradients(
         with unrounded(found.losses):
             dots, norms = zip(*(_beside(g, u) for g, u in zip(grads, v, strict=True)), strict=True)
         totals, sizes = totals + torch.stack(dots), sizes + torch.stack(norms)
+        del grads  # before those of the next part are there
     size = loss_sizes(found.losses[index])
     noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
     terms = weights * table[:, index]
@@ -88,10 +89,16 @@ def compare_gradients(
     return wrong
 
 
+def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
+    """Random numbers like `x`."""
+    dtype = np.float64 if x.dtype == torch.float64 else np.float32
+    return torch.from_numpy(generator.standard_normal(x.shape, dtype)).to(x)
+
+
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
-    size = torch.linalg.vector_norm(g, dtype=torch.float64)  # squares may be beyond float32
+    size = squared_norms(g[None])[0].sqrt()  # squares may be beyond float32
     return (g @ u.flatten().to(g)).double().cpu(), size.cpu()
 
 

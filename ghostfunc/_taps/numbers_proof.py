@@ -42,21 +42,51 @@ def compare_numbers(
         drawn = np.random.default_rng([seed, turn]).permutation(others)
         rows = [*chosen, *drawn[: max(0, 2 - len(chosen))].tolist()]
     alone = Alone(model, read.losses, randomness, seed)
+    asked = [(reading, _company(alone, reading)) for reading in read.readings]
+    # Whole gradients are as large as the model: only pairs need two of them at a time.
+    together = any(reading.pairs for reading in read.readings)
+    for samples in [chosen] if together else [[i] for i in chosen]:
+        grads = _gradients(alone, rows, samples)
+        if isinstance(grads, CoupledSamplesError):
+            return grads
+        index = torch.tensor(samples, device=read.losses.device)
+        with unrounded(read.losses):
+            for reading, company in asked:
+                if isinstance(company, CoupledSamplesError):
+                    return company
+                wrong = _wrong(alone, reading, grads, company, index)
+                if wrong is not None:
+                    return wrong
+        del grads
+    return None
+
+
+def _gradients(
+    alone: Alone, rows: list[int], samples: list[int]
+) -> list[Tensor] | CoupledSamplesError:
+    """The gradients of some samples, `[s, *shape]` per parameter."""
     found: list[list[Tensor]] = []
-    for i in chosen:
+    for i in samples:
         weights = torch.tensor([float(j == i) for j in rows], dtype=torch.float64)
         one = alone.gradient(rows, weights)
         if isinstance(one, CoupledSamplesError):
             return one
-        found.append(one)
-    index = torch.tensor(chosen, device=read.losses.device)
-    with unrounded(read.losses):
-        grads = [torch.stack(column).detach() for column in zip(*found, strict=True)]
-        for reading in read.readings:
-            wrong = _wrong(alone, reading, grads, index)
-            if wrong is not None:
-                return wrong
-    return None
+        found.append([g.detach() for g in one])
+    if len(found) == 1:
+        return [g[None] for g in found[0]]
+    return [torch.stack(column) for column in zip(*found, strict=True)]
+
+
+def _company(alone: Alone, reading: Reading) -> list[Tensor] | CoupledSamplesError | None:
+    """The sum of the gradients that the reading is beside."""
+    if reading.samples is None:
+        return None
+    rows = list(range(reading.samples, alone.model.n))
+    weights = torch.ones(len(rows), dtype=torch.float64)
+    if isinstance(reading.scale, Tensor):
+        weights = reading.scale[rows].detach().double().cpu()
+    total = alone.gradient(rows, weights)
+    return total if isinstance(total, CoupledSamplesError) else [wide(x) for x in total]
 
 
 def _chosen(read: Read, n: int, few: int, turn: int) -> list[int]:
@@ -69,20 +99,15 @@ def _chosen(read: Read, n: int, few: int, turn: int) -> list[int]:
 
 
 def _wrong(
-    alone: Alone, reading: Reading, grads: Sequence[Tensor], index: Tensor
-) -> CoupledSamplesError | Disproved | None:
+    alone: Alone,
+    reading: Reading,
+    grads: Sequence[Tensor],
+    company: Sequence[Tensor] | None,
+    index: Tensor,
+) -> Disproved | None:
     """What is wrong with one quantity of the samples `index`, whose gradients are
     `[s, *shape]`."""
-    model, company = alone.model, None
-    if reading.samples is not None:
-        rows = list(range(reading.samples, model.n))
-        weights = torch.ones(len(rows), dtype=torch.float64)
-        if isinstance(reading.scale, Tensor):
-            weights = reading.scale[rows].detach().double().cpu()
-        total = alone.gradient(rows, weights)
-        if isinstance(total, CoupledSamplesError):
-            return total
-        company = [wide(x) for x in total]
+    model = alone.model
     tolerance = tolerance_of(model, reading.contract_dtype)
     norms = torch.stack([wide(g).reshape(len(g), g[0].numel()).norm(dim=1) for g in grads]).double()
     reach = tolerance * torch.maximum(norms, FLOOR * norms.max(0).values)

@@ -8,18 +8,17 @@ there is need of it on any rank, all of them are asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from ghostfunc._base.documents import packing_of
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
 from ghostfunc._base.in_step import InStep, OtherRankRetries
 from ghostfunc._base.pieces import held_whole, whole_likes
-from ghostfunc._base.trees import ParamSpec, batch_size
-from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
+from ghostfunc._base.program import Program
+from ghostfunc._base.types import Check, PyTree
 from ghostfunc._taps.proof import gradients_unproved
 from ghostfunc._trace.fitting import TracedModel, known_trace
 from ghostfunc._trace.layout import StaleLayout
@@ -41,8 +40,8 @@ class Went(Protocol):
 
 R = TypeVar("R", bound=Went)
 
-Look = Callable[[ModelFn, Sequence[Tensor]], object]
-"""Traces and proves a function of whole parameters on this rank's batch."""
+Look = Callable[[Program], object]
+"""Traces and proves a program at whole parameters on this rank's batch."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,10 @@ class Together:
     """
 
     ranks: InStep
-    model_fn: ModelFn
-    leaves: list[Tensor]
-    spec: ParamSpec
+    program: Program
     batch: PyTree
     look: Look
     check: Check
-    randomness: Randomness
 
     def run(self, asked: Callable[[TracedModel], R]) -> tuple[TracedModel, R]:
         """What is `asked` of the model with a trace that fits this rank's batch."""
@@ -71,15 +67,7 @@ class Together:
             looked |= self._look(trace is None, "asking whether all ranks have a trace")
             trace = self._known() if trace is None else trace
             assert trace is not None
-            model = TracedModel(
-                self.model_fn,
-                self.leaves,
-                self.spec,
-                self.batch,
-                batch_size(self.batch),
-                trace,
-                packing_of(self.batch),
-            )
+            model = TracedModel.on(self.program, self.batch, trace)
             try:
                 with self.ranks.in_step("running the model", retries=(StaleLayout,)):
                     taken = asked(model)
@@ -99,18 +87,18 @@ class Together:
         )
 
     def _known(self) -> Trace | None:
-        return known_trace(self.model_fn, self.leaves, self.spec, self.batch, self.randomness)
+        return known_trace(self.program, self.batch)
 
     def _look(self, new: bool, place: str) -> bool:
         """Look at the batch where it is new; the whole parameters come from all ranks."""
         if not self.ranks.any(place, new):
             return False
-        whole_fn, wholes = held_whole(self.model_fn, self.leaves, self.spec)
+        whole = held_whole(self.program)
         with self.ranks.apart("looking at a new batch"):
             if new:
-                self.look(whole_fn, wholes)
+                self.look(whole)
         return new
 
     def _likes(self) -> list[Tensor]:
         """The shapes of the whole parameters, of which proofs are."""
-        return list(whole_likes(self.model_fn, self.leaves, self.spec))
+        return list(whole_likes(self.program))

@@ -32,7 +32,8 @@ What a proof does not see:
   that torch hands to Python are part of what is proved.
 - Coupling that is the same in both halves as in the whole.
 - What is no function of a sample's gradient: the shares of single positions (their sum is proved),
-  and second moments for curvature. Numbers that vmap has several of.
+  and the sums over positions whose eigenvectors are the bases of a curvature (its second moments
+  in these bases are proved). Numbers that vmap has several of.
 - Squares with a `contract_dtype`: terms that are rounded may cancel.
 """
 
@@ -105,7 +106,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     if any_symbolic(tensors_of(model.batch)):
         return
     if check == "never":  # by losses alone
-        prove_independent(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        prove_independent(model, model.batch)
         return
     proofs = memory(model.model_fn, Proofs)
     keys = claim.key, (claim.key, claim.asked())
@@ -134,7 +135,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
         if error is not None:
             raise error
     if whole and differ:
-        were_compared(model.model_fn, model.leaves, model.spec, model.batch, randomness)
+        were_compared(model, model.batch)
 
 
 Compare: TypeAlias = Callable[[Claim, int, Randomness], CoupledSamplesError | Disproved | None]

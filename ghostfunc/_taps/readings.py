@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.torch_private import batched_within
 from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ContractDtype
@@ -36,6 +36,7 @@ from ghostfunc._quantities.readers import (
     DeferredGradients,
     DeferredReader,
     DotReader,
+    MomentReader,
     OneRunReader,
     PairReader,
     PositionsReader,
@@ -48,6 +49,9 @@ Define = Callable[[Tensor, Tensor | None], Tensor]
 
 Pick = Callable[[Tensor], Tensor]
 """The run's own numbers of the samples that are asked for, `[s, ...]`."""
+
+Again = Callable[..., Any]
+"""Another run of the same batch, with another `scale`."""
 
 
 class Numbers(NamedTuple):
@@ -146,6 +150,34 @@ def reading_of(
     return Reading(what, degree, numbers, total, pairs, samples, scale, contract_dtype)
 
 
+def reading_of_moments(
+    number: int, readers: Sequence[Any], scale: float | Tensor, n: int, again: Again
+) -> Reading:
+    """Sums over samples of one quantity, each of a function of its gradient: those of a run in
+    which all samples but those that are asked for weigh nothing."""
+    runs: dict[tuple[int, ...], Any] = {}
+
+    def picked(i: int) -> Pick:
+        def pick(index: Tensor) -> Tensor:
+            chosen = tuple(index.tolist())
+            if chosen not in runs:
+                weights = torch.zeros(n, device=index.device)
+                weights[index] = 1.0
+                weights = scale * weights if isinstance(scale, Tensor) else weights
+                runs[chosen] = again(scale=weights).values[number]
+            value: Tensor = runs[chosen][i]
+            return value
+
+        return pick
+
+    numbers = {
+        i: Numbers(_defined(reader), picked(i))
+        for i, reader in enumerate(readers)
+        if isinstance(reader, MomentReader)
+    }
+    return Reading("moments", 2, numbers, scale=scale if isinstance(scale, Tensor) else 1.0)
+
+
 def reading_of_factors(
     bundles_of: Sequence[Sequence[Factor]],
     deferred: Sequence[DeferredGradients | None],
@@ -184,6 +216,8 @@ def _defined(reader: Any) -> Define:
             case DeferredReader(deferred=deferred, m=m):
                 columns = [flat @ deferred.gradient(j).flatten().to(flat) for j in range(m)]
                 return torch.stack(columns, dim=1)
+            case MomentReader():
+                return reader.define(g)
             case ValueReader(quantity=SqNorm()):
                 return flat.square().sum(1)
             case ValueReader(quantity=Gram()):
@@ -220,12 +254,14 @@ def what_was_read(
     scale: float | Tensor,
     leaves: Sequence[Tensor],
     taken: Any,
+    again: Again,
 ) -> Read:
     """All that a run read, to be proved.
 
     Args:
         quantities, summed, scale, leaves: what the run was asked for, as `run` has it.
         taken: its `RunResult`.
+        again: makes another one, with another scale.
     """
     readings: list[Reading | None] = []
     sums = []
@@ -238,6 +274,8 @@ def what_was_read(
     for number, (quantity, readers, values) in enumerate(rows):
         of = reading_of(quantity, readers, values, scale=scale, summed=number in summed)
         readings.append(of)
+        if any(isinstance(x, MomentReader) for x in readers):
+            readings.append(reading_of_moments(number, readers, scale, len(taken.losses), again))
         for i, reader in enumerate(readers):
             if isinstance(reader, TotalReader):
                 own = scale if isinstance(scale, Tensor) else 1.0
@@ -311,26 +349,33 @@ def off_by(
         by = [-1, *[1] * (g.ndim - 1)]
         scale = reading.scale
         if isinstance(scale, Tensor):
-            scale = scale[index].to(g).view(by)
+            scale = scale[index]
+            g = g * scale.to(g).view(by)
+        elif scale != 1.0:
+            g = g * scale
         define = reading.numbers[i].define
-        want = define(g * scale, beside).double()
-        moves = torch.zeros_like(want)
-        if moving:
-            far = reach[i].to(g).view(by)
-            for k in range(DIRECTIONS):
-                moved = define((g + far * _direction(k, g)) * scale, beside)
-                moves += (moved.double() - want).square() / DIRECTIONS
-        return _Compared(want, moves)
+        want = define(g, beside)
+        if not moving:
+            return _Compared(want, None)
+        far = (reach[i] * (scale.abs() if isinstance(scale, Tensor) else abs(scale))).to(g).view(by)
+        moved = [
+            _squares(define(torch.addcmul(g, far, _direction(k, g)), beside), want, reading.pairs)
+            for k in range(DIRECTIONS)
+        ]
+        return _Compared(want, contract.add_up(moved) / DIRECTIONS)
 
     def errors(asked: Iterable[int], *, moving: bool) -> dict[int, float]:
+        found: dict[int, float] = {}
         if reading.total is not None:
             every = [defined(i, moving=moving) for i in reading.numbers]
-            want, moves = (contract.add_up(list(x)) for x in zip(*every, strict=True))
-            pairs = [(-1, _Compared(want, moves), reading.total)]
+            want = contract.add_up([x.want.double() for x in every])
+            moves = [x.moves for x in every if x.moves is not None]
+            whole = _Compared(want, contract.add_up(moves) if moves else None)
+            found[-1] = _error(whole, reading.total(index), tolerance * reading.degree, reading)
         else:
-            pairs = [(i, defined(i, moving=moving), reading.numbers[i].pick) for i in asked]
-        allowed = tolerance * reading.degree
-        found = {i: _error(x, pick(index), allowed, pairs=reading.pairs) for i, x, pick in pairs}
+            for i in asked:  # one after the other: a number may be as large as its parameter
+                compared, got = defined(i, moving=moving), reading.numbers[i].pick(index)
+                found[i] = _error(compared, got, tolerance * reading.degree, reading)
         return {i: error for i, error in found.items() if error > 0}
 
     # Most numbers are right to their own scale: only the others may have cancelled.
@@ -339,24 +384,28 @@ def off_by(
 
 
 class _Compared(NamedTuple):
-    """Numbers by definition, and the squares of how far they moved."""
+    """Numbers by definition, and the squares of how far they moved, by sample or by pair; None
+    where nobody looked."""
 
     want: Tensor
-    moves: Tensor
+    moves: Tensor | None
 
 
-def _error(compared: _Compared, got: Tensor, tolerance: float, *, pairs: bool) -> float:
+def _squares(x: Tensor, y: Tensor, pairs: bool) -> Tensor:
+    """`(x - y)^2` of every pair, or added up for every sample."""
+    return (x.double() - y.double()).square() if pairs else squared_norms(x, y)
+
+
+def _error(compared: _Compared, got: Tensor, tolerance: float, reading: Reading) -> float:
     """The worst relative error of a sample's numbers, or of a pair's; 0 where all are right."""
     want, moves = compared
-    got = got.double()
     if got.shape != want.shape:
         return float("inf")
-    squares = [x.square() for x in (got - want, want)] + [moves]
-    if not pairs:
-        squares = [x.reshape(len(want), want[0].numel()).sum(1) for x in squares]
-    error, size, moved = (x.sqrt() for x in squares)
+    error = _squares(got, want, reading.pairs).sqrt()
+    size = want.double().abs() if reading.pairs else squared_norms(want).sqrt()
+    limit = tolerance * size + (0 if moves is None else MARGIN * moves.sqrt())
     # What over- or underflowed shows that it did: it is run again, or is infinite.
-    bad = (error > tolerance * size + MARGIN * moved) & error.isfinite()
+    bad = (error > limit) & error.isfinite()
     return float((error / size.clamp_min(1e-300))[bad].max()) if bool(bad.any()) else 0.0
 
 
@@ -370,5 +419,5 @@ def _direction(k: int, g: Tensor) -> Tensor:
     signs = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).sign().to(g.dtype)
     signs = signs.repeat(-(-g.numel() // PERIOD))[: g.numel()].view_as(flat)
     alike = flat.norm(dim=1, keepdim=True) / flat.shape[1] ** 0.5
-    r = (flat + alike).mul(signs)
-    return (r / r.norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(g)
+    r = (flat + alike).mul_(signs)
+    return r.div_(r.norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(g)

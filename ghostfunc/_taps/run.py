@@ -15,6 +15,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.pieces import in_step, whole_likes
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (
     address,
@@ -27,7 +28,7 @@ from ghostfunc._base.torch_private import (
     wrapped,
 )
 from ghostfunc._base.trees import ParamSpec, tensors_of
-from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
+from ghostfunc._base.types import Check, PyTree
 from ghostfunc._factors import contract
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
@@ -76,9 +77,7 @@ class RunResult:
 
 
 def run(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     batch: PyTree,
     quantities: Sequence[Quantity],
     *,
@@ -90,7 +89,6 @@ def run(
     check: Check = "new",
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
-    randomness: Randomness = "error",
     ready: Ready | None = None,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
@@ -115,16 +113,16 @@ def run(
         finite=own,
         ready=ready,
     )
-    read = partial(what_was_read, quantities, summed, scale, leaves)
+    read = partial(what_was_read, quantities, summed, scale, program.leaves)
     options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
 
-    ranks = in_step(model_fn)
+    ranks = in_step(program.model_fn)
     if ranks is not None:
 
-        def look(fn: ModelFn, wholes: Sequence[Tensor]) -> RunResult:
-            return run(fn, wholes, spec, batch, [], check=check, randomness=randomness)
+        def look(whole: Program) -> RunResult:
+            return run(whole, batch, [], check=check)
 
-        together = Together(ranks, model_fn, plain(leaves), spec, batch, look, check, randomness)
+        together = Together(ranks, plain(program), batch, look, check)
         return together.run(partial(_of_all, asked, own))[1]
 
     def use(model: TracedModel) -> RunResult:
@@ -135,15 +133,15 @@ def run(
             taken.way,
             taken.losses,
             dots,
-            lambda again: read(asked(model) if again else taken),
+            lambda again: read(asked(model) if again else taken, partial(asked, model)),
             lambda: (kind_of(taken.readers), *options, followed),
         )
-        prove(claim, check, randomness)
+        prove(claim, check, program.randomness)
         return taken
 
-    model, taken = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    model, taken = with_trace(use, program, batch)
     if finite is None:
-        _doubt(own, quantities, leaves, spec, taken.values)
+        _doubt(own, quantities, program.leaves, program.spec, taken.values)
         own.look()
     if any_symbolic(tensors_of(batch)):
         refuse_unproved(model)
@@ -215,7 +213,7 @@ def _run(
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
-    wholes = whole_likes(model.model_fn, leaves, spec)
+    wholes = whole_likes(model)
     readers = [q.readers(leaves if q.of_directions else wholes, spec) for q in quantities]
     keys, met = _use_by_use(quantities, readers, model.trace)
     kept = {*collect, *(i for _, i in met)}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from ghostfunc._base.compilable import known
 from ghostfunc._base.documents import packing_of
+from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory, shapes_key
-from ghostfunc._base.trees import ParamSpec, take, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import take, tensors_of
+from ghostfunc._base.types import PyTree
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
@@ -42,21 +42,13 @@ class Looked:
     exact: Recent[Hashable, list[UseOutput]] = field(default_factory=lambda: Recent(LOOKS))
 
 
-def use_shapes(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    *,
-    randomness: Randomness,
-    exact: bool,
-) -> list[list[UseShape]]:
+def use_shapes(program: Program, batch: PyTree, *, exact: bool) -> list[list[UseShape]]:
     """The uses of every parameter in a run on `batch`.
 
     Not `exact`, the positions may be those of a batch of another length, scaled to this one.
     """
     exact = exact or _open(batch)
-    typical = memory(model_fn, Looked).typical
+    typical = memory(program.model_fn, Looked).typical
     lengths = sum(x[0].numel() for x in tensors_of(batch))
 
     def look(model: TracedModel) -> tuple[list[UseOutput], float]:
@@ -66,8 +58,8 @@ def use_shapes(
         seen_lengths, seen = typical.made(key, lambda: (lengths, _outputs(model)))
         return seen, lengths / seen_lengths
 
-    model, (outputs, ratio) = with_trace(look, model_fn, leaves, spec, batch, randomness)
-    out: list[list[UseShape]] = [[] for _ in leaves]
+    model, (outputs, ratio) = with_trace(look, program, batch)
+    out: list[list[UseShape]] = [[] for _ in program.leaves]
     for output in outputs:
         for i, kind, shape, positions, direct in output.targets:
             scaled = known(positions) if ratio == 1 else max(1, round(positions * ratio))

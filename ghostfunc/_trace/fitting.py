@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
-
-from torch import Tensor
 
 from ghostfunc._base.documents import Packing, packing_of
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import not_captured, prove_independent
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import any_symbolic, wrapped
-from ghostfunc._base.trees import ParamSpec, batch_size, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, tensors_of
+from ghostfunc._base.types import PyTree
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.make import pairs_to_trace, trace_model
 from ghostfunc._trace.trace import Trace
@@ -44,23 +43,24 @@ class Traces:
     fitting: Recent[Hashable, Trace] = field(default_factory=lambda: Recent(SHAPES))
 
 
-@dataclass(frozen=True)
-class TracedModel:
-    """A model function with its trace, ready to be run on one batch.
-
-    Made by `with_trace`.
+@dataclass(frozen=True, eq=False)
+class TracedModel(Program):
+    """A program with its trace, ready to be run on one batch. Made by `with_trace`.
 
     Attributes:
         packing: how the samples share rows, if they are documents.
     """
 
-    model_fn: ModelFn
-    leaves: list[Tensor]
-    spec: ParamSpec
     batch: PyTree
     n: int
     trace: Trace
-    packing: Packing | None = None
+    packing: Packing | None
+
+    @staticmethod
+    def on(program: Program, batch: PyTree, trace: Trace) -> TracedModel:
+        """The program, which followed `trace` on a batch like this one."""
+        own = program.model_fn, program.leaves, program.spec, program.randomness
+        return TracedModel(*own, batch, batch_size(batch), trace, packing_of(batch))
 
     @property
     def rows(self) -> int:
@@ -74,24 +74,18 @@ class TracedModel:
 
 
 def with_trace(
-    use: Callable[[TracedModel], T],
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
+    use: Callable[[TracedModel], T], program: Program, batch: PyTree
 ) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
-    leaves = plain(leaves)
-    n, packing = batch_size(batch), packing_of(batch)
-    remembered = memory(model_fn, Traces)
-    own = structure(model_fn, spec, leaves, batch, randomness)
+    program = plain(program)
+    remembered = memory(program.model_fn, Traces)
+    own = structure(program, batch)
     traces = remembered.traces.made(own, list)
     fitting, shapes = remembered.fitting, (own, shapes_key(batch))
     first = fitting.get(shapes)
     unproved = ""
     for trace in [*([first] if first in traces else []), *(x for x in traces if x is not first)]:
-        model = TracedModel(model_fn, leaves, spec, batch, n, trace, packing)
+        model = TracedModel.on(program, batch, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -102,11 +96,11 @@ def with_trace(
     if any_symbolic(tensors_of(batch)):
         raise not_captured()
     observed = ""
-    for number, pair in enumerate(pairs_to_trace(model_fn, leaves, spec, batch)):
+    for number, pair in enumerate(pairs_to_trace(program, batch)):
         if unproved and number == DISPROVED_PAIRS:
             break
-        trace = trace_model(model_fn, leaves, spec, batch, randomness, pair)
-        model = TracedModel(model_fn, leaves, spec, batch, n, trace, packing)
+        trace = trace_model(program, batch, pair)
+        model = TracedModel.on(program, batch, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -115,7 +109,7 @@ def with_trace(
             continue
         _remember(traces, fitting, trace, shapes)
         return model, result
-    prove_independent(model_fn, leaves, spec, batch, randomness)
+    prove_independent(program, batch)
     if unproved:
         raise not_proved(unproved)
     raise ControlFlowError(
@@ -148,32 +142,21 @@ def not_proved(observed: str) -> SampleAxisError:
     )
 
 
-def trace_of(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    *,
-    randomness: Randomness,
-) -> Trace:
+def trace_of(program: Program, batch: PyTree) -> Trace:
     """A trace of the model, made now if there is none."""
-    return with_trace(lambda model: model.trace, model_fn, leaves, spec, batch, randomness)[1]
+    return with_trace(lambda model: model.trace, program, batch)[1]
 
 
-def known_trace(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-) -> Trace | None:
+def known_trace(program: Program, batch: PyTree) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
-    remembered = memory(model_fn, Traces)
-    own = structure(model_fn, spec, leaves, batch, randomness)
+    remembered = memory(program.model_fn, Traces)
+    own = structure(program, batch)
     found = remembered.fitting.get((own, shapes_key(batch)))
     return found if found in (remembered.traces.get(own) or ()) else None
 
 
-def plain(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Parameters without the caller's autograd history, but inside the caller's transforms."""
-    return [x.detach() if x.requires_grad and not wrapped(x) else x for x in leaves]
+def plain(program: Program) -> Program:
+    """The program at its parameters without the caller's autograd history, but inside the caller's
+    transforms."""
+    leaves = [x.detach() if x.requires_grad and not wrapped(x) else x for x in program.leaves]
+    return replace(program, leaves=leaves)

@@ -32,10 +32,11 @@ from ghostfunc._base.errors import (
     InPlaceError,
     SampleAxisError,
 )
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.trees import ParamSpec, batch_size, take
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, take
+from ghostfunc._base.types import PyTree, Randomness
 from ghostfunc._trace.probe import probe_uses
 from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
@@ -46,9 +47,7 @@ PAIRS_TRIED = 32
 """Samples among which one is looked for that goes the way of the batch."""
 
 
-def pairs_to_trace(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree
-) -> Iterator[tuple[int, int]]:
+def pairs_to_trace(program: Program, batch: PyTree) -> Iterator[tuple[int, int]]:
     """Samples that may stand for the batch: the first two, and if those go another way through the
     program (none of them is padded, say), pairs that call the same ops. Two even of one: code may
     treat a batch of one in its own way."""
@@ -58,7 +57,7 @@ def pairs_to_trace(
     def way(data: PyTree) -> list[Callable[..., Any]]:
         log = ShapeLog()
         with log, torch.enable_grad():
-            model_fn(spec.unflatten(lend(leaves)), data)
+            program.losses(lend(program.leaves), data)
         return [func for func, _, _ in log.calls]
 
     whole = way(batch)
@@ -68,14 +67,7 @@ def pairs_to_trace(
 
 
 @torch.enable_grad()
-def trace_model(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-    pair: tuple[int, int],
-) -> Trace:
+def trace_model(program: Program, batch: PyTree, pair: tuple[int, int]) -> Trace:
     """Trace `model_fn` on two samples of the batch.
 
     Documents are traced in rows of their own, where a row is a sample: what is found of rows holds
@@ -87,39 +79,32 @@ def trace_model(
     """
     log = ShapeLog()
     packed = packing_of(batch) is not None  # the pair that is compared shares rows
-    seen = prove_independent(model_fn, leaves, spec, batch, randomness, log=None if packed else log)
+    seen = prove_independent(program, batch, log=None if packed else log)
     plain = None if packed or seen is None or (0, seen[0]) != pair else seen[1]
     try:
         if plain is None:
             log, small = ShapeLog(), apart(take(batch, list(pair)))
-            params = spec.unflatten(lend(leaves))
+            params = program.spec.unflatten(lend(program.leaves))
             with log:
-                plain = model_fn(params, small)
+                plain = program.model_fn(params, small)
             plain = check_losses(plain, len(pair)).detach()
-        return _traced(model_fn, leaves, spec, batch, randomness, pair, log, plain)
+        return _traced(program, batch, pair, log, plain)
     except GhostError:
-        prove_independent(model_fn, leaves, spec, batch, randomness)
+        prove_independent(program, batch)
         raise
 
 
 def _traced(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    randomness: Randomness,
-    pair: tuple[int, int],
-    log: ShapeLog,
-    plain: Tensor,
+    program: Program, batch: PyTree, pair: tuple[int, int], log: ShapeLog, plain: Tensor
 ) -> Trace:
     """The trace, given the calls and the losses of a run on the pair."""
     k, grown = len(pair), apart(take(batch, [*pair, pair[0]]))
-    tracked = constants(leaves, spec)
+    tracked = constants(program.leaves, program.spec)
     recorder = Recorder(tracked, log, k, k + 1, grown)
     with recorder:
-        losses = model_fn(spec.unflatten([t.shown for t in tracked]), grown)
+        losses = program.losses([t.shown for t in tracked], grown)
     losses = check_losses(losses, k + 1).detach()  # its graph need not outlive it
-    if randomness == "error" and not close(losses[:k], plain):
+    if program.randomness == "error" and not close(losses[:k], plain):
         raise InPlaceError(
             f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
             "one: model_fn writes in place to tensors that are views of others, or depends on "
@@ -127,12 +112,12 @@ def _traced(
         )
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
-    cotangents = probe_uses(model_fn, leaves, spec, grown, recorder.seen, uses)
+    cotangents = probe_uses(program, grown, recorder.seen, uses)
     calls = iter(
-        _settle_layout(s, b, k + 1, randomness)
+        _settle_layout(s, b, k + 1, program.randomness)
         for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
     )
-    counts = [0] * len(leaves)
+    counts = [0] * len(program.leaves)
     for use in uses:
         for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
             counts[leaf] += 1

@@ -11,11 +11,12 @@ from torch.utils.checkpoint import CheckpointError
 
 from ghostfunc._base.definition import unwrapped_memory
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, TransformError, UntrackedUseError
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import lend, refuse_checkpoints
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import HigherOrderOperator, in_transform
-from ghostfunc._base.trees import ParamSpec, tensors_of
-from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.trees import tensors_of
+from ghostfunc._base.types import PyTree
 from ghostfunc._trace.record import RecordedCall
 from ghostfunc._trace.tracked import CallArgs, Tracked, constants
 from ghostfunc._trace.watch import TrackingMode, gradients
@@ -88,37 +89,32 @@ class Prober(TrackingMode):
 
 
 def probe_uses(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    grown: PyTree,
-    seen: Sequence[RecordedCall],
-    uses: Sequence[RecordedCall],
+    program: Program, grown: PyTree, seen: Sequence[RecordedCall], uses: Sequence[RecordedCall]
 ) -> list[list[Tensor]]:
     """Where every use's output has a cotangent, for every sample's loss in turn: booleans like the
     output, of which several are kept while the model's graph is."""
     taps = [_zero(s.y) for s in uses]
 
     def run(taps: list[Tensor], primals: list[Tensor]) -> Tensor:
-        tracked = constants(leaves, spec)
+        tracked = constants(program.leaves, program.spec)
         for leaf, primal in zip(tracked, primals, strict=True):
             leaf.grad = leaf.shown = primal
         with Prober(tracked, seen, taps):
-            return model_fn(spec.unflatten(primals), grown)
+            return program.losses(primals, grown)
 
     if in_transform():
         with unwrapped_memory():
-            losses, pullback = torch.func.vjp(run, taps, lend(leaves))[:2]
+            losses, pullback = torch.func.vjp(run, taps, lend(program.leaves))[:2]
         marks = []
         for c in _each(losses):
             cotangents, unseen = pullback(c, create_graph=False)
-            for name, g in zip(spec.names, unseen, strict=True):
+            for name, g in zip(program.spec.names, unseen, strict=True):
                 if bool((g != 0).any()):
                     raise unseen_use([name])
             marks.append([_marked(g) for g in cotangents])
         return marks
     # Plain autograd also runs functions that transforms do not.
-    inputs = [x.detach().requires_grad_() for x in (*taps, *leaves)]
+    inputs = [x.detach().requires_grad_() for x in (*taps, *program.leaves)]
     losses = run(inputs[: len(taps)], inputs[len(taps) :])
     refuse_checkpoints(losses)
     marks = []
@@ -132,7 +128,7 @@ def probe_uses(
                 'mode="materialized" with vectorize=False.'
             ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
-        for name, g in zip(spec.names, flat[len(taps) :], strict=True):
+        for name, g in zip(program.spec.names, flat[len(taps) :], strict=True):
             if g is not None:
                 raise unseen_use([name])
         marks.append(

@@ -24,9 +24,10 @@ from ghostfunc._base.options import (
     one_of,
 )
 from ghostfunc._base.pieces import chunks_of_all, of_all_ranks, on_any_rank, refuse_pieces, together
+from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, flatten_params
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._transforms.factored import check_weight_shape, check_weights, collect
@@ -151,27 +152,25 @@ def ghost_clipped_grad(
     check_flags(per_layer=per_layer, normalize=normalize, check_finite=check_finite)
     check_vectorize(vectorize)
     _check_mode(mode, model_fn, check_finite)
-    leaves, spec = flatten_params(params)
-    bounds = _bounds(max_norm, spec, per_layer=per_layer, normalize=normalize)
+    program = Program.of(model_fn, params, randomness)
+    bounds = _bounds(max_norm, program.spec, per_layer=per_layer, normalize=normalize)
     if weights is not None:
         check_weight_shape(weights, batch_size(batch))
     clipped_of = partial(
         _clipped,
-        model_fn,
-        leaves,
-        spec,
+        program,
         bounds=bounds,
         per_layer=per_layer,
         normalize=normalize,
         mode=mode,
         vectorize=vectorize,
         check=check,
-        randomness=randomness,
         check_finite=check_finite,
     )
     least = chunks_of_all(model_fn, batch, chunk_size)
     sums, norms = _over_chunks(clipped_of, batch, weights, chunk_size, least)
-    return ClippedGrad(spec.unflatten(sums), spec.unflatten(norms) if per_layer else norms[0])
+    unflatten = program.spec.unflatten
+    return ClippedGrad(unflatten(sums), unflatten(norms) if per_layer else norms[0])
 
 
 def _check_mode(mode: Mode, model_fn: ModelFn, check_finite: bool) -> None:
@@ -208,9 +207,7 @@ def _over_chunks(
 
 
 def _clipped(
-    model_fn: ModelFn,
-    leaves: list[Tensor],
-    spec: ParamSpec,
+    program: Program,
     batch: PyTree,
     bounds: list[float],
     weights: Tensor | None,
@@ -220,23 +217,12 @@ def _clipped(
     mode: Mode,
     vectorize: bool | None,
     check: Check,
-    randomness: Randomness,
     check_finite: bool,
 ) -> ClippedGrad:
     """The clipped sum of one chunk."""
     n = batch_size(batch)
     finite = FiniteLosses(check_finite)
-    book = collect(
-        model_fn,
-        leaves,
-        spec,
-        batch,
-        mode=mode,
-        vectorize=vectorize,
-        check=check,
-        finite=finite,
-        randomness=randomness,
-    )
+    book = collect(program, batch, mode=mode, vectorize=vectorize, check=check, finite=finite)
 
     def clipped(rows: Tensor, *, finite: bool) -> ClippedGrad:
         joint = extreme_norms.joint(rows)
@@ -249,10 +235,10 @@ def _clipped(
         factors = torch.where(rows.isfinite().all(0) & joint.isfinite(), factors, 0)
         if weights is not None:
             factors = factors * weights.to(factors)
-        grads = book.param_sums(list(factors.expand(len(leaves), n)), finite=finite)
-        return ClippedGrad(grads, spec.unflatten(list(rows)) if per_layer else joint)
+        grads = book.param_sums(list(factors.expand(len(program.leaves), n)), finite=finite)
+        return ClippedGrad(grads, program.spec.unflatten(list(rows)) if per_layer else joint)
 
-    with together(model_fn, f"clipping to {bounds}, normalize={normalize}"):
+    with together(program.model_fn, f"clipping to {bounds}, normalize={normalize}"):
         squares = book.squares()
         if not symbolic(squares) and not in_transform():
             # As if all were finite, which one look tells when everything is queued.
@@ -261,7 +247,7 @@ def _clipped(
             if weights is not None:
                 unlikely = unlikely | ~weights.isfinite()
             again = check_finite and finite.look(unlikely)
-            if not on_any_rank(model_fn, "asking whether all is finite", flag=again):
+            if not on_any_rank(program.model_fn, "asking whether all is finite", flag=again):
                 return taken
         if weights is not None:
             check_weights(weights, n)

@@ -232,7 +232,7 @@ def ghost_value_and_grad(
     )
     asked = make() if group is None else asked_of_all(group, "ghost_value_and_grad", make)
     losses, grads, scores = asked.step()
-    return GhostStep(losses, asked.spec.unflatten(grads), scores)
+    return GhostStep(losses, asked.program.spec.unflatten(grads), scores)
 
 
 @compilable()

@@ -10,8 +10,9 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_flags, check_model_fn, one_of
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import preformatted
-from ghostfunc._base.trees import batch_size, flatten_params
+from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import cost
 from ghostfunc._factors.cost import UseShape
@@ -166,21 +167,23 @@ def explain(
         raise OptionError(f"quantity={quantity!r} is about one batch; drop val.")
     check_model_fn(model_fn)
     check_flags(grads=grads)
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
     n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
-    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=True)
-    theirs: list[list[UseShape]] = [[] for _ in leaves]
+    ours = use_shapes(program, train, exact=True)
+    theirs: list[list[UseShape]] = [[] for _ in program.leaves]
     if val is not None:
-        theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
+        theirs = use_shapes(program, val, exact=True)
     rows = []
-    for name, leaf, mine, others in zip(spec.names, leaves, ours, theirs, strict=True):
+    for name, leaf, mine, others in zip(
+        program.spec.names, program.leaves, ours, theirs, strict=True
+    ):
         uses = _ParamUses(mine, others, leaf.numel(), n, m, grads, speed(leaf))
         way, ops, formed = _PLANS[quantity](uses) if mine else ("unused", 0, 0)
         rows.append(PlanRow(name, tuple(leaf.shape), str(uses), way, ops, formed))
-    size = sum(x.numel() * wide(x.new_zeros(())).element_size() for x in leaves)
+    size = sum(x.numel() * wide(x.new_zeros(())).element_size() for x in program.leaves)
     apart = None
     if quantity == "dot_prod":
-        apart = reason_for_two_runs(model_fn, leaves, spec, train, val)
+        apart = reason_for_two_runs(program, train, val)
     return Plan(quantity, n, m, tuple(rows), (n + m) * size, apart)
 
 

@@ -30,11 +30,12 @@ from ghostfunc._base.pieces import (
     together,
     whole_likes,
 )
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
@@ -81,14 +82,12 @@ def factored_grads(
     one_of("randomness", randomness, ("error", "different"))
     check_model_fn(model_fn)
     one_of("check", check, CHECKS)
-    leaves, spec = flatten_params(params)
-    return collect(model_fn, leaves, spec, batch, outlives=True, check=check, randomness=randomness)
+    program = Program.of(model_fn, params, randomness)
+    return collect(program, batch, outlives=True, check=check)
 
 
 def collect(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     batch: PyTree,
     *,
     mode: Mode = "ghost",
@@ -96,33 +95,23 @@ def collect(
     outlives: bool = False,
     check: Check = "new",
     finite: FiniteLosses | None = None,
-    randomness: Randomness = "error",
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
     if mode == "materialized":
-        prove_independent(model_fn, leaves, spec, batch, randomness)
+        prove_independent(program, batch)
         with torch.no_grad():
-            losses = check_losses(model_fn(spec.unflatten(list(leaves)), batch), batch_size(batch))
-        grads = definition.materialize(
-            model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
-        )
-        return FactoredGrads(losses, tuple((Dense(g),) for g in grads), tuple(leaves), spec)
+            losses = check_losses(program.losses(list(program.leaves), batch), batch_size(batch))
+        grads = definition.materialize(program, batch, vectorize=vectorize)
+        bundles = tuple((Dense(g),) for g in grads)
+        return FactoredGrads(losses, bundles, tuple(program.leaves), program.spec)
+    everything = range(len(program.leaves))
     taken = run(
-        model_fn,
-        leaves,
-        spec,
-        batch,
-        [],
-        collect=range(len(leaves)),
-        outlives=outlives,
-        check=check,
-        finite=finite,
-        randomness=randomness,
+        program, batch, [], collect=everything, outlives=outlives, check=check, finite=finite
     )
-    if check == "never" or in_step(model_fn) is not None:  # ranks would ask for other passes
-        return FactoredGrads.of(taken, leaves, spec, model_fn)
-    proof = KeptProof(memory(model_fn, Proofs), check == "always")
-    return FactoredGrads.of(taken, leaves, spec, model_fn, proof)
+    if check == "never" or in_step(program.model_fn) is not None:  # ranks would ask for passes
+        return FactoredGrads.of(taken, program)
+    proof = KeptProof(memory(program.model_fn, Proofs), check == "always")
+    return FactoredGrads.of(taken, program, proof)
 
 
 @dataclass(frozen=True)
@@ -156,22 +145,18 @@ class FactoredGrads:
     @staticmethod
     def of(
         taken: RunResult,
-        leaves: Sequence[Tensor],
-        spec: ParamSpec,
-        model_fn: ModelFn | None = None,
+        program: Program,
         proof: KeptProof | None = None,
     ) -> FactoredGrads:
-        """From a run that collected the factors of all parameters. A `model_fn` of a sharded
-        module says how sums of gradients are cut."""
+        """From a run that collected the factors of all parameters."""
         n = len(taken.losses)
-        wholes = leaves if model_fn is None else whole_likes(model_fn, leaves, spec)
         bundles = tuple(
             tuple(bundle) or (Dense(x.new_zeros(()).expand(n, *x.shape)),)  # unused
-            for bundle, x in zip(taken.factors, wholes, strict=True)
+            for bundle, x in zip(taken.factors, whole_likes(program), strict=True)
         )
-        cut = model_fn is not None and in_step(model_fn) is not None
-        whose = model_fn if cut else None
-        return FactoredGrads(taken.losses, bundles, tuple(leaves), spec, whose, _proof=proof)
+        cut = None if in_step(program.model_fn) is None else program.model_fn
+        leaves = tuple(program.leaves)
+        return FactoredGrads(taken.losses, bundles, leaves, program.spec, cut, _proof=proof)
 
     def norms(self, *, per_param: bool = False) -> PyTree:
         """`||g_i||`, `[n]`; for `per_param` a pytree like `params` of those.

@@ -9,8 +9,9 @@ from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.options import CHECKS, check_vectorize, one_of
 from ghostfunc._base.pieces import of_all_ranks, refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
-from ghostfunc._base.trees import batch_size, flatten_params
+from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
@@ -67,17 +68,9 @@ def direction(
         )[0]
     one_of("reduction", reduction, ("mean", "sum"))
     one_of("randomness", randomness, ("error", "different"))
-    leaves, spec = flatten_params(params)
-    u = dense_direction(
-        model_fn,
-        leaves,
-        spec,
-        val,
-        mean=reduction == "mean",
-        chunk_size=chunk_size,
-        randomness=randomness,
-    )
-    return spec.unflatten(u)
+    program = Program.of(model_fn, params, randomness)
+    u = dense_direction(program, val, mean=reduction == "mean", chunk_size=chunk_size)
+    return program.spec.unflatten(u)
 
 
 @compilable()
@@ -114,17 +107,11 @@ def per_sample_grads(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_vectorize(vectorize)
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
     batch_size(batch)
     if mode == "ghost":
-        taken = run(
-            model_fn, leaves, spec, batch, [SampleGrad()], check=check, randomness=randomness
-        )
-        return spec.unflatten(taken.values[0])
+        taken = run(program, batch, [SampleGrad()], check=check)
+        return program.spec.unflatten(taken.values[0])
     refuse_pieces(model_fn, f"mode={mode!r}")
-    prove_independent(model_fn, leaves, spec, batch, randomness)
-    return spec.unflatten(
-        definition.materialize(
-            model_fn, leaves, spec, batch, vectorize=vectorize, randomness=randomness
-        )
-    )
+    prove_independent(program, batch)
+    return program.spec.unflatten(definition.materialize(program, batch, vectorize=vectorize))

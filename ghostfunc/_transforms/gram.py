@@ -19,7 +19,7 @@ from ghostfunc._base.options import (
     one_of,
 )
 from ghostfunc._base.pieces import of_all_ranks, refuse_pieces
-from ghostfunc._base.trees import ParamSpec, flatten_params
+from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
@@ -83,10 +83,10 @@ def ghost_gram(
     check_vectorize(vectorize)
     if mode != "ghost" or chunk_size is not None:
         refuse_pieces(model_fn, f"ghost_gram with mode={mode!r} and chunk_size={chunk_size}")
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
     lengths: list[list[Tensor]] = []
     if mode == "ghost":
-        model = _Gradients(model_fn, leaves, spec, randomness, per_param, check)
+        model = _Gradients(program, per_param, check)
         mine = [chunk for _, chunk in batches.chunks(batch, chunk_size)]
         if other is None:
             grams = model.within(mine)
@@ -98,16 +98,7 @@ def ghost_gram(
         lengths = [list(map(extreme_norms.root, side)) for side in squares]
     else:
         book, *others = (
-            collect(
-                model_fn,
-                leaves,
-                spec,
-                b,
-                mode=mode,
-                vectorize=vectorize,
-                check=check,
-                randomness=randomness,
-            )
+            collect(program, b, mode=mode, vectorize=vectorize, check=check)
             for b in ([batch] if other is None else [batch, other])
         )
         grams = book.param_grams(*others)
@@ -117,7 +108,7 @@ def ghost_gram(
             lengths = [list(b.param_norms()) if per_param else [b.norms()] for b in books]
     if normalize:
         grams = list(map(extreme_norms.cosine, grams, lengths[0], lengths[-1]))
-    return spec.unflatten(grams) if per_param else grams[0]
+    return program.spec.unflatten(grams) if per_param else grams[0]
 
 
 def _check_options(
@@ -148,10 +139,7 @@ class _Gradients:
         per_param: one matrix for every parameter instead of one in all.
     """
 
-    model_fn: ModelFn
-    leaves: Sequence[Tensor]
-    spec: ParamSpec
-    randomness: Randomness
+    program: Program
     per_param: bool
     check: Check
 
@@ -184,14 +172,7 @@ class _Gradients:
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def _factors(self, chunk: PyTree) -> FactoredGrads:
-        return collect(
-            self.model_fn,
-            self.leaves,
-            self.spec,
-            chunk,
-            check=self.check,
-            randomness=self.randomness,
-        )
+        return collect(self.program, chunk, check=self.check)
 
     def _beside(self, kept: FactoredGrads, chunk: PyTree) -> list[Tensor]:
         """`<g_i, g_j>`, i in `chunk` and j in `kept`."""
@@ -199,15 +180,7 @@ class _Gradients:
         return self._read(chunk, Prepared(readers, degree=1))
 
     def _read(self, chunk: PyTree, quantity: Quantity) -> list[Tensor]:
-        result = run(
-            self.model_fn,
-            self.leaves,
-            self.spec,
-            chunk,
-            [quantity],
-            check=self.check,
-            randomness=self.randomness,
-        )
+        result = run(self.program, chunk, [quantity], check=self.check)
         return self._summed(result.values[0])
 
     def _summed(self, values: list[Tensor]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
 from ghostfunc._base.options import CHECKS, check_contract_dtype, check_number, check_whole, one_of
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
@@ -91,19 +92,16 @@ def ghost_health(
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype)
     refuse_pieces(model_fn, "gf.ghost_health, whose noise is that of all ranks' samples,")
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
     taken = run(
-        model_fn,
-        leaves,
-        spec,
+        program,
         batch,
         [Spread().contracting(contract_dtype)],
-        grads=range(len(leaves)),
+        grads=range(len(program.leaves)),
         scale=1 / batch_size(batch),
         check=check,
-        randomness=randomness,
     )
-    grads, table = spec.unflatten(taken.grads), spec.unflatten(taken.values[0])
+    grads, table = map(program.spec.unflatten, (taken.grads, taken.values[0]))
     return HealthStep(taken.losses, grads, table)
 
 

@@ -16,7 +16,7 @@ from ghostfunc._base.options import (
     one_of,
 )
 from ghostfunc._base.pieces import chunks_of_all, of_all_ranks, refuse_pieces
-from ghostfunc._base.trees import flatten_params
+from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
 from ghostfunc._quantities.quantity import SqNorm
@@ -95,36 +95,18 @@ def ghost_norm(
         raise OptionError(f'check_finite=False needs mode="ghost"; got mode={mode!r}.')
     if mode != "ghost":
         refuse_pieces(model_fn, f"mode={mode!r}")
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
     squares = SqNorm().contracting(contract_dtype)
 
     def of_chunk(chunk: PyTree) -> list[Tensor]:
         if mode == "ghost":
             finite = FiniteLosses(check_finite)
-            result = run(
-                model_fn,
-                leaves,
-                spec,
-                chunk,
-                [squares],
-                check=check,
-                finite=finite,
-                randomness=randomness,
-            )
+            result = run(program, chunk, [squares], check=check, finite=finite)
             rows = result.values[0]
-            return [sample_norms(model_fn, leaves, spec, chunk, rows, randomness, finite)]
-        book = collect(
-            model_fn,
-            leaves,
-            spec,
-            chunk,
-            mode=mode,
-            vectorize=vectorize,
-            check=check,
-            randomness=randomness,
-        )
+            return [sample_norms(program, chunk, rows, finite)]
+        book = collect(program, chunk, mode=mode, vectorize=vectorize, check=check)
         return [book.param_norms()]
 
     least = chunks_of_all(model_fn, batch, chunk_size)
     (rows,) = batches.joined(batches.each(of_chunk, batch, chunk_size, least=least), axis=1)
-    return spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)
+    return program.spec.unflatten(list(rows)) if per_param else extreme_norms.joint(rows)

@@ -11,6 +11,7 @@ from ghostfunc._base.definition import vmap_runs
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.options import check_flags, check_model_fn, check_not_negative, check_vectorize
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ContractDtype, Mode, ModelFn, PyTree, Randomness
@@ -142,7 +143,8 @@ def verify(
     if tolerance is not None:
         check_not_negative("tolerance", tolerance)
     refuse_pieces(model_fn, "gf.verify")
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params)
+    leaves, spec = program.leaves, program.spec
 
     def scores(
         mode: Mode, contract_dtype: ContractDtype, vectorize: bool | None = None
@@ -164,9 +166,7 @@ def verify(
     # Ghost mode goes first: it proves that the model is one that has per-sample gradients.
     ghost = scores("ghost", contract_dtype)
     if vectorize is None:
-        vectorize = all(
-            vmap_runs(model_fn, leaves, spec, batch, randomness) for batch in (train, val)
-        )
+        vectorize = all(vmap_runs(program, batch) for batch in (train, val))
     exact = scores("materialized", None, vectorize)
     ghost_total, exact_total = torch.stack(ghost).sum(0), torch.stack(exact).sum(0)
     dtypes = [x.dtype for x in leaves] + ([contract_dtype] if contract_dtype else [])

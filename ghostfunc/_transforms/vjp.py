@@ -13,8 +13,8 @@ from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import CHECKS, check_contract_dtype, check_flags, one_of
 from ghostfunc._base.pieces import chunks_of_all, of_all_ranks
+from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
-from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._taps.run import RunResult, run
@@ -95,19 +95,12 @@ def ghost_vjp(
                 "chunks. gf.ghost_gram has a chunk_size of its own."
             )
     rounded = [quantity.contracting(contract_dtype) for quantity in named.values()]
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
+
+    everything, unflatten = range(len(program.leaves)), program.spec.unflatten
 
     def taken(chunk: PyTree) -> RunResult:
-        return run(
-            model_fn,
-            leaves,
-            spec,
-            chunk,
-            rounded,
-            grads=range(len(leaves)) if grads else (),
-            check=check,
-            randomness=randomness,
-        )
+        return run(program, chunk, rounded, grads=everything if grads else (), check=check)
 
     losses, found, sums = [], [], batches.Sums()
     least = chunks_of_all(model_fn, batch, chunk_size)
@@ -118,13 +111,13 @@ def ghost_vjp(
             sums.add(part.grads)
         del part
     values = {
-        name: spec.unflatten([_joined(x) for x in zip(*parts, strict=True)])
+        name: unflatten([_joined(x) for x in zip(*parts, strict=True)])
         for name, parts in zip(named, zip(*found, strict=True), strict=True)
     }
     return GhostVjp(
         losses[0] if len(losses) == 1 else torch.cat(losses),
         values if isinstance(quantities, dict) else values[""],
-        spec.unflatten(sums.result()) if grads else None,
+        unflatten(sums.result()) if grads else None,
     )
 
 

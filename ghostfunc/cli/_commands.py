@@ -29,9 +29,9 @@ def refuse_torchrun(size: int) -> None:
     if size > 1:
         raise CommandError(
             f"{size} processes of torchrun (WORLD_SIZE) would each run the whole command and write "
-            "the same files. Start it by itself, on one device (--device). On several, score shards "
-            "of the pool with gf.score_dataset, or project with gf.store.project_dataset, which "
-            "ranks share: docs/distributed.md, 'A corpus'."
+            "the same files. Start it by itself, on one device (--device). On several, score "
+            "shards of the pool with gf.score_dataset, or project with gf.store.project_dataset, "
+            "which ranks share: docs/distributed.md, 'A corpus'."
         )
 
 

@@ -3,7 +3,7 @@
 from ghostfunc.curvature._cg import CG, Solution, cg
 from ghostfunc.curvature._ekfac import ekfac
 from ghostfunc.curvature._errors import ConvergenceError, CurvatureError
-from ghostfunc.curvature._influence import Solver, influence
+from ghostfunc.curvature._influence import Solver, influence, influence_plan
 from ghostfunc.curvature._likelihood import Likelihood, gaussian, softmax
 from ghostfunc.curvature._matvecs import DataOperator, ggn, hessian
 from ghostfunc.curvature._operator import (
@@ -13,6 +13,8 @@ from ghostfunc.curvature._operator import (
     Operator,
     load,
 )
+from ghostfunc.curvature._plan import InfluencePlan
+from ghostfunc.curvature._rows import EigenRows
 from ghostfunc.curvature._series import Series, lissa, neumann
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "CurvatureError",
     "CurvatureReport",
     "DataOperator",
+    "EigenRows",
+    "InfluencePlan",
     "Likelihood",
     "Operator",
     "Series",
@@ -34,6 +38,7 @@ __all__ = [
     "ggn",
     "hessian",
     "influence",
+    "influence_plan",
     "lissa",
     "load",
     "neumann",

@@ -77,8 +77,9 @@ def ekfac(
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
         params: pytree of floating-point tensors.
-        batches: batches of a data set, each a pytree of tensors `[n, ...]`; gone through twice, so
-            a list or a data loader in a fixed order, not an iterator.
+        batches: batches of a data set, each a pytree of tensors `[n, ...]`; gone through twice, and
+            once more where the first two samples do not use all parameters. So a list or a data
+            loader in a fixed order, not an iterator.
         fisher: "sampled": gradients for labels drawn from the model's own distribution. In
             expectation, their second moment is the generalised Gauss-Newton matrix (GGN) of the
             mean loss, which for these likelihoods is the Fisher information. "empirical": gradients

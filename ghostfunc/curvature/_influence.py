@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import optree
@@ -15,6 +16,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import (
     ParamSpec,
     batch_size,
@@ -23,6 +25,7 @@ from ghostfunc._base.trees import (
     yields_batches,
 )
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._factors import contract
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.dot_prods import ghost_dot_prod
@@ -30,7 +33,10 @@ from ghostfunc.curvature._cg import CG
 from ghostfunc.curvature._errors import check_count
 from ghostfunc.curvature._matvecs import DataOperator
 from ghostfunc.curvature._operator import EKFAC
+from ghostfunc.curvature._plan import MOST, InfluencePlan, Side, Way, count
+from ghostfunc.curvature._rows import EigenRows
 from ghostfunc.curvature._series import Series
+from ghostfunc.projection import ghost_project
 
 Stack: TypeAlias = list[Float[Tensor, "k ..."]]
 """Several directions, `[k, *shape]` per parameter."""
@@ -57,6 +63,7 @@ def influence(
     per_position: bool = False,
     chunk_size: int | None = None,
     directions_at_once: int = 16,
+    way: Way = "cheaper",
     randomness: Randomness = "error",
 ) -> PyTree:
     """How much every train sample changes every query's loss.
@@ -86,6 +93,9 @@ def influence(
         chunk_size: the most samples to run at one time, of either side.
         directions_at_once: how many directions, each as large as the parameters, exist at one time.
             The train samples are run once for every so many.
+        way: of an `EKFAC`: "directions" (a query's gradient is solved, and is a direction for dot
+            products), "rows" (`EKFAC.rows` of both sides, whose inner products are the scores), or
+            "cheaper", the one with fewer operations; `influence_plan` counts them. Both are exact.
         randomness: "error" or "different".
 
     Returns:
@@ -102,44 +112,212 @@ def influence(
         Grosse et al., "Studying Large Language Model Generalization with Influence Functions",
         2023.
     """
+    asked = _asked(
+        model_fn, params, train, queries, curvature, query_fn, chunk_size, directions_at_once,
+        way, randomness, per_position,
+    )  # fmt: skip
+    check_flags(relative=relative, per_param=per_param, per_position=per_position)
+    solve = _solver(curvature, params, asked.spec, damping, relative)
+    if asked.plan().way == "rows":
+        assert isinstance(curvature, EKFAC)
+        assert damping is not None
+        parts = _by_rows(asked, curvature.rows(damping, relative=relative))
+    else:
+        parts = _by_directions(asked, solve, per_param=per_param, per_position=per_position)
+    if asked.fewer == 0:
+        parts = [x.mT for x in parts]
+    if per_param:
+        return asked.spec.unflatten(parts)
+    return parts[0] if len(parts) == 1 else contract.add_up(parts)
+
+
+def influence_plan(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    queries: PyTree,
+    *,
+    curvature: Solver | None,
+    query_fn: ModelFn | None = None,
+    per_position: bool = False,
+    chunk_size: int | None = None,
+    directions_at_once: int = 16,
+    way: Way = "cheaper",
+    randomness: Randomness = "error",
+) -> InfluencePlan:
+    """Which way `influence` takes with these arguments, and the operations of both.
+
+        directions:  (n ceil(m / d) + m) runs,  m solutions,  n m dot products along a direction
+        rows:        (n + m) runs,  n + m rotations,          n m inner products of rows
+
+    Counted are products with parameters and passes over memory, from shapes alone; the attention
+    between positions is not.
+
+    Args:
+        model_fn, params, train, queries, curvature: as for `influence`, as is all else; d is
+            `directions_at_once`, or `chunk_size` where that is less.
+
+    Returns:
+        `InfluencePlan`: `way`, `why`, `directions` and `rows`. It prints.
+
+    Raises:
+        OptionError: rows of what is no `EKFAC`, or of single positions.
+    """
+    return _asked(
+        model_fn, params, train, queries, curvature, query_fn, chunk_size, directions_at_once,
+        way, randomness, per_position,
+    ).plan()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, validated.
+
+    Attributes:
+        programs, sides: of train samples and of queries.
+        fewer: the side that the curvature is applied to.
+        most: directions that exist at one time.
+    """
+
+    programs: Sequence[Program]
+    sides: tuple[PyTree, PyTree]
+    params: PyTree
+    curvature: Solver | None
+    fewer: int
+    chunk_size: int | None
+    most: int
+    way: Way
+    per_position: bool
+
+    @property
+    def spec(self) -> ParamSpec:
+        return self.programs[0].spec
+
+    def parts(self, side: int, most: int | None) -> Iterator[PyTree]:
+        return _parts(self.sides[side], most, ("train", "queries")[side])
+
+    def plan(self) -> InfluencePlan:
+        """The way to take."""
+        loaders = [yields_batches(x) for x in self.sides]
+        n, m = (0 if x else batch_size(s) for s, x in zip(self.sides, loaders, strict=True))
+        size = sum(x.numel() for x in self.programs[0].leaves)
+        few = (n, m)[self.fewer]
+        directions, rows = self.most * size, few * size
+        if self.way == "rows":
+            return InfluencePlan("rows", "as asked", n, m, None, None, rows)
+        if self.way == "directions":
+            return InfluencePlan("directions", "as asked", n, m, None, None, directions)
+        why = ""
+        if not isinstance(self.curvature, EKFAC):
+            why = "the only way without an EKFAC"
+        elif self.per_position:
+            why = "the only way to single positions"
+        elif any(loaders):
+            why = "since a loader's samples are not counted"
+        elif rows > MOST:
+            why = f"since the rows of {few} samples would be more than {MOST} elements"
+        if why or not isinstance(self.curvature, EKFAC):
+            return InfluencePlan("directions", why, n, m, None, None, directions)
+        both = [Side.of(*side) for side in zip(self.programs, self.sides, strict=True)]
+        ops = count(self.curvature, both[self.fewer], both[1 - self.fewer], self.most)
+        if ops[1] < ops[0]:
+            return InfluencePlan("rows", "with fewer operations", n, m, *ops, rows)
+        return InfluencePlan("directions", "with fewer operations", n, m, *ops, directions)
+
+
+def _asked(
+    model_fn: ModelFn,
+    params: PyTree,
+    train: PyTree,
+    queries: PyTree,
+    curvature: Solver | None,
+    query_fn: ModelFn | None,
+    chunk_size: int | None,
+    directions_at_once: int,
+    way: Way,
+    randomness: Randomness,
+    per_position: bool,
+) -> _Asked:
     check_model_fn(model_fn)
     if query_fn is not None:
         check_model_fn(query_fn, "query_fn")
     refuse_pieces(model_fn, "gf.influence")
     check_count("directions_at_once", directions_at_once)
     check_chunk_size(chunk_size)
-    check_flags(relative=relative, per_param=per_param, per_position=per_position)
     one_of("randomness", randomness, ("error", "different"))
+    one_of("way", way, ("cheaper", "directions", "rows"))
+    if way == "rows" and not isinstance(curvature, EKFAC):
+        raise OptionError(
+            'way="rows" is for an EKFAC, whose eigenbasis is known. Leave it out, or pass '
+            "curvature=gf.curvature.ekfac(...)."
+        )
+    if way == "rows" and per_position:
+        raise OptionError(
+            'way="rows" with per_position=True: rows are of whole samples. Leave it out.'
+        )
     leaves, spec = flatten_params(params)
-    solve = _solver(curvature, params, spec, damping, relative)
-    fns, sides = (model_fn, query_fn or model_fn), (train, queries)
+    if isinstance(curvature, EKFAC):
+        curvature.check(params)
     fewer = 0 if not per_position and _fewer(train, queries) else 1
-    most = min(directions_at_once, chunk_size or directions_at_once)
+    programs = [Program(f, leaves, spec, randomness) for f in (model_fn, query_fn or model_fn)]
+    return _Asked(
+        programs, (train, queries), params, curvature, fewer, chunk_size,
+        min(directions_at_once, chunk_size or directions_at_once), way, per_position,
+    )  # fmt: skip
+
+
+def _by_directions(
+    asked: _Asked, solve: Callable[[Stack], Stack], *, per_param: bool, per_position: bool
+) -> list[Tensor]:
+    """`[other, fewer]`, of every parameter or in all: a few directions at a time."""
+    fewer, other = asked.programs[asked.fewer], asked.programs[1 - asked.fewer]
     columns: list[list[Tensor]] = []
-    for chunk in _parts(sides[fewer], most, ("train", "queries")[fewer]):
-        grads = run(fns[fewer], leaves, spec, chunk, [SampleGrad()], randomness=randomness)
+    for chunk in asked.parts(asked.fewer, asked.most):
+        grads = run(fewer, chunk, [SampleGrad()])
         us = solve([x.detach() for x in grads.values[0]])
         named = {
-            f"direction {j}": spec.unflatten([u[j] for u in us]) for j in range(batch_size(chunk))
+            f"direction {j}": fewer.spec.unflatten([u[j] for u in us])
+            for j in range(batch_size(chunk))
         }
         rows: list[list[Tensor]] = []
-        for others in _parts(sides[1 - fewer], chunk_size, ("train", "queries")[1 - fewer]):
+        for others in asked.parts(1 - asked.fewer, asked.chunk_size):
             scores = ghost_dot_prod(
-                fns[1 - fewer],
-                params,
+                other.model_fn,
+                asked.params,
                 others,
                 direction=named,
                 per_param=per_param,
                 per_position=per_position,
-                randomness=randomness,
+                randomness=other.randomness,
             )
             leaves_of = [optree.tree_leaves(scores[name]) for name in named]
             rows.append([torch.stack(x, 1) for x in zip(*leaves_of, strict=True)])
         columns.append(joined(rows))
-    parts = joined(columns, axis=1)
-    if fewer == 0:
-        parts = [x.mT for x in parts]
-    return spec.unflatten(parts) if per_param else parts[0]
+    return joined(columns, axis=1)
+
+
+ROWS = 1 << 24
+"""Elements of the rows of the other side that exist at one time."""
+
+
+def _by_rows(asked: _Asked, rows: EigenRows) -> list[Tensor]:
+    """`[other, fewer]` of every parameter: inner products of rows."""
+    fewer, most = asked.fewer, max(1, ROWS // rows.k)
+    places = list(rows.groups.values())
+
+    def of(side: int, chunk: PyTree) -> Tensor:
+        program = asked.programs[side]
+        return ghost_project(
+            program.model_fn, asked.params, chunk, rows, randomness=program.randomness
+        )
+
+    most = min(most, asked.chunk_size or most)
+    held = torch.cat([of(fewer, chunk) for chunk in asked.parts(fewer, most)])
+    each = []
+    for chunk in asked.parts(1 - fewer, most):
+        found = of(1 - fewer, chunk)
+        each.append([found[:, at] @ held[:, at].mT for at in places])
+    return joined(each)
 
 
 def _solver(
@@ -158,7 +336,6 @@ def _solver(
     if damping is None:
         raise OptionError("a curvature needs a damping, a positive number.")
     if isinstance(curvature, EKFAC):
-        curvature.check(params)
         return lambda us: curvature.solve_each(us, damping, relative=relative)
     if isinstance(curvature, (CG, Series)) and isinstance(curvature.operator, DataOperator):
         curvature.operator.check(params)

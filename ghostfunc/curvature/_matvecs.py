@@ -18,6 +18,7 @@ from ghostfunc._base.errors import OptionError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import CurvatureError, check_batches
@@ -107,7 +108,8 @@ class _Hessian(DataOperator):
         self._model_fn = model_fn
 
     def _product(self, chunk: PyTree, u: Leaves) -> list[Tensor]:
-        return grad_and_hvp(self._model_fn, self._leaves, self._spec, chunk, u, self._hvp)[1]
+        program = Program(self._model_fn, self._leaves, self._spec, "error")
+        return grad_and_hvp(program, chunk, u, self._hvp)[1]
 
 
 class _GGN(DataOperator):

@@ -21,6 +21,7 @@ from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._errors import CurvatureError, check_damping
+from ghostfunc.curvature._rows import EigenRows, eigen_rows
 
 
 class Operator(ABC):
@@ -158,6 +159,29 @@ class EKFAC(Operator):
             _through(u, block, basis, f)
             for u, block, basis in zip(stacked, self.blocks, self._bases, strict=True)
         ]
+
+    def rows(
+        self, damping: float, *, relative: bool = False, columns: int | None = None
+    ) -> EigenRows:
+        """A projection to rows whose inner products are influences.
+
+            row_i = (L + damping)^-1/2 U^T g_i,    <row_i, row_j> = <g_i, (C + damping I)^-1 g_j>
+
+        Pass it to `gf.ghost_project`, or make a store of it: `Store.create(projection=...)` and
+        `project_dataset` keep the rows of a training set, and every later query is one row and
+        inner products, `store.scores(gf.ghost_project(model_fn, params, queries, rows))`.
+
+        Args:
+            damping, relative: as in `solve`.
+            columns: keep so many eigendirections, over all parameters, those with the largest
+                `L / (L + damping)`. Inner products are then sums over these alone, an
+                approximation: `approximation` says how much they hold. None keeps all: rows are as
+                long as the model has parameters, and exact.
+
+        Raises:
+            OptionError: the damping is not positive, or there are not so many columns.
+        """
+        return eigen_rows(self.blocks, self._bases, self._damped(damping, relative, -0.5), columns)
 
     def report(self) -> CurvatureReport:
         """What is held of every parameter; prints as a table."""

@@ -15,13 +15,14 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.program import Program
 from ghostfunc._base.ranks import Ranks
 from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._quantities.quantity import Prepared, Quantity
 from ghostfunc._taps.run import run
 from ghostfunc.curvature import _files
-from ghostfunc.curvature._blocks import Block, Limits, block_of
+from ghostfunc.curvature._blocks import Block, Form, Limits, block_of, matches
 from ghostfunc.curvature._errors import CurvatureError
 from ghostfunc.curvature._fisher import Gradients
 from ghostfunc.curvature._operator import Basis
@@ -124,19 +125,47 @@ class Keeper:
 
 
 def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
-    """How every parameter is seen, from the factors of two samples of the first batch."""
+    """How every parameter is seen, from the factors of two samples of the first batch.
+
+    What these do not use is looked for in all batches: "unused" is what none of them uses.
+    """
     first = next(iter(data.batches), None)
     if first is None:
         raise OptionError("batches is empty: a curvature needs at least one batch.")
     few = take(first, range(min(2, batch_size(first))))
     gradients.check(data.params, few)
-    readers = [FormReader() for _ in data.leaves]
-    model_fn, scored = next(gradients.runs(data.params, few, 0))
-    run(model_fn, data.leaves, data.spec, scored, [Prepared(readers, degree=1)])
+    readers = [None if matches(name, limits.identity) else FormReader() for name in data.spec.names]
+    _look(gradients, data, few, readers)
+    rest = iter(data.batches) if _unmet(readers) else iter(())
+    while _unmet(readers) and (batch := next(rest, None)) is not None:
+        for _, chunk in chunks(batch, data.chunk_size):
+            _look(gradients, data, chunk, [None if r is None or r.forms else r for r in readers])
+    forms = _agreed([[] if r is None else r.forms for r in readers], data.group)
     return [
-        block_of(name, tuple(x.shape), reader.forms, limits)
-        for name, x, reader in zip(data.spec.names, data.leaves, readers, strict=True)
+        block_of(name, tuple(x.shape), seen, limits)
+        for name, x, seen in zip(data.spec.names, data.leaves, forms, strict=True)
     ]
+
+
+def _unmet(readers: Sequence[FormReader | None]) -> bool:
+    return any(reader is not None and not reader.forms for reader in readers)
+
+
+def _look(
+    gradients: Gradients, data: Data, batch: PyTree, readers: Sequence[FormReader | None]
+) -> None:
+    """Note what the factors of some parameters look like."""
+    model_fn, scored = next(gradients.runs(data.params, batch, 0))
+    run(Program(model_fn, data.leaves, data.spec, "error"), scored, [Prepared(readers, degree=1)])
+
+
+def _agreed(forms: list[list[Form]], group: Any) -> list[list[Form]]:
+    """Those of the first process that uses the parameter: blocks are the same on all of them."""
+    if group is None:
+        return forms
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, forms, group=group)
+    return [next((x for x in seen if x), []) for seen in zip(*found, strict=True)]
 
 
 def find_bases(
@@ -251,7 +280,8 @@ def _go_through(
             for _, chunk in chunks(batch, data.chunk_size):
                 # A chunk has draws of its own, by its place in the data set.
                 for model_fn, scored in gradients.runs(params, chunk, state.samples):
-                    taken = run(model_fn, data.leaves, data.spec, scored, quantities)
+                    program = Program(model_fn, data.leaves, data.spec, "error")
+                    taken = run(program, scored, quantities)
                     for name, values in zip(names, taken.values, strict=True):
                         _add(state, name, values, blocks, number)
                 state.samples += batch_size(chunk)

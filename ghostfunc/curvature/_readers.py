@@ -27,7 +27,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Factor, Grouped, OneHot, Outer
-from ghostfunc._quantities.readers import PositionsReader, Push
+from ghostfunc._quantities.readers import MomentReader, PositionsReader, Push
 from ghostfunc.curvature._blocks import Block, Form
 
 ELEMENTS = 1 << 22
@@ -93,7 +93,7 @@ class SideReader(_OneParameter):
             case OneHot(_, b, _) if factor.shape == (rows, columns) and not self.left:
                 right = wide(b)[:, None]
                 return self._positions(torch.ones_like(right[..., :1]), right)
-        g = as_matrices(factor, self.block)
+        g = as_matrices(factor, self.block.sizes)
         return _gram(g.mT if self.left else g)
 
     def _positions(self, left: Tensor, right: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class SideReader(_OneParameter):
 
 
 @dataclass(frozen=True)
-class VectorReader(_OneParameter):
+class VectorReader(_OneParameter, MomentReader):
     """`sum_i g_i g_i^T` of a whole vector: `[1, k, k]`."""
 
     block: Block
@@ -119,11 +119,15 @@ class VectorReader(_OneParameter):
         return self.read_all([factor])
 
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
-        return _gram(contract.add_up([as_matrices(f, self.block) for f in factors]))
+        return _gram(contract.add_up([as_matrices(f, self.block.sizes) for f in factors]))
+
+    def define(self, g: Float[Tensor, "n ..."]) -> Tensor:
+        x = g.reshape(len(g), self.block.columns)
+        return torch.einsum("ni,nj->ij", x, x)[None]
 
 
 @dataclass(frozen=True)
-class EigenvalueReader(_OneParameter):
+class EigenvalueReader(_OneParameter, MomentReader):
     """`sum_i (left^T g_i right)^2`, elementwise: `[groups, rows, columns]`.
 
     `left` and `right` are eigenbases `[groups, k, k]`, vectors in columns; None is the identity.
@@ -153,10 +157,19 @@ class EigenvalueReader(_OneParameter):
                 return self._look_ups(factors)[None]
         n = bundles.samples(factors)
         parts = [
-            contract.add_up([self._rotated(bundles.take(f, some)) for f in factors]).square().sum(0)
+            contract.add_up([self._of(bundles.take(f, some)) for f in factors]).square().sum(0)
             for some in _slices(n, max(1, ELEMENTS // max(1, _numel(self.block))))
         ]
         return contract.add_up(parts)
+
+    def define(self, g: Float[Tensor, "n ..."]) -> Tensor:
+        x = g.reshape(-1, *self.block.sizes)
+        x = x if self.left is None else torch.einsum("ngpd,gpk->ngkd", x, self.left.to(x))
+        x = x if self.right is None else torch.einsum("ngpd,gdl->ngpl", x, self.right.to(x))
+        return x.square().sum(0)
+
+    def _of(self, factor: Factor) -> Float[Tensor, "n g p d"]:
+        return rotated(factor, self.block.sizes, self.left, self.right)
 
     def _rank_one(self, factor: Outer) -> Tensor:
         """One position per sample: `(l r^T)^2 = l^2 (r^2)^T`."""
@@ -180,27 +193,32 @@ class EigenvalueReader(_OneParameter):
         g = x.new_zeros(len(places), x.shape[1]).index_add(0, inverse, x)
         return x.new_zeros(rows, x.shape[1]).index_add(0, places % rows, g.square())
 
-    def _rotated(self, factor: Factor) -> Float[Tensor, "n g p d"]:
-        block = self.block
-        match factor:
-            case Outer() | OneHot() if factor.shape == (block.rows, block.columns):
-                left, right = (None if u is None else u[0] for u in (self.left, self.right))
-                like = wide(bundles.values(factor))
-                left, right = (None if u is None else u.to(like) for u in (left, right))
-                return contract.project(factor, left, right)[:, None]
-            case Grouped(left, right) if factor.shape == block.sizes:
-                left, right = wide(left), wide(right)
-                left = left if self.left is None else left @ self.left.to(left)
-                right = right if self.right is None else right @ self.right.to(right)
-                return left.mT @ right
-        g = as_matrices(factor, block)
-        g = g if self.left is None else self.left.mT.to(g) @ g
-        return g if self.right is None else g @ self.right.to(g)
+
+def rotated(
+    factor: Factor,
+    sizes: tuple[int, int, int],
+    left: Float[Tensor, "g p k"] | None,
+    right: Float[Tensor, "g d l"] | None,
+) -> Float[Tensor, "n g k l"]:
+    """`left^T g_i right` in every group; None is the identity."""
+    match factor:
+        case Outer() | OneHot() if factor.shape == sizes[1:] and sizes[0] == 1:
+            like = wide(bundles.values(factor))
+            one_left, one_right = (None if u is None else u[0].to(like) for u in (left, right))
+            return contract.project(factor, one_left, one_right)[:, None]
+        case Grouped(a, b) if factor.shape == sizes:
+            a, b = wide(a), wide(b)
+            a = a if left is None else a @ left.to(a)
+            b = b if right is None else b @ right.to(b)
+            return a.mT @ b
+    g = as_matrices(factor, sizes)
+    g = g if left is None else left.mT.to(g) @ g
+    return g if right is None else g @ right.to(g)
 
 
-def as_matrices(factor: Factor, block: Block) -> Float[Tensor, "n g p d"]:
-    """The gradients themselves, as the block sees them."""
-    return contract.materialize(factor).reshape(-1, *block.sizes)
+def as_matrices(factor: Factor, sizes: tuple[int, int, int]) -> Float[Tensor, "n g p d"]:
+    """The gradients themselves, as a block of these sizes sees them."""
+    return contract.materialize(factor).reshape(-1, *sizes)
 
 
 def _gram(x: Float[Tensor, "n g t k"]) -> Float[Tensor, "g k k"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ghostfunc._base.options import check_model_fn
 from ghostfunc._base.pieces import gathered, of_all_ranks, together, whole_likes
+from ghostfunc._base.program import Program
 from ghostfunc._base.trees import flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -27,8 +28,8 @@ def whole_shapes(model_fn: ModelFn, params: PyTree) -> PyTree:
         ParamsError: `params` is not a pytree of floating-point tensors.
     """
     check_model_fn(model_fn)
-    leaves, spec = flatten_params(params)
-    return spec.unflatten(list(whole_likes(model_fn, leaves, spec)))
+    program = Program.of(model_fn, params)
+    return program.spec.unflatten(list(whole_likes(program)))
 
 
 @of_all_ranks("gf.distributed.whole")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import structure
-from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ModelFn
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._taps.uses import use_shapes
@@ -37,8 +37,8 @@ def look_first(
     A trace holds for all values of the parameters. It is made where none is zero as a whole, as one
     half of fresh adapters is: gradients that vanish with it do not tell whose rows are whose.
     """
-    leaves, spec = flatten_params(params)
-    key = structure(model_fn, spec, leaves, batch, "different")
+    program = Program.of(model_fn, params, "different")
+    key = structure(program, batch)
     with torch.random.fork_rng():
         if key not in looked_at:
             moved = {
@@ -46,4 +46,4 @@ def look_first(
             }
             ghost_vjp(model_fn, moved, batch, {}, grads=True, randomness="different")
             looked_at.add(key)
-        use_shapes(model_fn, leaves, spec, batch, randomness="different", exact=True)
+        use_shapes(program, batch, exact=True)

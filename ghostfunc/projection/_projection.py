@@ -24,6 +24,9 @@ from ghostfunc.projection import _random
 from ghostfunc.projection._blocks import Block, select
 from ghostfunc.projection._readers import KroneckerReader, SignsReader
 
+OF_TENSORS = "eigenbasis"
+"""How the kind begins of projections that no seed makes: those of a curvature."""
+
 
 class Recipe:
     """What a projection is made of: `cls(*args)`. A constant of compiled programs."""

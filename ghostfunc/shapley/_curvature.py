@@ -13,20 +13,16 @@ from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import one_of
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses
-from ghostfunc._base.trees import ParamSpec, batch_size
-from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.trees import batch_size
+from ghostfunc._base.types import PyTree
 
 Hvp: TypeAlias = Literal["forward", "reverse"]
 
 
 def grad_and_hvp(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    val: PyTree,
-    along: Sequence[Tensor],
-    how: Hvp,
+    program: Program, val: PyTree, along: Sequence[Tensor], how: Hvp
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`(u, H p)` of the mean loss over `val`, with p = `along`.
 
@@ -38,9 +34,9 @@ def grad_and_hvp(
     m = batch_size(val, "val_sets")
 
     def mean_loss(p: list[Tensor]) -> Tensor:
-        return check_losses(model_fn(spec.unflatten(p), val), m).mean()
+        return check_losses(program.losses(p, val), m).mean()
 
-    primals, tangents = [x.detach() for x in leaves], list(along)
+    primals, tangents = [x.detach() for x in program.leaves], list(along)
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         if how == "reverse":
             return _reverse(mean_loss, primals, tangents)

@@ -24,9 +24,10 @@ from ghostfunc._base.options import (
     one_of,
 )
 from ghostfunc._base.pieces import in_step, of_all_ranks, refuse_pieces, samples_of_all
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
+from ghostfunc._base.trees import batch_size, flatten_like
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
@@ -130,30 +131,21 @@ def step(
     _check_asked(model_fn, optimizer, randomness)
     _check_passes(check, hvp, keep_factors)
     _check_scales(loss_scale, weight)
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
+    everything, unflatten = range(len(program.leaves)), program.spec.unflatten
     _check_pieces(model_fn, optimizer, order)
     weight = 1 / samples_of_all(model_fn, batch_size(train, "train")) if weight is None else weight
-    tapped = partial(
-        run,
-        model_fn,
-        leaves,
-        spec,
-        train,
-        scale=weight * loss_scale,
-        check=check,
-        randomness=randomness,
-    )
+    tapped = partial(run, program, train, scale=weight * loss_scale, check=check)
 
     if order == 1 and (optimizer.linear or form == "previous_state"):
-        asked = model_fn, leaves, spec, train, val_sets, optimizer, check, randomness
-        quantities, factor = _one_pass(*asked)
-        taken = tapped(quantities, grads=range(len(leaves)))
+        quantities, factor = _one_pass(program, train, val_sets, optimizer, check)
+        taken = tapped(quantities, grads=everything)
         values = torch.stack([add_up(dots) for dots in taken.values], dim=1) * (factor * weight)
         grads = _unscaled(taken.grads, loss_scale)
-        return ShapleyStep(taken.losses, spec.unflatten(grads), values)
+        return ShapleyStep(taken.losses, unflatten(grads), values)
 
-    taken = tapped([], grads=range(len(leaves)), collect=range(len(leaves)) if keep_factors else ())
-    gradient = spec.unflatten(_unscaled(taken.grads, loss_scale))
+    taken = tapped([], grads=everything, collect=everything if keep_factors else ())
+    gradient = unflatten(_unscaled(taken.grads, loss_scale))
     us = directions(
         model_fn,
         params,
@@ -165,7 +157,7 @@ def step(
         randomness=randomness,
     )
     if keep_factors:
-        book = FactoredGrads.of(taken, leaves, spec, model_fn)
+        book = FactoredGrads.of(taken, program)
         columns = [book.dot_prods(u) / loss_scale for u in us.values()]
     else:
         dots = tapped([Dot(u) for u in us.values()]).values
@@ -208,7 +200,8 @@ def directions(
     if order == 2 and grads is None:
         raise OptionError("order=2 needs grads, the gradient of the step.")
     _check_pieces(model_fn, optimizer, order)
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
+    leaves, spec = program.leaves, program.spec
     zeros = spec.unflatten([torch.zeros_like(x) for x in leaves])
     at = zeros if grads is None else spec.unflatten(flatten_like(grads, leaves, spec, "grads"))
     move: list[Tensor] = []
@@ -218,44 +211,33 @@ def directions(
         move = flatten_like(tree, leaves, spec, "the optimizer's changes")
     out: dict[str, PyTree] = {}
     for name, val in val_sets.items():
-        prove_independent(model_fn, leaves, spec, val, randomness)
+        prove_independent(program, val)
         if order == 2:
-            u, product = grad_and_hvp(model_fn, leaves, spec, val, move, hvp)
+            u, product = grad_and_hvp(program, val, move, hvp)
             u = [wide(x) + wide(y) for x, y in zip(u, product, strict=True)]
         else:
             m = samples_of_all(model_fn, batch_size(val, name))
-            u = definition.val_gradient(model_fn, leaves, spec, val, 1 / m)
+            u = definition.val_gradient(program, val, 1 / m)
         out[name] = optimizer.pull_back(at, params, spec.unflatten(u))
     return out
 
 
 def _one_pass(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     train: PyTree,
     val_sets: Mapping[str, PyTree],
     optimizer: Optimizer,
     check: Check,
-    randomness: Randomness,
 ) -> tuple[list[Quantity], float]:
     """What to read in the training step's own pass, and a factor on it."""
-    if optimizer.gain is None or in_step(model_fn) is not None:
-        params = spec.unflatten(leaves)
-        us = directions(model_fn, params, val_sets, optimizer=optimizer, randomness=randomness)
+    if optimizer.gain is None or in_step(program.model_fn) is not None:
+        params = program.spec.unflatten(program.leaves)
+        us = directions(
+            program.model_fn, params, val_sets, optimizer=optimizer, randomness=program.randomness
+        )
         return [Dot(u) for u in us.values()], 1.0
     rows = [
-        validation_readers(
-            model_fn,
-            leaves,
-            spec,
-            train,
-            val,
-            reduction="mean",
-            grads=True,
-            check=check,
-            randomness=randomness,
-        )
+        validation_readers(program, train, val, reduction="mean", grads=True, check=check)
         for val in val_sets.values()
     ]
     return [Prepared(readers, degree=1) for readers in rows], optimizer.gain

@@ -13,8 +13,9 @@ from typing import Any
 
 from ghostfunc._base.errors import GhostError, OptionError
 from ghostfunc.projection import Projection, projection_from_spec
+from ghostfunc.projection._projection import OF_TENSORS
 from ghostfunc.store import _documents, _dtypes
-from ghostfunc.store._errors import StoreError
+from ghostfunc.store._errors import IncompatibleStoreError, StoreError
 from ghostfunc.store._files import Files
 
 FORMAT = 2
@@ -74,8 +75,9 @@ class Meta:
         _documents.write(files, ROOT, _documents.group({"ghostfunc": content}))
 
     @classmethod
-    def read(cls, files: Files) -> Meta:
-        """The root's metadata; `StoreError` unless it is that of a store."""
+    def read(cls, files: Files, given: Projection | None = None) -> Meta:
+        """The root's metadata; `StoreError` unless it is that of a store. A projection that is made
+        of tensors has to be `given`."""
         attributes = _documents.read_group(files, ROOT)
         if attributes is None:
             raise StoreError(
@@ -94,7 +96,9 @@ class Meta:
             if not (key in content and holds(content[key])):
                 raise StoreError(f"{name} is damaged: {key}={content.get(key)!r} is not {what}.")
         try:
-            projection = projection_from_spec(content["projection"])
+            projection = _projection_of(content["projection"], given, files)
+        except IncompatibleStoreError:
+            raise
         except GhostError as error:
             raise StoreError(f"{name} is damaged: its projection is none. {error}") from error
         row_bytes = projection.k * _dtypes.BYTES[content["dtype"]]
@@ -113,6 +117,24 @@ class Meta:
             edges=tuple(content["edges"]),
             made_by=content["ghostfunc"],
         )
+
+
+def _projection_of(spec: dict[str, Any], given: Projection | None, files: Files) -> Projection:
+    """What made the rows: of a seed, or the one that is given."""
+    kind = spec["kind"]
+    if not kind.startswith(OF_TENSORS):
+        return projection_from_spec(spec)
+    if given is None:
+        raise IncompatibleStoreError(
+            f"{files} holds rows of kind {kind!r}, which no seed makes. Open it with "
+            "projection=curvature.rows(...), of the curvature and the damping that made them."
+        )
+    if given.spec() != spec:
+        raise IncompatibleStoreError(
+            f"{files} holds rows of kind {kind!r}; the given projection is {given.kind!r}. Rows of "
+            "another curvature or damping cannot be compared."
+        )
+    return given
 
 
 def _natural(x: object) -> bool:

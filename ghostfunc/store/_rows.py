@@ -130,13 +130,18 @@ class StoredRows(Presence):
         order = range(self.n_chunks) if numbers is None else numbers
         if not len(order):
             return
-        with ThreadPoolExecutor(1) as pool:
+        pool = ThreadPoolExecutor(1)
+        try:
             ahead = pool.submit(self._read_chunk, checkpoint, order[0])
             for i, number in enumerate(order):
                 rows = ahead.result()
                 if i + 1 < len(order):
                     ahead = pool.submit(self._read_chunk, checkpoint, order[i + 1])
                 yield self.chunk(number), rows
+        finally:
+            # The garbage collector may come here, in a thread that holds locks of `threading`:
+            # joining another thread would then wait for ever.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         where = np.asarray(ids)

@@ -146,7 +146,7 @@ class Store(Questions):
             _check_projection(projection)
         check_flags(writable=writable)
         files = files_at(url, storage_options)
-        store = cls(files, Meta.read(files), writable=writable)
+        store = cls(files, Meta.read(files, projection), writable=writable)
         if projection is not None:
             store.check_projection(projection)
         return store

@@ -15,6 +15,7 @@ from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import check_model_fn, check_type
 from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses, prove_independent
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -108,7 +109,7 @@ class Training:
         with self.generator(0, 0):
             randomness: Randomness = "error" if seed is None else "different"
             first = self.micros(0)[0].batch
-            prove_independent(model_fn, self.leaves, self.spec, first, randomness)
+            prove_independent(Program(model_fn, self.leaves, self.spec, randomness), first)
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -299,6 +299,23 @@ def test_unused_parameters_have_no_curvature() -> None:
     assert [r.kind for r in made.report().rows] == ["unused", "matrix"]
 
 
+def test_parameters_that_only_later_batches_use_have_a_curvature() -> None:
+    """Samples have gradients of `v` from their fifth position on."""
+
+    def model(p: Params, x: Tensor) -> Tensor:
+        out = F.linear(x, p["w"])
+        return energy(torch.tanh(out + F.linear(x, p["v"], p["b"]) if x.shape[1] > 4 else out))
+
+    params = weights(w=(3, 4), v=(3, 4), b=(3,))
+    batches = [torch.randn(N, t, 4, dtype=torch.float64) for t in (3, 6)]
+    made = gf.curvature.ekfac(model, params, batches, fisher="empirical")
+    grads = [sample_grads(model, params, x) for x in batches]
+    squares = {k: torch.cat([g[k] for g in grads]).flatten(1).square().sum(1) for k in params}
+    for row in made.report().rows:
+        assert row.kind != "unused"
+        torch.testing.assert_close(row.trace, float(squares[row.path].mean()))
+
+
 def test_the_damping_is_relative_to_each_parameters_mean_eigenvalue() -> None:
     case = CASES["linear"]()
     made = gf.curvature.ekfac(case.model, case.params, [case.batch], fisher="empirical")

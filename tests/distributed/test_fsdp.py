@@ -14,7 +14,10 @@ Found = dict[str, dict[str, float]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every rank found, for 2 and for 4 of them."""
     out = {}
-    for world, problems in ((2, ("mlp", "mlp:float32", "gpt2", "llama_lora")), (4, ("mlp", "mlp@hybrid", "gpt2"))):
+    for world, problems in (
+        (2, ("mlp", "mlp:float32", "gpt2", "llama_lora")),
+        (4, ("mlp", "mlp@hybrid", "gpt2")),
+    ):
         directory = tmp_path_factory.mktemp(f"ranks{world}")
         for done in ranks_of("fsdp_worker.py", world, directory, *problems):
             assert done.returncode == 0, done.stdout[-4000:]

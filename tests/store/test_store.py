@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,21 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
     assert again.checkpoints == {"final": 0.5}
     assert len(again.missing("final")) == 0
     assert torch.equal(torch.cat([x for _, x in again.chunks("final")]), want)
+
+
+def test_a_stream_that_is_given_up_waits_for_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector ends such streams, in the middle of anything: where the starting thread
+    has a lock of `threading`, waiting for another thread never came to an end."""
+    store = make_store(tmp_path / "s", 20)
+    store.write(range(20), rows_of(20), "final")
+    stream = store.chunks("final")
+    next(stream)
+    waited: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, *args: waited.append(thread))
+    stream.close()  # type: ignore[attr-defined]
+    assert not waited
 
 
 def test_a_fsspec_url() -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ghostfunc._base.documents import packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import (
     check_finite,
     check_shape,
@@ -34,8 +35,8 @@ from ghostfunc._base.purity import (
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.torch_private import in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, map_leaves, take, tensors_of
-from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import batch_size, map_leaves, take, tensors_of
+from ghostfunc._base.types import Check, PyTree
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, Reader
@@ -57,15 +58,12 @@ WAY_OUT = (
 
 
 def position_dots(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     batch: PyTree,
     directions: Sequence[Sequence[Tensor]],
     *,
     per_param: bool,
     check: Check,
-    randomness: Randomness,
     look: Callable[[Tensor], None] = check_finite,
 ) -> list[list[Tensor]]:
     """For every direction the shares of all positions: `[n, T]`, one in all or one per
@@ -90,10 +88,10 @@ def position_dots(
 
         asked = "positions", per_param, len(directions), in_transform()
         claim = Claim(model, way, losses, dots, read, lambda: asked)
-        prove(claim, check, randomness)
+        prove(claim, check, program.randomness)
         return shares
 
-    model, shares = with_trace(use, model_fn, leaves, spec, batch, randomness)
+    model, shares = with_trace(use, program, batch)
     if any(map(symbolic, tensors_of(batch))):
         refuse_unproved(model)
     return shares

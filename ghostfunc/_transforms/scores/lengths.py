@@ -10,22 +10,17 @@ from torch import Tensor
 
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.pieces import on_any_rank
+from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import symbolic
-from ghostfunc._base.trees import ParamSpec, take
-from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc._base.trees import take
+from ghostfunc._base.types import PyTree
 from ghostfunc._factors import bundles, extreme_norms, pairs
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._transforms.factored import collect
 
 
 def sample_norms(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
-    batch: PyTree,
-    squares: Sequence[Float[Tensor, " n"]],
-    randomness: Randomness,
-    finite: FiniteLosses,
+    program: Program, batch: PyTree, squares: Sequence[Float[Tensor, " n"]], finite: FiniteLosses
 ) -> Float[Tensor, "params n"]:
     """`||g_i||`, one row per parameter, from squares; extreme samples are run once more. The losses
     are looked at on the same occasion; where nobody looks, extreme norms are NaN."""
@@ -34,11 +29,11 @@ def sample_norms(
         return extreme_norms.trusted_roots(table)
     rows = extreme_norms.root(table)
     extreme = extreme_norms.extremes(table.sum(0))
-    again = finite.look(extreme) and randomness == "error"
-    if on_any_rank(model_fn, "asking whether norms over- or underflow", flag=again):
+    again = finite.look(extreme) and program.randomness == "error"
+    if on_any_rank(program.model_fn, "asking whether norms over- or underflow", flag=again):
         index = extreme.nonzero().flatten()
         few = index.tolist() or [0]  # others run with those that have such samples
-        book = collect(model_fn, leaves, spec, take(batch, few), check="never")
+        book = collect(program, take(batch, few), check="never")
         if len(index):
             rows[:, index] = book.param_norms().to(rows.dtype)
     return rows

@@ -19,12 +19,13 @@ from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_losses, close, lend
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten, tensors_of, unflatten
-from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree
+from ghostfunc._base.trees import batch_size, flatten, tensors_of, unflatten
+from ghostfunc._base.types import Check, ContractDtype, PyTree
 from ghostfunc._factors import bundles
 from ghostfunc._factors.beside_total import RunningTotal, dots_and_total
 from ghostfunc._factors.bundles import Bundle
@@ -71,9 +72,7 @@ class OneRunResult(NamedTuple):
     dots: list[Tensor]
 
 
-def reason_for_two_runs(
-    model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, train: PyTree, val: PyTree
-) -> str | None:
+def reason_for_two_runs(program: Program, train: PyTree, val: PyTree) -> str | None:
     """Why train and validation samples take a run each; None if they share one.
 
     Two runs are needed when a sample's computation may depend on which other samples are in its
@@ -82,32 +81,32 @@ def reason_for_two_runs(
     n, m = batch_size(train), batch_size(val)
     if n < TRAIN_PER_VAL * m:
         return f"one run is for at least {TRAIN_PER_VAL} train samples per validation sample"
+    if program.randomness != "error":
+        return "samples draw random numbers"
     if in_transform():
         return "a torch.func transform is active"
-    if any(wide(x).dtype != x.dtype for x in leaves):
+    if any(wide(x).dtype != x.dtype for x in program.leaves):
         return "parameters in half precision have their validation gradient added up in float32"
     if (difference := _difference(train, val)) is not None:
         return f"the batches differ in {difference}"
     copied = sum(known(x.numel()) for x in tensors_of(train))
-    if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in leaves)):
+    if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in program.leaves)):
         return "one run would copy batches that are larger than the model"
-    apart = memory(model_fn, OneRuns).apart.get(shapes_key((train, val, leaves)))
+    apart = memory(program.model_fn, OneRuns).apart.get(shapes_key((train, val, program.leaves)))
     if apart is not None:
         return apart
-    trace = trace_of(model_fn, leaves, spec, train, randomness="error")
+    trace = trace_of(program, train)
     if (company := _company(trace)) is not None:
         return company
-    uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
-    for name, met in zip(spec.names, uses, strict=True):
+    uses = use_shapes(program, train, exact=False)
+    for name, met in zip(program.spec.names, uses, strict=True):
         if not _needs_no_waiting(met):
             return f"parameter {name!r} has several uses whose factors would wait for each other"
     return None
 
 
 def in_one_run(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     train: PyTree,
     val: PyTree,
     *,
@@ -122,29 +121,27 @@ def in_one_run(
     for two."""
     if in_transform() or _difference(train, val) is not None:
         return None
-    remembered = memory(model_fn, OneRuns)
+    remembered = memory(program.model_fn, OneRuns)
     n, m = batch_size(train), batch_size(val)
     key = (
-        structure(model_fn, spec, leaves, train, "error"),  # the batches differ in size alone
-        shapes_key((train, val, leaves)),
+        structure(program, train),  # the batches differ in size alone
+        shapes_key((train, val, program.leaves)),
     )
     alone: Tensor | None = None
     shared = remembered.shared.get(key)
     if shared is None:
-        if reason_for_two_runs(model_fn, leaves, spec, train, val) is not None:
+        if reason_for_two_runs(program, train, val) is not None:
             return None
-        uses = use_shapes(model_fn, leaves, spec, train, randomness="error", exact=False)
+        uses = use_shapes(program, train, exact=False)
         if m == 1 and check == "never":  # else the proof runs it by itself
-            alone = _losses(model_fn, leaves, spec, val)  # code may treat one in its own way
+            alone = _losses(program, val)  # code may treat one in its own way
         several = [i for i, met in enumerate(uses) if len(met) > 1]
         shared = remembered.shared.put(key, several)
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
-    weights = _weights(n, m, scales, leaves[0].device)
+    weights = _weights(n, m, scales, program.leaves[0].device)
     try:
         found = _run(
-            model_fn,
-            leaves,
-            spec,
+            program,
             _joined(train, val),
             OneRunReader(n, contract_dtype),
             shared,
@@ -161,7 +158,7 @@ def in_one_run(
         company = "the validation sample has another loss by itself"
     if company is not None:
         # The joined batch took another way than either batch by itself.
-        remembered.apart.put(shapes_key((train, val, leaves)), company)
+        remembered.apart.put(shapes_key((train, val, program.leaves)), company)
         remembered.shared.drop(key)
         return None
     dots = found.dots if per_param else [add_up(found.dots)]
@@ -177,10 +174,10 @@ def _weights(n: int, m: int, scales: tuple[float, float], device: torch.device) 
 
 
 @torch.enable_grad()
-def _losses(model_fn: ModelFn, leaves: Sequence[Tensor], spec: ParamSpec, batch: PyTree) -> Tensor:
+def _losses(program: Program, batch: PyTree) -> Tensor:
     """The losses of a plain run, `[n]`."""
     with Refusals():
-        losses = model_fn(spec.unflatten(lend(leaves)), batch)
+        losses = program.losses(lend(program.leaves), batch)
     return check_losses(losses, batch_size(batch)).detach()
 
 
@@ -194,9 +191,7 @@ class _Found(NamedTuple):
 
 
 def _run(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     batch: PyTree,
     reader: OneRunReader,
     shared: Sequence[int],
@@ -208,12 +203,10 @@ def _run(
     finite: FiniteLosses,
 ) -> _Found:
     """One run of a batch of both. The parameters `shared` are read at its end."""
-    single = [i for i in range(len(leaves)) if i not in shared]
-    readers = [None if i in shared else reader for i in range(len(leaves))]
+    single = [i for i in range(len(program.leaves)) if i not in shared]
+    readers = [None if i in shared else reader for i in range(len(program.leaves))]
     result = run(
-        model_fn,
-        leaves,
-        spec,
+        program,
         batch,
         [Prepared(readers, degree=2)],
         grads=single if grads else (),
@@ -233,7 +226,7 @@ def _run(
         else:
             dots.append(read)
         if total is not None:
-            out[i] = total.view_as(leaves[i])
+            out[i] = total.view_as(program.leaves[i])
     finite.look()
     return _Found(result.losses, out, dots, result.trace)
 

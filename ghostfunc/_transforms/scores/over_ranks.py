@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.pieces import refuse_group
+from ghostfunc._base.program import Program
 from ghostfunc._base.ranks import Exchange, Ranks
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.same_weights import count_call, said_of_weights
-from ghostfunc._base.trees import ParamSpec, batch_size
+from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores.question import Question
@@ -47,8 +48,8 @@ class AskedOfAll:
     order: list[int]
 
     @property
-    def spec(self) -> ParamSpec:
-        return self.asked.spec
+    def program(self) -> Program:
+        return self.asked.program
 
     def scores(self) -> PyTree:
         """`Question.scores`."""
@@ -62,7 +63,7 @@ class AskedOfAll:
 
     def step(self) -> tuple[Tensor, list[Tensor], PyTree]:
         """Losses and scores of this rank's samples, and the gradient of the mean over all."""
-        leaves, own = self.asked.leaves, self.numbers[self.ranks.rank]
+        leaves, own = self.asked.program.leaves, self.numbers[self.ranks.rank]
         with self.ranks.phase("exchanging the training gradient") as phase:
             exchange = phase.exchange(leaves, self.order, own / sum(self.numbers))
             losses, grads, scores = self.asked.step(exchange.give)
@@ -83,9 +84,10 @@ def asked_of_all(group: Any, call: str, make: Callable[[], Question]) -> AskedOf
     with ranks.phase("reading its arguments") as phase:
         asked = make()
         _check(asked, call)
-        weights = said_of_weights(asked.model_fn, asked.spec.names, asked.leaves)
+        program = asked.program
+        weights = said_of_weights(program.model_fn, program.spec.names, program.leaves)
         phase.alike, phase.number = f"{_outline(asked)}, {weights}", batch_size(asked.train)
-    count_call(asked.model_fn, asked.leaves)
+    count_call(program.model_fn, program.leaves)
     order = ranks.from_first(_order_of(asked), "agreeing on the order of gradients")
     numbers, targets = phase.numbers, asked.targets
     found = [_direction(ranks, asked, val, order) for val in targets.vals]
@@ -96,13 +98,13 @@ def asked_of_all(group: Any, call: str, make: Callable[[], Question]) -> AskedOf
 def _order_of(asked: Question) -> list[int]:
     """The parameters in the order that their gradients came up in last time; at first, matrices
     before vectors, many of which wait for the end of a backward pass."""
-    leaves = asked.leaves
+    leaves = asked.program.leaves
     guess = sorted(range(len(leaves)), key=lambda i: (leaves[i].ndim < 2, -i))
-    return memory(asked.model_fn, _Orders).arrived.get(len(leaves)) or guess
+    return memory(asked.program.model_fn, _Orders).arrived.get(len(leaves)) or guess
 
 
 def _remember(asked: Question, exchange: Exchange) -> None:
-    memory(asked.model_fn, _Orders).arrived.put(len(asked.leaves), exchange.arrived)
+    memory(asked.program.model_fn, _Orders).arrived.put(len(asked.program.leaves), exchange.arrived)
 
 
 def _direction(ranks: Ranks, asked: Question, val: PyTree, order: list[int]) -> list[Tensor]:
@@ -111,7 +113,7 @@ def _direction(ranks: Ranks, asked: Question, val: PyTree, order: list[int]) -> 
     mean = asked.reduction == "mean"
     m = batch_size(val)
     with ranks.phase("exchanging the validation gradient") as phase:
-        exchange = phase.exchange(asked.leaves, order, float(m) if mean else 1.0)
+        exchange = phase.exchange(asked.program.leaves, order, float(m) if mean else 1.0)
         phase.number = m
         exchange.give_rest(asked.direction_of(val, ready=exchange.give))
     sums = exchange.sums()
@@ -119,7 +121,7 @@ def _direction(ranks: Ranks, asked: Question, val: PyTree, order: list[int]) -> 
 
 
 def _check(asked: Question, call: str) -> None:
-    refuse_group(asked.model_fn, call)
+    refuse_group(asked.program.model_fn, call)
     if asked.reduction == "none":
         raise OptionError(
             f'{call} got a group and reduction="none": the validation samples of other ranks are '
@@ -130,9 +132,9 @@ def _check(asked: Question, call: str) -> None:
 
 def _outline(asked: Question) -> str:
     """What has to be alike on all ranks: how many tensors travel, of which shapes."""
-    leaves, targets = asked.leaves, asked.targets
+    leaves, targets = asked.program.leaves, asked.targets
     shapes = [(tuple(x.shape), str(x.dtype)) for x in leaves]
-    known_by = hashlib.sha256(repr((asked.spec.names, shapes)).encode()).hexdigest()[:8]
+    known_by = hashlib.sha256(repr((asked.program.spec.names, shapes)).encode()).hexdigest()[:8]
     params = f"{len(leaves)} parameters of {sum(x.numel() for x in leaves)} elements ({known_by})"
     kept = sum(isinstance(u, FactoredGrads) for u in targets.directions)
     given = f"{len(targets.vals)} validation batches, {len(targets.directions) - kept} directions"

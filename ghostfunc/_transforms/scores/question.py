@@ -26,8 +26,9 @@ from ghostfunc._base.options import (
     one_of,
 )
 from ghostfunc._base.pieces import chunks_of_all, in_step, lengths_of_whole, samples_of_all
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_finite, prove_independent
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_params
+from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
@@ -75,9 +76,7 @@ class _Piece(NamedTuple):
 class Question:
     """A validated question: which scores of which data. Made by `ask`."""
 
-    model_fn: ModelFn
-    leaves: Sequence[Tensor]
-    spec: ParamSpec
+    program: Program
     train: PyTree
     targets: Targets
     mode: Mode
@@ -88,7 +87,6 @@ class Question:
     contract_dtype: ContractDtype
     chunk_size: int | None
     check: Check
-    randomness: Randomness
     check_finite: bool
 
     def scores(self) -> PyTree:
@@ -117,7 +115,7 @@ class Question:
         ):
             if given != needed:
                 raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
-        if in_step(self.model_fn) is not None:
+        if in_step(self.program.model_fn) is not None:
             raise OptionError(
                 "per_position=True is not for modules that fully_shard has sharded. Ask for scores "
                 "of whole samples, or on one process with the whole model."
@@ -136,15 +134,7 @@ class Question:
 
         def of_chunk(train: PyTree) -> list[Tensor]:
             parts = position_dots(
-                self.model_fn,
-                self.leaves,
-                self.spec,
-                train,
-                us,
-                per_param=self.per_param,
-                check=self.check,
-                randomness=self.randomness,
-                look=finite.add,
+                self.program, train, us, per_param=self.per_param, check=self.check, look=finite.add
             )
             for k, (u, columns) in enumerate(zip(us, parts, strict=True)):
                 self._doubt(finite, _Piece(k, u=u), columns)
@@ -171,7 +161,7 @@ class Question:
         return [[p for p in row if p is not None] for row in zip_longest(*columns)]
 
     def _pieces(self, val: PyTree) -> list[tuple[PyTree | None, list[Tensor] | None]]:
-        if in_step(self.model_fn) is not None:  # of all ranks' samples, and in pieces
+        if in_step(self.program.model_fn) is not None:  # of all ranks' samples, and in pieces
             return [(None, self.direction_of(val))]
         if self.chunk_size is None:
             return [(val, None)]
@@ -185,20 +175,17 @@ class Question:
         if not isinstance(direction, FactoredGrads):
             return direction
         c = 1 / len(direction.losses) if self.reduction == "mean" else 1.0
-        return [direction.total(i, c) for i in range(len(self.leaves))]
+        return [direction.total(i, c) for i in range(len(self.program.leaves))]
 
     def direction_of(
         self, val: PyTree, finite: FiniteLosses | None = None, ready: Ready | None = None
     ) -> list[Tensor]:
         """The validation gradient of a batch."""
         return dense_direction(
-            self.model_fn,
-            self.leaves,
-            self.spec,
+            self.program,
             val,
             mean=self.reduction == "mean",
             chunk_size=self.chunk_size,
-            randomness=self.randomness,
             look=check_finite if finite is None else finite.add,
             ready=ready,
         )
@@ -210,7 +197,7 @@ class Question:
         if at_once is not None:
             return at_once
         finite = FiniteLosses(self.check_finite)
-        n = samples_of_all(self.model_fn, batch_size(self.train)) if grads else 0
+        n = samples_of_all(self.program.model_fn, batch_size(self.train)) if grads else 0
         readers = [self._readers(piece, finite, grads=grads) for piece in pieces]
         quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
         if self.normalize:
@@ -218,17 +205,14 @@ class Question:
 
         def of_chunk(train: PyTree) -> _Step:
             taken = run(
-                self.model_fn,
-                self.leaves,
-                self.spec,
+                self.program,
                 train,
                 quantities,
-                grads=range(len(self.leaves)) if grads else (),
+                grads=range(len(self.program.leaves)) if grads else (),
                 scale=1 / n if grads else 1.0,
                 check=self.check,
                 summed=() if self.per_param else range(len(readers)),
                 finite=finite,
-                randomness=self.randomness,
                 ready=ready if train is self.train else None,
             )
             dots = taken.values[: len(readers)]
@@ -238,20 +222,12 @@ class Question:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
             sides = [self._lengths(r, dots[0][0]) for r in readers]
-            rows = lengths.sample_norms(
-                self.model_fn,
-                self.leaves,
-                self.spec,
-                train,
-                taken.values[-1],
-                self.randomness,
-                finite,
-            )
+            rows = lengths.sample_norms(self.program, train, taken.values[-1], finite)
             table = [self._cosines(x, rows, y) for x, y in zip(dots, sides, strict=True)]
             return _Step(taken.losses, taken.grads, table)
 
         parts, sums = [], batches.Sums()
-        least = chunks_of_all(self.model_fn, self.train, self.chunk_size)
+        least = chunks_of_all(self.program.model_fn, self.train, self.chunk_size)
         for part in batches.each(of_chunk, self.train, self.chunk_size, "train", least=least):
             parts.append([part.losses, *_flat(part.table)])
             sums.add(part.grads if grads else ())
@@ -262,12 +238,13 @@ class Question:
     def _lengths(self, readers: _Readers, rows: Tensor) -> Tensor:
         """`||u||`, one row per parameter; of a direction's pieces, that of the whole."""
         found = torch.stack([lengths.length(r, rows) for r in readers])
-        return lengths_of_whole(self.model_fn, found)
+        return lengths_of_whole(self.program.model_fn, found)
 
     def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
         """Have a direction that was given looked at if what is made of it is not finite."""
         if piece.u is not None and self.targets.directions:
-            blame = partial(refuse_not_finite, piece.u, self.spec, self.targets.title(piece.target))
+            title = self.targets.title(piece.target)
+            blame = partial(refuse_not_finite, piece.u, self.program.spec, title)
             for values in columns:
                 finite.doubt(values, blame)
 
@@ -277,12 +254,10 @@ class Question:
         plain = not others and piece.val is not None and not self.normalize
         if not plain or self.reduction == "none" or self.chunk_size is not None:
             return None
-        if self.randomness != "error":
+        if self.program.randomness != "error":
             return None
         found = in_one_run(
-            self.model_fn,
-            self.leaves,
-            self.spec,
+            self.program,
             self.train,
             piece.val,
             mean=self.reduction == "mean",
@@ -301,20 +276,15 @@ class Question:
             return [DotReader(u, self.contract_dtype) for u in piece.u]
         if piece.kept is not None:
             return kept_readers(
-                self.model_fn,
-                self.leaves,
-                self.spec,
+                self.program,
                 self.train,
                 piece.kept,
                 reduction=self.reduction,
                 grads=grads,
                 contract_dtype=self.contract_dtype,
-                randomness=self.randomness,
             )
         return validation_readers(
-            self.model_fn,
-            self.leaves,
-            self.spec,
+            self.program,
             self.train,
             piece.val,
             finite=finite,
@@ -322,7 +292,6 @@ class Question:
             grads=grads,
             contract_dtype=self.contract_dtype,
             check=self.check,
-            randomness=self.randomness,
         )
 
     # --- the other modes -------------------------------------------------------------------------
@@ -335,10 +304,8 @@ class Question:
         def of_chunk(train: PyTree) -> list[Tensor]:
             self._prove(train)
             if self.mode == "jvp":
-                if self.randomness == "error":
-                    definition.prove_independent_tangents(
-                        self.model_fn, self.leaves, self.spec, train
-                    )
+                if self.program.randomness == "error":
+                    definition.prove_independent_tangents(self.program, train)
                 return _flat([self._jvp(train, piece) for piece in pieces])
             formed = self._formed(train)
             return _flat([self._materialized(formed, piece) for piece in pieces])
@@ -347,20 +314,11 @@ class Question:
         return self._unflat(flat, len(pieces))
 
     def _prove(self, batch: PyTree) -> None:
-        prove_independent(
-            self.model_fn,
-            self.leaves,
-            self.spec,
-            batch,
-            self.randomness,
-            anew=self.mode == "jvp" and self.check != "never",
-        )
+        prove_independent(self.program, batch, anew=self.mode == "jvp" and self.check != "never")
 
     def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
         columns = [
-            definition.jvp_dots(
-                self.model_fn, self.leaves, self.spec, train, u, per_param=self.per_param
-            )
+            definition.jvp_dots(self.program, train, u, per_param=self.per_param)
             for u in self._directions(piece)
         ]
         if piece.val is not None and self.reduction == "none":
@@ -369,7 +327,7 @@ class Question:
 
     def _directions(self, piece: _Piece) -> Iterator[list[Tensor]]:
         """The directions of one piece, one at a time."""
-        args = self.model_fn, self.leaves, self.spec, piece.val
+        args = self.program, piece.val
         if piece.u is not None:
             return iter([piece.u])
         if self.reduction == "none":
@@ -394,14 +352,7 @@ class Question:
         return self._cosines(dots, _rows_of(train), _rows_of(theirs))
 
     def _formed(self, batch: PyTree) -> list[Float[Tensor, "n elements"]]:
-        grads = definition.materialize(
-            self.model_fn,
-            self.leaves,
-            self.spec,
-            batch,
-            vectorize=self.vectorize,
-            randomness=self.randomness,
-        )
+        grads = definition.materialize(self.program, batch, vectorize=self.vectorize)
         return [wide(g)[:, None].flatten(1) for g in grads]
 
     def _plain_gradient(self) -> tuple[Tensor, list[Tensor]]:
@@ -409,9 +360,7 @@ class Question:
 
         def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
             weights = torch.full((batch_size(train),), 1 / n, dtype=torch.float64)
-            losses, grads = definition.weighted_gradient(
-                self.model_fn, self.leaves, self.spec, train, weights
-            )
+            losses, grads = definition.weighted_gradient(self.program, train, weights)
             return grads, losses
 
         rows, sums = [], batches.Sums()
@@ -447,7 +396,7 @@ class Question:
                 rows[piece.target].append(row)
         found = [batches.joined(parts, axis=1) for parts in rows]
         return self.targets.named(
-            [self.spec.unflatten(x) if self.per_param else x[0] for x in found]
+            [self.program.spec.unflatten(x) if self.per_param else x[0] for x in found]
         )
 
 
@@ -479,9 +428,9 @@ def ask(
     check_flags(per_param=per_param, normalize=normalize, check_finite=check_finite)
     check_vectorize(vectorize)
     _check_mode(mode, normalize, check_finite)
-    leaves, spec = flatten_params(params)
+    program = Program.of(model_fn, params, randomness)
     batch_size(train, "train")
-    targets = make_targets(val, direction, train, leaves, spec)
+    targets = make_targets(val, direction, train, program.leaves, program.spec)
     if mode != "ghost" and any(isinstance(u, FactoredGrads) for u in targets.directions):
         raise OptionError(
             f'Validation gradients kept by gf.factored_grads need mode="ghost"; got mode={mode!r}. '
@@ -490,13 +439,11 @@ def ask(
     if mode != "ghost":
         for k, u in enumerate(targets.directions):
             if not isinstance(u, FactoredGrads):
-                refuse_not_finite(u, spec, targets.title(k))
+                refuse_not_finite(u, program.spec, targets.title(k))
     if in_step(model_fn) is not None:
         _check_in_step(mode, reduction, targets)
     return Question(
-        model_fn,
-        leaves,
-        spec,
+        program,
         train,
         targets,
         mode,
@@ -507,7 +454,6 @@ def ask(
         contract_dtype,
         chunk_size,
         check,
-        randomness,
         check_finite,
     )
 

@@ -18,9 +18,10 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.pieces import chunks_of_all, samples_of_all
+from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_finite, prove_independent
-from ghostfunc._base.trees import ParamSpec, batch_size, yields_batches
-from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness, Reduction
+from ghostfunc._base.trees import batch_size, yields_batches
+from ghostfunc._base.types import Check, ContractDtype, PyTree, Reduction
 from ghostfunc._factors import bundles, cost
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.factor import Factor, times
@@ -38,9 +39,7 @@ from ghostfunc._transforms.factored import FactoredGrads
 
 
 def validation_readers(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     train: PyTree,
     val: PyTree,
     *,
@@ -49,7 +48,6 @@ def validation_readers(
     contract_dtype: ContractDtype = None,
     check: Check,
     finite: FiniteLosses | None = None,
-    randomness: Randomness,
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
 
@@ -57,18 +55,18 @@ def validation_readers(
     """
     m = batch_size(val, "val")
     each = reduction == "none"
-    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
-    theirs = use_shapes(model_fn, leaves, spec, val, randomness=randomness, exact=True)
-    forms = _Forms.of(leaves, ours, theirs, each=each, grads=grads, contract_dtype=contract_dtype)
+    ours = use_shapes(program, train, exact=False)
+    theirs = use_shapes(program, val, exact=True)
+    forms = _Forms.of(
+        program.leaves, ours, theirs, each=each, grads=grads, contract_dtype=contract_dtype
+    )
     mean = 1 / m if reduction == "mean" else 1.0
     totals = [
         TotalReader(tuple(x.shape), contract_dtype) if i in forms.wider else None
-        for i, x in enumerate(leaves)
+        for i, x in enumerate(program.leaves)
     ]
     taken = run(
-        model_fn,
-        leaves,
-        spec,
+        program,
         val,
         [Prepared(totals, degree=1)] if forms.wider else [],
         grads=forms.dense,
@@ -77,7 +75,6 @@ def validation_readers(
         scale=1.0 if forms.scaled_after else mean,
         check=check,
         finite=finite,
-        randomness=randomness,
     )
     after = mean if forms.scaled_after else 1.0
 
@@ -94,7 +91,7 @@ def validation_readers(
         u = wide(taken.values[0][i] if i in forms.wider else taken.grads[i])
         return DotReader(u if after == 1.0 else u * after, contract_dtype)
 
-    return [reader(i) for i in range(len(leaves))]
+    return [reader(i) for i in range(len(program.leaves))]
 
 
 @dataclass(frozen=True)
@@ -147,42 +144,36 @@ class _Forms:
 
 
 def kept_readers(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     train: PyTree,
     kept: FactoredGrads,
     *,
     reduction: Reduction,
     grads: bool,
     contract_dtype: ContractDtype = None,
-    randomness: Randomness,
 ) -> list[Any]:
     """`validation_readers`, of validation gradients that were collected before."""
     m = len(kept.losses)
     each = reduction == "none"
     c = 1 / m if reduction == "mean" else 1.0
-    ours = use_shapes(model_fn, leaves, spec, train, randomness=randomness, exact=False)
+    ours = use_shapes(program, train, exact=False)
 
     def reader(i: int) -> DotReader | PairReader:
         theirs = [bundles.use_shape(f) for f in kept.bundles[i]]
-        faster = speed(leaves[i], contract_dtype)
+        faster = speed(program.leaves[i], contract_dtype)
         if each or cost.keep_direction_factored(ours[i], theirs, grads=grads, speed=faster):
             return PairReader(kept.scaled(i, c), each, m, contract_dtype=contract_dtype)
         return DotReader(kept.total(i, c), contract_dtype)
 
-    return [reader(i) for i in range(len(leaves))]
+    return [reader(i) for i in range(len(program.leaves))]
 
 
 def dense_direction(
-    model_fn: ModelFn,
-    leaves: Sequence[Tensor],
-    spec: ParamSpec,
+    program: Program,
     val: PyTree,
     *,
     mean: bool,
     chunk_size: int | None,
-    randomness: Randomness,
     look: Callable[[Tensor], None] = check_finite,
     ready: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
@@ -192,12 +183,12 @@ def dense_direction(
 
     def gradient(batch: PyTree, scale: float) -> list[Tensor]:
         def of_chunk(chunk: PyTree) -> list[Tensor]:
-            prove_independent(model_fn, leaves, spec, chunk, randomness)
+            prove_independent(program, chunk)
             whole = ready if chunk is val else None
-            return definition.val_gradient(model_fn, leaves, spec, chunk, scale, look, whole)
+            return definition.val_gradient(program, chunk, scale, look, whole)
 
         sums = batches.Sums()
-        least = chunks_of_all(model_fn, batch, chunk_size)
+        least = chunks_of_all(program.model_fn, batch, chunk_size)
         for grads in batches.each(of_chunk, batch, chunk_size, "val", least=least):
             sums.add(grads)
             del grads
@@ -205,10 +196,10 @@ def dense_direction(
 
     if not yields_batches(val):
         m = batch_size(val, "val")
-        return gradient(val, 1 / samples_of_all(model_fn, m) if mean else 1.0)
+        return gradient(val, 1 / samples_of_all(program.model_fn, m) if mean else 1.0)
     total, whole = 0, batches.Sums()
     for batch in val:
-        m = samples_of_all(model_fn, batch_size(batch, "val"))
+        m = samples_of_all(program.model_fn, batch_size(batch, "val"))
         total += m
         # Means, so that half precision does not overflow, weighed in float32 or wider.
         whole.add([wide(g) * m for g in gradient(batch, 1 / m)])
@@ -218,4 +209,7 @@ def dense_direction(
             "make a new one, or pass a list by iter(batches)."
         )
     sums = whole.result()
-    return [(x / total if mean else x).to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)]
+    return [
+        (x / total if mean else x).to(leaf.dtype)
+        for x, leaf in zip(sums, program.leaves, strict=True)
+    ]
