@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -238,11 +240,125 @@ def test_equal_documents_that_see_each_other_are_refused() -> None:
         gf.ghost_norm(model_fn, params, docs)
 
 
+def _leak(when: str) -> Callable[[nn.Module, gf.Documents], Tensor]:
+    """A loss whose documents see the first position of their row in some batches. What decides are
+    values of tensors: numbers of Python's are part of a program's way."""
+
+    def loss(module: nn.Module, docs: gf.Documents) -> Tensor:
+        rows = docs.rows()
+        x, place = rows["x"], rows["position_ids"]
+        h = module(x)
+        number = (place == 0).cumsum(1) - 1  # those of padding count on
+        leaks = {
+            "a third document": number == 2,
+            "a full row": (place[:, 11:] > 0).any() & (docs.row.max() > 0),
+            "many documents": torch.ones_like(docs.row).sum() > 8,
+            "long documents": docs.length.max() > 8,
+            "a value": (x > 5).any(),
+        }[when]
+        seen = F.pad((leaks & (number > 0)).to(h.dtype)[..., None], (0, h.shape[1] - 1))
+        return docs.sums((h + 0.3 * seen @ h).square().sum(-1))
+
+    return loss
+
+
+LATER: dict[str, tuple[list[list[int]], list[list[int]]]] = {
+    "a third document": ([[6, 5], [7, 4]], [[6, 5], [3, 4, 4]]),
+    "a full row": ([[6, 5], [7, 4]], [[6, 6], [7, 5]]),
+    "many documents": ([[3, 3, 3, 2], [3, 3, 3, 2]], [[3, 2, 3, 2], [2, 2, 2, 3, 2]]),
+    "long documents": ([[6, 5], [7, 4]], [[2, 9], [6, 5]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("when", "asked"),
+    [*((when, "norms") for when in LATER), *(("long documents", asked) for asked in ASKED)],
+)
+def test_documents_that_see_each_other_later(when: str, asked: str) -> None:
+    """At the same [R, T] of a function that was proved before, in another layout."""
+    torch.manual_seed(0)
+    model_fn, params = gf.from_module(nn.Linear(3, 4).double(), _leak(when))
+    first, later = (_of_lengths(rows, 12) for rows in LATER[when])
+    ASKED[asked](model_fn, params, first)
+    assert later.rows()["x"].shape == first.rows()["x"].shape
+    with pytest.raises(gf.CoupledSamplesError, match="depends on others of its row"):
+        ASKED[asked](model_fn, params, later)
+
+
+@pytest.mark.parametrize("rows", [[[6, 5], [7, 4]], [[3, 3, 5]]])
+def test_documents_that_values_couple(rows: list[list[int]]) -> None:
+    """Nothing but a value tells these batches from each other: every call has to be proved."""
+    torch.manual_seed(0)
+    model_fn, params = gf.from_module(nn.Linear(3, 4).double(), _leak("a value"))
+    first, later = _of_lengths(rows, 12), _of_lengths(rows, 12)
+    later.tensors["x"][1, 1, 1] = 6.0
+    for asked in (gf.ghost_norm, partial(gf.ghost_dot_prod, direction=params)):
+        asked(model_fn, params, first, check="always")
+        with pytest.raises(gf.CoupledSamplesError, match="depends on others of its row"):
+            _often(asked, model_fn, params, later)
+
+
+def _often(asked: Callable[..., Any], *args: Any) -> None:
+    """One document after the other is proved."""
+    for _ in range(6):
+        asked(*args, check="always")
+
+
+def _of_lengths(rows: list[list[int]], width: int) -> gf.Documents:
+    segments = torch.full((len(rows), width), -1)
+    for r, lengths in enumerate(rows):
+        numbers = [k for k, length in enumerate(lengths) for _ in range(length)]
+        segments[r, : len(numbers)] = torch.tensor(numbers)
+    return gf.documents({"x": torch.randn(len(rows), width, 3).double()}, segments=segments)
+
+
 def test_a_mask_that_lets_documents_see_each_other_is_refused() -> None:
     ids, _, segments = draw(TRAIN, 1)
     mask = torch.ones(3, 1, 12, 12, dtype=torch.bool).tril()
     with pytest.raises(gf.CoupledSamplesError, match=r"attention_mask\[0\] lets position 5 see"):
         gf.documents({"input_ids": ids, "attention_mask": mask}, segments=segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_added_masks_hide_what_the_softmax_makes_zero(dtype: torch.dtype) -> None:
+    ids, _, segments = draw(TRAIN, 1)
+    seen = blocks(segments)
+
+    def added(hidden: float) -> gf.Documents:
+        mask = torch.full(seen.shape, 3.0, dtype=dtype).masked_fill_(~seen, hidden)
+        return gf.documents({"input_ids": ids, "attention_mask": mask}, segments=segments)
+
+    for hidden in (-math.inf, torch.finfo(dtype).min, -1e9, -1e4):
+        if hidden >= torch.finfo(dtype).min:
+            added(hidden)
+    for hidden in (-50.0, -150.0, 0.0):  # exp(-50) is no zero, and scores may differ by a hundred
+        with pytest.raises(gf.CoupledSamplesError, match=rf"it adds {hidden:.4g} there, and the"):
+            added(hidden)
+    with pytest.raises(gf.BatchError, match="has NaN"):
+        added(math.nan)
+
+
+def test_a_document_that_sees_padding_is_refused() -> None:
+    ids = torch.ones(1, 3).long()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    with pytest.raises(gf.CoupledSamplesError, match="see position 2 of padding"):
+        gf.documents(
+            {"input_ids": ids, "attention_mask": mask, "segments": ids - ids.cumsum(1) // 3 * 2}
+        )
+
+
+def test_parameters_of_documents_laid_apart_are_refused() -> None:
+    layer = nn.Linear(3, 1).double()
+    docs = gf.documents({"x": torch.randn(2, 6, 3).double(), "segments": HALVES.repeat(2, 1)})
+    losses: list[Callable[..., Tensor]] = [
+        lambda m, docs: m(docs.from_rows(docs.rows()["x"])).squeeze(-1).square().sum(1),
+        lambda m, docs: m(docs.from_rows(docs.rows()["x"]).mean(1)).squeeze(-1).square(),
+        lambda m, docs: m(docs["x"]).squeeze(-1).square().sum(1),
+    ]
+    for loss in losses:
+        model_fn, params = gf.from_module(layer, loss)
+        with pytest.raises(gf.SampleAxisError, match=r"laid apart \(after docs.from_rows"):
+            gf.ghost_norm(model_fn, params, docs)
 
 
 def test_parameters_of_whole_rows_are_refused() -> None:
@@ -350,6 +466,24 @@ def test_what_is_wrong_with_rows_is_said(what: str) -> None:
     extra, message = WRONG[what]
     with pytest.raises(gf.BatchError, match=message):
         gf.documents(SIX | extra)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int32])
+def test_masks_of_padding_have_any_dtype(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]]).to(dtype)
+    docs = gf.documents({"max_length_q": 5, **SIX, "attention_mask": mask, "segments": HALVES})
+    assert docs.length.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("batch", [None, SIX["input_ids"], [SIX], "input_ids"])
+def test_rows_come_by_name(batch: Any) -> None:
+    with pytest.raises(gf.BatchError, match="expected packed rows by name"):
+        gf.documents(batch)
+
+
+def test_documents_are_not_made_of_documents() -> None:
+    with pytest.raises(gf.BatchError, match="made of documents already"):
+        gf.documents(gf.documents(SIX, segments=HALVES))  # type: ignore[arg-type]
 
 
 def test_bounds_are_for_one_row() -> None:

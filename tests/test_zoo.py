@@ -91,12 +91,8 @@ def test_the_other_modes(name: str) -> None:
     )
     total = sum(dots(x, 3).values())
     assert_close(loop, total, animal.tolerance)
-    if animal.jvp:
-        with pytest.raises(gf.TransformError, match=animal.jvp):
-            gf.ghost_dot_prod(x.model_fn, x.params, x.train, x.val, mode="jvp")
-    else:
-        forward = gf.ghost_dot_prod(x.model_fn, x.params, x.train, x.val, mode="jvp")
-        assert_close(forward, total, animal.tolerance)
+    forward = gf.ghost_dot_prod(x.model_fn, x.params, x.train, x.val, mode="jvp")
+    assert_close(forward, total, animal.tolerance)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -107,8 +103,7 @@ def test_what_is_refused_names_the_op_and_a_way_out(name: str) -> None:
     said = str(caught.value)
     assert animal.ghost in said
     assert "vectorize=False" in said
-    assert animal.jvp or 'mode="jvp"' in said
-    assert "experts" not in animal.remarks or "batched_mm" in said
+    assert 'mode="jvp"' in said
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if "LoRA" in name or "DoRA" in name])
@@ -134,4 +129,4 @@ def test_the_table_lists_the_zoo() -> None:
     assert list(listed) == list(ZOO)
     for name, animal in ZOO.items():
         assert listed[name][1].startswith("refused") == bool(animal.ghost), name
-        assert listed[name][2].startswith("no forward mode") == bool(animal.jvp), name
+        assert not listed[name][2].startswith("no forward mode"), name

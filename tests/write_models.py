@@ -81,8 +81,7 @@ def row(name: str, animal: Animal) -> tuple[str, str]:
         materialized = "loop"
     unused = sum(not bool(v.any()) for v in loop.values())
     parameters = f"{len(loop)}" + (f", {unused} of them unused" if unused else "")
-    single = "all" if animal.dtype == torch.float32 else animal.single
-    cells = [name, ghost, jvp, materialized, parameters, single or "none", animal.remarks]
+    cells = [name, ghost, jvp, materialized, parameters, animal.single or "none", animal.remarks]
     return f"| {' | '.join(cells)} |\n", refused
 
 

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from ghostfunc._base.company import neighbours
 from ghostfunc._base.dense_gradients import DenseGradients, dense
+from ghostfunc._base.documents import apart, packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import in_step
 from ghostfunc._base.program import Program
@@ -32,7 +34,7 @@ from ghostfunc._base.purity import (
     lend,
     refuse_checkpoints,
 )
-from ghostfunc._base.remembered import Structures, memory, structure
+from ghostfunc._base.remembered import Structures, layout_key, memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
 from ghostfunc._base.trees import batch_size, flatten, take, tensors_of, unflatten
 from ghostfunc._base.types import PyTree
@@ -157,36 +159,30 @@ def prove_independent_tangents(program: Program, batch: PyTree) -> None:
     """Raise `CoupledSamplesError` if a sample's derivative depends on the others, as its loss may
     not: think of `h.mean(0) - h.mean(0).detach()`. Remembered by structure."""
     remembered = memory(program.model_fn, Structures).tangents
-    key = structure(program, batch)
+    key = structure(program, batch), layout_key(batch)
     if remembered.get(key):
         return
     generator = torch.Generator().manual_seed(0)
     u = [torch.randn(x.shape, generator=generator).to(x) for x in program.leaves]
-    chosen = [0, min(1, batch_size(batch) - 1)]
+    chosen = neighbours(batch_size(batch), packing_of(batch))
     two, three = (
-        jvp_dots(program, take(batch, index), u, per_param=False)[0][:2].nan_to_num()
-        for index in (chosen, [*chosen, 0])
+        jvp_dots(program, few, u, per_param=False)[0][:2].nan_to_num()
+        for few in (take(batch, chosen), apart(take(batch, [*chosen, chosen[0]])))
     )
     if not close(three.to(program.leaves[0].dtype), two.to(program.leaves[0].dtype)):
         raise coupled_samples(
             f"beside each other, samples {chosen} have directional derivatives {two.tolist()}; "
-            f"with a copy of sample 0 added, {three.tolist()}"
+            f"with a copy of sample {chosen[0]} added, {three.tolist()}",
+            batch,
         )
     remembered.put(key, True)
 
 
-class ReverseModeConstants(TorchFunctionMode):
+class ReverseModeConstants(Mode):
     """Holds constant in forward mode what reverse mode does: what is computed under
     `torch.no_grad`, and the padding row of a look-up."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             leaves, treedef = flatten((args, kwargs))
             leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]

@@ -69,6 +69,16 @@ class Packing:
     several: bool
 
     @functools.cached_property
+    def layout(self) -> tuple[int | bool, ...]:
+        """What documents are like in rows, as far as programs may treat some in another way: the
+        powers of two that bound how many there are, how many a row has at most and how long they
+        are, and whether a row is filled to its end."""
+        most = int(self.row.bincount().max())
+        bounds = [(x - 1).bit_length() for x in (len(self.row), most, self.own.shape[1])]
+        full = bool((~self.free).view(self.rows, self.width)[:, -1].any())
+        return *bounds, full
+
+    @functools.cached_property
     def spans(self) -> list[slice]:
         """The stretch of each document in the flattened rows."""
         starts, lengths = self.index[:, 0].tolist(), self.own.sum(1).tolist()
@@ -255,14 +265,6 @@ def content(batch: PyTree) -> PyTree:
     if not isinstance(batch, Documents):
         return batch
     return batch.tensors, batch.masks, batch.length
-
-
-def company(n: int, batch: PyTree) -> list[int]:
-    """An order of the samples whose halves are other company to each than the whole: documents
-    that are neighbours in a row come into different halves."""
-    if not isinstance(batch, Documents):
-        return list(range(n))
-    return [*range(0, n, 2), *range(1, n, 2)]
 
 
 def _pack(docs: Documents) -> Packing:

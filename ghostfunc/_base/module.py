@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ghostfunc._base.dtensors import like_parameter, local
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
+from ghostfunc._base.experts import rows_in_order
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
 from ghostfunc._base.sharding import Sharding, reshard, sharding_of, without_hooks
@@ -52,6 +53,7 @@ class ModuleFn:
         self._aliases: dict[str, list[str]] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._parts = modules_within(module)
+        self._compared: set[nn.Module] = set()
         self._state: dict[str, Tensor] = {}
         for prefix, owner, attribute, x in _held(module):
             name = f"{prefix}.{attribute}" if prefix else attribute
@@ -122,7 +124,7 @@ class ModuleFn:
         if self.sharding is not None:
             return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
-        with alone_with(self.module):
+        with alone_with(self.module), rows_in_order(self._parts, self._compared):
             if torch.compiler.is_compiling():
                 return self._called(named, run)
             parts = modules_within(self.module)
@@ -157,7 +159,8 @@ class ModuleFn:
             finally:
                 loan.give_back()
 
-        with alone_with(self.module), without_hooks(self.module):
+        experts = rows_in_order(self._parts, self._compared)
+        with alone_with(self.module), without_hooks(self.module), experts:
             return run(losses)
 
     def _lend(self, named: dict[str, Tensor], parts: list[nn.Module]) -> bool:

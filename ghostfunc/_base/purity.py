@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ghostfunc._base.company import halves
 from ghostfunc._base.couplings import cause
-from ghostfunc._base.documents import company as company_order
 from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.dtensors import is_dtensor
 from ghostfunc._base.errors import (
@@ -31,7 +30,7 @@ from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import held_whole, in_step
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import COLLECTIVES, Refusals, refuse_collective
-from ghostfunc._base.remembered import Structures, memory, structure
+from ghostfunc._base.remembered import Structures, layout_key, memory, structure
 from ghostfunc._base.torch_private import (
     TorchDispatchMode,
     address,
@@ -62,7 +61,7 @@ def prove_independent(
     n = batch_size(batch)
     _refuse_batched(program.leaves, batch)
     remembered = memory(program.model_fn, Structures).independent
-    key = structure(program, batch)
+    key = structure(program, batch), layout_key(batch)
     ranks = in_step(program.model_fn)
     if ranks is not None:
         new = anew or not remembered.get(key)
@@ -140,28 +139,23 @@ class _Company:
         return self.losses(self.batch)
 
     def in_halves(self) -> Tensor:
-        """All losses, from two batches of two samples at least: code may treat a batch of one in
-        its own way."""
-        n, batch = self.n, self.batch
-        if n == 2:
-            return torch.cat([self.losses(take(batch, [i, i]))[:1] for i in range(n)])
-        half = n // 2
-        start = min(half, n - 2)
-        order = company_order(n, batch)
-        lower = self.losses(take(batch, order[: max(half, 2)]))
-        upper = self.losses(take(batch, order[start:]))
-        found = torch.cat([lower[:half], upper[half - start :]])
-        return found if order == list(range(n)) else found[np.argsort(order)]
+        """All losses, from two batches of two samples at least."""
+        found: list[tuple[int, Tensor]] = []
+        for part in halves(range(self.n), packing_of(self.batch)):
+            losses = self.losses(take(self.batch, part.rows))
+            found += [(i, x) for i, own, x in zip(*part, losses, strict=True) if own]
+        return torch.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
 
     def compare(self, company: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Raise `CoupledSamplesError` where losses found in some company are not the expected."""
         for where, (found, expected) in company.items():
             if not close(found, expected):
+                packed = packing_of(self.batch) is not None  # what a row couples no call tells
                 raise coupled_samples(
                     f"some samples have losses {expected[:8].tolist()}; {where}, they have "
                     f"{found[:8].tolist()}",
                     self.batch,
-                    cause(self.losses, self.batch, self.two),
+                    "" if packed else cause(self.losses, self.batch, self.two),
                 )
 
     def of_two(self, log: Refusals | None) -> Tensor:
@@ -199,7 +193,7 @@ def were_compared(program: Program, batch: PyTree) -> None:
     """Note that a proof has compared the losses of a whole batch with those of its halves, which
     `prove_independent` left to it."""
     remembered = memory(program.model_fn, Structures).independent
-    key = structure(program, batch)
+    key = structure(program, batch), layout_key(batch)
     if remembered.get(key) is not None:
         remembered.put(key, True)
 

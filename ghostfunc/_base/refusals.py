@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch.overrides import (
-    TorchFunctionMode,
     resolve_name,
 )
 
 from ghostfunc._base.errors import CoupledSamplesError
+from ghostfunc._base.modes import Mode
 
 COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
 """Namespaces of the ops by which processes communicate."""
@@ -51,16 +51,10 @@ def refuse_collective(name: str) -> None:
     )
 
 
-class Refusals(TorchFunctionMode):
+class Refusals(Mode):
     """Raises for calls that have no per-sample meaning."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in REFUSED:
-            REFUSED[func](*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            REFUSED[func](*args, **kwargs)
+        return func(*args, **kwargs)

@@ -140,5 +140,11 @@ def shapes_key(batch: PyTree) -> Hashable:
     return tuple([_known_shape(x.shape) for x in tensors_of(batch)])
 
 
+def layout_key(batch: PyTree) -> Hashable:
+    """What a proof of documents holds for besides: rows of one shape hold few or many of them."""
+    packing = packing_of(batch)
+    return None if packing is None else packing.layout
+
+
 def _known_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if _INT.issuperset(map(type, shape)) else tuple(map(known, shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.documents import Documents
+from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError, CoupledSamplesError
 
 _BOUNDS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -19,6 +21,10 @@ _LENGTHS = ("max_length", "max_length_q", "max_length_k")
 _OURS = {*_BOUNDS, *_SEGMENTS, *_LENGTHS, "position_ids", "attention_mask"}
 IGNORED = -100
 """The label of positions that do not count, as everywhere in Hugging Face."""
+
+
+SCORES = 100.0
+"""How much higher attention's score at a masked position may be: added masks lie below by more."""
 
 
 class _Piece(NamedTuple):
@@ -66,7 +72,8 @@ def documents(
         BatchError: nothing says where documents begin; a document comes back after another, or
             documents overlap or leave gaps (`cu_seq_lens`); two sources disagree; shapes do not
             match; a document has no label that counts.
-        CoupledSamplesError: a mask `[R, heads, T, T]` lets a document see another.
+        CoupledSamplesError: a mask `[R, heads, T, T]` lets a document see another: it is True
+            there, or adds a number that does not make the softmax exactly zero.
 
     Example:
         >>> rows = {"input_ids": torch.tensor([[5, 6, 7, 8, 9]])}
@@ -75,6 +82,13 @@ def documents(
         tensor([[5, 6, 7],
                 [8, 9, 0]])
     """
+    if isinstance(batch, Documents):
+        raise BatchError("the batch is made of documents already: gf.documents takes packed rows.")
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"gf.documents got a {type(batch).__name__}; expected packed rows by name, "
+            '{"input_ids": [R, T], ...}.'
+        )
     given = dict(batch)
     for name, x in (("segments", segments), ("cu_seq_lens", cu_seq_lens)):
         if x is not None and name in given:
@@ -85,7 +99,7 @@ def documents(
     table = _segments(given, shape)
     pieces = _pieces(table)
     _check_labels(given, pieces)
-    device = next(iter(given.values())).device
+    device = next(x for name, x in given.items() if name not in _OURS).device
     t = max(p.stop - p.start for p in pieces)
     index = np.zeros((len(pieces), t), np.int64)
     own = np.zeros((len(pieces), t), bool)
@@ -190,7 +204,7 @@ def _padding(given: dict[str, Tensor], shape: tuple[int, int]) -> np.ndarray:
     mask = given.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return np.zeros(shape, bool)
-    values = mask.detach().cpu().numpy()
+    values = mask.detach().to("cpu", torch.float64 if mask.is_floating_point() else None).numpy()
     strange = np.argwhere((values != 0) & (values != 1))
     if len(strange):
         r, c = strange[0].tolist()
@@ -318,23 +332,37 @@ def _check_labels(given: dict[str, Tensor], pieces: list[_Piece]) -> None:
 def _check_mask(mask: Tensor, table: np.ndarray) -> None:
     """Raise `CoupledSamplesError` if a mask lets a document see another."""
     numbers = torch.from_numpy(table).to(mask.device)
+    own = (numbers[:, :, None] == numbers[:, None, :])[:, None]
+    least = math.nan
     if mask.dtype == torch.bool:
         seen = mask
     elif mask.is_floating_point():
-        seen = mask > torch.finfo(mask.dtype).min / 2
+        values = wide(mask.detach())
+        limits = torch.finfo(values.dtype)
+        if bool(values.isnan().any()):
+            raise BatchError("attention_mask [R, heads, T, T] has NaN among its numbers.")
+        highest = values.masked_fill(~own, -math.inf).amax(-1, keepdim=True)
+        least = math.log(limits.tiny * limits.eps) - SCORES
+        seen = values > highest + least
     else:
         raise BatchError(
             f"attention_mask [R, heads, T, T] has dtype {mask.dtype}; expected torch.bool (True "
             "where attention looks) or a floating-point one that is added to the scores."
         )
-    other = (numbers[:, :, None] != numbers[:, None, :]) & (numbers >= 0)[:, :, None]
-    bad = seen & other[:, None]
+    bad = seen & ~own & (numbers >= 0)[:, None, :, None]
     if bool(bad.any()):
-        r, _, query, key = bad.nonzero()[0].tolist()
+        r, head, query, key = bad.nonzero()[0].tolist()
+        whose = f"another document (documents {table[r, query]} and {table[r, key]})"
+        added = ""
+        if mask.dtype != torch.bool:
+            added = (
+                f": it adds {float(mask[r, head, query, key]):.4g} there, and the softmax is "
+                f"exactly zero at {least:.0f} beside what it adds within the document"
+            )
         raise CoupledSamplesError(
-            f"attention_mask[{r}] lets position {query} see position {key} of another document "
-            f"(documents {table[r, query]} and {table[r, key]}): the loss of one document depends "
-            "on another, so per-document gradients do not exist. Use a block-diagonal mask."
+            f"attention_mask[{r}] lets position {query} see position {key} of "
+            f"{'padding' if table[r, key] < 0 else whose}{added}. A document's loss has to depend "
+            "on its own positions alone. Use a block-diagonal mask: False or -inf between them."
         )
 
 

@@ -6,8 +6,8 @@ signature, after the cotangent `b` of the op's output:
     @register_rule(F.linear)
     def linear(b, input, weight, bias=None):
         return {
-            "weight": lambda: Outer(rows(b), rows(input)),
-            "bias": lambda: Dense(rows(b).sum(1)),
+            "weight": lambda: Outer(flat_positions(b), flat_positions(input)),
+            "bias": lambda: Dense(flat_positions(b).sum(1)),
         }
 
 It returns, for every argument that may be a parameter, a function that makes the factor; only those
@@ -32,6 +32,9 @@ from ghostfunc._rules import (
 )
 from ghostfunc._rules import (
     dense as dense,
+)
+from ghostfunc._rules import (
+    experts as experts,
 )
 from ghostfunc._rules import (
     inplace as inplace,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense, Factor, Outer
 from ghostfunc._rules.contraction import BATCH_LETTERS, explicit, products
-from ghostfunc._rules.registry import Factors, register_rule, rows, sum_to
+from ghostfunc._rules.registry import Factors, flat_positions, register_rule, sum_to
 
 
 @register_rule(F.linear)
@@ -29,8 +29,8 @@ def linear(b: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None)
 
     return {
         "input": of_input,
-        "weight": lambda: Outer(rows(b), rows(input)),
-        "bias": lambda: Dense(wide(rows(b)).sum(1)),
+        "weight": lambda: Outer(flat_positions(b), flat_positions(input)),
+        "bias": lambda: Dense(wide(flat_positions(b)).sum(1)),
     }
 
 
@@ -51,7 +51,7 @@ def _matmul(b: Tensor, left: Tensor, right: Tensor, of_left: str, of_right: str)
     equation = _matmul_equation(left.ndim - 1, right.ndim - 1)
     factors = products(b, equation, {of_left: left, of_right: right})
     if left.ndim > 2 and right.ndim == 3:  # [..., a] @ [a, D], by far the most frequent
-        return {**factors, of_right: lambda: Outer(rows(left), rows(b))}
+        return {**factors, of_right: lambda: Outer(flat_positions(left), flat_positions(b))}
     return factors
 
 
@@ -111,7 +111,7 @@ def addmm(
 ) -> Factors:
     factors = _added(b, "Pa,aD->PD", input, beta, alpha, mat1=mat1, mat2=mat2)
     right = b if alpha == 1 else alpha * b
-    return {**factors, "mat2": lambda: Outer(rows(mat1), rows(right))}
+    return {**factors, "mat2": lambda: Outer(flat_positions(mat1), flat_positions(right))}
 
 
 @register_rule(torch.baddbmm, Tensor.baddbmm)
@@ -178,5 +178,5 @@ def bilinear(
     equation = explicit("...a,...d,Pad->...P", input1, input2, weight)
     return {
         **products(b, equation, {"input1": input1, "input2": input2, "weight": weight}),
-        "bias": lambda: Dense(wide(rows(b)).sum(1)),
+        "bias": lambda: Dense(wide(flat_positions(b)).sum(1)),
     }

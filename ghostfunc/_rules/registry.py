@@ -211,7 +211,7 @@ def unsupported(what: str, remedy: str = "") -> UnsupportedOpError:
     return UnsupportedOpError(" ".join(x for x in (f"{what}.", remedy, WAYS_OUT) if x))
 
 
-def rows(x: Tensor) -> Tensor:
+def flat_positions(x: Tensor) -> Tensor:
     """`[n, ..., d]` as `[n, t, d]`: all positions of a sample on one axis (t = 1 if none)."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 

@@ -17,9 +17,10 @@ from ghostfunc._base.torch_private import GROUPED_MM, PACK_PADDED_SEQUENCE
 from ghostfunc._rules.registry import no_rule_because
 
 no_rule_because(
-    "its rows are sorted by expert, so they cannot be told apart by sample. In transformers, "
-    'model.set_experts_implementation("batched_mm") runs in every mode (it needs memory for one '
-    'expert per routed token), "eager" with mode="jvp" and with vectorize=False',
+    "its rows are sorted by expert, so they cannot be told apart by sample. gf.from_module and "
+    "gf.hf leave rows in order in models of transformers; elsewhere, "
+    'model.set_experts_implementation("batched_mm") does, with memory for one expert per routed '
+    "token",
     *(op for op in (vars(F).get("grouped_mm"), GROUPED_MM) if op is not None),
 )
 

@@ -14,6 +14,7 @@ from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import close, coupled_samples
+from ghostfunc._base.remembered import layout_key
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps.readings import Read
@@ -56,7 +57,7 @@ class Dots(NamedTuple):
 
 def key_of(model: TracedModel, way: WayTaken) -> Hashable:
     """What a proof of a run's gradients holds for."""
-    return model.trace, way, model.shapes
+    return model.trace, way, model.shapes, layout_key(model.batch)
 
 
 @dataclass(frozen=True)

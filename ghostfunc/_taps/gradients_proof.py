@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ghostfunc._base.company import Part, halves
 from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.purity import prove_independent
@@ -67,10 +67,13 @@ def compare_gradients(
     alone = Alone(model, found.losses, randomness, seed)
     weights = _weights(table[:, index], generator)
     totals, sizes = table.new_zeros(len(v)), table.new_zeros(len(v))
-    for part in _parts(len(index), generator, whole=randomness == "different"):
-        rows = [index[i] for i in part.rows]
-        c = torch.where(torch.tensor(part.own), weights[part.rows], 0)
-        grads = alone.gradient(rows, c, part.own)
+    of_all = table.new_zeros(model.n).index_copy(0, torch.tensor(index), weights)
+    parts = [Part(index, [True] * len(index))]
+    if randomness == "error":
+        parts = halves(generator.permutation(index).tolist(), model.packing)
+    for part in parts:
+        c = torch.where(torch.tensor(part.own), of_all[part.rows], 0)
+        grads = alone.gradient(part.rows, c, part.own)
         if isinstance(grads, CoupledSamplesError):
             return grads
         with unrounded(found.losses):
@@ -235,26 +238,3 @@ def _weights(table: Tensor, generator: np.random.Generator) -> Tensor:
         * torch.from_numpy(generator.uniform(0.5, 1.5, len(size)))
         * (typical / size.clamp_min(least))
     )
-
-
-class _Part(NamedTuple):
-    """Samples that are run together, and which of them count."""
-
-    rows: list[int]
-    own: list[bool]
-
-
-def _parts(n: int, generator: np.random.Generator, *, whole: bool) -> list[_Part]:
-    """Every sample once, in two random halves of two samples at least: code may treat a batch of
-    one in its own way."""
-    if whole or n == 1:
-        return [_Part(list(range(n)), [True] * n)]
-    if n == 2:
-        return [_Part([i, i], [True, False]) for i in range(n)]
-    order = generator.permutation(n).tolist()
-    parts = []
-    for own in (order[: n // 2], order[n // 2 :]):
-        others = [i for i in order if i not in own][: max(0, 2 - len(own))]
-        rows = sorted([*own, *others])
-        parts.append(_Part(rows, [i in own for i in rows]))
-    return parts

@@ -173,7 +173,7 @@ class TapMode(TrackingMode):
                 return y
         if func.__name__ == "__get__" and reads_attribute(func) and not self.tracks(args[0]):
             return func(*args)
-        return super().__torch_function__(func, types, args, kwargs)
+        return self.call(func, args, kwargs)
 
     def _use_again(
         self, step: Step, known: KnownUse, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghostfunc._base.company import beside_others
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.torch_private import unrounded
@@ -36,17 +37,13 @@ def compare_numbers(
     chosen = _chosen(read, model.n, few, turn)
     if not chosen:
         return None
-    rows = list(range(model.n))
-    if randomness == "error":
-        others = [i for i in rows if i not in chosen]
-        drawn = np.random.default_rng([seed, turn]).permutation(others)
-        rows = [*chosen, *drawn[: max(0, 2 - len(chosen))].tolist()]
     alone = Alone(model, read.losses, randomness, seed)
+    order = np.random.default_rng([seed, turn]).permutation(model.n).tolist()
     asked = [(reading, _company(alone, reading)) for reading in read.readings]
     # Whole gradients are as large as the model: only pairs need two of them at a time.
     together = any(reading.pairs for reading in read.readings)
     for samples in [chosen] if together else [[i] for i in chosen]:
-        grads = _gradients(alone, rows, samples)
+        grads = _gradients(alone, chosen, order, samples)
         if isinstance(grads, CoupledSamplesError):
             return grads
         index = torch.tensor(samples, device=read.losses.device)
@@ -62,12 +59,19 @@ def compare_numbers(
 
 
 def _gradients(
-    alone: Alone, rows: list[int], samples: list[int]
+    alone: Alone, chosen: list[int], order: list[int], samples: list[int]
 ) -> list[Tensor] | CoupledSamplesError:
-    """The gradients of some samples, `[s, *shape]` per parameter."""
+    """The gradients of some of the `chosen` samples, `[s, *shape]` per parameter, beside others in
+    a random `order`."""
+    model = alone.model
     found: list[list[Tensor]] = []
     for i in samples:
-        weights = torch.tensor([float(j == i) for j in rows], dtype=torch.float64)
+        rows = list(range(model.n))
+        if alone.randomness == "error":
+            beside = chosen if model.packing is None else [i]
+            rows = beside_others(beside, order, model.packing)
+        weights = torch.zeros(len(rows), dtype=torch.float64)
+        weights[rows.index(i)] = 1
         one = alone.gradient(rows, weights)
         if isinstance(one, CoupledSamplesError):
             return one

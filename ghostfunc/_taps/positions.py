@@ -70,9 +70,12 @@ def _positions(short: _Sizes, long: _Sizes, width: int) -> Positions:
     out = _axis(short[1], long[1], width, what)
     if out is None:
         raise SampleAxisError(
-            f"{what}: its output {list(short[1])} has no axis of positions, so the documents of a "
-            "row share it: what a parameter makes of a whole row belongs to no document. Average "
-            "over each document's own positions first (docs.from_rows)."
+            f"{what}: its output {list(short[1])} has no axis of a row's positions. Parameters "
+            "must meet packed documents in rows, [R, T, ...]: what they make of a whole row "
+            "belongs to no document, and what they make of documents laid apart (after "
+            "docs.from_rows, or from docs[name]) is not supported. Apply a linear head to all "
+            "positions of docs.rows() and take what you need of its output, or pass documents as "
+            "ordinary padded samples, [n, t, ...]."
         )
     args = {i: _axis(shape, long[2][i], width, what) for i, shape in short[2].items()}
     return Positions(out, args)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ghostfunc._base.documents import Packing
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._rules.registry import rows
+from ghostfunc._rules.registry import flat_positions
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.trace import CallTrace
 
@@ -117,10 +117,13 @@ def regrouped(factor: Factor, packing: Packing) -> Factor:
     of a document have no cotangent."""
     match factor:
         case Outer(left, right):
-            return Outer(_gathered(rows(left), packing, 0), _gathered(rows(right), packing))
+            return Outer(
+                _gathered(flat_positions(left), packing, 0),
+                _gathered(flat_positions(right), packing),
+            )
         case OneHot(ids, b, n_rows):
             ids = ids[:, None].flatten(1)
-            return OneHot(_gathered(ids, packing), _gathered(rows(b), packing, 0), n_rows)
+            return OneHot(_gathered(ids, packing), _gathered(flat_positions(b), packing, 0), n_rows)
         case Grouped(left, right):
             left, right = left.transpose(1, 2), right.transpose(1, 2)
             left, right = _gathered(left, packing, 0), _gathered(right, packing)
@@ -145,11 +148,11 @@ def in_rows(factor: Factor, packing: Packing) -> Factor | None:
     shape = packing.rows, packing.width
     match factor:
         case Outer(left, right):
-            left, right = rows(left), rows(right)
+            left, right = flat_positions(left), flat_positions(right)
             if left.shape[1] == 1:
                 return Outer(left[:, 0].unflatten(0, shape), right[:, 0].unflatten(0, shape))
         case OneHot(ids, b, n_rows):
-            ids, b = ids[:, None].flatten(1), rows(b)
+            ids, b = ids[:, None].flatten(1), flat_positions(b)
             if ids.shape[1] == 1:
                 return OneHot(ids[:, 0].unflatten(0, shape), b[:, 0].unflatten(0, shape), n_rows)
     return None

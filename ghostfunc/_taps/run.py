@@ -41,7 +41,7 @@ from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import kind_of, what_was_read
-from ghostfunc._taps.sinks import Ready, as_cotangent, pour
+from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.fitting import TracedModel, plain, with_trace
@@ -308,7 +308,7 @@ def _by_sinks(
     """Elsewhere: taps add up what they read themselves."""
     leaves, n = model.leaves, model.n
     running = {i: RunningTotal() for i in grads if _in_own_dtype(leaves[i])}
-    poured = pour(
+    sunk = run_into_sinks(
         model,
         readers,
         grads=grads,
@@ -319,14 +319,14 @@ def _by_sinks(
         finite=finite,
         ready=ready,
     )
-    values, pieces = poured.sinks.values, poured.sinks.pieces
+    values, pieces = sunk.sinks.values, sunk.sinks.pieces
     for key, reader in readers.items():
         if key not in values and key[0] not in pieces:
             values[key] = torch.zeros_like(reader.tap(leaves[key[1]], n))
-    uses = [use for use in poured.mode.uses if use.collecting is not None]
-    kept = [(use, poured.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
+    uses = [use for use in sunk.mode.uses if use.collecting is not None]
+    kept = [(use, sunk.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
     untapped = [x for use in uses for x in use.arg_tensors if not x.requires_grad]
-    return _Taken(poured.losses, values, pieces, poured.grads, kept, untapped, poured.mode.way)
+    return _Taken(sunk.losses, values, pieces, sunk.grads, kept, untapped, sunk.mode.way)
 
 
 def _by_cotangents(

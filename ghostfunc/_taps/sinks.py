@@ -37,7 +37,7 @@ Ready: TypeAlias = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Poured:
+class SinkRun:
     """What a backward pass into sinks leaves.
 
     Attributes:
@@ -59,7 +59,7 @@ class Poured:
         return use.collecting() if b is None else b
 
 
-def pour(
+def run_into_sinks(
     model: TracedModel,
     readers: dict[ReaderKey, Any],
     *,
@@ -70,7 +70,7 @@ def pour(
     summed: Collection[int],
     finite: FiniteLosses,
     ready: Ready | None = None,
-) -> Poured:
+) -> SinkRun:
     """Run a model under taps, outside transforms, and pull its losses back by plain autograd.
 
     Args:
@@ -131,7 +131,7 @@ def pour(
         if total.value is not None:
             whole, beside = total.value.view_as(leaves[i]), out[i]
             out[i] = whole if beside is None else whole.add_(beside)
-    return Poured(losses.detach(), out, mode, sinks)
+    return SinkRun(losses.detach(), out, mode, sinks)
 
 
 def _send_when_whole(

@@ -77,11 +77,6 @@ class Step:
         self.use: KnownUse | None = None
         self.next: Step | None = None
 
-    @property
-    def is_last(self) -> bool:
-        """Whether no call follows."""
-        return self.func is None
-
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have the step be plain, if what its call is told can be compared."""
         values = (*args, *kwargs.values())

@@ -32,7 +32,7 @@ from ghostfunc._quantities.readers import (
     ValueReader,
     by_sample,
 )
-from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, rows
+from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, flat_positions
 from ghostfunc._taps.recut import Recut, in_rows, regrouped
 from ghostfunc._taps.steps import KnownUse
 from ghostfunc._taps.straight import Straight
@@ -90,7 +90,7 @@ class _SinkTap(torch.autograd.Function):
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         out: list[Tensor | None] = [b, None, None, *[None] * (ctx.n_inputs + len(saved))]
-        for i, grad in enumerate(ctx.use.pour(b, saved)):
+        for i, grad in enumerate(ctx.use.read_into_sinks(b, saved)):
             out[3 + i] = grad
         return tuple(out)
 
@@ -222,7 +222,7 @@ class Use:
         )
         return out
 
-    def pour(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
+    def read_into_sinks(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
         """Put what is read into the sinks. Returns the training gradients that are autograd's to
         add up."""
         sinks = self.sinks
@@ -235,7 +235,7 @@ class Use:
         if not self.reading:
             return out
         if self.recut is not None:
-            return self._pour_documents(b, args, sinks)
+            return self._read_documents_into(b, args, sinks)
         factors = self.factors(b, args)
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
@@ -253,10 +253,10 @@ class Use:
                 out.append(found[-1])
         return out
 
-    def _pour_documents(
+    def _read_documents_into(
         self, b: Tensor, args: Sequence[Tensor], sinks: Sinks
     ) -> list[Tensor | None]:
-        """`pour`, where samples are documents."""
+        """`read_into_sinks`, where samples are documents."""
         out: list[Tensor | None] = []
         read = ByDocument(self, b, args)
         for name, target in self.targets:
@@ -382,9 +382,9 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
     shape = tuple(target.const.shape)
     match factor:
         case Outer(left, right) if left.ndim != 3:
-            factor = Outer(rows(left), rows(right))
+            factor = Outer(flat_positions(left), flat_positions(right))
         case OneHot(ids, b, n_rows) if ids.ndim != 2:
-            factor = OneHot(ids[:, None].flatten(1), rows(b), n_rows)
+            factor = OneHot(ids[:, None].flatten(1), flat_positions(b), n_rows)
     if factor.shape == shape or (not isinstance(factor, Dense) and len(shape) != 2):
         return factor
     g = contract.materialize(factor)

@@ -1,4 +1,4 @@
-"""A third run of a model, pulled back from one loss at a time: whose row is whose."""
+"""Run 3 of tracing. One loss is pulled back at a time: rows with a cotangent are that sample's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two runs of a model side by side, the second on one sample more: what grew holds samples."""
+"""Runs 1 and 2 of tracing, side by side. The second has one sample more: an axis that grew holds
+samples."""
 
 from __future__ import annotations
 
@@ -72,22 +73,16 @@ class ShapeLog(Refusals):
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], list[Shape | None], list[Shape | None]]] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        whole = decomposed(self, func, args, kwargs or {})
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        whole = decomposed(self, func, args, kwargs)
         if whole is not NotImplemented:
             return whole
         if func is SET_GRAD_ENABLED:
             return func(*args)
         entry = len(self.calls)
-        inputs = shapes((args, kwargs or {}))
+        inputs = shapes((args, kwargs))
         self.calls.append((func, inputs, []))
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super().call(func, args, kwargs)
         self.calls[entry] = (func, inputs, shapes(out))
         return out
 
@@ -179,14 +174,7 @@ class Recorder(TrackingMode):
             return False
         return any(s.trace.kind == "use" for s in self.seen[self._reordered_at :])
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = decomposed(self, func, args, kwargs)
         if out is not NotImplemented:
             return out
@@ -424,8 +412,8 @@ class Recorder(TrackingMode):
         if small[axis] % k or grown[axis] != self._grown * positions:
             raise SampleAxisError(
                 f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
-                f"{self._grown}: not the same number for every sample. For transformers' experts, "
-                'model.set_experts_implementation("batched_mm") keeps a sample\'s rows together. '
+                f"{self._grown}: not the same number for every sample. In models of "
+                "transformers, gf.from_module and gf.hf keep the rows of routed experts in order. "
                 + WAYS_OUT
             )
         if positions == 1:

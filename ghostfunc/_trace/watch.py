@@ -1,7 +1,8 @@
-"""The mode that watches a model run.
+"""The mode that watches a model run: the skeleton that tracing and tapping share.
 
-A `TorchFunctionMode`, active while `model_fn` runs, sees every torch call and knows tracked
-tensors by identity. This file holds what tracing and tapping share: the skeleton of such modes.
+It is active while `model_fn` runs. It sees every torch call, and knows tracked tensors by identity.
+`record` and `probe` fill in what a run of tracing does at a tracked tensor, `TapMode` what a run
+under taps does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.dense_gradients import dense, dense_call
 from ghostfunc._base.errors import (
@@ -23,6 +23,7 @@ from ghostfunc._base.errors import (
     UnsupportedOpError,
     UntrackedUseError,
 )
+from ghostfunc._base.modes import Mode
 from ghostfunc._base.refusals import REFUSED, op_name
 from ghostfunc._base.shards import attached, gather, shown
 from ghostfunc._base.torch_private import address, depth, in_transform
@@ -142,7 +143,7 @@ def gradients(
 
 
 def decomposed(
-    mode: TorchFunctionMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The result of the elementary ops that make up a composite one, each seen by `mode`;
     `NotImplemented` if the call is elementary."""
@@ -152,7 +153,7 @@ def decomposed(
         return DECOMPOSITIONS[func](*args, **kwargs)
 
 
-class TrackingMode(TorchFunctionMode):
+class TrackingMode(Mode):
     """Sees every torch call and hands those with tracked tensors to `on_tracked`."""
 
     def __init__(self, leaves: Sequence[Tracked]) -> None:
@@ -166,14 +167,7 @@ class TrackingMode(TorchFunctionMode):
         for leaf in leaves:
             self.track(leaf.shown, leaf)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in DECOMPOSITIONS:  # whoever calls it: all runs see the same ops
             out = decomposed(self, func, args, kwargs)
             if out is not NotImplemented:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -200,22 +200,28 @@ def health(
     Raises:
         OptionError: another kind of step; another number of ids.
         BatchError: fewer than two samples, of which no variance can be estimated.
-        NonFiniteLossError: a gradient that is NaN or infinite, or whose square is beyond its dtype.
+        NonFiniteLossError: a gradient that is NaN or infinite, or whose square is beyond its dtype;
+            gradients so small that their squares underflow (in float32, norms below `3e-16 n`
+            where none is above `3e-9 n`). A layer of which that holds has NaN for its numbers.
 
     Reference:
         McCandlish et al., "An Empirical Model of Large-Batch Training", 2018: the simple noise
         scale, and its estimates with batches of one and of n samples (appendix A.1).
     """
-    names, table = _table_of(step)
+    names, table, totals = _table_of(step)
     samples = _checked_ids(ids, len(table))
-    return health_of(names, table.double().cpu(), samples)
+    return _health_of(names, table, totals, samples)
 
 
-def health_of(
-    names: Sequence[str], table: Float[Tensor, "n params 2"], ids: tuple[int | str, ...]
+def _health_of(
+    names: Sequence[str],
+    given: Float[Tensor, "n params 2"],
+    totals: Sequence[Tensor],
+    ids: tuple[int | str, ...],
 ) -> Health:
-    """`health` of named parameters' `||g_i||^2` and `<g_i, sum_j g_j>`, in float64 on the CPU."""
-    n = len(table)
+    """`health` of named parameters' `||g_i||^2` and `<g_i, sum_j g_j>`, and of their gradients,
+    up to a factor."""
+    n, table = len(given), given.double().cpu()
     if n < 2:
         raise BatchError(
             f"gf.health got a step of {n} sample: how gradients differ takes two at least."
@@ -227,9 +233,38 @@ def health_of(
             "squares are beyond the dtype of the parameters. gf.ghost_norm says which norms are "
             "finite; multiply the losses by a small number if they all are."
         )
-    groups = by_layer(names).items()
-    layers = {layer: _of(table[:, index].sum(1), ids, {}) for layer, index in groups}
+
+    def lost(index: Sequence[int]) -> bool:
+        squares = table[:, index, 0].sum(1)
+        return underflows(squares, given.dtype) and any(bool(totals[i].any()) for i in index)
+
+    if lost(range(len(names))):
+        raise NonFiniteLossError(
+            f"The squares of the gradients underflow in {str(given.dtype)[6:]}: the largest norm "
+            f"is about {float(table[..., 0].sum(1).max().clamp(min=0).sqrt()):.1g}, and norms "
+            f"below {n * least_norm(given.dtype):.1g} lose their digits. Multiply the losses by a "
+            "large number before gf.ghost_health: norms are multiplied by it, and the noise scale "
+            "stays."
+        )
+    layers = {
+        layer: _of(table[:, index].sum(1) * (math.nan if lost(index) else 1), ids, {})
+        for layer, index in by_layer(names).items()
+    }
     return _of(table.sum(1), ids, layers)
+
+
+def least_norm(dtype: torch.dtype) -> float:
+    """The norm below which squares lose digits."""
+    limits = torch.finfo(dtype)
+    return math.sqrt(limits.tiny / limits.eps)
+
+
+def underflows(squares: Float[Tensor, " n"], dtype: torch.dtype) -> bool:
+    """Whether samples' squared norms, made in a dtype of gradients over n, lost digits that count
+    beside the largest one's."""
+    least = len(squares) * least_norm(dtype)
+    largest = float(squares.max().clamp(min=0).sqrt())
+    return largest * torch.finfo(dtype).eps < least and bool((squares < least**2).any())
 
 
 def by_layer(names: Sequence[str]) -> dict[str, list[int]]:
@@ -249,18 +284,20 @@ def _of(
     return Health(
         noise=float(squares.mean() - others.sum() / (n * (n - 1))),
         signal=float(others.sum() / (n * (n - 1))),
-        conflicting=float((others < 0).double().mean()),
+        conflicting=float((others < 0).double().where(others.isfinite(), math.nan).mean()),
         norms=squares.clamp(min=0).sqrt(),
         ids=ids,
         layers=layers,
     )
 
 
-def _table_of(step: object) -> tuple[Sequence[str], Float[Tensor, "n params 2"]]:
-    """The names of the parameters, and what is read of them, side by side."""
+def _table_of(
+    step: object,
+) -> tuple[Sequence[str], Float[Tensor, "n params 2"], Sequence[Tensor]]:
+    """The names of the parameters, what is read of them, side by side, and their gradients."""
     if isinstance(step, FactoredGrads):
-        rows = [spread(bundle).table for bundle in step.bundles]
-        return step.names, torch.stack(rows, dim=1)
+        tables, totals = zip(*map(spread, step.bundles), strict=True)
+        return step.names, torch.stack(tables, dim=1), totals
     if not isinstance(step, HealthStep):
         raise OptionError(
             f"gf.health got a {type(step).__name__}; expected what gf.ghost_health(model_fn, "
@@ -275,13 +312,20 @@ def _table_of(step: object) -> tuple[Sequence[str], Float[Tensor, "n params 2"]]
                 f"HealthStep.spread has shape {tuple(x.shape)} for parameter {name!r}; expected "
                 f"[{n}, 2], the values of gf.Spread()."
             )
-    return spec.names, torch.stack([x.detach() for x in leaves], dim=1)
+    grads, given = flatten_params(step.grads)
+    if given.names != spec.names:
+        raise OptionError(
+            f"HealthStep.grads are of {len(given.names)} parameters and HealthStep.spread of "
+            f"{len(spec.names)}, or their names differ: both are pytrees like params."
+        )
+    return spec.names, torch.stack([x.detach() for x in leaves], dim=1), grads
 
 
 def _checked_ids(ids: object, n: int) -> tuple[int | str, ...]:
     if ids is None:
         return tuple(range(n))
-    found = ids.tolist() if isinstance(ids, Tensor) else ids
-    if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != n:
-        raise OptionError(f"ids must be {n} numbers or names, one per sample; got {ids!r:.80}.")
-    return tuple(found)
+    found: Any = ids.tolist() if isinstance(ids, Tensor) else ids
+    listed = isinstance(found, Sequence) and not isinstance(found, (str, bytes))
+    if listed and len(found) == n and all(isinstance(x, (int, str)) for x in found):
+        return tuple(found)
+    raise OptionError(f"ids must be {n} whole numbers or names, one per sample; got {ids!r:.80}.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._transforms.health import Health, by_layer
+from ghostfunc._transforms.health import Health, by_layer, underflows
 from ghostfunc.hf._scoring import Values
 
 
@@ -37,7 +37,8 @@ class HealthCallback(TrainerCallback):
         norm_...      quantiles of `||g_i||`, and the largest
         largest_id    the id of that sample, where ids are integers
 
-    A step of a single sample has norms and no noise.
+    A step of a single sample has norms and no noise. A step whose squares underflow (losses times
+    1e-20 in float32) has neither.
 
     Args:
         layers: log the same of every module with parameters of its own,
@@ -75,12 +76,15 @@ class HealthCallback(TrainerCallback):
 
     def add(self, values: Sequence[Values], squares: Mapping[str, Tensor]) -> None:
         """One optimizer step: its micro-batches, and `||G||^2` of every parameter."""
-        tables = [x.spread.double().cpu() for x in values if x.spread is not None]
+        given = [x.spread for x in values if x.spread is not None]
+        tables, dtype = [x.double().cpu() for x in given], given[0].dtype
         ids = tuple(i for x in values for i in x.ids.tolist())
         whole = torch.stack([x.double().cpu() for x in squares.values()])
         groups = by_layer(list(squares))
-        layers = {k: _of_step(ids, [t[:, i] for t in tables], whole[i]) for k, i in groups.items()}
-        self.last = _of_step(ids, tables, whole, layers)
+        layers = {
+            k: _of_step(ids, [t[:, i] for t in tables], whole[i], dtype) for k, i in groups.items()
+        }
+        self.last = _of_step(ids, tables, whole, dtype, layers)
         self._steps.append(self.last)
 
     def taken(self) -> dict[str, float]:
@@ -99,6 +103,7 @@ def _of_step(
     ids: tuple[int | str, ...],
     tables: Sequence[Float[Tensor, "n params 2"]],
     whole: Float[Tensor, " params"],
+    dtype: torch.dtype,
     layers: dict[str, Health] | None = None,
 ) -> Health:
     n = len(ids)
@@ -106,6 +111,8 @@ def _of_step(
     squares = torch.cat([t[:, 0] for t in summed]) * n**2
     against = [(t[:, 1] < t[:, 0]).double() for t in summed if len(t) > 1]
     mean, total = float(squares.mean()), float(whole.sum())
+    if underflows(squares, dtype) and max(mean, total) > 0:
+        squares, mean = squares * math.nan, math.nan
     return Health(
         noise=n / (n - 1) * (mean - total) if n > 1 else math.nan,
         signal=(n * total - mean) / (n - 1) if n > 1 else math.nan,

@@ -147,6 +147,7 @@ CASES: dict[str, Case] = {
     "sums and counts": Case(gpt2, options={"sample_loss": TOKENS}),
     "lora": Case(lora()),
     "dora": Case(lora(use_dora=True)),
+    "dora, checkpoints": Case(lora(use_dora=True), args={"activation_checkpointing": True}),
     "dora, checkpoints, Llama": Case(
         lambda: adapted(
             peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True, **LM), llama

@@ -87,7 +87,6 @@ REFUSED: dict[str, Any] = {
     "bf16, score_order=2": with_options(with_args(LM, bf16=True), score_order=2),
     'torch_compile, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
     "token sums for a mean": with_options(LORA, sample_loss=trained.token_sums),
-    "dora of GPT-2, activation checkpoints": with_args(trained.CASES["dora"], **ON),
 }
 
 

@@ -176,13 +176,47 @@ def test_what_is_refused() -> None:
         gf.health(gf.ghost_vjp(model_fn, params, x, gf.SqNorm()))
     with pytest.raises(gf.OptionError, match=r"expected \[4, 2\]"):
         gf.health(gf.HealthStep(torch.zeros(4), params, {"w": torch.zeros(4)}))
-    with pytest.raises(gf.OptionError, match="ids must be 4"):
-        gf.health(gf.ghost_health(model_fn, params, x), ids=[1, 2])
+    for ids in ([1, 2], "abcd", b"abcd", [[1]] * 4, [0.5] * 4, torch.ones(4, 1), 4, [None] * 4):
+        with pytest.raises(gf.OptionError, match="ids must be 4 whole numbers or names"):
+            gf.health(gf.ghost_health(model_fn, params, x), ids=ids)  # type: ignore[arg-type]
+    step = gf.ghost_health(model_fn, params, x)
+    with pytest.raises(gf.OptionError, match=r"HealthStep\.grads are of 2 parameters"):
+        gf.health(step._replace(grads=params | {"v": torch.ones(3)}))
     large = x * torch.tensor([1, 1e30, 1, 1])[:, None]
     with pytest.raises(gf.NonFiniteLossError, match=r"samples \[1\] \(1 in all\)"):
         gf.health(gf.ghost_health(model_fn, params, large))
     with pytest.raises(gf.OptionError, match="pairs the samples"):
         gf.ghost_vjp(model_fn, params, x, gf.Spread(), chunk_size=2)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_squares_that_underflow_are_no_zeros(kept: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(5, 4)
+
+    def health(size: float, of_first: float = 1.0, zero: bool = False) -> gf.Health:
+        def loss(m: nn.Module, x: Tensor) -> Tensor:
+            h = m[0](x)
+            h = h * of_first + (h * (1 - of_first)).detach()
+            return (m[2](m[1](h)) * 1e3).square().mean(1) * 1e-6 * size * (0 if zero else 1)
+
+        model_fn, params = gf.from_module(net, loss)
+        ask = gf.factored_grads if kept else gf.ghost_health
+        return gf.health(ask(model_fn, params, x))
+
+    ones = health(1.0)
+    for size in (1e-16, 1e-22, 1e-30):
+        with pytest.raises(gf.NonFiniteLossError, match="underflow in float32"):
+            health(size)
+    small = health(1e-6)
+    assert_close(small.norms * 1e6, ones.norms, 1e-5)
+    assert small.noise_scale == pytest.approx(ones.noise_scale, rel=1e-4)
+    assert not health(1.0, zero=True).norms.any()  # nothing is lost of zeros
+    layers = health(1.0, of_first=1e-25).layers
+    assert math.isnan(layers["0"].noise_scale)
+    assert math.isnan(layers["0"].conflicting)
+    assert layers["2"].noise_scale == pytest.approx(ones.layers["2"].noise_scale)
 
 
 def test_gradients_that_agree_by_nothing_have_an_infinite_scale() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import transformers
+from compare import assert_close
 from torch import Tensor, nn
 
 import ghostfunc as gf
@@ -87,58 +90,162 @@ def test_sorting_within_a_sample_costs_no_check() -> None:
 
 # --- mixtures of experts of transformers ----------------------------------------------------------
 
+KINDS = ("Mixtral", "Qwen2Moe", "Olmoe", "GptOss", "DeepseekV3")
+HAS = {"GptOss": {"num_local_experts": 5}, "DeepseekV3": {"n_routed_experts": 5}}
 
-def mixture(experts: str) -> tuple[Any, Any, Any]:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
+
+class Routed(nn.Module):
+    """Experts of transformers behind a router in float64, with a shared expert."""
+
+    def __init__(self, kind: str, top: int) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 4, "intermediate_size": 8, "moe_intermediate_size": 8}
+        config = getattr(transformers, f"{kind}Config")(
+            **sizes, **HAS.get(kind, {"num_local_experts": 5, "num_experts": 5})
+        )
+        module = importlib.import_module(
+            type(config).__module__.replace("configuration", "modeling")
+        )
+        self.router = nn.Linear(4, 5)
+        self.shared = nn.Linear(4, 4)
+        self.experts = getattr(module, f"{kind}Experts")(config)
+        self.top = top
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weights, ids = self.router(rows).softmax(-1).topk(self.top)
+        out = self.shared(rows) + self.experts(rows, ids, weights)
+        return out.view_as(x)
+
+
+def routed(kind: str, how: str, top: int = 2) -> Any:
     torch.manual_seed(0)
-    model = transformers.MixtralForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
-    model.set_experts_implementation(experts)
-
-    def loss(model: nn.Module, ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids).logits[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return losses.view(len(ids), -1).mean(1)
-
-    return (*gf.from_module(model, loss), torch.randint(20, (4, 6)))
+    module = Routed(kind, top).double()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    module.experts.config._experts_implementation = how
+    return (module, *gf.from_module(module, lambda m, x: m(x).sin().flatten(1).sum(1)))
 
 
-def test_experts_as_batched_products_run_in_every_mode() -> None:
-    model_fn, params, ids = mixture("batched_mm")
-    expected = gf.ghost_dot_prod(model_fn, params, ids, ids[:2], mode="materialized")
-    for mode in ("ghost", "jvp"):
-        dots = gf.ghost_dot_prod(model_fn, params, ids, ids[:2], mode=mode)
-        assert torch.allclose(dots, expected, rtol=1e-4)
-
-
-def test_grouped_experts_say_what_to_do() -> None:
-    model_fn, params, ids = mixture("grouped_mm")
-    with pytest.raises(gf.UnsupportedOpError, match="batched_mm") as caught:
-        gf.ghost_dot_prod(model_fn, params, ids, ids[:2])
-    assert "vectorize=False" in str(caught.value)
-    loop, vmap = (
-        gf.ghost_dot_prod(model_fn, params, ids, ids[:2], mode="materialized", vectorize=v)
-        for v in (False, True)
+def by_autograd(module: Any, x: Tensor) -> Tensor:
+    """The module as transformers runs it, one sample at a time: `[n, all parameters]`."""
+    how, module.experts.config._experts_implementation = (
+        module.experts.config._experts_implementation,
+        "eager",
     )
-    assert torch.allclose(loop, vmap, rtol=1e-4)
+    losses = [module(x[i : i + 1]).sin().sum() for i in range(len(x))]
+    rows = [torch.autograd.grad(loss, list(module.parameters())) for loss in losses]
+    module.experts.config._experts_implementation = how
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
-def test_a_loop_over_experts_says_what_to_do() -> None:
-    model_fn, params, ids = mixture("eager")
-    with pytest.raises(gf.GhostError, match='mode="jvp"'):
-        gf.ghost_dot_prod(model_fn, params, ids, ids[:2])
-    loop = gf.ghost_dot_prod(model_fn, params, ids, ids[:2], mode="materialized", vectorize=False)
-    jvp = gf.ghost_dot_prod(model_fn, params, ids, ids[:2], mode="jvp")
-    assert torch.allclose(loop, jvp, rtol=1e-4)
+def side_by_side(tree: Any) -> Tensor:
+    return torch.cat([g.flatten(1) for g in tree.values()], 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("Mixtral", "grouped_mm"), *((kind, "eager") for kind in KINDS)]
+)
+def test_experts_as_shipped_are_exact(kind: str, how: str) -> None:
+    """On one trace: other tokens, and as many for all experts or for one alone."""
+    module, model_fn, params = routed(kind, how)
+    assert list(params) == [name for name, _ in module.named_parameters()]
+    val = torch.randn(3, 5, 4).double()
+    v = by_autograd(module, val)
+    for x in (torch.randn(4, 6, 4), torch.randn(4, 6, 4) + 2, torch.ones(4, 6, 4).cumsum(0) / 9):
+        x = x.double()
+        g = by_autograd(module, x)
+        got = gf.per_sample_grads(model_fn, params, x, mode="ghost")
+        assert_close(side_by_side(got), g, 1e-10)
+        assert_close(gf.ghost_norm(model_fn, params, x), g.norm(dim=1), 1e-10)
+        assert_close(gf.ghost_gram(model_fn, params, x, val), g @ v.mT, 1e-10)
+        step = gf.ghost_value_and_grad(model_fn, params, x, val)
+        assert_close(step.dot_prods, g @ v.mean(0), 1e-10)
+        assert_close(side_by_side({k: y[None] for k, y in step.grads.items()})[0], g.mean(0), 1e-10)
+        clipped, _ = gf.ghost_clipped_grad(model_fn, params, x, max_norm=1.0)
+        share = (1 / g.norm(dim=1)).clamp(max=1)
+        assert_close(side_by_side({k: y[None] for k, y in clipped.items()})[0], share @ g, 1e-10)
+    assert not by_autograd(module, x)[:, -1].isnan().any()
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+def test_an_expert_without_tokens_and_top_one(how: str) -> None:
+    module, model_fn, params = routed("Mixtral", how, top=1)
+    x = torch.ones(2, 3, 4).double() * torch.tensor([1.0, 1.1]).view(2, 1, 1)
+    grads = gf.per_sample_grads(model_fn, params, x, mode="ghost")
+    used = grads["experts.down_proj"].flatten(2).any(2)
+    assert used.sum() < used.numel()
+    assert_close(side_by_side(grads), by_autograd(module, x), 1e-10)
+
+
+def test_experts_in_other_modes_documents_positions_and_regions() -> None:
+    module, model_fn, params = routed("Mixtral", "grouped_mm")
+    x = torch.randn(3, 4, 4).double()
+    u = {k: torch.randn_like(p) for k, p in params.items()}
+    dots = by_autograd(module, x) @ torch.cat([y.flatten() for y in u.values()])
+    for options in ({}, {"mode": "jvp"}, {"mode": "materialized", "vectorize": True}):
+        assert_close(gf.ghost_dot_prod(model_fn, params, x, direction=u, **options), dots, 1e-10)
+    apart = gf.ghost_dot_prod(model_fn, params, x, direction=u, per_position=True)
+    assert_close(apart.sum(1), dots, 1e-10)
+    many = torch.func.vmap(lambda u: gf.ghost_dot_prod(model_fn, params, x, direction=u))
+    assert_close(many({k: torch.stack([y, 2 * y]) for k, y in u.items()})[1], 2 * dots, 1e-10)
+
+    def of_rows(m: nn.Module, batch: Any) -> Tensor:
+        return batch.sums(gf.remat(m)(batch.rows()["x"]).sin().sum(-1))
+
+    model_fn, params = gf.from_module(module, of_rows)
+    docs = gf.documents({"x": x}, segments=torch.tensor([[0, 0, 0, 0], [1, 1, 1, 2], [3, 3, 4, 4]]))
+    g = torch.cat(
+        [by_autograd(module, y[None]) for y in (x[0], x[1, :3], x[1, 3:], x[2, :2], x[2, 2:])]
+    )
+    assert_close(gf.ghost_norm(model_fn, params, docs), g.norm(dim=1), 1e-10)
+    assert_close(
+        gf.ghost_dot_prod(model_fn, params, docs, direction=u),
+        g @ torch.cat([y.flatten() for y in u.values()]),
+        1e-10,
+    )
+    assert "forward" not in vars(module.experts)
+
+
+def test_experts_that_are_not_what_they_say() -> None:
+    """A class of its own, which scales what it gives."""
+    module, model_fn, params = routed("Mixtral", "eager")
+    kind = type(module.experts)
+
+    class Scaled(kind):  # type: ignore[misc, valid-type]
+        @functools.wraps(kind.forward)
+        def forward(self, *args: Any) -> Tensor:
+            return 2 * super().forward(*args)
+
+    Scaled.forward.__wrapped__ = lambda self, *args: 2 * kind.forward(self, *args)
+    module.experts.__class__ = Scaled
+    with pytest.raises(gf.UnsupportedOpError, match="Scaled is not what its attributes say"):
+        gf.ghost_norm(model_fn, params, torch.randn(3, 4, 4).double())
+    assert "forward" not in vars(module.experts)
+
+
+def test_the_load_balancing_loss_is_refused_by_name() -> None:
+    module, _, _ = routed("Mixtral", "grouped_mm")
+
+    def loss(m: Any, x: Tensor) -> Tensor:
+        share = m.router(x.flatten(0, 1)).softmax(-1).mean(0)
+        return m(x).sin().flatten(1).sum(1) + share.square().sum()
+
+    with pytest.raises(gf.CoupledSamplesError):
+        gf.ghost_norm(*gf.from_module(module, loss), torch.randn(3, 4, 4).double())
+
+
+def test_experts_outside_from_module_say_what_to_do() -> None:
+    module, in_order, params = routed("Mixtral", "grouped_mm")
+    module.float()
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, p, (x,)).sin().flatten(1).sum(1)
+
+    x = torch.randn(3, 4, 4)
+    single = {k: p.float() for k, p in params.items()}
+    for how, said in (("grouped_mm", "from_module"), ("eager", 'mode="jvp"')):
+        module.experts.config._experts_implementation = how
+        with pytest.raises(gf.GhostError, match=said):
+            gf.ghost_norm(model_fn, single, x)
+        assert_close(in_order(single, x), model_fn(single, x), 1e-5)  # by the kernel as shipped

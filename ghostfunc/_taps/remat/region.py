@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ghostfunc._base.errors import TransformError
+from ghostfunc._base.experts import in_order_now, rows_in_order
 from ghostfunc._base.locks import alone_with
+from ghostfunc._base.modes import Mode
 from ghostfunc._base.reach import modules_in_reach
-from ghostfunc._base.torch_private import tensors_of_module
+from ghostfunc._base.torch_private import address, tensors_of_module, without_torch_functions
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 
 
@@ -21,7 +22,8 @@ class Region:
     """One call `fn(*args, **kwargs)`.
 
     Modules in reach of the call are lent, when it is made again, the parameters and buffers that
-    they had at first: `torch.func.functional_call` has taken them back by then.
+    they had at first: `torch.func.functional_call` has taken them back by then. Routed experts
+    leave rows in order if they did so at first.
 
     Attributes:
         inputs: the tensors among the arguments, apart from those `held`: whoever makes the call
@@ -44,6 +46,7 @@ class Region:
         self._rest = leaves
         self._borrower = _Borrower(modules_in_reach((fn, *leaves), names_of_files=False))
         self._borrowed = self._borrower.tensors()
+        self._experts = in_order_now(self._borrower.modules())
         self._parameters: set[int] = set()
 
     def run(self, *inputs: Tensor) -> Any:
@@ -54,7 +57,7 @@ class Region:
     def again(self, *inputs: Tensor) -> Any:
         """Every other call."""
         now = self._borrower.tensors()
-        with _Parameters(self._check):
+        with _Parameters(self._check), rows_in_order(self._experts, set(self._experts)):
             if all(x is now[name] for name, x in self._borrowed.items()):
                 return self._call(inputs)
             with alone_with(self._borrower):
@@ -71,10 +74,10 @@ class Region:
         return self._fn(*args, **kwargs)
 
     def _note(self, x: nn.Parameter) -> None:
-        self._parameters.add(id(x))
+        self._parameters.add(address(x))  # peft makes a new one of a transposed weight in each call
 
     def _check(self, x: nn.Parameter) -> None:
-        if id(x) not in self._parameters:
+        if address(x) not in self._parameters:
             raise TransformError(
                 f"gf.remat: run again, {self._fn} uses a parameter of shape {tuple(x.shape)} that "
                 "it did not use at first. Its module is out of sight: pass gf.remat the module, a "
@@ -103,22 +106,16 @@ class _Borrower(nn.Module):
         }
 
 
-class _Parameters(TorchFunctionMode):
+class _Parameters(Mode):
     """Shows every `nn.Parameter` that a torch call is given."""
 
     def __init__(self, see: Callable[[nn.Parameter], None]) -> None:
         super().__init__()
         self._see = see
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        for x in tensors_of((args, kwargs)):
-            if isinstance(x, nn.Parameter):
-                self._see(x)
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with without_torch_functions():
+            for x in tensors_of((args, kwargs)):
+                if isinstance(x, nn.Parameter):
+                    self._see(x)
         return func(*args, **kwargs)

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ghostfunc._base.errors import InPlaceError, UntrackedUseError
+from ghostfunc._base.modes import Mode
 from ghostfunc._base.torch_private import function_modes, version, without_torch_functions
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 
 
-class FreeTensors(TorchFunctionMode):
+class FreeTensors(Mode):
     """Finds the tensors that torch calls are given and that were not made by other calls, and gives
     the calls constants in their place.
 
@@ -53,18 +53,12 @@ class FreeTensors(TorchFunctionMode):
                 self._constants[id(x)] = standing_in(x).detach()
         return self._constants.get(id(x), x)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        leaves, treedef = flatten((args, kwargs or {}))
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, treedef = flatten((args, kwargs))
         with without_torch_functions():  # nobody else is to see what is done here
             leaves = [self._constant(x) for x in leaves]
         args, kwargs = unflatten(treedef, leaves)
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         self._know(tensors_of(out))
         return out
 
@@ -79,7 +73,7 @@ class FreeTensors(TorchFunctionMode):
                 )
 
 
-class Substitutes(TorchFunctionMode):
+class Substitutes(Mode):
     """Gives torch calls other tensors in place of some, known by identity."""
 
     def __init__(self, originals: Sequence[Tensor], stand_ins: Sequence[Tensor]) -> None:
@@ -91,16 +85,10 @@ class Substitutes(TorchFunctionMode):
         """What stands in for `x`."""
         return self._of.get(id(x), x)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        leaves, treedef = flatten((args, kwargs or {}))
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, treedef = flatten((args, kwargs))
         args, kwargs = unflatten(treedef, [self.of(x) for x in leaves])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def hidden_tensor() -> UntrackedUseError:
