@@ -21,7 +21,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 def select(options: Select) -> int:
     """Run the command."""
-    _data.check_out(options.out, JSON_LINES)
+    _data.check_out(options.out, JSON_LINES, options.scores, options.pool)
     rows, scores = read_scores(options.scores, options.pool)
     if not 1 <= options.top <= len(scores):
         raise CommandError(f"--top {options.top}: expected between 1 and all {len(scores):,} rows.")
@@ -121,13 +121,15 @@ def query(options: Query) -> int:
     from ghostfunc.projection import ghost_project
     from ghostfunc.store import Store
 
-    _data.check_out(options.out, JSON_LINES)
+    read = options.pool, options.target
+    _data.check_out(options.out, JSON_LINES, *read)
     if options.report is not None:
-        _data.check_out(options.report, (".html",))
+        _data.check_out(options.report, (".html",), *read)
     if not options.store.exists():
         raise CommandError(f"{options.store}: there is no such store; ghostfunc project makes one.")
     store = Store.open(options.store)
     rows = Rows.open(options.pool)
+    _data.check_columns(rows, options.pool, group=options.group, image=options.image)
     if store.notes.get("pool") != _data.content_of(options.pool):
         raise CommandError(f"{options.store} was not made of the rows of {options.pool}.")
     if not 1 <= options.top <= store.n_samples:

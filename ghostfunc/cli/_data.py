@@ -38,6 +38,19 @@ def read(
     return rows, encoded
 
 
+def check_kept(path: Path, *inputs: Path) -> None:
+    """Raise if writing there would overwrite what is read."""
+    if path.resolve() in [x.resolve() for x in inputs]:
+        raise CommandError(f"{path} is one of the inputs; it would be lost. Choose another name.")
+
+
+def check_columns(rows: Rows, path: Path, **columns: str | None) -> None:
+    """Raise unless some row has each of the columns that options name."""
+    for option, column in columns.items():
+        if column is not None and not any(column in rows[i] for i in range(len(rows))):
+            raise CommandError(f"--{option} {column}: no row of {path} has such a column.")
+
+
 def _set_aside(faults: list[Fault], path: Path) -> None:
     lines = [json.dumps({"where": f.where, "row": f.row, "why": f.why}) + "\n" for f in faults]
     write_whole(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
@@ -68,8 +81,9 @@ def content_of(path: Path) -> str:
     return sha.hexdigest()
 
 
-def check_out(path: Path, endings: tuple[str, ...]) -> None:
-    """Raise unless a file of that kind can be written there."""
+def check_out(path: Path, endings: tuple[str, ...], *inputs: Path) -> None:
+    """Raise unless a file of that kind can be written there, without a loss of what is read."""
+    check_kept(path, *inputs)
     if path.suffix not in endings:
         raise CommandError(f"{path}: expected a name that ends with {' or '.join(endings)}.")
     folder = path.parent

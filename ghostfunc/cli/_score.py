@@ -27,6 +27,7 @@ from ghostfunc.data._parts import read_recipe
 from ghostfunc.report import Heat, write_report
 
 JSON_LINES = (".jsonl", ".ndjson")
+ASIDE, TARGET_ASIDE = ".set-aside.jsonl", ".target-set-aside.jsonl"
 
 
 def score(options: Score) -> int:
@@ -56,15 +57,18 @@ def score(options: Score) -> int:
 
 
 def _check(options: Score, folder: Path) -> None:
-    _data.check_out(options.out, JSON_LINES)
+    read = options.pool, options.target
+    _data.check_out(options.out, JSON_LINES, *read)
     if options.scores is not None:
-        _data.check_out(options.scores, (".parquet",))
+        _data.check_out(options.scores, (".parquet",), *read)
     if options.report is not None:
-        _data.check_out(options.report, (".html",))
-    if options.out.resolve() in (options.pool.resolve(), options.target.resolve()):
-        raise CommandError(f"--out {options.out} is one of the inputs. Choose another name.")
+        _data.check_out(options.report, (".html",), *read)
+    for ending in (ASIDE, TARGET_ASIDE):
+        _data.check_kept(options.out.with_suffix(ending), *read)
     if options.top < 1:
         raise CommandError(f"--top {options.top}: expected at least 1.")
+    if options.heat < 0:
+        raise CommandError(f"--heat {options.heat}: expected a number of samples, 0 for none.")
     if options.verify < 0:
         raise CommandError(f"--verify {options.verify}: expected a number of rows, 0 for none.")
     if options.score == "influence":
@@ -104,14 +108,15 @@ def _stopped(folder: Path) -> Path | None:
 def _read(options: Score, folder: Path) -> Inputs:
     model = load(options.model, options.loading)
     quiet = options.quiet
-    aside = options.out.with_suffix(".set-aside.jsonl")
+    aside = options.out.with_suffix(ASIDE)
     rows, pool = _data.read(options.pool, model, options.loading, aside, quiet=quiet)
-    aside = options.out.with_suffix(".target-set-aside.jsonl")
+    aside = options.out.with_suffix(TARGET_ASIDE)
     _, target = _data.read(options.target, model, options.loading, aside, quiet=quiet)
     if options.top > len(pool):
         raise CommandError(
             f"--top {options.top}: {options.pool} has {len(pool):,} rows to choose from."
         )
+    _data.check_columns(rows, options.pool, group=options.group, image=options.image)
     budget = options.token_budget
     if budget is None and (stopped := _stopped(folder)) is not None:
         budget = int(read_recipe(stopped)["token_budget"])  # memory may be another now

@@ -110,7 +110,7 @@ class _JsonLines(Rows):
             file.seek(self._starts[row])
             line = file.readline().removeprefix(BOM)
         try:
-            found = json.loads(line.decode("utf-8"))
+            found = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
         except UnicodeDecodeError as error:
             raise self.fault(
                 row,
@@ -123,6 +123,16 @@ class _JsonLines(Rows):
         if not isinstance(found, dict):
             raise self.fault(row, f"a JSON {type(found).__name__}; expected an object, {{...}}.")
         return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose values is lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 class _ArrowRows(Rows):

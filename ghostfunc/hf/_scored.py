@@ -12,6 +12,7 @@ from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
 from ghostfunc._base.ranks import Exchange
 from ghostfunc._base.torch_private import hooks_within, uncompiled
+from ghostfunc.hf._blocks import warn_of_blocks
 from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
 from ghostfunc.hf._keeping import RunState, ScoreKeeper
 from ghostfunc.hf._kept import KeptScores
@@ -227,6 +228,7 @@ class GhostMixin(ScoreKeeper):
             )
             if run.divisor is None:
                 scoring.look_at_rows(given, n, "the first micro-batch")
+                warn_of_blocks(module, given)
                 with evaluating(module):
                     run.divisor = self._hold_against_trainer(
                         scoring, given, n, inputs, counted, pieces

@@ -5,6 +5,7 @@
   const n = data.ids.length;
   const ranking = data.columns.findIndex((c) => c.name === data.ranking);
   const scores = data.columns[ranking].values;
+  const columnOf = new Map(data.columns.map((c) => [c.name, c]));
   const ENDS = 5;
 
   // Everything that comes from the data goes through textContent: it is shown, never parsed.
@@ -34,27 +35,61 @@
 
   // --- the table's order -----------------------------------------------------------------------
 
+  // The samples in the order of their keys, lowest first. Numbers alone are sorted, without a function
+  // that compares; every sample then finds its place among them.
+  function orderOf(keys) {
+    const sorted = Float64Array.from(keys).sort(), order = new Int32Array(n), taken = new Int32Array(n);
+    for (let i = 0; i < n; i++) {
+      let low = 0, high = n;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (sorted[middle] < keys[i]) low = middle + 1; else high = middle;
+      }
+      order[low + taken[low]++] = i;
+    }
+    return order;
+  }
+
   const ranks = new Int32Array(n);
-  const ranked = Array.from({ length: n }, (_, i) => i).sort((a, b) => scores[b] - scores[a] || a - b);
+  const ranked = orderOf(scores.map((x) => -x));
   ranked.forEach((i, rank) => { ranks[i] = rank + 1; });
   const line = (i) => data.texts[i].map(([role, text]) => (role ? role + ": " : "") + text).join(" ⏎ ");
-  let lowered = null; // texts in lower case, made at the first search
+  const lowered = new Array(n); // texts in lower case, made when they are first searched
   const state = { sort: "rank", up: true, shown: ranked, picked: -1 };
 
-  const sortKeys = { rank: (i) => ranks[i], row: (i) => data.ids[i], text: null, group: null };
-  data.columns.forEach((c, k) => { if (k !== ranking) sortKeys[c.name] = (i) => c.values[i]; });
+  const orders = new Map([["rank", ranked]]);
+  function orderBy(sort) {
+    if (!orders.has(sort)) {
+      if (sort === "group") {
+        const places = new Map([...new Set(data.groups)].sort().map((name, k) => [name, k]));
+        orders.set(sort, orderOf(data.groups.map((name) => places.get(name))));
+      } else orders.set(sort, orderOf(sort === "row" ? data.ids : columnOf.get(sort).values));
+    }
+    return orders.get(sort);
+  }
 
-  function arrange() {
+  // All samples are looked at in slices, between which the page answers.
+  const SLICE = 4000;
+  const pause = () => new Promise((go) => setTimeout(go));
+  let latest = 0;
+
+  async function arrange() {
+    const turn = ++latest;
     const query = by("search").value.trim().toLowerCase();
     const group = by("group").value, sign = by("sign").value;
-    if (query && !lowered) lowered = data.texts.map((_, i) => line(i).toLowerCase());
-    let shown = ranked.filter((i) =>
-      (!query || lowered[i].includes(query)) && (!group || data.groups[i] === group) &&
-      (!sign || (sign === "+" ? scores[i] > 0 : scores[i] <= 0)));
-    if (state.sort !== "rank") {
-      const key = state.sort === "group" ? (i) => data.groups[i] : sortKeys[state.sort];
-      shown = shown.map((i) => [key(i), i])
-        .sort((a, b) => (a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : a[1] - b[1])).map((pair) => pair[1]);
+    const order = orderBy(state.sort);
+    let shown = order.slice();
+    if (query || group || sign) {
+      shown = [];
+      for (let at = 0; at < n; at++) {
+        if (at && at % SLICE === 0) {
+          await pause();
+          if (turn !== latest) return; // asked for something else meanwhile
+        }
+        const i = order[at];
+        if ((group && data.groups[i] !== group) || (sign && (sign === "+") !== scores[i] > 0)) continue;
+        if (!query || (lowered[i] ??= line(i).toLowerCase()).includes(query)) shown.push(i);
+      }
     }
     if (!state.up) shown.reverse();
     state.shown = shown;
@@ -70,7 +105,6 @@
   // On a narrow page a row has two lines: rank, score and group, then the text; a list sorts.
   const NARROW = 620;
   let compact = false, height = 34, shownColumns = [];
-  const columnOf = new Map(data.columns.map((c) => [c.name, c]));
   const sortable = [["rank", label, false]];
   data.columns.forEach((c, k) => { if (k !== ranking) sortable.push([c.name, c.label, false]); });
   if (data.group) sortable.push(["group", data.group, true]);
@@ -131,7 +165,8 @@
   function slot() {
     const row = make("div", { class: "row", role: "row" });
     if (data.images) row.append(make("span", { class: "thumb" }));
-    row.append(...shownColumns.map(() => make("span", {})), make("span", { class: "left words" }));
+    // With texts in them, which are written over: a scroll makes no nodes.
+    row.append(...shownColumns.map(() => make("span", {}, " ")), make("span", { class: "left words" }, " "));
     return { row, at: -1, i: -1, picked: false };
   }
 
@@ -150,10 +185,10 @@
     if (data.images) cells[0].replaceChildren(...picture(i));
     shownColumns.forEach(([name], k) => {
       const [text, kind] = written(name, i), cell = cells[first + k];
-      cell.textContent = text;
+      cell.firstChild.data = text;
       if (cell.className !== kind) cell.className = kind;
     });
-    cells[first + shownColumns.length].textContent = line(i).slice(0, 200);
+    cells[first + shownColumns.length].firstChild.data = line(i).slice(0, 200);
   }
 
   function render() {
@@ -254,52 +289,82 @@
   // Charts are drawn in pixels of the page, so that their labels have the size of its text.
   const widthOf = (id) => Math.max(240, by(id).clientWidth || 560);
 
+  // Round numbers from low to high, about as many as asked for, and how they are written.
+  function ticks(low, high, wanted) {
+    const rough = (high - low) / Math.max(1, wanted) || 1, power = 10 ** Math.floor(Math.log10(rough));
+    const step = power * [1, 2, 5, 10].find((x) => x * power >= rough * 0.999);
+    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+    const write = (x) => (digits > 4 || Math.abs(x) >= 1e6 ? number(x) : Number(x.toFixed(digits)).toLocaleString("en-US", { minimumFractionDigits: digits })).replace("-", "−");
+    const found = [];
+    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push([k * step, k ? write(k * step) : "0"]);
+    return found;
+  }
+
+  // Lines and numbers of an axis to the right, below a chart.
+  function across(svg, values, place, bottom) {
+    values.forEach(([value, text]) => {
+      const x = place(value);
+      svg.append(draw("line", { x1: x, x2: x, y1: bottom, y2: bottom + 4, class: "tick" }),
+        draw("text", { x, y: bottom + 16, "text-anchor": "middle" }, text));
+    });
+  }
+
   function histogram() {
-    const low = Math.min(0, scores[ranked[n - 1]]), high = Math.max(0, scores[ranked[0]]);
-    const width = widthOf("histogram"), height = 170, foot = 20, bins = Math.max(8, Math.min(Math.floor(width / 9), Math.ceil(Math.sqrt(n) * 2)));
+    let low = scores[ranked[n - 1]], high = scores[ranked[0]];
+    // Zero is on the axis unless that would leave more than a third of it empty.
+    const gap = Math.max(low, -high, 0);
+    const zeroShown = gap <= (high - low) / 2 || high === low;
+    if (zeroShown) { low = Math.min(0, low); high = Math.max(0, high); }
+    const width = widthOf("histogram"), height = 170, foot = 22, side = 18;
+    const bins = Math.max(8, Math.min(Math.floor(width / 9), Math.ceil(Math.sqrt(n) * 2)));
     const counts = new Array(bins).fill(0), span = high - low || 1;
     for (const x of scores) counts[Math.min(bins - 1, Math.floor(((x - low) / span) * bins))]++;
-    const most = Math.max(...counts), step = width / bins;
+    const most = Math.max(...counts), step = (width - 2 * side) / bins;
+    const place = (x) => side + ((x - low) / span) * (width - 2 * side);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Histogram of ${label}` });
     counts.forEach((count, k) => {
-      const tall = (count / most) * (height - foot - 14);
+      const tall = (count / most) * (height - foot - 18);
       const middle = low + ((k + 0.5) / bins) * span;
-      const bar = draw("rect", { x: k * step + 0.5, y: height - foot - tall, width: Math.max(0.5, step - 1), height: tall, class: middle > 0 ? "good" : "bad" });
+      const bar = draw("rect", { x: side + k * step + 0.5, y: height - foot - tall, width: Math.max(0.5, step - 1), height: tall, class: middle > 0 ? "good" : "bad" });
       bar.append(draw("title", {}, `${whole(count)} samples around ${number(middle)}`));
       svg.append(bar);
     });
-    const zero = ((0 - low) / span) * width;
-    svg.append(draw("line", { x1: zero, x2: zero, y1: 0, y2: height - foot, class: "axis" }));
-    svg.append(draw("text", { x: 0, y: height - 5 }, number(low)), draw("text", { x: width, y: height - 5, "text-anchor": "end" }, number(high)));
-    if (zero > 60 && zero < width - 60) svg.append(draw("text", { x: zero, y: height - 5, "text-anchor": "middle" }, "0"));
-    svg.append(draw("text", zero < width * 0.4 ? { x: width, y: 10, "text-anchor": "end" } : { x: 0, y: 10 }, `${whole(most)} ${most === 1 ? "sample" : "samples"} in the tallest bar`));
+    if (zeroShown) svg.append(draw("line", { x1: place(0), x2: place(0), y1: 14, y2: height - foot, class: "axis" }));
+    across(svg, ticks(low, high, Math.floor(width / 90)), place, height - foot);
+    const tallest = `${whole(most)} ${most === 1 ? "sample" : "samples"} in the tallest bar`;
+    const beyond = zeroShown ? "" : `; all are ${low > 0 ? "above" : "below"} zero, which is outside`;
+    svg.append(draw("text", { x: 0, y: 10 }, tallest + beyond));
     by("histogram").replaceChildren(svg);
   }
 
-  function groups() {
-    if (!data.group) return null;
+  // Groups with their quartiles, highest median first; made once.
+  const grouped = data.group ? (() => {
     const members = new Map();
     ranked.forEach((i) => { members.has(data.groups[i]) ? members.get(data.groups[i]).push(scores[i]) : members.set(data.groups[i], [scores[i]]); });
     const quantile = (list, q) => list[Math.min(list.length - 1, Math.floor((1 - q) * list.length))];
-    const all = [...members].map(([name, list]) => ({ name, count: list.length, low: quantile(list, 0.25), mid: quantile(list, 0.5), high: quantile(list, 0.75) }))
+    return [...members].map(([name, list]) => ({ name, count: list.length, low: quantile(list, 0.25), mid: quantile(list, 0.5), high: quantile(list, 0.75) }))
       .sort((a, b) => b.mid - a.mid);
+  })() : null;
+
+  function groups() {
+    if (!grouped) return;
     by("groups").hidden = false;
-    const width = widthOf("groups"), left = Math.min(190, Math.round(width * 0.45)), row = 24, letters = Math.floor((left - 56) / 7);
-    const kept = all.slice(0, 15);
+    const kept = grouped.slice(0, 15), row = 24, bottom = kept.length * row;
+    const longest = Math.max(...kept.map((g) => g.name.length)) + 2 + whole(Math.max(...kept.map((g) => g.count))).length;
+    const width = widthOf("groups"), left = Math.min(8 + 7 * longest, 190, Math.round(width * 0.45)), letters = Math.floor((left - 56) / 7);
     const low = Math.min(0, ...kept.map((g) => g.low)), high = Math.max(0, ...kept.map((g) => g.high)), span = high - low || 1;
-    const at = (x) => left + 8 + ((x - low) / span) * (width - left - 20);
-    const svg = draw("svg", { viewBox: `0 0 ${width} ${kept.length * row + 22}`, role: "img", "aria-label": "Groups" });
-    svg.append(draw("line", { x1: at(0), x2: at(0), y1: 0, y2: kept.length * row, class: "axis" }));
+    const at = (x) => left + 18 + ((x - low) / span) * (width - left - 36);
+    const svg = draw("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, role: "img", "aria-label": "Groups" });
+    svg.append(draw("line", { x1: at(0), x2: at(0), y1: 0, y2: bottom, class: "axis" }));
     kept.forEach((g, k) => {
       const y = k * row + row / 2;
-      const name = g.name.length > letters ? g.name.slice(0, letters - 1) + "…" : g.name;
+      const name = g.name.length > Math.max(letters, 4) && left < 8 + 7 * longest ? g.name.slice(0, letters - 1) + "…" : g.name;
       svg.append(draw("text", { x: left, y: y + 4, "text-anchor": "end" }, `${name} (${whole(g.count)})`),
         draw("line", { x1: at(g.low), x2: at(g.high), y1: y, y2: y, class: "range" }),
         draw("circle", { cx: at(g.mid), cy: y, r: 5, class: "median" }));
     });
-    svg.append(draw("text", { x: left + 8, y: kept.length * row + 16 }, number(low)), draw("text", { x: width, y: kept.length * row + 16, "text-anchor": "end" }, number(high)));
+    across(svg, ticks(low, high, Math.floor((width - left) / 80)), at, bottom);
     by("groups").querySelector("div").replaceChildren(svg);
-    return all;
   }
 
   function timeline() {
@@ -307,13 +372,17 @@
     if (!found || found.steps.length < 2) return;
     by("timeline").hidden = false;
     by("timeline").querySelector("figcaption").textContent = `Over training: mean ${found.label} of a sample in a step`;
-    const width = widthOf("timeline"), tall = 190, foot = 34, top = 16;
+    const width = widthOf("timeline"), tall = 220, foot = 36, top = 10, side = 18;
     const all = found.lines.flatMap((l) => l.values).filter((x) => x !== null);
     const low = Math.min(0, ...all), high = Math.max(0, ...all), span = high - low || 1;
-    const end = found.steps[found.steps.length - 1];
-    const x = (step) => 6 + (step / end) * (width - 16), y = (value) => top + (1 - (value - low) / span) * (tall - foot - top);
+    const levels = ticks(low, high, 6);
+    const left = 14 + 7 * Math.max(...levels.map(([, text]) => text.length));
+    const begin = found.steps[0], end = found.steps[found.steps.length - 1];
+    const x = (step) => left + side + ((step - begin) / (end - begin)) * (width - left - 2 * side), y = (value) => top + (1 - (value - low) / span) * (tall - foot - top);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${tall}`, role: "img", "aria-label": `${found.label} over training` });
-    svg.append(draw("line", { x1: 0, x2: width, y1: y(0), y2: y(0), class: "axis" }));
+    levels.forEach(([value, text]) => svg.append(
+      draw("line", { x1: left, x2: width, y1: y(value), y2: y(value), class: value ? "grid" : "axis" }),
+      draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, text)));
     found.lines.forEach((one, k) => {
       // A stretch that met no sample of a line leaves a gap.
       let path = "", pen = "M";
@@ -327,14 +396,13 @@
       });
       svg.append(draw("path", { d: path || "M0 0", class: `stroke line${k}`, "stroke-dasharray": k < 4 ? "none" : "5 3" }));
     });
-    svg.append(draw("text", { x: 0, y: 11 }, signed(high)), draw("text", { x: width, y: tall - 4, "text-anchor": "end" }, `step ${whole(end)}`),
-      draw("text", { x: 0, y: tall - 4 }, low < 0 ? `lowest ${signed(low)}` : "step 0"));
+    across(svg, ticks(begin, end, Math.min(found.steps.length, Math.floor(width / 110))), x, tall - foot);
+    svg.append(draw("text", { x: (left + width) / 2, y: tall - 3, "text-anchor": "middle" }, "training step"));
     by("timeline").querySelector("div").replaceChildren(svg);
     by("timeline").querySelector(".keys").replaceChildren(...found.lines.map((one, k) =>
       make("span", {}, make("i", { class: `key line${k}` }), one.name)));
   }
 
-  const grouped = groups();
   if (grouped) {
     if (grouped.length > 15) by("groups").querySelector("figcaption").append(` (15 of ${grouped.length})`);
     by("group").hidden = false;
@@ -358,8 +426,8 @@
   tiles();
   charts();
   const few = Math.min(ENDS, Math.ceil(n / 2));
-  document.querySelector(".best > div").append(...ranked.slice(0, few).map(card));
-  document.querySelector(".worst > div").append(...ranked.slice(Math.max(few, n - ENDS)).reverse().map(card));
+  document.querySelector(".best > div").append(...Array.from(ranked.slice(0, few), card));
+  document.querySelector(".worst > div").append(...Array.from(ranked.slice(Math.max(few, n - ENDS)).reverse(), card));
   let waiting = 0;
   by("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(arrange, 120); });
   by("group").addEventListener("change", arrange);

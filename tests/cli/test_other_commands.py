@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -49,6 +51,28 @@ def test_torchrun_is_refused(run: Run, files: Path, monkeypatch: pytest.MonkeyPa
     code, said = run(LINE)
     assert (code, "2 processes of torchrun" in said) == (2, True), said
     assert not (files / "sel.jsonl").exists()
+
+
+def test_what_is_read_is_never_written_over(run: Run, files: Path) -> None:
+    """Every file that a command writes, against every file that it reads."""
+    assert run(LINE + " --scores s.parquet")[0] == 0
+    pq.write_table(pa.Table.from_pylist([chat(i) for i in range(40)]), files / "pool.parquet")
+    (files / "sel.set-aside.jsonl").write_text((files / "pool.jsonl").read_text())
+    (files / "link.jsonl").symlink_to("pool.jsonl")
+    before = {path: path.read_bytes() for path in files.iterdir() if path.is_file()}
+    score = "score MODEL --target target.jsonl --top 3 --out sel.jsonl --pool"
+    for line in (
+        f"{score} sel.jsonl",
+        f"{score} pool.parquet --scores pool.parquet",
+        f"{score} sel.set-aside.jsonl",
+        "select s.parquet --pool pool.jsonl --top 3 --out pool.jsonl",
+        "select s.parquet --pool pool.jsonl --top 3 --out link.jsonl",
+        "query MODEL --store s --pool pool.jsonl --target target.jsonl --out target.jsonl",
+    ):
+        code, said = run(line)
+        assert code == 2, line
+        assert "is one of the inputs; it would be lost" in said
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_report(run: Run, files: Path) -> None:

@@ -187,6 +187,8 @@ def test_parameters_can_be_chosen(run: Run, files: Path) -> None:
     [
         ("--out sel.txt", "ends with .jsonl"),
         ("--out pool.jsonl", "is one of the inputs"),
+        ("--group nothing --report r.html", "--group nothing: no row of pool.jsonl has such"),
+        ("--heat -1", "--heat -1: expected a number of samples"),
         ("--out pool.jsonl/x.jsonl", "is no folder"),
         ("--report r.pdf", "ends with .html"),
         ("--scores s.csv", "ends with .parquet"),

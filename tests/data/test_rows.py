@@ -68,6 +68,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "deep": (b"[" * 100_000, "JSON that cannot be read|no valid JSON"),
     "a long number": (b'{"n": ' + b"9" * 10_000 + b"}", "JSON that cannot be read"),
     "zeros": (b"\0\0\0", "no valid JSON"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "JSON that cannot be read: the key 'text'"),
 }
 
 

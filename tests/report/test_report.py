@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ class Opened:
     def texts(self, selector: str) -> list[str]:
         return list(self.page.locator(selector).all_inner_texts())
 
+    def drawn(self, selector: str) -> list[str]:
+        """Texts within a chart."""
+        return list(self.page.locator(selector).all_text_contents())
+
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Opened]]:
@@ -135,6 +140,18 @@ def page_of(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "r.html"
 
     return write
+
+
+MANY = 100_000
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with a hundred thousand samples."""
+    folder = tmp_path_factory.mktemp("many")
+    rows = jsonl(folder / "pool.jsonl", chats(MANY))
+    write_report(folder / "r.html", scores_of(MANY), rows, group="source")
+    return folder / "r.html"
 
 
 def shown(opened: Opened) -> list[str]:
@@ -238,9 +255,9 @@ def test_foreign_scripts_are_refused_by_the_page_itself(page_of: Any, opened: An
     assert any("Content Security Policy" in text for text in found.wrong)
 
 
-def test_a_hundred_thousand_rows_do_not_stutter(page_of: Any, opened: Any, pictures: Path) -> None:
-    n = 100_000
-    found = opened(page_of(n, group="source"))
+def test_a_hundred_thousand_rows_do_not_stutter(many: Path, opened: Any) -> None:
+    n = MANY
+    found = opened(many)
     assert found.texts("#count") == ["100,000 samples"]
     table = found.page.locator("#table")
     for place in (0.5, 1.0):
@@ -320,18 +337,23 @@ def test_a_narrow_page_needs_no_sideways_scrolling(page_of: Any, opened: Any) ->
     assert found.wrong == []
 
 
-def test_a_scroll_writes_the_rows_that_come_into_view(page_of: Any, opened: Any) -> None:
-    """Counted, since times depend on the machine: rows that stay are not touched."""
-    found = opened(page_of(20_000))
+@pytest.mark.parametrize("n", [1_000, MANY])
+def test_a_scroll_writes_the_rows_that_come_into_view(
+    page_of: Any, many: Path, opened: Any, n: int
+) -> None:
+    """Counted, since times depend on the machine: rows that stay are not touched, no node is made,
+    and the browser lays the page out once a frame, whatever the number of samples."""
+    found = opened(many if n == MANY else page_of(n))
     count = """async ([times, pixels]) => {
       const table = document.querySelector("#table");
       let changes = 0, added = 0;
       const watch = (list) => list.forEach((m) => {
         if (m.target.id === "rows") added += m.addedNodes.length;
-        else changes += m.addedNodes.length;
+        else changes += m.type === "characterData" ? 1 : 1000;
       });
       const observer = new MutationObserver(watch);
-      observer.observe(document.querySelector("#rows"), { subtree: true, childList: true });
+      const kinds = { subtree: true, childList: true, characterData: true };
+      observer.observe(document.querySelector("#rows"), kinds);
       const next = (done) => requestAnimationFrame(() => requestAnimationFrame(done));
       const frame = () => new Promise(next);
       for (let k = 0; k < times; k++) { table.scrollTop += pixels; await frame(); }
@@ -341,14 +363,72 @@ def test_a_scroll_writes_the_rows_that_come_into_view(page_of: Any, opened: Any)
     }"""
     cells = found.page.locator(".row").first.locator("span").count()
     found.page.evaluate(count, [10, 34])  # away from the upper end
+    session = found.page.context.new_cdp_session(found.page)
+    session.send("Performance.enable")
+
+    def metrics() -> dict[str, float]:
+        return {x["name"]: x["value"] for x in session.send("Performance.getMetrics")["metrics"]}
+
+    before = metrics()
     changes, moved = found.page.evaluate(count, [20, 34])
-    assert changes <= 21 * cells
+    after = metrics()
+    assert 0 < changes <= 21 * cells
     assert moved <= 21
+    assert after["LayoutCount"] - before["LayoutCount"] <= 21
+    assert after["Nodes"] - before["Nodes"] <= 5
     rows = found.page.locator(".row")
     tops = rows.evaluate_all("all => all.map(e => e.getBoundingClientRect().top)")
     assert tops == sorted(tops)  # the order of the page is that of the eye
     ranks = [int(rank.replace(",", "")) for rank in shown(found)]
     assert ranks == list(range(ranks[0], ranks[0] + len(ranks)))
+
+
+def test_a_search_looks_at_samples_in_slices(page_of: Any, opened: Any) -> None:
+    """What is typed meanwhile counts, and the one before it is given up."""
+    found = opened(page_of(20_000))
+    found.page.evaluate("""() => {
+      window.pauses = 0;
+      const wait = window.setTimeout;
+      window.setTimeout = (f, ms) => { if (ms === undefined) window.pauses++; return wait(f, ms); };
+    }""")
+    found.page.fill("#search", "verse 1999")
+    found.wait_for_count("of 20,000 samples")
+    expected = sum(i % 3 == 1 and str(i).startswith("1999") for i in range(20_000))
+    assert found.texts("#count") == [f"{expected} of 20,000 samples"]
+    assert found.page.evaluate("window.pauses") == 4
+    found.page.evaluate("""() => {
+      const search = document.querySelector("#search"), sign = document.querySelector("#sign");
+      search.value = "verse";
+      sign.dispatchEvent(new Event("change"));
+      search.value = "verse 19999";
+      sign.dispatchEvent(new Event("change"));
+    }""")
+    found.wait_for_count("^1 of")
+    assert found.wrong == []
+
+
+def test_axes(tmp_path: Path, opened: Any) -> None:
+    """Numbers under charts are round, and zero is left out where it would leave a void."""
+    rows = jsonl(tmp_path / "pool.jsonl", chats(50))
+    for low, zero in ((0.0, True), (5.0, False), (-6.0, False)):
+        values = torch.linspace(low, low + 1, 50)
+        scores = gf.Scores(range(50), {"dot_higher_helps": values}, {})
+        write_report(tmp_path / "r.html", scores, rows)
+        found = opened(tmp_path / "r.html")
+        numbers = found.drawn("#histogram text")
+        said = next(x for x in numbers if "tallest" in x)
+        ticks = [float(x.replace("−", "-")) for x in numbers if "tallest" not in x]
+        assert len(ticks) >= 4
+        assert low - 0.01 <= ticks[0] < ticks[-1] <= low + 1.01
+        steps = {round(b - a, 6) for a, b in pairwise(ticks)}
+        assert len(steps) == 1
+        assert (found.page.locator("#histogram .axis").count() == 1) is zero
+        assert ("which is outside" in said) is not zero
+    write_report(tmp_path / "r.html", scores_of(50), rows, timeline=OVER_TIME)
+    found = opened(tmp_path / "r.html")
+    numbers = found.drawn("#timeline text")
+    assert {"10", "40", "training step"} <= {*numbers}
+    assert len(numbers) >= 9
 
 
 def test_values_over_training_time(page_of: Any, opened: Any) -> None:
