@@ -20,8 +20,13 @@ BOARD := .venv-leaderboard
 BOARD_STAMP := $(BOARD)/.installed
 BOARD_PIP := $(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# And one for `make trl`.
+TRL := .venv-trl
+TRL_STAMP := $(TRL)/.installed
+TRL_PIP := $(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz docs release-check torch-range lint format bench bench-gpu bench-check leaderboard clean
+.PHONY: help install demo test fuzz docs release-check torch-range lint format bench bench-gpu bench-check leaderboard trl clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +101,16 @@ $(BOARD_STAMP): pyproject.toml constraints.txt benchmarks/leaderboard/requiremen
 leaderboard: $(BOARD_STAMP) ## Attribution scores against retrained models and peers (60 min; ARGS=--quick: 5).
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BOARD)/bin/python benchmarks/leaderboard/run.py $(ARGS)
 
+$(TRL_STAMP): pyproject.toml constraints.txt tests/hf/trl.txt
+	$(TRL)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(TRL)
+	$(TRL_PIP) torch
+	$(TRL_PIP) hatchling editables
+	$(TRL_PIP) --no-build-isolation -e ".[hf,dev]" -r tests/hf/trl.txt
+	@touch $@
+
+trl: $(TRL_STAMP) ## Fifty steps of TRL's trainers with scores, beside plain ones (10 min).
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TRL)/bin/python -m pytest tests/hf/test_trl.py $(ARGS)
+
 clean: ## Remove .venv, caches, builds and outputs.
-	rm -rf $(VENV) $(BENCH) $(BOARD) build dist outputs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(BOARD) $(TRL) build dist outputs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -21,9 +21,9 @@ HEAD = """# Models
 
 What the three modes make of tiny random configurations of Hugging Face's own classes, unmodified,
 with padding, ragged labels and tied weights where the class has them. `tests/write_models.py`
-writes this page, and [tests/test_zoo.py](../tests/test_zoo.py) holds every row of it against
-autograd, one sample at a time: dot products with one and with three validation samples of another
-length, parameter by parameter, norms, and per-sample gradients.
+writes this page, and [tests/transforms/test_zoo.py](../tests/transforms/test_zoo.py) holds
+every row of it against autograd, one sample at a time: dot products with one and with three
+validation samples of another length, parameter by parameter, norms, and per-sample gradients.
 
 - **ghost**, **jvp**: the largest error of `ghost_dot_prod`, of any sample in any parameter, against
   the loop over samples (`mode="materialized", vectorize=False`), relative to the parameter's

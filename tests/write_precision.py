@@ -27,7 +27,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/precision.md"
 HEAD = """# Precision
 
 What each precision costs, measured against float64. `tests/write_precision.py` writes the tables,
-and [tests/test_precision.py](../tests/test_precision.py) holds what is said here.
+and [tests/transforms/test_precision.py](../tests/transforms/test_precision.py) holds what is
+said here.
 
 ## What runs in which precision
 

@@ -88,6 +88,8 @@ def check_callable(name: str, value: object, expected: str) -> None:
 def check_path(name: str, value: object) -> None:
     """Raise `OptionError` unless it is a path."""
     check_type(name, value, (str, os.PathLike), "a path, a str or a pathlib.Path")
+    if "\0" in str(value):
+        raise OptionError(f"{name}={value!r} has a null byte in it, which no path can have.")
 
 
 def check_dataset(dataset: object) -> None:

@@ -210,8 +210,12 @@ def innermost(x: Tensor) -> Tensor:
 
 
 def address(x: Tensor) -> int:
-    """The address of a tensor's memory; tensors with a common one are views of each other."""
-    return innermost(x).untyped_storage().data_ptr()
+    """The address of a tensor's memory; tensors with a common one are views of each other. That of
+    a sparse tensor is its values'."""
+    x = innermost(x)
+    if x.layout != torch.strided:
+        x = x._values() if x.layout == torch.sparse_coo else x.values()
+    return x.untyped_storage().data_ptr()
 
 
 # --- modes ---------------------------------------------------------------------------------------

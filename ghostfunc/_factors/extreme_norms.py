@@ -17,13 +17,19 @@ from ghostfunc._factors.bundles import Bundle
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
 
 
-def extremes(squares: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+def extremes(
+    squares: Float[Tensor, " n"], losses: Float[Tensor, " n"] | None = None
+) -> Bool[Tensor, " n"]:
     """Which squared norms cannot be trusted: not finite, or so small that digits are lost.
 
-    Zero is trusted: it stands for norms up to 1e-22 in float32, 1e-161 in float64.
+    Zero is what is left of norms up to 1e-22 in float32, 1e-161 in float64. It is trusted where the
+    loss is zero, too, or is not given: samples without labels have many of them.
     """
     limits = torch.finfo(squares.dtype)
-    return ~squares.isfinite() | ((squares != 0) & (squares < limits.tiny / limits.eps))
+    small = squares < limits.tiny / limits.eps
+    zero = squares == 0
+    known = zero if losses is None else zero & (losses.detach() == 0).to(zero.device)
+    return ~squares.isfinite() | (small & ~known)
 
 
 def root(squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -44,13 +50,27 @@ def joint(norms: Float[Tensor, "k n"]) -> Float[Tensor, " n"]:
     return torch.where(safe == largest, largest * (norms / safe).square().sum(0).sqrt(), largest)
 
 
+def length(x: Tensor) -> Float[Tensor, ""]:
+    """`||x||` in float64, whose squares may be beyond it."""
+    x = x.double()
+    if x.numel() == 0:
+        return x.new_zeros(())
+    largest = x.abs().max()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return scale * (x / scale).norm()
+
+
 def cosine(
     dots: Float[Tensor, "n ..."], norms: Float[Tensor, " n"], lengths: Float[Tensor, " k"]
 ) -> Float[Tensor, "n ..."]:
-    """`dots / (norms * lengths)`, zero where a length is zero."""
+    """`dots / (norms * lengths)`: zero where a length is zero, NaN where the product underflows,
+    and the dot product with it."""
     norms = norms.view(-1, *[1] * (dots.ndim - 1))
+    product = norms.double() * lengths.double()
+    lost = (product < torch.finfo(dots.dtype).tiny) & (norms != 0) & (lengths != 0)
     cosines = dots / torch.where(norms == 0, 1, norms) / torch.where(lengths == 0, 1, lengths)
-    return torch.where((norms == 0) | (lengths == 0), 0, cosines.clamp(-1, 1)).to(dots.dtype)
+    cosines = torch.where((norms == 0) | (lengths == 0), 0, cosines.clamp(-1, 1))
+    return cosines.masked_fill(lost, math.nan).to(dots.dtype)
 
 
 def norms(bundle: Bundle) -> Float[Tensor, " n"]:

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ghostfunc._base.documents import Packing, packing_of
-from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, SampleAxisError
+from ghostfunc._base.errors import (
+    WAYS_OUT,
+    ControlFlowError,
+    SampleAxisError,
+    UnsupportedOpError,
+)
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import not_captured, prove_independent
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
@@ -16,7 +21,7 @@ from ghostfunc._base.torch_private import any_symbolic, wrapped
 from ghostfunc._base.trees import batch_size, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._trace.layout import StaleLayout
-from ghostfunc._trace.make import pairs_to_trace, trace_model
+from ghostfunc._trace.make import few_to_trace, trace_model
 from ghostfunc._trace.trace import Trace
 
 T = TypeVar("T")
@@ -25,9 +30,9 @@ T = TypeVar("T")
 MAX_TRACES = 32
 """Traces of one structure that are remembered."""
 
-DISPROVED_PAIRS = 2
-"""How many traces are made of one batch, each of another pair of samples, before the call is given
-up because all of them were disproved."""
+FAILED_TRACES = 2
+"""How many traces are made of one batch, each of other samples, before the call is given up because
+they were disproved, or could not be made."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,15 @@ def with_trace(
         return model, result
     if any_symbolic(tensors_of(batch)):
         raise not_captured()
-    observed = ""
-    for number, pair in enumerate(pairs_to_trace(program, batch)):
-        if unproved and number == DISPROVED_PAIRS:
+    observed, refused = "", None
+    for number, few in enumerate(few_to_trace(program, batch)):
+        if (unproved or refused) and number >= FAILED_TRACES:
             break
-        trace = trace_model(program, batch, pair)
+        try:
+            trace = trace_model(program, batch, few)
+        except (ControlFlowError, SampleAxisError, UnsupportedOpError) as error:
+            refused = refused or error  # other samples may go another way, and the batch's own
+            continue
         model = TracedModel.on(program, batch, trace)
         try:
             result = use(model)
@@ -110,11 +119,14 @@ def with_trace(
         _remember(traces, fitting, trace, shapes)
         return model, result
     prove_independent(program, batch)
+    if refused is not None:
+        raise refused
     if unproved:
         raise not_proved(unproved)
     raise ControlFlowError(
         "model_fn does not call the same ops each time it runs on this batch "
-        f"({observed}): its control flow depends on its data. {WAYS_OUT}"
+        f"({observed}): its control flow depends on its data, or on how many samples there are. "
+        + WAYS_OUT
     )
 
 

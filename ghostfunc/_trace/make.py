@@ -4,7 +4,7 @@ Guessing the sample axis from one shape is how silent errors are made, so the mo
 times on a few samples, without keeping anything (`purity` has shown before that their losses do
 not depend on each other):
 
-1. on two samples, 0 and 1 as a rule: the shapes of every torch call (`purity` makes this run);
+1. on a few samples, 0 and 1 as a rule: the shapes of every torch call (`purity` makes this run);
 2. on those and the first of them again: an axis that grew holds samples, and a tensor computed from
    parameters whose shape did not change is derived;
 3. the same, with a zero tap at every use, pulled back from one loss at a time: rows with a
@@ -17,9 +17,10 @@ What is learnt is kept by structure, not by length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,33 +47,63 @@ from ghostfunc._trace.watch import op_key, reads_attribute
 PAIRS_TRIED = 32
 """Samples among which one is looked for that goes the way of the batch."""
 
+SIZES_TRIED = (2, 3, 4, 5, 6, 8)
+"""Numbers of samples that may go the way of the batch where two of them do not."""
 
-def pairs_to_trace(program: Program, batch: PyTree) -> Iterator[tuple[int, int]]:
+WHOLE_TRIED = 16
+"""Samples of a batch that may be traced as a whole."""
+
+
+class Few(NamedTuple):
+    """Samples that stand for a batch in a trace, and how many of them are there twice in the run
+    that shows what grows."""
+
+    rows: tuple[int, ...]
+    more: int = 1
+
+    @property
+    def grown(self) -> tuple[int, ...]:
+        return *self.rows, *self.rows[: self.more]
+
+
+def few_to_trace(program: Program, batch: PyTree) -> Iterator[Few]:
     """Samples that may stand for the batch: the first two, and if those go another way through the
     program (none of them is padded, say), pairs that call the same ops. Two even of one: code may
-    treat a batch of one in its own way."""
+    treat a batch of one in its own way. Where the way depends on the number of samples, there are
+    more of them, and one, two or as many again besides."""
     n = batch_size(batch)
-    yield 0, min(1, n - 1)
+    yield Few((0, min(1, n - 1)))
 
-    def way(data: PyTree) -> list[Callable[..., Any]]:
+    def way(rows: tuple[int, ...]) -> list[Callable[..., Any]]:
         log = ShapeLog()
+        data = batch if rows == tuple(range(n)) else apart(take(batch, list(rows)))
         with log, torch.enable_grad():
             program.losses(lend(program.leaves), data)
         return [func for func, _, _ in log.calls]
 
-    whole = way(batch)
-    for i in range(2, min(n, PAIRS_TRIED)):
-        if way(apart(take(batch, [0, i]))) == whole:
-            yield 0, i
+    whole = way(tuple(range(n)))
+
+    @functools.cache
+    def same(rows: tuple[int, ...]) -> bool:
+        try:
+            return way(rows) == whole
+        except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError):
+            return False  # a number of samples that the model does not take
+
+    pairs = [Few((0, i)) for i in range(2, min(n, PAIRS_TRIED))]
+    sizes = *SIZES_TRIED, *([n] if 1 < n <= WHOLE_TRIED else [])
+    more = [Few(tuple(i % n for i in range(k)), m) for k in sizes for m in (1, 2, k)]
+    for few in dict.fromkeys((*pairs, *more[1:])):
+        if same(few.rows) and same(few.grown):
+            yield few
 
 
 @torch.enable_grad()
-def trace_model(program: Program, batch: PyTree, pair: tuple[int, int]) -> Trace:
-    """Trace `model_fn` on two samples of the batch.
+def trace_model(program: Program, batch: PyTree, few: Few) -> Trace:
+    """Trace `model_fn` on a few samples of the batch.
 
     Documents are traced in rows of their own, where a row is a sample: what is found of rows holds
     for those that several documents share.
-
 
     Samples that depend on each other are looked for first. Whatever goes wrong later, they may be
     the reason: they are then looked for in the whole batch.
@@ -80,30 +111,28 @@ def trace_model(program: Program, batch: PyTree, pair: tuple[int, int]) -> Trace
     log = ShapeLog()
     packed = packing_of(batch) is not None  # the pair that is compared shares rows
     seen = prove_independent(program, batch, log=None if packed else log)
-    plain = None if packed or seen is None or (0, seen[0]) != pair else seen[1]
+    plain = None if packed or seen is None or (0, seen[0]) != few.rows else seen[1]
     try:
         if plain is None:
-            log, small = ShapeLog(), apart(take(batch, list(pair)))
+            log, small = ShapeLog(), apart(take(batch, list(few.rows)))
             params = program.spec.unflatten(lend(program.leaves))
             with log:
                 plain = program.model_fn(params, small)
-            plain = check_losses(plain, len(pair)).detach()
-        return _traced(program, batch, pair, log, plain)
+            plain = check_losses(plain, len(few.rows)).detach()
+        return _traced(program, batch, few, log, plain)
     except GhostError:
         prove_independent(program, batch)
         raise
 
 
-def _traced(
-    program: Program, batch: PyTree, pair: tuple[int, int], log: ShapeLog, plain: Tensor
-) -> Trace:
-    """The trace, given the calls and the losses of a run on the pair."""
-    k, grown = len(pair), apart(take(batch, [*pair, pair[0]]))
+def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Tensor) -> Trace:
+    """The trace, given the calls and the losses of a run on the few samples."""
+    k, more, grown = len(few.rows), few.more, apart(take(batch, list(few.grown)))
     tracked = constants(program.leaves, program.spec)
-    recorder = Recorder(tracked, log, k, k + 1, grown)
+    recorder = Recorder(tracked, log, k, k + more, grown)
     with recorder:
         losses = program.losses([t.shown for t in tracked], grown)
-    losses = check_losses(losses, k + 1).detach()  # its graph need not outlive it
+    losses = check_losses(losses, k + more).detach()  # its graph need not outlive it
     if program.randomness == "error" and not close(losses[:k], plain):
         raise InPlaceError(
             f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
@@ -114,7 +143,7 @@ def _traced(
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
     cotangents = probe_uses(program, grown, recorder.seen, uses)
     calls = iter(
-        _settle_layout(s, b, k + 1, program.randomness)
+        _settle_layout(s, b, k, k + more, program.randomness)
         for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
     )
     counts = [0] * len(program.leaves)
@@ -138,9 +167,10 @@ def _traced(
 
 
 def _settle_layout(
-    seen: RecordedCall, cotangents: Sequence[Tensor], n: int, randomness: Randomness
+    seen: RecordedCall, cotangents: Sequence[Tensor], k: int, n: int, randomness: Randomness
 ) -> CallTrace:
-    """Choose the folding that both the cotangents and the values of the output allow."""
+    """Choose the folding that both the cotangents and the values of the output allow: of n samples
+    those after the first k are copies of the first."""
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
@@ -155,7 +185,7 @@ def _settle_layout(
             + WAYS_OUT
         )
     if len(owned) > 1 and randomness == "error":
-        owned = [f for f in owned if _copy_equal(f.front(y, n))] or owned
+        owned = [f for f in owned if _copies_equal(f.front(y, n), k)] or owned
     ordinary = [f for f in owned if f.fold != "between"]
     owned = ordinary or owned
     if len(owned) > 1:
@@ -176,5 +206,5 @@ def _only(i: int, b: Tensor) -> bool:
     return not bool(b[:i].any()) and not bool(b[i + 1 :].any())
 
 
-def _copy_equal(y: Tensor) -> bool:
-    return torch.allclose(y[-1], y[0], rtol=1e-3, atol=1e-5)
+def _copies_equal(y: Tensor, k: int) -> bool:
+    return torch.allclose(y[k:], y[: len(y) - k], rtol=1e-3, atol=1e-5)

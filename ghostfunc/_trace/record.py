@@ -126,8 +126,7 @@ def _has_second_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
 
 
 def _memory(tensors: Sequence[Tensor]) -> set[int]:
-    """The addresses of tensors that have one."""
-    return {address(x) for x in tensors if x.layout == torch.strided}
+    return set(map(address, tensors))
 
 
 def shapes(tree: object) -> list[Shape | None]:
@@ -185,8 +184,8 @@ class Recorder(TrackingMode):
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
                 f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
-                f"{op_name(func)}): its control flow depends on its data, so it cannot be traced. "
-                + WAYS_OUT
+                f"{op_name(func)}): its control flow depends on its data, or on how many samples "
+                "there are, so it cannot be traced. " + WAYS_OUT
             )
         if func is torch.randperm and self._reordered_at is None:
             self._reordered_at = len(self.seen)

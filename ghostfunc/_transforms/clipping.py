@@ -82,7 +82,7 @@ def ghost_clipped_grad(
     |------------------------------------|-------------------------------|------------|
     | `||g_i|| <= C`                     | `w_i g_i` (normalize: scaled) | finite     |
     | `||g_i|| > C`, however large       | `w_i C g_i / ||g_i||`         | finite     |
-    | `||g_i|| = 0` (float32: < 1e-22)   | `w_i g_i` (normalize: zero)   | 0          |
+    | `||g_i|| = 0`                      | `w_i g_i` (normalize: zero)   | 0          |
     | `g_i` has a NaN or infinite entry  | zero                          | NaN or inf |
     | `||g_i||` is beyond the dtype      | zero                          | inf        |
     | `w_i = 0`                          | zero: it is left out          | any        |
@@ -243,7 +243,7 @@ def _clipped(
         if not symbolic(squares) and not in_transform():
             # As if all were finite, which one look tells when everything is queued.
             taken = clipped(extreme_norms.root(squares), finite=True)
-            unlikely = extreme_norms.extremes(squares.sum(0))
+            unlikely = extreme_norms.extremes(squares.sum(0), book.losses)
             if weights is not None:
                 unlikely = unlikely | ~weights.isfinite()
             again = check_finite and finite.look(unlikely)

@@ -83,8 +83,8 @@ def ghost_dot_prod(
         per_param: return the contributions of every parameter; they sum to the total.
         per_position: return the contributions of every position, `[n, T]`; they sum to the total
             (see below). Ghost mode only, and not for `reduction="none"`.
-        normalize: cosines instead, `s_i / (||g_i|| ||u||)`; 0 where a gradient is zero. Not for
-            `mode="jvp"`.
+        normalize: cosines instead, `s_i / (||g_i|| ||u||)`; 0 where a gradient is zero, NaN
+            where the product of norms underflows. Not for `mode="jvp"`.
         vectorize: for `mode="materialized"`: True for vmap, False for a loop over samples, None for
             the loop where vmap cannot run the model; `verify` says which it was.
         contract_dtype: torch.bfloat16 or torch.float16: the two operands of every matrix product of

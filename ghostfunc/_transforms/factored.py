@@ -183,7 +183,7 @@ class FactoredGrads:
         if symbolic(squares):
             return extreme_norms.trusted_roots(squares)
         out = extreme_norms.root(squares)
-        extreme = extreme_norms.extremes(squares.sum(0))
+        extreme = extreme_norms.extremes(squares.sum(0), self.losses)
         if bool(extreme.any()):
             index = extreme.nonzero().flatten()
             for row, bundle in zip(out, self.bundles, strict=True):
@@ -195,7 +195,7 @@ class FactoredGrads:
         self, direction: PyTree, *, per_param: bool = False, normalize: bool = False
     ) -> PyTree:
         """`<g_i, u>` with a pytree `u` like `params`, `[n]`; per parameter on request. Cosines for
-        `normalize`: 0 where `g_i` or `u` is zero."""
+        `normalize`: 0 where `g_i` or `u` is zero, NaN where `||g_i|| ||u||` underflows."""
         with self._together("dotting kept gradients"):
             check_flags(per_param=per_param, normalize=normalize)
             us = flatten_like(direction, self.leaves, self._spec, "direction")
@@ -208,7 +208,7 @@ class FactoredGrads:
         finite.look()
         dots = dots if per_param else [add_up(dots)]
         if normalize:
-            lengths = torch.stack([u.double().norm()[None] for u in us])
+            lengths = torch.stack([extreme_norms.length(u)[None] for u in us])
             sides = [self.param_norms(), lengths]
             sides = sides if per_param else [extreme_norms.joint(x)[None] for x in sides]
             dots = list(map(extreme_norms.cosine, dots, *sides))

@@ -21,7 +21,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
-from ghostfunc._factors import bundles, contract
+from ghostfunc._factors import bundles, contract, extreme_norms
 from ghostfunc._taps.claim import FLOOR, NOISE, TOLERANCES, loss_sizes
 from ghostfunc._taps.proof import FEW, Proofs
 from ghostfunc._taps.readings import Numbers, Reading, kind_of, off_by
@@ -69,8 +69,8 @@ class KeptProof:
                 for bundle, x in zip(kept, leaves, strict=True)
             ]
             dtype = _coarsest(kept, leaves)
-            norms = torch.stack([g.reshape(len(few), g[0].numel()).norm(dim=1) for g in grads])
-            reach = TOLERANCES[dtype] * torch.maximum(norms, FLOOR * norms.max(0).values).double()
+            norms = torch.stack([torch.stack(list(map(extreme_norms.length, g))) for g in grads])
+            reach = TOLERANCES[dtype] * torch.maximum(norms, FLOOR * norms.max(0).values)
             noise = NOISE * torch.finfo(dtype).eps * loss_sizes(losses[index])
             reading = Reading(
                 what,
@@ -112,7 +112,7 @@ class KeptProof:
                 terms = torch.where(w == 0, 0, dots * w.double())
                 g = wide(total).flatten()
                 off.append((terms.sum() - (g @ v.flatten().to(g)).double()).abs())
-                limits.append(terms.norm() + g.norm().double())
+                limits.append(extreme_norms.length(terms) + extreme_norms.length(g))
         errors, sizes = torch.stack(off), torch.stack(limits)
         if not bool(sizes.isfinite().all()):
             return  # of what is not finite nothing is known

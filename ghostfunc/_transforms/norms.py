@@ -75,8 +75,8 @@ def ghost_norm(
     Returns:
         `[n]`, float32 or wider; for `per_param` a pytree like `params` of those. NaN or infinite
         where the gradient has such an entry. Samples whose square over- or underflows are run once
-        more, at another scale (not with `randomness="different"`); what is below 1e-22 in float32
-        may read as zero.
+        more, at another scale. Norms below 1e-22 in float32 read as zero where that is not done:
+        with `randomness="different"`, with `check_finite=False`, and when compiled.
 
     Raises:
         GhostError: one of its children, as for `ghost_vjp`.
@@ -102,8 +102,7 @@ def ghost_norm(
         if mode == "ghost":
             finite = FiniteLosses(check_finite)
             result = run(program, chunk, [squares], check=check, finite=finite)
-            rows = result.values[0]
-            return [sample_norms(program, chunk, rows, finite)]
+            return [sample_norms(program, chunk, result.values[0], result.losses, finite)]
         book = collect(program, chunk, mode=mode, vectorize=vectorize, check=check)
         return [book.param_norms()]
 

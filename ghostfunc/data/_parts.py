@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class Parts:
         path = folder / "run.json"
         text = json.dumps(dict(recipe), indent=1, sort_keys=True)
         self._recipe = hashlib.sha256(text.encode()).hexdigest()
-        if not path.exists():
-            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            return
+        with naming(path):
+            if not path.exists():
+                write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+                return
         before = read_recipe(folder)
         now = json.loads(json.dumps(dict(recipe)))
         if before != now:
@@ -68,21 +70,39 @@ class Parts:
     def save(self, part: int, columns: Columns) -> None:
         """Write a part."""
         columns = {**columns, RECIPE: np.array(self._recipe)}
-        write_whole(
-            self._path(part),
-            lambda temporary: np.savez(temporary, allow_pickle=False, **columns),
-        )
+        path = self._path(part)
+        with naming(path):
+            write_whole(path, lambda temporary: np.savez(temporary, allow_pickle=False, **columns))
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.npz"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """`ResumeError` with the file's name for what the operating system says."""
+    try:
+        yield
+    except OSError as error:
+        raise ResumeError(
+            f"{path}: {error.strerror or error}. resume= is a folder that this run can write to: "
+            "make room there, or choose another."
+        ) from error
+
+
+def has_recipe(folder: Path) -> bool:
+    """Whether a folder says which run it holds."""
+    with naming(folder):
+        return (folder / "run.json").exists()
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """What `run.json` of a folder says."""
     path = folder / "run.json"
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        with naming(path):
+            recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged ({error}). Choose another folder.") from error
     if not isinstance(recipe, dict):
         raise ResumeError(f"{path} does not describe a run. Choose another folder.")

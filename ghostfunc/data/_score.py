@@ -36,7 +36,7 @@ from ghostfunc.data._batches import Collate, Dataset, Length, check_functions, c
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
 from ghostfunc.data._errors import ResumeError
-from ghostfunc.data._parts import Columns, Parts, closed_over, digest, read_recipe
+from ghostfunc.data._parts import Columns, Parts, closed_over, digest, has_recipe, read_recipe
 from ghostfunc.data._progress import progress_bar
 from ghostfunc.data._scores import Scores
 
@@ -180,11 +180,10 @@ def score_dataset(
         token_budget = _budget(run, folder)
     facts = {"samples": n, "token_budget": token_budget, "quantities": list(wanted)}
     parts = None if folder is None else Parts(folder, _recipe(run, facts, recipe or {}))
+    ranges = [range(start, min(start + PART, n)) for start in range(0, n, PART)]
+    _compare(run, ranges, token_budget, parts)
     with progress_bar(n, "scoring", shown=progress) as advance:
-        done = [
-            _part(run, number, range(start, min(start + PART, n)), token_budget, parts, advance)
-            for number, start in enumerate(range(0, n, PART))
-        ]
+        done = [_part(run, i, rows, token_budget, parts, advance) for i, rows in enumerate(ranges)]
     parts_of = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
     return Scores(ids, {name: torch.from_numpy(x) for name, x in parts_of.items()}, facts)
 
@@ -229,7 +228,7 @@ def _directions(
 
 def _budget(run: _Run, folder: Path | None) -> int:
     """What the folder says, or what a sample says."""
-    if folder is not None and (folder / "run.json").exists():
+    if folder is not None and has_recipe(folder):
         found = read_recipe(folder).get("token_budget")
         if not isinstance(found, int):
             raise ResumeError(f"{folder}/run.json has no token_budget. Choose another folder.")
@@ -251,6 +250,20 @@ def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dic
     }
 
 
+def _compare(run: _Run, ranges: Sequence[range], token_budget: int, parts: Parts | None) -> None:
+    """Compute a batch of the last finished part again: samples that were put in or left out have
+    moved those at the end."""
+    if parts is None or run.randomness == "different":  # random numbers are others each time
+        return
+    for number in reversed(range(len(ranges))):
+        found = parts.load(number)
+        if found is not None:
+            rows = ranges[number]
+            at = group(run.lengths(rows), token_budget, run.batch_size)[-1]
+            _check_same(run, found, [rows[i] for i in at], at)
+            return
+
+
 def _part(
     run: _Run,
     number: int,
@@ -263,8 +276,6 @@ def _part(
     groups = group(lengths, token_budget, run.batch_size)
     found = None if parts is None else parts.load(number)
     if found is not None:
-        if number == 0 and run.randomness == "error":  # random numbers are others each time
-            _check_same(run, found, [rows[i] for i in groups[-1]], groups[-1])
         advance(len(rows), 0)
         return found
     columns: Columns = {}

@@ -147,6 +147,12 @@ class Scoring:
         """
         parts = [(name, part, m) for name, row in pieces.items() for part, m in row]
         for name, part, m in parts:
+            missing = [x for x in NEEDED if x in given and x not in part]
+            if missing:
+                raise BatchError(
+                    f"score_dataset {name!r} has no {missing[0]!r}, which train_dataset has. "
+                    f"Collated, it has {sorted(part)}."
+                )
             self.look_at_rows(part, m, f"a batch of score_dataset {name!r}")
         self.divisor = divisor = divisor_at(tolerance)
         batch = self.training_batch(given, n, counted, micro_batches, 1.0)
@@ -253,6 +259,10 @@ class Scoring:
 def trainable(module: nn.Module) -> tuple[int, ...]:
     """Which parameters are trained, by identity: freezing and unfreezing make another function."""
     return tuple(id(p) for p in module.parameters() if p.requires_grad)
+
+
+NEEDED = ("input_ids", "pixel_values", "labels")
+"""Columns without which a batch has no loss, if the training set's has them."""
 
 
 @contextmanager

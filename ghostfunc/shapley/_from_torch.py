@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,15 @@ from ghostfunc._base.dtensors import local
 from ghostfunc._base.errors import OptionError, ParamsError
 from ghostfunc._base.module import check_module
 from ghostfunc._base.types import PyTree
+from ghostfunc.shapley._formulas import DECOUPLED, FORMULAS, Change, kept, steps
 from ghostfunc.shapley._optimizers import Optimizer, adam_change, sgd_change, sgd_gain
 
-Change = Callable[[Tensor, Tensor], Tensor]
+NO_DERIVATIVE = {
+    "Rprop": "its step depends on the signs of the gradient alone, so its derivative is zero",
+    "LBFGS": "a step of it evaluates the loss several times, and is no function of one gradient",
+    "SparseAdam": "it takes sparse gradients, and ghostfunc makes dense ones: use Adam",
+}
+"""Optimizers of torch that are no differentiable function of a gradient, and why."""
 
 
 def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optimizer:
@@ -25,7 +32,9 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
     reads, and the moments it holds are the optimizer's own memory.
 
     Args:
-        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW`.
+        optimizer: one of `torch.optim`: SGD, ASGD, Adam (AMSGrad too), AdamW, Adamax, NAdam,
+            RAdam, RMSprop, Adagrad, Adadelta, Adafactor, Muon. Of a checkpoint's state
+            (`optimizer.pt` of transformers), load it into the optimizer first.
         module: whose parameters it optimizes; their names are those of `gf.from_module`'s params.
 
     Returns:
@@ -33,18 +42,14 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
         `fully_shard` has sharded, for this rank's pieces.
 
     Raises:
-        OptionError: another optimizer, `amsgrad` or complex parameters. Write the update yourself
-            and pass `gf.shapley.Optimizer(update)`.
+        OptionError: another optimizer, or one whose step has no derivative (Rprop, LBFGS,
+            SparseAdam): the message says why. Write the update yourself and pass
+            `gf.shapley.Optimizer(update)`.
         ParamsError: a trainable parameter of the module is not in the optimizer.
     """
     check_module(module)
     kind = type(optimizer)
-    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
-        raise OptionError(
-            "optimizer: from_optimizer knows torch.optim.SGD, Adam and AdamW, not "
-            f"{kind.__qualname__}. Write its step as update(grads, params) -> changes and pass "
-            "gf.shapley.Optimizer(update)."
-        )
+    _refuse_others(kind)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     changes: dict[str, Change] = {}
     gains: set[float | None] = set()
@@ -57,8 +62,7 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
                 "optimizer. Freeze it (requires_grad_(False)) or add it to the optimizer."
             )
         group, state = group_of[id(p)], optimizer.state.get(p, {})
-        rule = _sgd if kind is torch.optim.SGD else _adam
-        changes[name], gain = rule(group, state)
+        changes[name], gain = _RULES[kind](group, state)
         gains.add(gain)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
@@ -66,12 +70,37 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
 
     linear = None not in gains
     gain = gains.pop() if len(gains) == 1 else None
-    return Optimizer(update, linear=linear, gain=gain, elementwise=True)
+    return Optimizer(update, linear=linear, gain=gain, elementwise=kind not in DECOUPLED)
+
+
+def _refuse_others(kind: type[torch.optim.Optimizer]) -> None:
+    """Raise for optimizers whose step is not known."""
+    if kind in _RULES:
+        return
+    name = kind.__qualname__
+    own = kind.__module__.startswith("torch.optim")
+    if own and name in NO_DERIVATIVE:
+        why = f"torch.optim.{name} has no derivative to score by: {NO_DERIVATIVE[name]}."
+    elif "8bit" in name or "4bit" in name:
+        why = (
+            f"{name} keeps its moments in a few bits each, which ghostfunc does not read. Unpack "
+            "them into gf.shapley.adamw(exp_avg=..., exp_avg_sq=...), as far as it is that."
+        )
+    else:
+        known = ", ".join(sorted(x.__name__ for x in _RULES))
+        why = (
+            f"optimizer: from_optimizer knows those of torch.optim ({known}), not "
+            f"{kind.__module__}.{name}."
+        )
+    raise OptionError(
+        f"{why} Else write its step as update(grads, params) -> changes and pass "
+        "gf.shapley.Optimizer(update)."
+    )
 
 
 def _sgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, float]:
-    kept = state.get("momentum_buffer")
-    buffer = None if kept is None else local(kept)
+    held = state.get("momentum_buffer")
+    buffer = None if held is None else local(held)
     lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
     settings = (group["momentum"], group["dampening"], group["nesterov"])
 
@@ -81,20 +110,55 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, fl
     return change, sign * sgd_gain(lr, *settings, first=buffer is None)
 
 
+def _asgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, float]:
+    eta = float(state.get("eta", torch.tensor(float(group["lr"]))))  # torch's own is in float32
+    sign = -1.0 if group["maximize"] else 1.0
+    decay = group["weight_decay"] + group["lambd"]
+
+    def change(g: Tensor, p: Tensor) -> Tensor:
+        return -eta * (sign * g + decay * p)
+
+    return change, -eta * sign
+
+
 def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, None]:
-    if group["amsgrad"]:
-        raise OptionError(
-            "amsgrad=True is not built in. Write the step as update(grads, params) -> changes and "
-            "pass gf.shapley.Optimizer(update)."
-        )
     sign = -1.0 if group["maximize"] else 1.0
     b1, b2 = (float(b) for b in group["betas"])
     lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
-    decoupled, t = group["decoupled_weight_decay"], int(state.get("step", 0)) + 1
-    moments = {key: local(state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state}
+    decoupled, t = group["decoupled_weight_decay"], steps(state)
 
     def change(g: Tensor, p: Tensor) -> Tensor:
-        m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
-        return adam_change(sign * g, p, m, v, t, lr, (b1, b2), eps, decay, decoupled)
+        m, v = kept(state, "exp_avg", p), kept(state, "exp_avg_sq", p)
+        most = kept(state, "max_exp_avg_sq", p) if group["amsgrad"] else None
+        return adam_change(sign * g, p, m, v, t, lr, (b1, b2), eps, decay, decoupled, most)
 
     return change, None
+
+
+def _by_formula(
+    kind: type[torch.optim.Optimizer], group: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[Change, None]:
+    """An optimizer that is a formula, with weight decay and the sign of the gradient."""
+    formula = FORMULAS[kind](group, state)
+    sign = -1.0 if group.get("maximize", False) else 1.0
+    decoupled = kind in DECOUPLED or group.get("decoupled_weight_decay", False)
+    decay, lr = group["weight_decay"], float(group["lr"])
+
+    def change(g: Tensor, p: Tensor) -> Tensor:
+        if not decay:
+            return formula(sign * g, p)
+        if not decoupled:
+            return formula(sign * g + decay * p, p)
+        return formula(sign * g, p) - lr * decay * p
+
+    return change, None
+
+
+_Rule: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Change, float | None]]
+_RULES: dict[type[torch.optim.Optimizer], _Rule] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.ASGD: _asgd,
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+    **{kind: partial(_by_formula, kind) for kind in FORMULAS},
+}

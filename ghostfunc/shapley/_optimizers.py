@@ -211,13 +211,15 @@ def adam_change(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    largest: Tensor | None = None,
 ) -> Tensor:
-    """What Adam's step number t adds to one parameter."""
+    """What Adam's step number t adds to one parameter; of AMSGrad, given the largest `v` so far."""
     b1, b2 = betas
     if weight_decay and not decoupled:
         g = g + weight_decay * p
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g.square()
+    v = v if largest is None else torch.maximum(largest, v)
     met = v > 0
     # The square root has no derivative at 0: take it elsewhere, and the entry as constant.
     denominator = torch.where(met, v, 1.0).sqrt() / (1 - b2**t) ** 0.5 + eps

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ class Files(ABC):
 
         `shared`: several processes may write this key at once, and the last one counts.
         """
+
+    def write_all(self, items: Iterable[tuple[str, bytes]]) -> None:
+        """Replace files as `write` does; when it returns, all of them stay. One is in memory at a
+        time."""
+        for key, data in items:
+            self.write(key, data)
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -107,6 +113,19 @@ class LocalFiles(Files):
                     yield entry.name
 
     def write(self, key: str, data: bytes, *, shared: bool = False) -> None:
+        folder = self._replace(key, data, shared=shared)
+        with self._told(key):
+            _flush_folder(folder)
+
+    def write_all(self, items: Iterable[tuple[str, bytes]]) -> None:
+        # Bytes are flushed file by file, names once for each folder.
+        folders = {self._replace(key, data): key for key, data in items}
+        for folder, key in folders.items():
+            with self._told(key):
+                _flush_folder(folder)
+
+    def _replace(self, key: str, data: bytes, *, shared: bool = False) -> Path:
+        """Replace a file, whose name may not stay yet; returns the folder that is to be flushed."""
         path = self._root / key
         # One name for each file: what a killed process left is written over, not looked for.
         partial = path.with_name(path.name + (f".{uuid.uuid4().hex}" if shared else "") + PARTIAL)
@@ -124,7 +143,7 @@ class LocalFiles(Files):
                 with suppress(OSError):
                     os.unlink(partial)
                 raise
-            _flush_folder(path.parent)
+        return path.parent
 
     def delete(self, key: str) -> None:
         path = self._root / key

@@ -18,6 +18,9 @@ from ghostfunc.store import _dtypes
 from ghostfunc.store._errors import Damaged, DamagedRowsError, StoreError, text_of
 from ghostfunc.store._presence import Presence, joined
 
+AT_ONCE = 16
+"""Chunks that share the flushes of their folders. A process that is killed loses no more."""
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -72,29 +75,44 @@ class StoredRows(Presence):
         if len(np.unique(where)) < len(where):
             raise OptionError("ids holds a sample more than once.")
         values = _dtypes.encode(rows, self.dtype)
-        for number, inside in self._by_chunk(where):
-            at = where[inside] - self.chunk(number).start
-            self._write_chunk(checkpoint, number, at, values[inside])
+        stored = self._chunks_of(checkpoint)
+        parts = list(self._by_chunk(where))
+        for number, inside in parts:
+            self._beside(checkpoint, number, where[inside])  # before the first write
+        for start in range(0, len(parts), AT_ONCE):
+            stored.write(
+                (number, self._whole(checkpoint, number, where[inside], values[inside]))
+                for number, inside in parts[start : start + AT_ONCE]
+            )
 
-    def _write_chunk(
-        self, checkpoint: str, number: int, at: NDArray[np.int64], values: NDArray[Any]
-    ) -> None:
+    def _beside(self, checkpoint: str, number: int, ids: NDArray[np.int64]) -> NDArray[Any] | None:
+        """The rows of a chunk that are there, None if none is needed; `StoreError` where some would
+        still be missing."""
         chunk = self.chunk(number)
+        if len(ids) == len(chunk):
+            return None
+        there = self._stored(checkpoint, number)
+        new = np.zeros(len(chunk), bool)
+        new[ids - chunk.start] = new[: len(there)] = True
+        if not new.all():
+            lacking = joined(range(i, i + 1) for i in np.flatnonzero(~new) + chunk.start)
+            raise StoreError(
+                f"rows of a part of a chunk: samples {text_of(lacking)} of the chunk "
+                f"{chunk.start}-{chunk.stop - 1} would still be missing. Write whole chunks "
+                "(store.chunk(i) has their ids), all rows of a chunk from one process."
+            )
+        return there
+
+    def _whole(
+        self, checkpoint: str, number: int, ids: NDArray[np.int64], values: NDArray[Any]
+    ) -> NDArray[Any]:
+        """All rows of a chunk: those that are written now, and those that are there."""
+        chunk, there = self.chunk(number), self._beside(checkpoint, number, ids)
         whole = np.empty((len(chunk), values.shape[1]), values.dtype)
-        if len(at) < len(chunk):
-            there = self._stored(checkpoint, number)
-            new = np.zeros(len(chunk), bool)
-            new[at] = new[: len(there)] = True
-            if not new.all():
-                lacking = joined(range(i, i + 1) for i in np.flatnonzero(~new) + chunk.start)
-                raise StoreError(
-                    f"rows of a part of a chunk: samples {text_of(lacking)} of the chunk "
-                    f"{chunk.start}-{chunk.stop - 1} would still be missing. Write whole chunks "
-                    "(store.chunk(i) has their ids), all rows of a chunk from one process."
-                )
+        if there is not None:
             whole[: len(there)] = there
-        whole[at] = values
-        self._chunks_of(checkpoint).write(number, whole)
+        whole[ids - chunk.start] = values
+        return whole
 
     def read(self, ids: Sequence[int] | NDArray[np.int64], checkpoint: str) -> Float[Tensor, "m k"]:
         """Rows by sample id, in float32.

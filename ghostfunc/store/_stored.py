@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,17 @@ class StoredChunks:
         except StoreError as error:
             raise Damaged(str(error)) from error
 
-    def write(self, number: int, rows: NDArray[Any]) -> None:
-        """Write the first rows of a chunk, `[rows, k]` as stored, and mark them."""
+    def write(self, chunks: Iterable[tuple[int, NDArray[Any]]]) -> None:
+        """Write the first rows of chunks, `[rows, k]` as stored, and then mark them: the rows of
+        all of them stay before the first mark is there."""
+        marks: list[tuple[str, bytes]] = []
+        self._files.write_all(self._sealed(number, rows, marks) for number, rows in chunks)
+        self._files.write_all(marks)
+
+    def _sealed(
+        self, number: int, rows: NDArray[Any], marks: list[tuple[str, bytes]]
+    ) -> tuple[str, bytes]:
+        """The file of a chunk's rows; its mark is added to `marks`."""
         whole = np.empty(self._shape, self._stored)
         whole[: len(rows)] = rows
         # What zarr calls the fill value, where there is no sample yet.
@@ -116,8 +126,8 @@ class StoredChunks:
         if not keeps:
             # Killed in between, the chunk is missing: never old marks beside new rows.
             self._files.delete(self.key("marks", number))
-        self._files.write(self.key("rows", number), _chunk.seal(whole))
-        self._files.write(self.key("marks", number), new.to_bytes(self._owner, number))
+        marks.append((self.key("marks", number), new.to_bytes(self._owner, number)))
+        return self.key("rows", number), _chunk.seal(whole)
 
     def discard(self, number: int) -> None:
         """Forget a chunk."""

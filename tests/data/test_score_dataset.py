@@ -188,6 +188,49 @@ def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any], said
         gf.score_dataset(model_fn, resume=tmp_path, **{**options, **change})
 
 
+def test_samples_that_moved_after_the_first_part_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_score, "PART", 7)
+    u = gf.direction(model_fn, P, target())
+    gf.score_dataset(model_fn, P, POOL, direction=u, resume=tmp_path, **COMMON)
+    moved = [*POOL[:20], *POOL[21:], POOL[20]]
+    with pytest.raises(gf.data.ResumeError, match="computed again"):
+        gf.score_dataset(model_fn, P, moved, direction=u, resume=tmp_path, **COMMON)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("file", "file/run.json: File exists"),
+        ("file/below", "Not a directory"),
+        ("x" * 300, "File name too long"),
+        ("folder", r"run\.json: Is a directory"),
+        ("deep", r"run\.json is damaged"),
+    ],
+)
+def test_a_folder_that_cannot_be_one(where: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder/run.json").mkdir(parents=True)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/run.json").write_text("[" * 100_000)
+    with pytest.raises(gf.data.ResumeError, match=said):
+        gf.score_dataset(model_fn, P, POOL, direction=P, resume=tmp_path / where, **COMMON)
+    with pytest.raises(gf.OptionError, match="null byte"):
+        gf.score_dataset(model_fn, P, POOL, direction=P, resume="a\0b", **COMMON)
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **columns: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(gf.data.ResumeError, match=r"part-000000\.npz: No space left on device"):
+        gf.score_dataset(model_fn, P, POOL, direction=P, resume=tmp_path, **COMMON)
+    monkeypatch.undo()
+    gf.score_dataset(model_fn, P, POOL, direction=P, resume=tmp_path, **COMMON)
+
+
 def test_a_part_that_another_run_left_is_not_taken(tmp_path: Path) -> None:
     """As where a folder was removed in part: its description is gone, a part is still there."""
     u = gf.direction(model_fn, P, target())

@@ -1,11 +1,12 @@
 """Programs are played: compiled, run in plain torch, and every quantity judged.
 
 What plain torch cannot run is skipped. Where the losses of a batch are not those of its samples
-alone, samples depend on each other, and every number is wrong.
+alone, samples depend on each other, and every number made of that batch is wrong.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ class Check:
     """One quantity of one program in one setting.
 
     Attributes:
-        coupled: whether samples depend on each other there.
+        coupled: whether samples of a batch that it is about depend on each other there.
     """
 
     setting: int
@@ -89,22 +90,28 @@ def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
     return data
 
 
-def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, bool]]:
-    """The settings in turn, with one function; whether samples depend on each other there."""
+class Watched(Case):
+    """A case that notes which of its two batches a quantity is asked about."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("train", "val"):
+            self.__dict__.setdefault("asked", set()).add(name)
+        return super().__getattribute__(name)
+
+
+def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, set[str]]]:
+    """The settings in turn, with one function; the batches whose samples depend on each other."""
     try:
         model, params = compiled(program)
         for number in settings:
             setting, seed = program.settings[number], 1000 * program.seed + 10 * number
             train = batch(setting.n, setting.t, setting, seed)
             val = batch(setting.m, setting.s, setting, seed + 1)
-            case = Case(model, params, train, val)
-            yield number, case, any(_coupled(case, b, g) for b, g in _sides(case))
+            case = Watched(model, params, train, val)
+            sides = {"train": (case.train, case.g), "val": (case.val, case.v)}
+            yield number, case, {x for x, (b, g) in sides.items() if _coupled(case, b, g)}
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise Invalid(f"{type(error).__name__}: {error}") from error
-
-
-def _sides(case: Case) -> list[tuple[Any, list[Tensor]]]:
-    return [(case.train, case.g), (case.val, case.v)]
 
 
 def _coupled(case: Case, data: Any, rows: list[Tensor]) -> bool:
@@ -165,13 +172,22 @@ def play(
         chosen = range(len(program.settings)) if settings is None else settings
         for number, case, coupled in cases(program, chosen):
             names = asked(program, number, count) if only is None else only
-            for verdict in _judged(case, names, threads=program.settings[number].threads):
-                checks.append(Check(number, verdict, coupled))
+            threads = program.settings[number].threads
+            for verdict, about in _judged(case, names, threads=threads):
+                checks.append(Check(number, verdict, bool(coupled & about)))
     return checks
 
 
-def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[Verdict]:
+def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[tuple[Verdict, set[str]]]:
+    """What becomes of every quantity, and the batches that it was asked about."""
+
+    def judged(name: str) -> tuple[Verdict, set[str]]:
+        assert len(case.losses)  # what the loop reads is not asked of the library
+        one = copy.copy(case)
+        vars(one)["asked"] = set()
+        return judge(one, name, TOLERANCE), vars(one)["asked"]
+
     if not threads:
-        return [judge(case, name, TOLERANCE) for name in names]
+        return list(map(judged, names))
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda name: judge(case, name, TOLERANCE), names))
+        return list(pool.map(judged, names))

@@ -28,6 +28,10 @@ class Outcome:
     skipped: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+    independent: Counter[str] = field(default_factory=Counter)
+    """The errors where samples do not depend on each other: there is a right number."""
+    refusals: dict[str, str] = field(default_factory=dict)
+    """By error, the first message of those."""
     failures: list[tuple[str, str, str]] = field(default_factory=list)
     """`(kinds, status and quantity, report)` of a program made small, for every status."""
 
@@ -46,7 +50,11 @@ def outcome(task: tuple[int, int, bool]) -> Outcome:
     for check in checks:
         out.counts[check.status] += 1
         if check.status == "refused":
-            out.errors[check.verdict.said[1:].split(":")[0]] += 1
+            error = check.verdict.said[1:].split(":")[0]
+            out.errors[error] += 1
+            if not check.coupled:
+                out.independent[error] += 1
+                out.refusals.setdefault(error, f"{check.setting}: {check.verdict}")
     for status in ("wrong", "crashed"):
         failed = [c for c in checks if c.status == status]
         if failed:
@@ -71,7 +79,10 @@ def main() -> int:
     parser.add_argument("--quantities", type=int, default=5, help="per setting; 0 for all")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
-    parser.add_argument("--show", type=int, default=20, help="failing programs to print")
+    parser.add_argument(
+        "--refused", action="append", default=[], metavar="ERROR",
+        help="print the programs that this error refuses though samples are independent",
+    )  # fmt: skip
     parser.add_argument("--shrink", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
 
@@ -83,6 +94,11 @@ def main() -> int:
             outcomes.append(one)
             for name, what, report in one.failures:
                 print(f"--- {what}\n# {name}\n{report}\n", flush=True)
+            for error in set(options.refused) & set(one.refusals):
+                program = random_program(one.seed)
+                asked = "\n".join(f"# {setting}" for setting in program.settings)
+                head = f"--- refused: seed {one.seed}, setting {one.refusals[error]}"
+                print(f"{head}\n{asked}\n{source(program)[0]}\n", flush=True)
             if time.monotonic() - began > options.seconds:
                 pool.terminate()
                 break
@@ -93,6 +109,7 @@ def table(outcomes: list[Outcome], seconds: float) -> int:
     """Print the counts; 1 if a check failed."""
     counts = sum((o.counts for o in outcomes), Counter())
     errors = sum((o.errors for o in outcomes), Counter())
+    independent = sum((o.independent for o in outcomes), Counter())
     skipped = [o for o in outcomes if o.skipped]
     failing = [o for o in outcomes if o.failures]
     print("programs           ", len(outcomes))
@@ -101,8 +118,9 @@ def table(outcomes: list[Outcome], seconds: float) -> int:
     print("checks             ", sum(counts.values()))
     for status in ("right", "refused", "wrong", "crashed"):
         print(f"  {status:17}", counts[status])
+    print(f"  of independent samples: {sum(independent.values())} refused, by")
     for error, count in errors.most_common():
-        print(f"    {error:29}", count)
+        print(f"    {error:29} {independent[error]:6}  (of {count} in all)")
     print(f"seconds             {seconds:.0f}")
     return int(bool(counts["wrong"] + counts["crashed"]))
 

@@ -98,6 +98,19 @@ def test_a_number_of_coupled_samples_is_wrong() -> None:
     assert {c.status for c in numbers} == {"wrong"}
 
 
+def test_one_sample_depends_on_no_other() -> None:
+    """A quantity is about the batches that it is asked of: a batch of one is not coupled."""
+    couple = Step("couple", {"spelling": 1, "slot": 0})
+    one, both = "validation_gradients", ["dots", "gram_with_others", "steps"]
+    for n, m in ((3, 1), (1, 3)):
+        settings = (Setting(n, 4, m, 2),)
+        program = replace(small_program(couple, LINEAR), settings=settings)
+        checks = play(program, only=[one, "norms", *both])
+        coupled = {c.verdict.quantity for c in checks if c.coupled}
+        assert coupled == {*both, "norms" if n > 1 else one}
+        assert not [c for c in checks if c.failed]
+
+
 def test_what_plain_torch_cannot_run_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fuzz_source._LOSSES, "all", "(h @ h).sum(-1)")  # shapes do not fit
     with pytest.raises(Invalid, match="RuntimeError"):

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -42,6 +44,15 @@ def llama(**options: Any) -> LlamaForCausalLM:
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "pad_token_id": 0, **options}))
+
+
+def mixtral(**options: Any) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    return MixtralForCausalLM(
+        MixtralConfig(**{**sizes, **heads, "num_local_experts": 4, **options})
+    )
 
 
 def bert(**options: Any) -> BertForSequenceClassification:

@@ -17,6 +17,7 @@ from hf_trainers import (
     gpt2,
     in_order,
     llama,
+    mixtral,
     same_training,
     scores_by_definition,
     texts,
@@ -306,6 +307,23 @@ def test_labels_all_ignored(tmp_path: Path) -> None:
         ghost(arguments(tmp_path), train_dataset=blank).train()
     with pytest.raises(gf.BatchError, match="single item in a batch of score_dataset 'score'"):
         ghost(arguments(tmp_path), score_dataset=blank).train()
+
+
+def test_missing_columns(tmp_path: Path) -> None:
+    """In a score set, and labels in the training set."""
+    for name in ("input_ids", "labels"):
+        short = [{k: v for k, v in x.items() if k != name} for x in texts(8, 0)]
+        with pytest.raises(gf.BatchError, match=rf"score_dataset 'score' has no '{name}'"):
+            ghost(arguments(tmp_path), score_dataset=short).train()
+    with pytest.raises(gf.BatchError, match="labels"):
+        ghost(arguments(tmp_path), train_dataset=short).train()
+
+
+def test_a_routers_load_balancing_loss(tmp_path: Path) -> None:
+    """It is of all tokens of a batch at once; without it, experts train as they are shipped."""
+    balanced = partial(mixtral, output_router_logits=True, router_aux_loss_coef=0.1)
+    with pytest.raises(gf.VerificationError, match=r"load balancing loss.*output_router_logits"):
+        ghost(arguments(tmp_path), balanced).train()
 
 
 # --- logged ---

@@ -23,6 +23,7 @@ from hf_trainers import (
     in_order,
     labelled,
     llama,
+    mixtral,
     rating_of,
     same_training,
     scores_by_definition,
@@ -125,6 +126,7 @@ OWN_MEAN = {"counts": one, "counted": False}
 
 CASES: dict[str, Case] = {
     "causal lm": Case(gpt2),
+    "routed experts": Case(mixtral),
     "seq2seq lm": Case(t5, pairs, aligned_tokens, counted=False),
     "classes": Case(bert, classes, **OWN_MEAN),
     "classes of images": Case(vit, lambda n, s: images(n, s, class_of), one),

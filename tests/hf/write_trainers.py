@@ -34,6 +34,7 @@ from hf_trainers import (  # noqa: E402
     gpt2,
     in_order,
     llama,
+    mixtral,
     scores_by_definition,
 )
 
@@ -43,6 +44,7 @@ PAGE = HERE.parent.parent / "docs" / "trainers.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 Case = trained.Case
 LM = Case(gpt2)
+LM_BALANCED = Case(lambda: mixtral(output_router_logits=True, router_aux_loss_coef=0.1))
 
 
 def with_args(case: Any, **args: Any) -> Any:
@@ -86,6 +88,7 @@ REFUSED: dict[str, Any] = {
     "auto_find_batch_size": with_args(LM, auto_find_batch_size=True),
     "bf16, score_order=2": with_options(with_args(LM, bf16=True), score_order=2),
     'torch_compile, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
+    "routed experts, load balancing loss": LM_BALANCED,
     "token sums for a mean": with_options(LORA, sample_loss=trained.token_sums),
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ghostfunc as gf
 
+optim = torch.optim
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -28,6 +29,22 @@ OPTIMIZERS: dict[str, Make] = {
         p, lr=torch.tensor(0.01).double(), weight_decay=0.1, betas=(0.8, 0.9)
     ),
     "adamw": lambda p: AdamW(p, lr=0.01, weight_decay=0.1, eps=1e-4, maximize=True),
+    "amsgrad": lambda p: Adam(p, lr=0.01, amsgrad=True, eps=1e-4),
+    "adamax": lambda p: optim.Adamax(p, lr=0.01, weight_decay=0.1, maximize=True),
+    "nadam": lambda p: optim.NAdam(p, lr=0.01, eps=1e-4),
+    "nadam_decoupled": lambda p: optim.NAdam(
+        p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "radam": lambda p: optim.RAdam(p, lr=0.01, betas=(0.8, 0.6), eps=1e-4),
+    "radam_momentum": lambda p: optim.RAdam(p, lr=0.01, weight_decay=0.1, maximize=True),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.01, eps=1e-4),
+    "rmsprop_centered": lambda p: optim.RMSprop(
+        p, lr=0.01, centered=True, momentum=0.9, weight_decay=0.1
+    ),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.1, lr_decay=0.1, initial_accumulator_value=0.1),
+    "adadelta": lambda p: optim.Adadelta(p, weight_decay=0.1, maximize=True),
+    "asgd": lambda p: optim.ASGD(p, lr=0.1, lambd=0.01, weight_decay=0.1),
+    "adafactor": lambda p: optim.Adafactor(p, lr=0.1, weight_decay=0.1),
 }
 
 
@@ -85,6 +102,46 @@ def test_updates_and_derivatives_are_those_of_torch(name: str, steps: int) -> No
     size = sum((pulled[k].abs() * along[k].abs()).sum() for k in u)
     # At Adam's first step the derivative is next to nothing: differences cancel.
     assert abs(float(got - expected)) < 1e-5 * float(size) + 1e-9
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon(nesterov: bool) -> None:
+    """Its steps are rounded to bfloat16 in torch: the derivative is that of what is rounded."""
+    torch.manual_seed(0)
+    module = torch.nn.ModuleList(torch.nn.Linear(*s, bias=False) for s in ((3, 5), (5, 3)))
+    optimizer = optim.Muon(module.double().parameters(), lr=0.1, nesterov=nesterov)
+    params = {k: p.detach() for k, p in module.named_parameters()}
+    grads, along, u = ({k: torch.randn_like(p) for k, p in params.items()} for _ in range(3))
+    for k, p in module.named_parameters():
+        p.grad = grads[k].flip(0)
+    optimizer.step()
+    pure = gf.shapley.from_optimizer(optimizer, module)
+    assert not pure.elementwise
+    assert_close(pure.update(grads, params), real_change(module, optimizer, grads), 1e-12)
+    ends = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Tensor, "bfloat16", lambda x: x.clone())
+        for h in (1e-5, -1e-5):
+            moved = {k: g + h * along[k] for k, g in grads.items()}
+            ends.append(real_change(module, optimizer, moved))
+    want = sum(((ends[0][k] - ends[1][k]) * u[k]).sum() for k in u) / 2e-5
+    pulled = pure.pull_back(grads, params, u)
+    got = sum((pulled[k] * along[k]).sum() for k in u)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_groups_by_name_and_the_state_of_a_checkpoint() -> None:
+    """What transformers writes as `optimizer.pt`, loaded into an optimizer of named parameters."""
+    module, loss, draw = network()
+    named = list(module.named_parameters())
+    by_name = [{"params": named[:1], "lr": 0.3}, {"params": named[1:], "weight_decay": 0.0}]
+    optimizer = AdamW(by_name, lr=0.01)
+    train(module, optimizer, loss, draw, 2)
+    other = AdamW(by_name, lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    params, grads = gf.from_module(module, loss)[1], gradient(module, loss, draw(6, 9))
+    got = gf.shapley.from_optimizer(other, module).update(grads, params)
+    assert_close(got, real_change(module, optimizer, grads), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -177,9 +234,15 @@ def test_an_update_of_ones_own() -> None:
 def test_what_from_optimizer_refuses() -> None:
     module = network()[0]
     refused = {
-        "knows torch.optim.SGD, Adam and AdamW, not RMSprop": torch.optim.RMSprop,
-        "amsgrad": lambda p: Adam(p, amsgrad=True),
+        "Rprop has no derivative.* signs": optim.Rprop,
+        "LBFGS has no derivative.* evaluates the loss several times": optim.LBFGS,
+        "SparseAdam has no derivative.* use Adam": lambda p: optim.SparseAdam(list(p)),
+        "knows those of torch.optim .*Lion": type("Lion", (SGD,), {}),
+        "AdamW8bit keeps its moments in a few bits": type("AdamW8bit", (AdamW,), {}),
     }
+    known = {x for x in vars(optim).values() if isinstance(x, type) and x is not optim.Optimizer}
+    read = {type(make([torch.zeros(2, 2)])) for make in OPTIMIZERS.values()} | {optim.Muon}
+    assert known == read | {optim.Rprop, optim.LBFGS, optim.SparseAdam}  # every one of torch's
     for said, make in refused.items():
         with pytest.raises(gf.OptionError, match=said):
             gf.shapley.from_optimizer(make(module.parameters()), module)

@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import crash
 import pytest
+from faults import Faulty, through
+from helpers import make_store
 
 from ghostfunc.store import _files
 
@@ -34,6 +37,17 @@ def test_faults_leave_the_store_as_before_or_as_afterwards() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be flushed there")
+@pytest.mark.parametrize("chunks", [1, 3, 20])
+def test_flushes_of_a_write(chunks: int, tmp_path: Path) -> None:
+    """One for each file, and two for every sixteen chunks: their names come to stay together."""
+    store = make_store(tmp_path / "s", 8 * chunks)
+    counted = Faulty()
+    with through(counted):
+        store.write(range(8 * chunks), crash.rows_of(8 * chunks, 0), "final")
+    assert counted.done.count("fsync") == 2 * chunks + 2 * -(-chunks // 16)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be flushed there")
 @pytest.mark.parametrize("what", ["_flush_folder", "_write_flushed"])
 def test_a_missing_flush_is_found(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,19 +68,18 @@ def test_a_missing_flush_is_found(
 def test_the_mark_before_the_rows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that marked rows first would be caught by the faults."""
     trial = crash.Trial(crash.SCENARIOS["write over"], tmp_path)
-    write = _files.LocalFiles.write
+    write_all = _files.LocalFiles.write_all
     waiting: list[tuple[str, bytes]] = []
 
-    def other_way_round(
-        self: _files.LocalFiles, key: str, data: bytes, *, shared: bool = False
-    ) -> None:
-        if "/rows/c." in key:
-            waiting.append((key, data))
+    def other_way_round(self: _files.LocalFiles, items: Iterable[tuple[str, bytes]]) -> None:
+        given = list(items)
+        if "/rows/c." in given[0][0]:
+            waiting.extend(given)
             return
-        write(self, key, data, shared=shared)
-        while waiting:
-            write(self, *waiting.pop())
+        write_all(self, given)
+        write_all(self, waiting)
+        waiting.clear()
 
-    monkeypatch.setattr(_files.LocalFiles, "write", other_way_round)
+    monkeypatch.setattr(_files.LocalFiles, "write_all", other_way_round)
     with pytest.raises(crash.StoreError, match="holds other rows than were marked as done"):
         crash.full_disks("write over", trial, 1, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def test_a_number_that_is_not_finite_is_found_in_every_column(
     chunks = StoredChunks(files, store._meta, _checkpoints.read(files, "final"))
     rows = rows_of(8).numpy()
     rows[3, column] = np.nan
-    chunks.write(1, rows)  # with right sums
+    chunks.write([(1, rows)])  # with right sums
     (damage,) = store.check()
     assert damage.rows == range(8, 16)
     assert "not finite, in row 3 of the chunk" in damage.why
@@ -262,8 +263,8 @@ def test_rows_are_read_while_they_are_written_over(tmp_path: Path, store: Store)
     reader, seen = Store.open(tmp_path / "s"), []
 
     class Watching(LocalFiles):
-        def write(self, key: str, data: bytes, *, shared: bool = False) -> None:
-            super().write(key, data, shared=shared)
+        def write_all(self, items: Iterable[tuple[str, bytes]]) -> None:
+            super().write_all(items)
             seen.append(reader.missing("final", [0]))
 
     writer = Store(Watching(tmp_path / "s"), store._meta, writable=True)

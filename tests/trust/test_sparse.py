@@ -35,13 +35,47 @@ def scattered_with_repeats(p: Any, ids: Tensor) -> Tensor:
     return energy(F.one_hot(ids, 7).double() @ w)
 
 
+def beside_a_write(p: Any, ids: Tensor) -> Tensor:
+    """Of all tensors that may share its memory, one is sparse."""
+    at = torch.tensor([[0, 1, 2, 3], [5, 1, 1, 0]])
+    w = torch.sparse_coo_tensor(at, p["values"], (7, 6), check_invariants=True).to_dense()
+    e = p["e"].clone()
+    e[0] = p["e"][1] * 2
+    return energy(F.one_hot(ids, 7).double() @ w + F.embedding(ids, e) @ p["w"])
+
+
+def made_sparse_beside_a_write(p: Any, ids: Tensor) -> Tensor:
+    w = (p["e"] * (p["e"] > 0)).to_sparse().to_dense()
+    v = p["w"] * 1.5
+    v.mul_(0.5)
+    return energy(F.embedding(ids, w) @ v)
+
+
+def values_written(p: Any, ids: Tensor) -> Tensor:
+    """Values that a sparse tensor was made of are written to before it is read."""
+    at = torch.tensor([[0, 1, 2, 3], [5, 1, 1, 0]])
+    values = p["values"] * 1.0
+    values.mul_(2)
+    w = torch.sparse_coo_tensor(at, values, (7, 6), check_invariants=True).to_dense()
+    return energy(F.one_hot(ids, 7).double() @ w)
+
+
 def bag(p: Any, ids: Tensor) -> Tensor:
     return energy(F.embedding_bag(ids, p["e"], mode="sum", sparse=True) @ p["w"])
 
 
 @pytest.mark.parametrize(
     "model",
-    [sparse_table, sparse_table_and_head, scattered_weight, scattered_with_repeats, bag],
+    [
+        sparse_table,
+        sparse_table_and_head,
+        scattered_weight,
+        scattered_with_repeats,
+        bag,
+        beside_a_write,
+        made_sparse_beside_a_write,
+        values_written,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_of_functions(model: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.pieces import on_any_rank
 from ghostfunc._base.program import Program
-from ghostfunc._base.torch_private import symbolic
+from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors import bundles, extreme_norms, pairs
@@ -20,7 +20,11 @@ from ghostfunc._transforms.factored import collect
 
 
 def sample_norms(
-    program: Program, batch: PyTree, squares: Sequence[Float[Tensor, " n"]], finite: FiniteLosses
+    program: Program,
+    batch: PyTree,
+    squares: Sequence[Float[Tensor, " n"]],
+    losses: Float[Tensor, " n"],
+    finite: FiniteLosses,
 ) -> Float[Tensor, "params n"]:
     """`||g_i||`, one row per parameter, from squares; extreme samples are run once more. The losses
     are looked at on the same occasion; where nobody looks, extreme norms are NaN."""
@@ -28,7 +32,7 @@ def sample_norms(
     if symbolic(table) or not finite.wanted:
         return extreme_norms.trusted_roots(table)
     rows = extreme_norms.root(table)
-    extreme = extreme_norms.extremes(table.sum(0))
+    extreme = extreme_norms.extremes(table.sum(0), losses)
     again = finite.look(extreme) and program.randomness == "error"
     if on_any_rank(program.model_fn, "asking whether norms over- or underflow", flag=again):
         index = extreme.nonzero().flatten()
@@ -43,13 +47,16 @@ def length(reader: DotReader | PairReader | DeferredReader, like: Tensor) -> Ten
     """`||u||` in float64: `[1]`, or `[m]` for every validation sample."""
     match reader:
         case DotReader(u):
-            return u.double().norm()[None]
+            return extreme_norms.length(u)[None]
         case DeferredReader(deferred, m):
             us = (deferred.gradient(j) for j in range(m))
-            return torch.stack([u.double().norm() for u in us])
+            return torch.stack(list(map(extreme_norms.length, us)))
         case PairReader(()):  # the validation losses do not depend on the parameter
             return like.new_zeros(reader.m if reader.each else 1, dtype=torch.float64)
         case PairReader(factors, each, contract_dtype=contract_dtype):
             bundle = factors if each else [bundles.pooled(f) for f in factors]
             squares = pairs.sqnorms(bundle, contract_dtype=contract_dtype)
+            looked_at = not symbolic(squares) and not in_transform()
+            if looked_at and bool((extreme_norms.extremes(squares) | (squares == 0)).any()):
+                return extreme_norms.norms(bundle)
             return extreme_norms.root(squares).double()

@@ -222,7 +222,8 @@ class Question:
                 finite.look()
                 return _Step(taken.losses, taken.grads, [self._summed(x) for x in dots])
             sides = [self._lengths(r, dots[0][0]) for r in readers]
-            rows = lengths.sample_norms(self.program, train, taken.values[-1], finite)
+            values = taken.values[-1]
+            rows = lengths.sample_norms(self.program, train, values, taken.losses, finite)
             table = [self._cosines(x, rows, y) for x, y in zip(dots, sides, strict=True)]
             return _Step(taken.losses, taken.grads, table)
 

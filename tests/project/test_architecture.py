@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "ghostfunc"
+PACKAGE = Path(__file__).resolve().parents[2] / "ghostfunc"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_base",),

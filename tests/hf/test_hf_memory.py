@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from allocations import Allocations
 from compare import assert_close
 from test_hf import SMALL, gpt2, llama, seeded, t5_encoder_decoder, text
-from test_memory import Allocations
 from torch import nn
 
 import ghostfunc as gf

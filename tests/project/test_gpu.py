@@ -26,7 +26,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, 3e-2, id="bf16"),
     pytest.param(torch.float16, 5e-3, id="fp16"),
 ]
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(params=["cpu", CUDA])

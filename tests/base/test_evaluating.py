@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ghostfunc as gf
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def net() -> nn.Sequential:

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-BOARD = Path(__file__).resolve().parents[1] / "benchmarks" / "leaderboard"
+BOARD = Path(__file__).resolve().parents[2] / "benchmarks" / "leaderboard"
 NAMES = ("tasks", "retrain", "methods", "peers", "measure", "report")
 
 

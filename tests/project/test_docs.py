@@ -29,7 +29,7 @@ import ghostfunc.cli
 from ghostfunc._base.refusals import REFUSED
 from ghostfunc._rules.registry import DECOMPOSITIONS, RULES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]

@@ -15,7 +15,7 @@ import pytest
 
 import ghostfunc as gf
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "ghostfunc" / "__init__.pyi").read_text(encoding="utf-8"))
 HOMES = [
     (node.module, alias.name, alias.asname)

@@ -123,7 +123,7 @@ def test_only_adapters_are_tracked(name: str) -> None:
 
 
 def test_the_table_lists_the_zoo() -> None:
-    page = (Path(__file__).parent.parent / "docs/models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
     listed = {row[0].strip("| "): row for row in rows}
     assert list(listed) == list(ZOO)

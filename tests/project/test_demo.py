@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import ghostfunc as gf
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RECORDED: dict[str, dict[str, int]] = json.loads((BENCHMARKS / "calls.json").read_text())
 LINES_OFF = 1.1
 """Releases of Python count the lines of a comprehension in their own ways."""

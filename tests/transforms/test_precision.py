@@ -124,7 +124,7 @@ def test_scaling_saves_what_float16_would_lose() -> None:
 
 
 def test_the_page_lists_every_setting() -> None:
-    page = (Path(__file__).parent.parent / "docs/precision.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/precision.md").read_text()
     listed: list[Any] = [line.split(" | ")[0].strip("| ") for line in page.splitlines()]
     for setting in SETTINGS:
         assert listed.count(str(setting)) == 1

@@ -669,15 +669,9 @@ def loop_over_samples(p: Any, x: Tensor) -> Tensor:
     return torch.stack([energy(row[None] @ p["w"])[0] for row in x])
 
 
-def axes_by_number_of_samples(p: Any, x: Tensor) -> Tensor:
-    return linear(p, x) if len(x) < 4 else energy((x.transpose(0, 1) @ p["w"]).transpose(0, 1))
-
-
 def test_control_flow_on_the_number_of_samples() -> None:
     with pytest.raises(gf.ControlFlowError, match="calls other ops for 3 samples than for 2"):
         dot_prod(loop_over_samples)
-    with pytest.raises(gf.GhostError):
-        dot_prod(axes_by_number_of_samples, x=sequences(4)(4, 4, Generator().manual_seed(0)))
 
 
 # --- rows that belong to no sample, or to another one -----------------------------------------
