@@ -30,7 +30,6 @@ from ghostfunc.curvature._passes import (
     blocks_of,
     find_bases,
     find_eigenvalues,
-    looking,
 )
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
@@ -120,34 +119,33 @@ def ekfac(
         Influence Functions", 2023. Eschenhagen et al., "Kronecker-Factored Approximate Curvature
         for Modern Neural Network Architectures", NeurIPS 2023.
     """
-    with looking(process_group):
-        one_of("sharing", sharing, ("expand", "reduce"))
-        check_chunk_size(chunk_size)
-        check_model_fn(model_fn)
-        check_flags(progress=progress)
-        check_count("draws", draws)
-        if checkpoint is not None:
-            check_path("checkpoint", checkpoint)
-        gradients = Gradients.of(model_fn, likelihood, fisher, draws, seed)
-        for name, value in (
-            ("max_side", max_side), ("max_dense", max_dense), ("checkpoint_every", checkpoint_every)
-        ):  # fmt: skip
-            check_count(name, value)
-        check_batches(batches)
-        _refuse_iterator(batches)
-        leaves, spec = flatten_params(params)
-        leaves = [x.detach() for x in leaves]
-        limits = Limits(
-            max_side,
-            max_dense,
-            patterns("diagonal", diagonal, spec.names),
-            patterns("identity", identity, spec.names),
-        )
-        data = Data(leaves, spec, batches, chunk_size, progress, process_group)
-        reduce = sharing == "reduce"
-        blocks = blocks_of(gradients, data, limits)
-        keeper = Keeper(checkpoint, checkpoint_every, about_of(gradients, data, limits, reduce))
-        state = keeper.load(leaves[0].device)
+    one_of("sharing", sharing, ("expand", "reduce"))
+    check_chunk_size(chunk_size)
+    check_model_fn(model_fn)
+    check_flags(progress=progress)
+    check_count("draws", draws)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
+    gradients = Gradients.of(model_fn, likelihood, fisher, draws, seed)
+    for name, value in (
+        ("max_side", max_side), ("max_dense", max_dense), ("checkpoint_every", checkpoint_every)
+    ):  # fmt: skip
+        check_count(name, value)
+    check_batches(batches)
+    _refuse_iterator(batches)
+    leaves, spec = flatten_params(params)
+    leaves = [x.detach() for x in leaves]
+    limits = Limits(
+        max_side,
+        max_dense,
+        patterns("diagonal", diagonal, spec.names),
+        patterns("identity", identity, spec.names),
+    )
+    data = Data(leaves, spec, batches, chunk_size, progress, process_group)
+    reduce = sharing == "reduce"
+    blocks = blocks_of(gradients, data, limits)
+    keeper = Keeper(checkpoint, checkpoint_every, about_of(gradients, data, limits, reduce))
+    state = keeper.load(leaves[0].device)
     if state.phase == "bases":
         find_bases(gradients, data, blocks, reduce, state, keeper)
     bases = find_eigenvalues(gradients, data, blocks, state, keeper)

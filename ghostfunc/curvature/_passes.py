@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -16,7 +16,6 @@ from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.program import Program
-from ghostfunc._base.ranks import Ranks
 from ghostfunc._base.trees import ParamSpec, batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._quantities.quantity import Prepared, Quantity
@@ -27,8 +26,6 @@ from ghostfunc.curvature._errors import CurvatureError
 from ghostfunc.curvature._fisher import Gradients
 from ghostfunc.curvature._operator import Basis
 from ghostfunc.curvature._readers import EigenvalueReader, FormReader, SideReader, VectorReader
-
-CALL = "gf.curvature.ekfac"
 
 Batches: TypeAlias = Iterable[PyTree]
 
@@ -188,9 +185,7 @@ def find_bases(
     bases = {}
     for name in sorted(state.sums):
         bases[name] = _eigenvectors(state.sums[name])
-        if data.group is not None:  # unique up to signs and rotations: all processes take one's
-            ranks = Ranks(data.group, CALL)
-            ranks.take_first(bases[name], "taking the eigenvectors of one process")
+        _broadcast(bases[name], data.group)
     state.bases = bases
     state.phase, state.first = "eigenvalues", state.samples
     state.batches, state.samples, state.sums = 0, 0, {}
@@ -228,41 +223,7 @@ def find_eigenvalues(
     return out
 
 
-def looking(group: Any) -> AbstractContextManager[Any]:
-    """The part of a call before the passes, which the ranks of a group go through together."""
-    if group is None:
-        return nullcontext()
-    return Ranks(group, CALL).phase("reading its arguments")
-
-
 def _pass(
-    gradients: Gradients,
-    data: Data,
-    blocks: Sequence[Block],
-    quantities: Sequence[Quantity],
-    names: Sequence[str],
-    state: State,
-    keeper: Keeper,
-) -> None:
-    """Add what is read in all batches that are left to the state, and in those of other ranks."""
-    given = gradients, data, blocks, quantities, names, state, keeper
-    if data.group is None:
-        _go_through(*given)
-        return
-    ranks = Ranks(data.group, CALL)
-    place = f"going through its batches for {state.phase}"
-    with ranks.phase(place) as phase:
-        _go_through(*given)
-        shapes = [(name, tuple(x.shape)) for name, x in sorted(state.sums.items())]
-        weights = fingerprint(data.spec.names, data.leaves)[:8]
-        phase.alike, phase.number = f"weights {weights}, sums {shapes}", state.samples
-    state.samples = sum(phase.numbers)
-    for name in sorted(state.sums):
-        state.sums[name] = state.sums[name].contiguous()
-        ranks.wait(ranks.sum_later(state.sums[name], place), place)
-
-
-def _go_through(
     gradients: Gradients,
     data: Data,
     blocks: Sequence[Block],
@@ -288,6 +249,7 @@ def _go_through(
             state.batches += 1
             keeper.keep(state)
             advance()
+    _all_reduce(state, data.group)
 
 
 def _add(
@@ -308,6 +270,25 @@ def _add(
 def _eigenvectors(sums: Tensor) -> Tensor:
     """Eigenvectors in columns, for every group, of sums made exactly symmetric."""
     return torch.linalg.eigh((sums + sums.mT) / 2).eigenvectors.contiguous()
+
+
+def _all_reduce(state: State, group: Any) -> None:
+    if group is None:
+        return
+    device = next(iter(state.sums.values())).device if state.sums else torch.device("cpu")
+    count = torch.tensor([state.samples], device=device)
+    torch.distributed.all_reduce(count, group=group)
+    state.samples = int(count)
+    for name in sorted(state.sums):
+        state.sums[name] = state.sums[name].contiguous()
+        torch.distributed.all_reduce(state.sums[name], group=group)
+
+
+def _broadcast(x: Tensor, group: Any) -> None:
+    """Eigenvectors are unique up to signs and rotations: all processes take one's."""
+    if group is not None:
+        source = torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast(x, source, group=group)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,15 +48,4 @@ if __name__ == "__main__":
         process_group=torch.distributed.group.WORLD,
     )
     made.save(f"{directory}/{rank}.safetensors")
-    bad = [{**batches[0], "x": batches[0]["x"] * torch.nan}]
-    try:
-        gf.curvature.ekfac(
-            model,
-            params,
-            bad if rank == 1 else batches,
-            fisher="empirical",
-            process_group=torch.distributed.group.WORLD,
-        )
-    except gf.GhostError as error:
-        Path(directory, f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     torch.distributed.destroy_process_group()

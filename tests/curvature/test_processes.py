@@ -22,10 +22,6 @@ def test_two_processes_make_one_curvature(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert [process.wait(timeout=400) for process in running] == [0, 0]
-    others, own = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
-    assert own.startswith("NonFiniteLossError: ")
-    said = "gf.curvature.ekfac: while reading its arguments, rank 1 failed with NonF"
-    assert said in others
     params, batches = problem()
     expected = gf.curvature.ekfac(model, params, batches, fisher="empirical").solve(params, 0.1)
     for rank in range(2):
