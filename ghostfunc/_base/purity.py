@@ -29,7 +29,7 @@ from ghostfunc._base.errors import (
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.pieces import held_whole, in_step
 from ghostfunc._base.program import Program
-from ghostfunc._base.refusals import Refusals
+from ghostfunc._base.refusals import COLLECTIVES, Refusals, refuse_collective
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
 from ghostfunc._base.torch_private import (
     TorchDispatchMode,
@@ -466,6 +466,8 @@ class _WriteGuard(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace in COLLECTIVES:
+            refuse_collective(str(func))
         schema = func._schema
         if schema.is_mutable:
             given = itertools.chain(

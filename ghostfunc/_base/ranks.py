@@ -10,6 +10,7 @@ model, a proof, an exception) it does between two collectives: nobody waits for 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate
@@ -27,10 +28,13 @@ from ghostfunc._base.torch_private import group_store, in_transform
 BUCKET_BYTES = 25 << 20
 """Of gradients that travel together: what DistributedDataParallel takes, too."""
 
-GRACE = timedelta(seconds=5)
-"""For how long ranks wait for each other to say who is left, once a collective has failed."""
+GRACE = 5.0
+"""For how many seconds ranks wait for each other to say who is left, once a collective failed."""
 
 _HERE = "ghostfunc/here/{}"
+"""How often a rank said that it is here; `_SEEN`: how often another heard it the last time."""
+
+_SEEN = "ghostfunc/seen/{}/{}"
 
 
 class Ranks:
@@ -47,6 +51,12 @@ class Ranks:
             raise OptionError(
                 f"{call} got a group, and torch.distributed is not initialized. Start the program "
                 "with torchrun and call torch.distributed.init_process_group() first."
+            )
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise OptionError(
+                f"{call} got a group that this process, rank {dist.get_rank()}, is not in: "
+                "torch.distributed.new_group gives others no group. Call it on the group's ranks "
+                "alone."
             )
         if not isinstance(group, dist.ProcessGroup):
             raise OptionError(
@@ -106,12 +116,16 @@ class Ranks:
     def from_first(self, row: Sequence[int], place: str) -> list[int]:
         """The first rank's numbers, of which every rank has as many."""
         numbers = torch.tensor(row, dtype=torch.int64, device=self.device)
+        self.take_first(numbers, place)
+        return numbers.tolist()
+
+    def take_first(self, x: Tensor, place: str) -> None:
+        """Write the first rank's values over `x`."""
         source = dist.get_global_rank(self.group, 0)
         try:
-            dist.broadcast(numbers, source, group=self.group)
+            dist.broadcast(x, source, group=self.group)
         except RuntimeError as error:
             raise self.lost(place, error) from error
-        return numbers.tolist()
 
     def objects(self, x: Any, place: str) -> list[Any]:
         """One picklable object from every rank."""
@@ -125,7 +139,7 @@ class Ranks:
     def lost(self, place: str, error: RuntimeError) -> RankError:
         """The error of a collective that failed, with the names of those who do not answer."""
         said = str(error).strip().splitlines()[0]
-        missing = self._roll_call(place)
+        missing = self._roll_call()
         if missing is None:
             who = "the store of the process group does not answer: the process that holds it, rank "
             who += "0 unless torchrun does, is gone"
@@ -143,18 +157,23 @@ class Ranks:
             f"Look at what that rank printed last; start the run again. torch said: {said}"
         )
 
-    def _roll_call(self, place: str) -> list[int] | None:
+    def _roll_call(self) -> list[int] | None:
         """The ranks that do not say that they are here; None if nobody can tell."""
         others = [r for r in range(self.size) if r != self.rank]
         try:
             store: Any = group_store(self.group)
-            store.set(_HERE.format(self.rank), place)
+            store.add(_HERE.format(self.rank), 1)
             self._wake(others)
-            try:
-                store.wait([_HERE.format(r) for r in others], GRACE)
-            except RuntimeError:  # the time is over; who is missing is asked below
-                return [r for r in others if not store.check([_HERE.format(r)])]
-            return []
+            # Of this failure: what was said at an earlier one tells nothing.
+            heard = {r: store.add(_SEEN.format(self.rank, r), 0) for r in others}
+            missing, end = others, time.monotonic() + GRACE
+            while missing and time.monotonic() < end:
+                counts = {r: store.add(_HERE.format(r), 0) for r in missing}
+                for r in missing:
+                    store.add(_SEEN.format(self.rank, r), max(0, counts[r] - heard[r]))
+                missing = [r for r in missing if counts[r] <= heard[r]]
+                time.sleep(0.02 if missing else 0)
+            return missing
         except RuntimeError:
             return None
 

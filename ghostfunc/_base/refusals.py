@@ -10,7 +10,11 @@ from torch.overrides import (
     resolve_name,
 )
 
+from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.modes import Mode
+
+COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
+"""Namespaces of the ops by which processes communicate."""
 
 REFUSED: dict[Callable[..., Any], Callable[..., None]] = {}
 
@@ -34,6 +38,17 @@ def op_name(op: Callable[..., Any]) -> str:
     if named is None and isinstance(op, BuiltinFunctionType):
         return f"{op.__module__ or 'torch'}.{op.__name__}"
     return named or repr(op)
+
+
+def refuse_collective(name: str) -> None:
+    """Raise for what brings samples of other ranks into a loss."""
+    raise CoupledSamplesError(
+        f"model_fn calls {name}: what other processes send becomes part of this sample's loss, and "
+        "theirs of it, so the loss of one sample depends on others. Leave it out of the forward "
+        "pass, and communicate before or after the call; gradients of all ranks' samples come by "
+        "group=..., scores by gf.distributed.gather. Of a module that fully_shard has sharded, "
+        "give gf.from_module the module itself, and use its parameters inside of their unit."
+    )
 
 
 class Refusals(Mode):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ghostfunc._base.pieces import refuse_group
 from ghostfunc._base.ranks import Ranks
+from ghostfunc._base.same_weights import count_call, said_of_weights
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -44,7 +45,9 @@ def sums_of_all(
         leaves, spec = flatten_params(params)
         phase.number = n = batch_size(batch)
         shapes = [(tuple(x.shape), str(x.dtype)) for x in leaves]
-        phase.alike = f"{options}, parameters {spec.names} of {shapes}"
+        weights = said_of_weights(model_fn, spec.names, leaves)
+        phase.alike = f"{options}, parameters {spec.names} of {shapes}, {weights}"
+    count_call(model_fn, leaves)
     weight = n / sum(phase.numbers) if mean else 1.0
     with ranks.phase("exchanging the gradient") as phase:
         exchange = phase.exchange(leaves, range(len(leaves))[::-1], weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,24 @@ FUNCTIONS: dict[type[_options.Command], Callable[[Any], int]] = {
 }
 
 
+def refuse_torchrun(size: int) -> None:
+    """Raise where several processes would write the same files."""
+    if size > 1:
+        raise CommandError(
+            f"{size} processes of torchrun (WORLD_SIZE) would each run the whole command and write "
+            "the same files. Start it by itself, on one device (--device). On several, score "
+            "shards of the pool with gf.score_dataset, or project with gf.store.project_dataset, "
+            "which ranks share: docs/distributed.md, 'A corpus'."
+        )
+
+
 def run(options: _options.Command) -> int:
     """Run the command that these are the options of.
 
     Raises:
         CommandError: it cannot be done, or the data are not right.
     """
+    refuse_torchrun(int(os.environ.get("WORLD_SIZE", "1")))
     try:
         return FUNCTIONS[type(options)](options)
     except (RowsError, ResumeError, OptionError, BatchError) as error:

@@ -44,9 +44,15 @@ def gather(tree: PyTree, group: Any) -> PyTree:
 
 
 def _rows(ranks: Ranks, x: Tensor, numbers: list[int]) -> Tensor:
-    """One tensor's rows from all ranks: what is sent has the length of the longest."""
+    """One tensor's rows from all ranks: what is sent has the length of the longest. Bytes travel,
+    since backends do not take all dtypes."""
     sent = x.new_zeros(max(numbers), *x.shape[1:])
     sent[: len(x)] = x.detach()
     received = [torch.empty_like(sent) for _ in numbers]
-    ranks.gather(received, sent, "bringing rows together")
+    ranks.gather([_bytes(r) for r in received], _bytes(sent), "bringing rows together")
     return torch.cat([rows[:n] for rows, n in zip(received, numbers, strict=True)])
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The same memory, byte by byte."""
+    return x.reshape(-1).view(torch.uint8)

@@ -26,7 +26,8 @@ def refuse_settings(trainer: Trainer, *, second_order: bool, several_processes: 
         "DeepSpeed (it keeps gradients in buffers of its own): leave deepspeed out, which trains "
         "with DistributedDataParallel under torchrun": trainer.is_deepspeed_enabled,
         "FSDP (parameters are shards there): leave fsdp out, which trains with "
-        "DistributedDataParallel under torchrun": bool(
+        "DistributedDataParallel under torchrun, or call fully_shard and gf.shapley.step in a loop "
+        "of your own (docs/sharded.md)": bool(
             trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled
         ),
         "tensor, context or sequence parallel layers: leave parallelism_config out, which trains "

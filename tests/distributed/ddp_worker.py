@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,62 @@ def by_ddp(module: nn.Module, steps: int) -> nn.Module:
         (token_loss(ddp, share(text(n, step), rank, size)).sum() * size / n).backward()
         optimizer.step()
     return module
+
+
+def said_of_groups() -> dict[str, str]:
+    """What a rank says of other weights, of collectives inside of a model and of groups that it is
+    not in, and whether tensors of all dtypes are gathered. The group goes on after each."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    model_fn, params = gf.from_module(net(), token_loss)
+    ours, val = text(4, rank), text(3, 7)
+    bent = {k: x.clone() for k, x in params.items()}
+    bent["norm.bias"][0] += 1e-15 * rank
+
+    def coupled(collective: Callable[[Tensor], Any]) -> Any:
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            losses = token_loss(module, batch)
+            collective(losses)
+            return losses
+
+        return gf.ghost_norm(*gf.from_module(net(), loss), ours)
+
+    def functional(x: Tensor) -> Any:
+        return torch.ops._c10d_functional.all_reduce(x, "sum", group.group_name)
+
+    def step(p: Any) -> Any:
+        return gf.ghost_value_and_grad(model_fn, p, ours, val, group=group)
+
+    def turns() -> Any:  # one parameter of a call, until the one that differs
+        for _ in range(len(params)):
+            step({**params, "norm.bias": bent["norm.bias"]})
+
+    fresh_fn, _ = gf.from_module(net(), token_loss)
+    nobody = dist.new_group([0])
+    calls = {
+        "weights": lambda: gf.direction(fresh_fn, bent, ours, group=group),
+        "same weights": lambda: step(params),
+        "weights later": turns,
+        "clipped": lambda: gf.ghost_clipped_grad(fresh_fn, bent, ours, max_norm=1.0, group=group),
+        "all_reduce": lambda: coupled(lambda x: dist.all_reduce(x.detach().clone())),
+        "functional": lambda: coupled(functional),
+        "objects": lambda: coupled(lambda x: dist.all_gather_object([None, None], 1)),
+        "nobody": lambda: gf.distributed.gather(torch.ones(2), nobody),
+    }
+    said = {name: _said(call) for name, call in calls.items()}
+    dtypes = (torch.int16, torch.bool, torch.bfloat16, torch.float16, torch.complex64, torch.uint8)
+    for dtype in dtypes:
+        x = torch.arange(2 * (rank + 2)).view(-1, 2).to(dtype)
+        expected = torch.cat([torch.arange(4), torch.arange(6)]).view(-1, 2).to(dtype)
+        said[str(dtype)] = str(torch.equal(gf.distributed.gather(x, group), expected))
+    return said
+
+
+def _said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except gf.GhostError as error:
+        return f"{type(error).__name__}: {error}"
+    return "right"
 
 
 SUMS: Any = ("mean", "sum")

@@ -172,7 +172,6 @@ def in_run_values(
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world,
         timeout=timedelta(seconds=300),
@@ -183,7 +182,9 @@ def main() -> None:
     found = {}
     for name in sys.argv[4:]:
         torch.manual_seed(0)
-        kind, _, hybrid = name.partition("@")
+        kind, _, dtype = name.partition(":")
+        torch.set_default_dtype(getattr(torch, dtype or "float64"))
+        kind, _, hybrid = kind.partition("@")
         mesh = flat
         if hybrid:
             mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))

@@ -46,8 +46,8 @@ def test_a_new_structure_on_one_rank_holds_nobody_up(tmp_path: Path) -> None:
         ),
         (
             "reduction",
-            r"RankError: .*rank 0 was given .* reduction='mean' .*; rank 1 was given .*='sum'",
-            r"RankError: .*rank 0 was given .* reduction='mean' .*; rank 1 was given .*='sum'",
+            r"RankError: .*rank 0 was given .* reduction='mean'.*; rank 1 was given .*='sum'",
+            r"RankError: .*rank 0 was given .* reduction='mean'.*; rank 1 was given .*='sum'",
         ),
         (
             "shapes",
@@ -61,6 +61,20 @@ def test_an_error_of_one_rank_is_one_of_all(
 ) -> None:
     for rank, said in enumerate(results("disagreement", 2, tmp_path, kind)):
         assert re.search(own if rank == 1 else others, said, re.S), (rank, said)
+
+
+def test_groups_whose_ranks_could_not_have_one_gradient(tmp_path: Path) -> None:
+    for rank, said in enumerate(results("said_of_groups", 2, tmp_path)):
+        for name in ("weights", "clipped"):
+            assert re.search(r"RankError: .*rank 0 was given .* weights [0-9a-f]+", said[name])
+        assert re.search(r"RankError: .*weights 'norm\.bias' [0-9a-f]+", said["weights later"])
+        assert said["same weights"] == "right"
+        for name in ("all_reduce", "functional", "objects"):
+            ops = r"(c10d|_c10d_functional)[.:]\w+|torch\.distributed\.all_\w+"
+            assert re.search(rf"CoupledSamplesError: model_fn calls ({ops})", said[name]), said
+        outside = r"OptionError: gather got a group that this process, rank 1, is not in"
+        assert re.search(outside if rank == 1 else "^right$", said["nobody"]), said
+        assert {x for name, x in said.items() if name.startswith("torch.")} == {"True"}
 
 
 @pytest.mark.parametrize("kind", ["killed", "killed in the backward pass", "ended"])

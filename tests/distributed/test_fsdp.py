@@ -14,7 +14,10 @@ Found = dict[str, dict[str, float]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every rank found, for 2 and for 4 of them."""
     out = {}
-    for world, problems in ((2, ("mlp", "gpt2", "llama_lora")), (4, ("mlp", "mlp@hybrid", "gpt2"))):
+    for world, problems in (
+        (2, ("mlp", "mlp:float32", "gpt2", "llama_lora")),
+        (4, ("mlp", "mlp@hybrid", "gpt2")),
+    ):
         directory = tmp_path_factory.mktemp(f"ranks{world}")
         for done in ranks_of("fsdp_worker.py", world, directory, *problems):
             assert done.returncode == 0, done.stdout[-4000:]
@@ -24,13 +27,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
 
 @pytest.mark.parametrize(
     ("world", "problem"),
-    [(2, "mlp"), (2, "gpt2"), (2, "llama_lora"), (4, "mlp"), (4, "mlp@hybrid"), (4, "gpt2")],
+    [
+        (2, "mlp"),
+        (2, "mlp:float32"),
+        (2, "gpt2"),
+        (2, "llama_lora"),
+        (4, "mlp"),
+        (4, "mlp@hybrid"),
+        (4, "gpt2"),
+    ],
 )
 def test_every_quantity_is_that_of_one_process(
     found: dict[int, list[Found]], world: int, problem: str
 ) -> None:
-    """Float64; every rank has another number of samples, and its rows of the gradients."""
+    """Every rank has another number of samples, and its rows of the gradients."""
+    single = problem.endswith("float32")
+    bound = 1e-6 if single else 1e-10
     for rank, results in enumerate(found[world]):
         assert len(results[problem]) >= 25
-        wrong = {name: x for name, x in results[problem].items() if not x < 1e-10}
+        if single:  # AdamW's first step hangs on its eps alone: what is left when g / |g| cancels
+            assert results[problem].pop("in-run values, step 0") < 1e-2
+        wrong = {name: x for name, x in results[problem].items() if not x < bound}
         assert not wrong, (rank, wrong)

@@ -34,7 +34,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float
     ("size", "options"),
     [
         (2, {}),
-        (3, {"score_form": "previous_state"}),
+        (4, {"score_form": "previous_state"}),
         (2, {"score_form": "exact", "log_gradients": True}),
     ],
     ids=["sgd", "previous_state", "exact"],

@@ -19,6 +19,7 @@ from ghostfunc._base.pieces import refuse_group
 from ghostfunc._base.program import Program
 from ghostfunc._base.ranks import Exchange, Ranks
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
+from ghostfunc._base.same_weights import count_call, said_of_weights
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads
@@ -83,7 +84,10 @@ def asked_of_all(group: Any, call: str, make: Callable[[], Question]) -> AskedOf
     with ranks.phase("reading its arguments") as phase:
         asked = make()
         _check(asked, call)
-        phase.alike, phase.number = _outline(asked), batch_size(asked.train)
+        program = asked.program
+        weights = said_of_weights(program.model_fn, program.spec.names, program.leaves)
+        phase.alike, phase.number = f"{_outline(asked)}, {weights}", batch_size(asked.train)
+    count_call(program.model_fn, program.leaves)
     order = ranks.from_first(_order_of(asked), "agreeing on the order of gradients")
     numbers, targets = phase.numbers, asked.targets
     found = [_direction(ranks, asked, val, order) for val in targets.vals]
