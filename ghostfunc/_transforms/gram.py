@@ -11,6 +11,7 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.options import (
     CHECKS,
     check_chunk_size,
@@ -28,6 +29,7 @@ from ghostfunc._quantities.readers import PairReader
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.factored import FactoredGrads, collect
 from ghostfunc._transforms.norms import _MODES
+from ghostfunc._transforms.scores.lengths import sample_norms
 
 
 @compilable()
@@ -56,8 +58,9 @@ def ghost_gram(
         batch: pytree of tensors `[n, ...]`.
         other: pytree of tensors `[m, ...]`; lengths may differ from those of `batch`.
         per_param: return the contributions of every parameter; they sum to the total.
-        normalize: cosines instead, `G_ij / (||g_i|| ||g_j||)`; 0 where a gradient is zero. With
-            `other`, both batches are run once more for their norms.
+        normalize: cosines instead, `G_ij / (||g_i|| ||g_j||)`; 0 where a gradient is zero, NaN
+            where a product of norms underflows. With `other`, both batches are run once more for
+            their norms.
         mode: "ghost" or "materialized" (`vmap(grad)`, as large as n models).
         chunk_size: the most samples to run at one time. Samples then run in chunks, one against the
             other: k chunks take `k (k + 1) / 2` forward and backward passes of one chunk (with
@@ -89,13 +92,15 @@ def ghost_gram(
         model = _Gradients(program, per_param, check)
         mine = [chunk for _, chunk in batches.chunks(batch, chunk_size)]
         if other is None:
-            grams = model.within(mine)
-            squares = [[g.diagonal() for g in grams]] if normalize else []
+            grams, losses = model.within(mine)
+            if normalize:
+                lengths = [model.lengths(batch, [g.diagonal() for g in grams], losses)]
         else:
             theirs = [chunk for _, chunk in batches.chunks(other, chunk_size, "other")]
             grams = model.between(mine, theirs)
-            squares = [model.squares(mine), model.squares(theirs)] if normalize else []
-        lengths = [list(map(extreme_norms.root, side)) for side in squares]
+            if normalize:
+                sides = (batch, mine), (other, theirs)
+                lengths = [model.lengths(side, *model.squares(x)) for side, x in sides]
     else:
         book, *others = (
             collect(program, b, mode=mode, vectorize=vectorize, check=check)
@@ -143,18 +148,21 @@ class _Gradients:
     per_param: bool
     check: Check
 
-    def within(self, chunks: Sequence[PyTree]) -> list[Tensor]:
-        """`[n, n]`: the factors of one chunk are kept while those after it stream past them."""
+    def within(self, chunks: Sequence[PyTree]) -> tuple[list[Tensor], Tensor]:
+        """`[n, n]`, and the losses: the factors of one chunk are kept while those after it stream
+        past them."""
         table: list[list[list[Tensor]]] = [[[] for _ in chunks] for _ in chunks]
+        losses = []
         for j, chunk in enumerate(chunks[:-1]):
             kept = self._factors(chunk)
+            losses.append(kept.losses)
             table[j][j] = self._summed(kept.param_grams())
             for i in range(j + 1, len(chunks)):
                 table[i][j] = self._beside(kept, chunks[i])
                 table[j][i] = [g.mT for g in table[i][j]]
             del kept
-        table[-1][-1] = self._read(chunks[-1], Gram())
-        return _joined(table)
+        table[-1][-1], last = self._read(chunks[-1], Gram())
+        return _joined(table), torch.cat([*losses, last])
 
     def between(self, mine: Sequence[PyTree], theirs: Sequence[PyTree]) -> list[Tensor]:
         """`[n, m]`: the factors of one chunk of `theirs` are kept while all of `mine` stream past
@@ -166,10 +174,14 @@ class _Gradients:
             del kept
         return _joined([list(row) for row in zip(*columns, strict=True)])
 
-    def squares(self, chunks: Sequence[PyTree]) -> list[Tensor]:
-        """`||g_i||^2`, `[n]`."""
-        parts = [self._read(chunk, SqNorm()) for chunk in chunks]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+    def squares(self, chunks: Sequence[PyTree]) -> tuple[list[Tensor], Tensor]:
+        """`||g_i||^2`, `[n]`, and the losses."""
+        parts, losses = zip(*(self._read(chunk, SqNorm()) for chunk in chunks), strict=True)
+        return list(map(torch.cat, zip(*parts, strict=True))), torch.cat(losses)
+
+    def lengths(self, batch: PyTree, squares: list[Tensor], losses: Tensor) -> list[Tensor]:
+        """`||g_i||`, `[n]`; samples whose square over- or underflows are run once more."""
+        return list(sample_norms(self.program, batch, squares, losses, FiniteLosses()))
 
     def _factors(self, chunk: PyTree) -> FactoredGrads:
         return collect(self.program, chunk, check=self.check)
@@ -177,11 +189,12 @@ class _Gradients:
     def _beside(self, kept: FactoredGrads, chunk: PyTree) -> list[Tensor]:
         """`<g_i, g_j>`, i in `chunk` and j in `kept`."""
         readers = [PairReader(bundle, True, len(kept.losses)) for bundle in kept.bundles]
-        return self._read(chunk, Prepared(readers, degree=1))
+        return self._read(chunk, Prepared(readers, degree=1))[0]
 
-    def _read(self, chunk: PyTree, quantity: Quantity) -> list[Tensor]:
+    def _read(self, chunk: PyTree, quantity: Quantity) -> tuple[list[Tensor], Tensor]:
+        """A quantity, and the losses."""
         result = run(self.program, chunk, [quantity], check=self.check)
-        return self._summed(result.values[0])
+        return self._summed(result.values[0]), result.losses
 
     def _summed(self, values: list[Tensor]) -> list[Tensor]:
         return values if self.per_param else [add_up(values)]

@@ -116,3 +116,32 @@ def test_cosine(problem: Problem, reduction: str, mode: dict[str, Any]) -> None:
     for got, want, x in zip(leaves_of(each), expected, g, strict=True):
         if x.norm(dim=1).min() > noise or not x.any():
             assert_close(got, want, max(problem.tolerance, 1e-8))
+
+
+@pytest.mark.parametrize("per_param", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_cosines_of_gradients_whose_squares_underflow(
+    per_param: bool, chunk_size: int | None
+) -> None:
+    """One sample's gradient is tiny, and another's is zero beside a loss that is not."""
+    torch.manual_seed(0)
+    params = {"w": torch.randn(3, 2), "b": torch.randn(2)}
+    x, size = torch.randn(4, 3), torch.tensor([1.0, 1e-24, 1.0, 0.0])
+
+    def model_fn(p: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return (batch["x"] @ p["w"] + p["b"]).tanh().sum(1) * batch["size"] + 1
+
+    def cosines(size: Tensor, dtype: torch.dtype) -> Any:
+        batch = {"x": x.to(dtype), "size": size.to(dtype)}
+        p = {k: v.to(dtype) for k, v in params.items()}
+        return gf.ghost_gram(
+            model_fn, p, batch, normalize=True, per_param=per_param, chunk_size=chunk_size
+        )
+
+    found = leaves_of(cosines(size, torch.float32))
+    for mine, exact in zip(found, leaves_of(cosines(size, torch.float64)), strict=True):
+        told = mine.isfinite()
+        assert_close(mine[told].double(), exact[told], 1e-6)
+        assert told[[0, 2, 3]][:, [0, 2, 3]].all()
+        assert not mine[1, 1].isfinite()  # and not zero
+        assert (mine[3] == 0).all()

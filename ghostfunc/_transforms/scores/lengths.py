@@ -26,8 +26,9 @@ def sample_norms(
     losses: Float[Tensor, " n"],
     finite: FiniteLosses,
 ) -> Float[Tensor, "params n"]:
-    """`||g_i||`, one row per parameter, from squares; extreme samples are run once more. The losses
-    are looked at on the same occasion; where nobody looks, extreme norms are NaN."""
+    """`||g_i||`, one row per parameter or one of all, as the squares are; extreme samples are run
+    once more. The losses are looked at on the same occasion; where nobody looks, extreme norms are
+    NaN."""
     table = torch.stack(list(squares))
     if symbolic(table) or not finite.wanted:
         return extreme_norms.trusted_roots(table)
@@ -39,7 +40,8 @@ def sample_norms(
         few = index.tolist() or [0]  # others run with those that have such samples
         book = collect(program, take(batch, few), check="never")
         if len(index):
-            rows[:, index] = book.param_norms().to(rows.dtype)
+            norms = book.param_norms() if len(rows) > 1 else book.norms()
+            rows[:, index] = norms.to(rows.dtype)
     return rows
 
 
