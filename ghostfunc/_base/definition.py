@@ -23,7 +23,7 @@ from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
-from ghostfunc._base.pieces import in_step
+from ghostfunc._base.processes.pieces import in_step
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import (
     check_finite,

@@ -12,17 +12,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.dtensors import like_parameter, local
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.experts import rows_in_order
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
-from ghostfunc._base.sharding import Sharding, reshard, sharding_of, without_hooks
-from ghostfunc._base.shards import gather
+from ghostfunc._base.processes.dtensors import like_parameter, local
+from ghostfunc._base.processes.sharding import Sharding, reshard, sharding_of, without_hooks
+from ghostfunc._base.processes.shards import gather
+from ghostfunc._base.processes.units import Unit, made_whole_when_called
+from ghostfunc._base.processes.wrappers import refuse_wrapped
 from ghostfunc._base.torch_private import BatchNorm, lend_to, modules_within
 from ghostfunc._base.types import ModelFn, PyTree
-from ghostfunc._base.units import Unit, made_whole_when_called
-from ghostfunc._base.wrappers import refuse_wrapped
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from ghostfunc._base.company import halves
 from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
-from ghostfunc._base.dtensors import is_dtensor
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     InPlaceError,
@@ -27,7 +26,8 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
 )
 from ghostfunc._base.module import ModuleFn
-from ghostfunc._base.pieces import held_whole, in_step
+from ghostfunc._base.processes.dtensors import is_dtensor
+from ghostfunc._base.processes.pieces import held_whole, in_step
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import COLLECTIVES, Refusals, refuse_collective
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure

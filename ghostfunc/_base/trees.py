@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
-from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
 from ghostfunc._base.locks import ForkSafeLock
+from ghostfunc._base.processes.dtensors import described, is_dtensor
 from ghostfunc._base.types import PyTree
 
 NAMESPACE = "ghostfunc"

@@ -15,8 +15,8 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
-from ghostfunc._base.in_step import InStep, OtherRankRetries
-from ghostfunc._base.pieces import held_whole, whole_likes
+from ghostfunc._base.processes.in_step import InStep, OtherRankRetries
+from ghostfunc._base.processes.pieces import held_whole, whole_likes
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, PyTree
 from ghostfunc._taps.proof import gradients_unproved

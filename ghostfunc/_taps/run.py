@@ -14,7 +14,7 @@ from ghostfunc._base.definition import unwrapped_memory
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.pieces import in_step, whole_likes
+from ghostfunc._base.processes.pieces import in_step, whole_likes
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import dense
+from ghostfunc._base.processes.shards import gather
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.shards import gather
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform
 from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal

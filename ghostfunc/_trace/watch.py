@@ -24,8 +24,8 @@ from ghostfunc._base.errors import (
     UntrackedUseError,
 )
 from ghostfunc._base.modes import Mode
+from ghostfunc._base.processes.shards import attached, gather, shown
 from ghostfunc._base.refusals import REFUSED, op_name
-from ghostfunc._base.shards import attached, gather, shown
 from ghostfunc._base.torch_private import address, depth, in_transform
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
 from ghostfunc._rules.inplace import write_part_

@@ -23,7 +23,13 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import chunks_of_all, of_all_ranks, on_any_rank, refuse_pieces, together
+from ghostfunc._base.processes.pieces import (
+    chunks_of_all,
+    of_all_ranks,
+    on_any_rank,
+    refuse_pieces,
+    together,
+)
 from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import in_transform, symbolic

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.options import check_flags
-from ghostfunc._base.pieces import of_all_ranks
+from ghostfunc._base.processes.pieces import of_all_ranks
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._transforms.scores.over_ranks import asked_of_all

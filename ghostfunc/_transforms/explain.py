@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_flags, check_model_fn, one_of
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import batch_size

@@ -22,7 +22,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
 from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
-from ghostfunc._base.pieces import (
+from ghostfunc._base.processes.pieces import (
     gathered,
     in_step,
     of_all_ranks,

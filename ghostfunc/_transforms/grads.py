@@ -8,7 +8,7 @@ from typing import Any
 from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.options import CHECKS, check_vectorize, one_of
-from ghostfunc._base.pieces import of_all_ranks, refuse_pieces
+from ghostfunc._base.processes.pieces import of_all_ranks, refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size

@@ -19,7 +19,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import of_all_ranks, refuse_pieces
+from ghostfunc._base.processes.pieces import of_all_ranks, refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms

@@ -14,7 +14,7 @@ from torch import Tensor
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
 from ghostfunc._base.options import CHECKS, check_contract_dtype, check_number, check_whole, one_of
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import batch_size, flatten_params

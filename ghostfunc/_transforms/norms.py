@@ -15,7 +15,7 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import chunks_of_all, of_all_ranks, refuse_pieces
+from ghostfunc._base.processes.pieces import chunks_of_all, of_all_ranks, refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import optree
 from torch import Tensor
 
-from ghostfunc._base.pieces import refuse_group
-from ghostfunc._base.ranks import Ranks
-from ghostfunc._base.same_weights import count_call, said_of_weights
+from ghostfunc._base.processes.pieces import refuse_group
+from ghostfunc._base.processes.ranks import Ranks
+from ghostfunc._base.processes.same_weights import count_call, said_of_weights
 from ghostfunc._base.trees import batch_size, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 

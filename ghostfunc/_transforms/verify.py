@@ -10,7 +10,7 @@ from torch import Tensor
 from ghostfunc._base.definition import vmap_runs
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.options import check_flags, check_model_fn, check_not_negative, check_vectorize
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import preformatted
 from ghostfunc._base.trees import flatten_params

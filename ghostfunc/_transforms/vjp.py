@@ -12,7 +12,7 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import CHECKS, check_contract_dtype, check_flags, one_of
-from ghostfunc._base.pieces import chunks_of_all, of_all_ranks
+from ghostfunc._base.processes.pieces import chunks_of_all, of_all_ranks
 from ghostfunc._base.program import Program
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness

@@ -15,7 +15,7 @@ from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.trees import (
     ParamSpec,

@@ -17,7 +17,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree

@@ -21,7 +21,7 @@ from ghostfunc._base.options import (
     check_type,
     one_of,
 )
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.trees import (
     check_samples,
     flatten,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._base.ranks import Ranks
+from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc._base.trees import batch_size, flatten, unflatten
 from ghostfunc._base.types import PyTree
 

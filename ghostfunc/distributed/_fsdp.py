@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ghostfunc._base.options import check_model_fn
-from ghostfunc._base.pieces import gathered, of_all_ranks, together, whole_likes
+from ghostfunc._base.processes.pieces import gathered, of_all_ranks, together, whole_likes
 from ghostfunc._base.program import Program
 from ghostfunc._base.trees import flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.ranks import Ranks
+from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._files import write_table

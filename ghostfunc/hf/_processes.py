@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ghostfunc._base.ranks import Exchange, Phase, Ranks
+from ghostfunc._base.processes.ranks import Exchange, Phase, Ranks
 from ghostfunc.distributed._ddp import gather
 from ghostfunc.hf._scoring import Values
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
-from ghostfunc._base.ranks import Exchange
+from ghostfunc._base.processes.ranks import Exchange
 from ghostfunc._base.torch_private import hooks_within, uncompiled
 from ghostfunc.hf._blocks import warn_of_blocks
 from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of

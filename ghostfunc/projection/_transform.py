@@ -12,7 +12,7 @@ from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable, node
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_contract_dtype, check_vectorize, one_of
-from ghostfunc._base.pieces import of_all_ranks
+from ghostfunc._base.processes.pieces import of_all_ranks
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._base.types import Check, ContractDtype, ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Quantity

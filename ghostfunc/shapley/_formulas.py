@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtensors import local
+from ghostfunc._base.processes.dtensors import local
 
 Change: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`change(g, p)`: what the step adds."""

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.dtensors import local
 from ghostfunc._base.errors import OptionError, ParamsError
 from ghostfunc._base.module import check_module
+from ghostfunc._base.processes.dtensors import local
 from ghostfunc._base.types import PyTree
 from ghostfunc.shapley._formulas import DECOUPLED, FORMULAS, Change, kept, steps
 from ghostfunc.shapley._optimizers import Optimizer, adam_change, sgd_change, sgd_gain

@@ -23,7 +23,7 @@ from ghostfunc._base.options import (
     check_type,
     one_of,
 )
-from ghostfunc._base.pieces import in_step, of_all_ranks, refuse_pieces, samples_of_all
+from ghostfunc._base.processes.pieces import in_step, of_all_ranks, refuse_pieces, samples_of_all
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief

@@ -19,7 +19,7 @@ from ghostfunc._base.options import (
     check_whole,
     one_of,
 )
-from ghostfunc._base.pieces import refuse_pieces
+from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.projection import Projection
 from ghostfunc.store._again import Comparison

@@ -22,7 +22,7 @@ from problems import CASES
 from torch import Tensor, nn
 
 import ghostfunc as gf
-from ghostfunc._base import ranks
+from ghostfunc._base.processes import ranks
 
 
 def share(batch: Any, rank: int, size: int) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ghostfunc._base.processes.units import call_again
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.torch_private import (
     function_modes,
@@ -29,7 +30,6 @@ from ghostfunc._base.torch_private import (
     without_torch_functions,
 )
 from ghostfunc._base.trees import flatten, tensors_of, unflatten
-from ghostfunc._base.units import call_again
 from ghostfunc._rules.registry import register_decomposition
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.remat.region import Region

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.pieces import on_any_rank
+from ghostfunc._base.processes.pieces import on_any_rank
 from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import take

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.pieces import refuse_group
+from ghostfunc._base.processes.pieces import refuse_group
+from ghostfunc._base.processes.ranks import Exchange, Ranks
+from ghostfunc._base.processes.same_weights import count_call, said_of_weights
 from ghostfunc._base.program import Program
-from ghostfunc._base.ranks import Exchange, Ranks
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
-from ghostfunc._base.same_weights import count_call, said_of_weights
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree
 from ghostfunc._transforms.factored import FactoredGrads

@@ -25,7 +25,12 @@ from ghostfunc._base.options import (
     check_vectorize,
     one_of,
 )
-from ghostfunc._base.pieces import chunks_of_all, in_step, lengths_of_whole, samples_of_all
+from ghostfunc._base.processes.pieces import (
+    chunks_of_all,
+    in_step,
+    lengths_of_whole,
+    samples_of_all,
+)
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import batch_size

@@ -17,7 +17,7 @@ from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.pieces import chunks_of_all, samples_of_all
+from ghostfunc._base.processes.pieces import chunks_of_all, samples_of_all
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import check_finite, prove_independent
 from ghostfunc._base.trees import batch_size, yields_batches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import RankError
-from ghostfunc._base.ranks import Ranks
+from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc._base.torch_private import all_gather
 
 _RUNS, _STOPPED, _RETRIES = range(3)

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.dtensors import described, is_dtensor
 from ghostfunc._base.errors import ParamsError, TransformError
-from ghostfunc._base.in_step import InStep
-from ghostfunc._base.shards import Cut, Shards
+from ghostfunc._base.processes.dtensors import described, is_dtensor
+from ghostfunc._base.processes.in_step import InStep
+from ghostfunc._base.processes.shards import Cut, Shards
+from ghostfunc._base.processes.units import Unit
 from ghostfunc._base.torch_private import fsdp_hooks, fsdp_policies, is_fsdp_unit
-from ghostfunc._base.units import Unit
 
 T = TypeVar("T")
 

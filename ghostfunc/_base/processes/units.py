@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from ghostfunc._base.locks import Loan
-from ghostfunc._base.shards import Shards, gather
+from ghostfunc._base.processes.shards import Shards, gather
 from ghostfunc._base.torch_private import modules_within
 
 

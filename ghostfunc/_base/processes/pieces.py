@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ghostfunc._base import batches
 from ghostfunc._base.errors import BatchError, OptionError, TransformError
-from ghostfunc._base.in_step import InStep
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.options import check_chunk_size
+from ghostfunc._base.processes.in_step import InStep
+from ghostfunc._base.processes.sharding import Sharding
 from ghostfunc._base.program import Program
-from ghostfunc._base.sharding import Sharding
 from ghostfunc._base.torch_private import in_transform
 from ghostfunc._base.trees import ParamSpec, batch_size
 from ghostfunc._base.types import ModelFn, PyTree

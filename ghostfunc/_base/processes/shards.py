@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.in_step import InStep
+from ghostfunc._base.processes.in_step import InStep
 from ghostfunc._base.torch_private import (
     all_gather,
     in_transform,
