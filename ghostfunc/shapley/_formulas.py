@@ -14,8 +14,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc._base.processes.dtensors import local
-
 Change: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`change(g, p)`: what the step adds."""
 
@@ -31,7 +29,8 @@ def over_root(m: Tensor, v: Tensor, eps: float, scale: float = 1.0) -> Tensor:
 
 def kept(state: Settings, key: str, p: Tensor) -> Tensor:
     """A tensor of the state, zeros before the first step."""
-    return local(state[key]) if key in state else torch.zeros_like(p)
+    held: Tensor | None = state.get(key)
+    return torch.zeros_like(p) if held is None else held
 
 
 def steps(state: Settings) -> int:

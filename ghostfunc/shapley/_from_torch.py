@@ -61,8 +61,10 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
                 f"Parameter {name!r} of {type(module).__name__} is trainable but not in the "
                 "optimizer. Freeze it (requires_grad_(False)) or add it to the optimizer."
             )
-        group, state = group_of[id(p)], optimizer.state.get(p, {})
-        changes[name], gain = _RULES[kind](group, state)
+        held = optimizer.state.get(p, {}).items()
+        # This rank's pieces of a sharded state: inside of a transform they could not be taken.
+        state = {key: local(x) if isinstance(x, Tensor) else x for key, x in held}
+        changes[name], gain = _RULES[kind](group_of[id(p)], state)
         gains.add(gain)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
@@ -99,8 +101,7 @@ def _refuse_others(kind: type[torch.optim.Optimizer]) -> None:
 
 
 def _sgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, float]:
-    held = state.get("momentum_buffer")
-    buffer = None if held is None else local(held)
+    buffer = state.get("momentum_buffer")
     lr, sign = float(group["lr"]), -1.0 if group["maximize"] else 1.0
     settings = (group["momentum"], group["dampening"], group["nesterov"])
 
