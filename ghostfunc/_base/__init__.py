@@ -2,5 +2,5 @@
 
 Imports no other room, so the by-definition oracle can know no op rule, no trace and no tap.
 
-Read: types, errors, trees, module, purity, definition.
+Read: types, errors, trees, module, purity, definition; `processes` for sharded parameters.
 """
