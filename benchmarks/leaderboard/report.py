@@ -45,6 +45,8 @@ def _about(results: dict[str, Any]) -> str:
     runs = [run for task in results["tasks"].values() for run in task["runs"]]
     loads = [row["load"] for run in runs for row in run["rows"].values() if "load" in row]
     quick = "The quick part. " if results["quick"] else ""
+    if not loads:
+        return f"{quick}{of_versions}."
     return (
         f"{quick}Seconds and peaks were measured while {min(loads):.0f} to {max(loads):.0f} "
         f"processes (mean {sum(loads) / len(loads):.1f}) shared {results['processors']} "

@@ -52,7 +52,8 @@ def joint(norms: Float[Tensor, "k n"]) -> Float[Tensor, " n"]:
 
 def length(x: Tensor) -> Float[Tensor, ""]:
     """`||x||` in float64, whose squares may be beyond it."""
-    x = x.double()
+    if x.dtype != torch.float64:
+        return torch.linalg.vector_norm(x, dtype=torch.float64)
     if x.numel() == 0:
         return x.new_zeros(())
     largest = x.abs().max()
@@ -105,6 +106,8 @@ def _unit(factor: Factor, share: Float[Tensor, " n"]) -> Factor:
 
 
 def _largest(x: Tensor) -> Float[Tensor, " n"]:
+    if x.numel() == 0:
+        return x.new_zeros(len(x), dtype=torch.float64)
     return x.double().abs().reshape(len(x), -1).amax(1)
 
 

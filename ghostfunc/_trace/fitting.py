@@ -83,6 +83,7 @@ def with_trace(
 ) -> tuple[TracedModel, T]:
     """`use` a trace that fits this batch: one of those remembered, or a new one."""
     program = plain(program)
+    batch_size(batch)  # raises for what is no batch
     remembered = memory(program.model_fn, Traces)
     own = structure(program, batch)
     traces = remembered.traces.made(own, list)
@@ -107,6 +108,8 @@ def with_trace(
         try:
             trace = trace_model(program, batch, few)
         except (ControlFlowError, SampleAxisError, UnsupportedOpError) as error:
+            if error.__cause__ is not None:
+                raise  # torch raised first: an operator that no mode sees into, in any number
             refused = refused or error  # other samples may go another way, and the batch's own
             continue
         model = TracedModel.on(program, batch, trace)

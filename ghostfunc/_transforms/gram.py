@@ -162,7 +162,7 @@ class _Gradients:
                 table[j][i] = [g.mT for g in table[i][j]]
             del kept
         table[-1][-1], last = self._read(chunks[-1], Gram())
-        return _joined(table), torch.cat([*losses, last])
+        return _joined(table), torch.cat([*losses, last]) if losses else last
 
     def between(self, mine: Sequence[PyTree], theirs: Sequence[PyTree]) -> list[Tensor]:
         """`[n, m]`: the factors of one chunk of `theirs` are kept while all of `mine` stream past

@@ -112,11 +112,11 @@ def influence(
         Grosse et al., "Studying Large Language Model Generalization with Influence Functions",
         2023.
     """
+    check_flags(relative=relative, per_param=per_param, per_position=per_position)
     asked = _asked(
         model_fn, params, train, queries, curvature, query_fn, chunk_size, directions_at_once,
         way, randomness, per_position,
     )  # fmt: skip
-    check_flags(relative=relative, per_param=per_param, per_position=per_position)
     solve = _solver(curvature, params, asked.spec, damping, relative)
     if asked.plan().way == "rows":
         assert isinstance(curvature, EKFAC)

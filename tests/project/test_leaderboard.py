@@ -108,7 +108,8 @@ def test_a_method_is_measured_in_a_process_of_its_own(board: SimpleNamespace) ->
 
 def row(mean: float, seconds: float, **rest: Any) -> dict[str, Any]:
     values = [mean - 0.05, mean + 0.05] * 5
-    return {"lds": {"0.1": values, "0.5": values}, "seconds": seconds, "peak": 2**20, **rest}
+    lds = dict.fromkeys(("0.05", "0.1", "0.5"), values)
+    return {"lds": lds, "seconds": seconds, "peak": 2**20, "load": 1.0, **rest}
 
 
 def test_tables_say_what_is_not_met(board: SimpleNamespace) -> None:
@@ -124,16 +125,17 @@ def test_tables_say_what_is_not_met(board: SimpleNamespace) -> None:
     results = {
         "quick": True,
         "seconds": 60,
+        "processors": 2,
         "versions": {"torch": "2"},
         "tasks": {k: {"name": k, "subsets": 3, "runs": [run]} for k in ("mlp", "gpt2")},
     }
     text = board.report.tables(results)
     lines = text.splitlines()
-    assert "| bergson | not run: no module | | | | |" in lines
+    assert "| bergson | not run: no module | | | | | |" in lines
     assert "| mlp: metagradients at least 0.9 (half) | 0.95 | met |" in lines
     assert "| gpt2: EK-FAC above dot and cosine (half) | 0.60 against 0.70 | NOT met |" in lines
     assert "| mlp: EK-FAC never slower than kronfluence | 1.0 s against 9.0 s | met |" in lines
     bad = [x for x in lines if "within its interval" in x]
-    assert len(bad) == 4
+    assert len(bad) == 6
     assert all(x.endswith("| NOT met |") for x in bad)
     assert any(x.startswith("| EK-FAC | 0.60 [0.5") and x.endswith("| 0.80 |") for x in lines)

@@ -260,7 +260,7 @@ def test_draws_of_a_collator_do_not_depend_on_the_scores(tmp_path: Path) -> None
         def __call__(self, features: list[Any]) -> dict[str, Tensor]:
             ids = torch.stack([f["input_ids"] for f in features])
             hidden = torch.rand(ids.shape) < 0.5
-            return {"input_ids": ids.masked_fill(hidden, 0), "labels": ids}
+            return {"input_ids": ids.masked_fill(hidden, 1), "labels": ids}
 
     plain, scored = gpt2(), gpt2()
     args = arguments(tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.processes.pieces import on_any_rank
 from ghostfunc._base.program import Program
-from ghostfunc._base.torch_private import in_transform, symbolic
+from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors import bundles, extreme_norms, pairs
@@ -58,7 +58,4 @@ def length(reader: DotReader | PairReader | DeferredReader, like: Tensor) -> Ten
         case PairReader(factors, each, contract_dtype=contract_dtype):
             bundle = factors if each else [bundles.pooled(f) for f in factors]
             squares = pairs.sqnorms(bundle, contract_dtype=contract_dtype)
-            looked_at = not symbolic(squares) and not in_transform()
-            if looked_at and bool((extreme_norms.extremes(squares) | (squares == 0)).any()):
-                return extreme_norms.norms(bundle)
             return extreme_norms.root(squares).double()
