@@ -42,7 +42,7 @@ def _ends(module: nn.Module, batch: Mapping[str, Any], ids: Tensor) -> str:
     base = unwrap_peft_model(module)
     if not isinstance(base, PreTrainedModel) or not isinstance(labels, Tensor):
         return ""
-    end = getattr(base.config, "eos_token_id", None)
+    end = base.config.to_dict().get("eos_token_id")
     if labels.shape != ids.shape or labels.is_floating_point() or end is None:
         return ""
     ends = torch.tensor(end, device=ids.device).flatten()
