@@ -6,7 +6,6 @@ python benchmarks/files.py --record   # and put it into docs/reading_the_code.md
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 from collections import Counter
@@ -17,13 +16,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+from in_docs import TableInDocs
 from torch import nn
 
 import ghostfunc as gf
 
 PACKAGE = Path(gf.__file__).resolve().parent
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "reading_the_code.md"
-BEGIN, END = "<!-- files of a warm call -->\n", "<!-- end of files -->\n"
+IN_DOCS = TableInDocs(
+    "reading_the_code.md", "<!-- files of a warm call -->\n", "<!-- end of files -->\n"
+)
 
 Calls = dict[str, Counter[str]]
 """By file, in the order that the files are entered: its functions, in theirs."""
@@ -77,22 +78,5 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def recorded() -> str:
-    """The table as the documentation has it."""
-    return DOCS.read_text().split(BEGIN)[1].split(END)[0]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--record", action="store_true", help="write docs/reading_the_code.md")
-    found = table()
-    print(found)
-    if parser.parse_args().record:
-        text = DOCS.read_text()
-        DOCS.write_text(text.replace(BEGIN + recorded(), BEGIN + found))
-
-
 if __name__ == "__main__":
-    main()
+    IN_DOCS.main(__doc__, table)

@@ -7,19 +7,17 @@ python benchmarks/passes.py --record   # and put it into docs/speed.md, which th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from calls import SHAPE
+from in_docs import TableInDocs
 from shapes import Shape, gpt2, gpt2_loss
 
 import ghostfunc as gf
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
-BEGIN, END = "<!-- passes of a first call -->\n", "<!-- end of passes -->\n"
+IN_DOCS = TableInDocs("speed.md", "<!-- passes of a first call -->\n", "<!-- end of passes -->\n")
 FEW = 3
 """Samples of the largest run that is one of few."""
 
@@ -84,22 +82,5 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def recorded() -> str:
-    """The table as the documentation has it."""
-    return DOCS.read_text().split(BEGIN)[1].split(END)[0]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--record", action="store_true", help="write docs/speed.md")
-    found = table()
-    print(found)
-    if parser.parse_args().record:
-        text = DOCS.read_text()
-        DOCS.write_text(text.replace(BEGIN + recorded(), BEGIN + found))
-
-
 if __name__ == "__main__":
-    main()
+    IN_DOCS.main(__doc__, table)

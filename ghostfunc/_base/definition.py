@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghostfunc._base.company import neighbours
-from ghostfunc._base.dense_gradients import DenseGradients, dense
+from ghostfunc._base.dense_gradients import DenseGradients, dense, give_dense
 from ghostfunc._base.documents import apart, packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
@@ -53,10 +53,6 @@ def val_gradient(
     return weighted_gradient(program, val, weights, look, ready)[1]
 
 
-def _given_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> None:
-    ready(i, dense(grad))
-
-
 def weighted_gradient(
     program: Program,
     batch: PyTree,
@@ -81,7 +77,7 @@ def weighted_gradient(
     inputs = [x.detach().requires_grad_() for x in program.leaves]
     if ready is not None:
         for i, x in enumerate(inputs):
-            x.register_hook(partial(_given_dense, ready, i))
+            x.register_hook(partial(give_dense, ready, i))
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad(), DenseGradients():

@@ -43,6 +43,11 @@ def dense(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided else x.to_dense()
 
 
+def give_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> None:
+    """Hand out the gradient of parameter `i`: a hook, once the first two arguments are bound."""
+    ready(i, dense(grad))
+
+
 class DenseGradients(TorchFunctionMode):
     """Has look-ups make ordinary gradients."""
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dense_gradients import dense
+from ghostfunc._base.dense_gradients import give_dense
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.purity import check_shape
 from ghostfunc._base.torch_private import unrounded
@@ -144,17 +144,13 @@ def _send_when_whole(
     """Have `ready` called during the backward pass that begins now."""
     for i, primal in primals.items():
         if i not in running:
-            primal.register_hook(partial(_dense_to, ready, i))
+            primal.register_hook(partial(give_dense, ready, i))
     for i, total in running.items():
         if i in primals:
             continue
         targets = (target for use in uses for _, target in use.targets)
         total.to_come = sum(target.running is total for target in targets)
         total.whole = partial(_viewed_to, ready, i, leaves[i])
-
-
-def _dense_to(ready: Ready, i: int, grad: Tensor) -> None:
-    ready(i, dense(grad))
 
 
 def _viewed_to(ready: Ready, i: int, leaf: Tensor, total: Tensor) -> None:
