@@ -71,7 +71,7 @@ def target_batches(model: Loaded, target: Encoded, bar: Progress | None = None) 
     bar = Progress() if bar is None else bar
     for batch in batches(target, collate=model.collate, length=target.length):
         rows, longest = batch["input_ids"].shape
-        bar.begin(f"{rows} of up to {longest:,} tokens", None)
+        bar.begin(f"{rows} of up to {longest:,} tokens")
         yield {name: x.to(device) for name, x in batch.items()}
         bar.advance(rows, rows * longest)
 

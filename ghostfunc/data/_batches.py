@@ -61,7 +61,7 @@ def batches(
     *,
     collate: Collate,
     length: Length | None = None,
-    token_budget: int = 4096,
+    token_budget: int = 1024,
     batch_size: int | None = None,
 ) -> Iterator[PyTree]:
     """The batches of a data set, for `gf.direction` and `score_dataset(val=...)`.

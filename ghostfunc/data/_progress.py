@@ -27,9 +27,10 @@ class Progress:
         self._tokens = {False: 0, True: 0}
         self._seconds = {False: 0.0, True: 0.0}
 
-    def begin(self, what: str, shape: Hashable) -> None:
-        """A batch begins. The first of its `shape` is proved."""
-        self._begun, self._new = time.perf_counter(), shape not in self._seen
+    def begin(self, what: str, shape: Hashable = None) -> None:
+        """A batch begins. The first of its `shape` is proved, if shapes matter."""
+        self._begun = time.perf_counter()
+        self._new = shape is not None and shape not in self._seen
         self._seen.add(shape)
         if self._bar is not None:
             told = f"now {what}" + (", the first of this shape: proved" if self._new else "")
