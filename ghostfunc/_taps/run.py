@@ -13,10 +13,9 @@ from torch import Tensor
 from ghostfunc._base.definition import unwrapped_memory
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_finite, check_losses
 from ghostfunc._base.processes.pieces import in_step, whole_likes
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (
     address,
     any_symbolic,

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import give_dense
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.purity import check_shape
+from ghostfunc._base.losses import FiniteLosses, check_shape
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal

@@ -18,9 +18,9 @@ from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, close, lend
+from ghostfunc._base.purity import lend
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic

@@ -1,5 +1,8 @@
-"""The look at losses, and at what was made of directions, put off until a device has all it has to
-do."""
+"""What losses have to be: one finite float per sample.
+
+`FiniteLosses` puts the look at them off until a device has all that it has to do, and looks at what
+was made of directions at the same time.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ghostfunc._base.errors import ParamsError
-from ghostfunc._base.purity import check_finite
-from ghostfunc._base.torch_private import symbolic, wrapped
+from ghostfunc._base.errors import LossShapeError, NonFiniteLossError, ParamsError
+from ghostfunc._base.torch_private import batched, symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec
 
 
@@ -29,6 +31,58 @@ def refuse_not_finite(us: Sequence[Tensor], spec: ParamSpec, what: str) -> None:
                 "every score would be. Usual causes: a gradient that overflowed in half precision, "
                 "the square root of zero, a loss scaled up too far."
             )
+
+
+def check_losses(losses: object, n: int) -> Tensor:
+    """`losses`, if they are one finite float per sample."""
+    checked = check_shape(losses, n)
+    check_finite(checked)
+    return checked
+
+
+def check_shape(losses: object, n: int) -> Tensor:
+    """`losses`, if they are one float per sample, finite or not."""
+    if not isinstance(losses, Tensor):
+        raise LossShapeError(
+            f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
+            f"shape [{n}]."
+        )
+    if losses.shape != (n,) or not losses.is_floating_point():
+        raise LossShapeError(
+            f"model_fn returned shape {tuple(losses.shape)} of {losses.dtype} for {n} samples; "
+            f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
+            'samples (use reduction="none", then average over each sample\'s own positions).'
+        )
+    return losses
+
+
+def check_finite(losses: Tensor) -> None:
+    """Raise `NonFiniteLossError` if a loss is NaN or infinite. A compiled program does not look:
+    what it returns is not finite either."""
+    if symbolic(losses):
+        return
+    if not batched(losses) and math.isfinite(losses.detach().sum().item()):
+        return  # one wait for the device; what is to be said of other losses takes more
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(f"losses[{i}] = {losses[i].item()}" for i in bad[:5])
+        raise NonFiniteLossError(
+            f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
+            "parameters; a sample without a single labelled position has a mean loss of 0/0."
+        )
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether losses agree to the digits of their dtype, or of another one they came through.
+
+    Each is compared to itself: a large one hides no other. What is smaller than one, and than the
+    largest, is compared to that: a loss near zero is a difference of larger numbers.
+    """
+    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
+    tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
+    largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)
 
 
 @dataclass
