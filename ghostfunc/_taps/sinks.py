@@ -101,7 +101,8 @@ def run_into_sinks(
         tracked[i].running = total
     for key, reader in readers.items():
         tracked[key[1]].readers[key] = (reader, reader)
-    taps, recut = {ANCHOR: anchor}, recut_of(model)
+    taps = {ANCHOR: anchor}
+    recut = None if model.packing is None else recut_of(model)
     mode = TapMode(
         model.trace, tracked, model.n, taps, {}, sinks=sinks, recut=recut, shapes=model.shapes
     )
