@@ -1,4 +1,4 @@
-"""What losses have to be: one finite float per sample.
+"""What losses have to be: one finite float per sample, on which parameters act where it is seen.
 
 `FiniteLosses` puts the look at them off until a device has all that it has to do, and looks at what
 was made of directions at the same time.
@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ghostfunc._base.errors import LossShapeError, NonFiniteLossError, ParamsError
+from ghostfunc._base.errors import (
+    WAYS_OUT,
+    LossShapeError,
+    NonFiniteLossError,
+    ParamsError,
+    UntrackedUseError,
+)
 from ghostfunc._base.torch_private import batched, symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec
 
@@ -83,6 +89,21 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
     tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
     largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)
+
+
+def refuse_unseen(spec: ParamSpec, cotangents: Sequence[Tensor | None]) -> None:
+    """Raise `UntrackedUseError` if a cotangent reached a parameter past the taps."""
+    unseen = [name for name, g in zip(spec.names, cotangents, strict=True) if g is not None]
+    if unseen:
+        raise unseen_use(unseen)
+
+
+def unseen_use(names: Sequence[str]) -> UntrackedUseError:
+    listed = ", ".join(map(repr, names))
+    return UntrackedUseError(
+        f"The losses depend on parameter {listed} on a path ghostfunc does not see: a custom "
+        f"autograd.Function, a write into a buffer, or code outside torch functions. {WAYS_OUT}"
+    )
 
 
 @dataclass
