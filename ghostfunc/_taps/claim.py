@@ -13,7 +13,8 @@ from torch import Tensor
 from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import close, coupled_samples
+from ghostfunc._base.losses import close
+from ghostfunc._base.purity import coupled_samples
 from ghostfunc._base.remembered import layout_key
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import ContractDtype, Randomness
