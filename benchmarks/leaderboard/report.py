@@ -159,8 +159,9 @@ def draw(results: dict[str, Any]) -> None:
         axis.set_title(task["name"], fontsize=10)
         axis.set_xlabel("linear datamodeling score")
         axis.axvline(0, color="black", lw=0.6)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))  # the legend lies below: no bar is hidden
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(SHARES), fontsize=9, frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)

@@ -301,6 +301,35 @@ def test_it_looks_right(page_of: Any, opened: Any, pictures: Path) -> None:
     assert found.page.locator(".best .card").count() == 5
 
 
+def test_tiles_fill_their_rows_and_medians_are_written(
+    page_of: Any, opened: Any, pictures: Path
+) -> None:
+    """The picture of the documentation. Rows of tiles end where the page does, at any width and in
+    print; the colours of tokens are explained above the tokens."""
+    top = scores_of(200).top(1).ids[0]
+    path = page_of(group="source", heat={top: Heat(*templated(top))})
+    for width in (1280, 700, 390, 320):
+        found = opened(path, width=width)
+        for medium in ("screen", "print"):
+            found.page.emulate_media(media=medium)
+            boxes = [x.bounding_box() for x in found.page.locator(".tile").all()]
+            ends = {round(x["y"]): x["x"] + x["width"] for x in boxes}  # of the last in a row
+            whole = found.page.locator("#tiles").bounding_box()
+            assert len(ends) == (1 if medium == "screen" and width == 1280 else 2)
+            assert all(abs(x - whole["x"] - whole["width"]) < 1 for x in ends.values())
+        legend = found.page.locator("#legend").bounding_box()
+        first = found.page.locator(".best .card").first.bounding_box()
+        assert 0 < first["y"] - legend["y"] - legend["height"] < 150
+        medians = found.drawn("#groups .value")
+        assert len(medians) == 3
+        assert all(re.fullmatch(r"[+−][\d.]+", text) for text in medians)
+        if width == 1280:
+            found.page.emulate_media(media="screen")
+            clip = {"x": 0, "y": 0, "width": 1280, "height": 790}
+            found.page.screenshot(path=pictures / "report.png", clip=clip)
+        assert found.wrong == []
+
+
 def test_tokens_stand_under_the_roles_of_their_messages(page_of: Any, opened: Any) -> None:
     top = scores_of(200).top(1).ids[0]
     pieces, shares = templated(top)
