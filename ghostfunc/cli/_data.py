@@ -34,6 +34,13 @@ def read(
         say(f"{len(faults):,} of {len(rows):,} rows of {path} cannot be used: see {aside}")
     if not len(encoded):
         raise CommandError(f"{path}: no row can be used.")
+    for row, tokens in zip(encoded.rows, encoded.tokens, strict=True):
+        if int(tokens.max()) >= model.vocabulary:
+            raise CommandError(
+                f"{rows.where(row)}: the tokenizer makes the token {int(tokens.max())}, and the "
+                f"model knows {model.vocabulary:,}: it is another model's tokenizer, or tokens "
+                "were added without model.resize_token_embeddings."
+            )
     if encoded.truncated:
         say(f"{encoded.truncated:,} rows of {path} are cut to {model.max_length:,} tokens")
     return rows, encoded

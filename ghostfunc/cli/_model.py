@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ghostfunc._base.types import ModelFn
@@ -23,6 +25,9 @@ from ghostfunc.hf import causal_lm, causal_lm_likelihood
 LOCAL = {"local_files_only": True}
 """A folder is never looked for on the network."""
 
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for folders and files that it cannot read."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -30,6 +35,7 @@ class Loaded:
 
     Attributes:
         max_length: tokens of a sample: what was asked for, or the model's positions if fewer.
+        vocabulary: how many tokens the model knows.
         likelihood: how the losses are made of outputs, for curvatures that draw labels.
     """
 
@@ -39,6 +45,7 @@ class Loaded:
     params: dict[str, Tensor]
     collate: Collate
     max_length: int
+    vocabulary: int
     likelihood: Likelihood
 
 
@@ -57,12 +64,16 @@ def load(folder: Path, options: Loading) -> Loaded:
     dtype: torch.dtype = getattr(torch, options.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, output_loading_info=True
+        )
+    except UNREADABLE as error:
         raise CommandError(
             f"{folder}: transformers cannot load a causal language model and its tokenizer from "
             f"it: {_first_line(error)}"
         ) from error
+    model, loaded = found
+    _refuse_random(folder, model, loaded["missing_keys"])
     model = model.to(device).eval()
     _restrict(model, options.parameters)
     model_fn, params = causal_lm(model)
@@ -72,7 +83,19 @@ def load(folder: Path, options: Loading) -> Loaded:
     longest = options.max_length if positions is None else min(options.max_length, positions)
     collate = padded(pad, max_length=longest)
     likelihood = causal_lm_likelihood(model)
-    return Loaded(folder, tokenizer, model_fn, params, collate, longest, likelihood)
+    vocabulary = len(model.get_input_embeddings().weight)
+    return Loaded(folder, tokenizer, model_fn, params, collate, longest, vocabulary, likelihood)
+
+
+def _refuse_random(folder: Path, model: nn.Module, missing: Iterable[str]) -> None:
+    """Raise where transformers made up what the folder does not have."""
+    random = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    if random:
+        raise CommandError(
+            f"{folder} has no weights for {len(random)} parameters of its model, such as "
+            f"{', '.join(random[:3])}: they would be random numbers. Is it the folder of a "
+            "causal language model, and whole?"
+        )
 
 
 def _gguf(path: Path) -> dict[str, Any]:

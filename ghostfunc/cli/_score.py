@@ -20,8 +20,9 @@ from ghostfunc.cli._model import load
 from ghostfunc.cli._options import Curvature, Score
 from ghostfunc.cli._plan import plan, shares
 from ghostfunc.cli._say import say
+from ghostfunc.cli._scores_file import POOL_CONTENT
 from ghostfunc.curvature._errors import check_count, check_damping
-from ghostfunc.data import Scores, find_token_budget, score_dataset, write_rows
+from ghostfunc.data import Encoded, Scores, find_token_budget, score_dataset, write_rows
 from ghostfunc.data._files import write_whole
 from ghostfunc.data._parts import read_recipe
 from ghostfunc.data._progress import progress_bar
@@ -113,6 +114,7 @@ def _read(options: Score, folder: Path) -> Inputs:
     rows, pool = _data.read(options.pool, model, options.loading, aside, quiet=quiet)
     aside = options.out.with_suffix(TARGET_ASIDE)
     _, target = _data.read(options.target, model, options.loading, aside, quiet=quiet)
+    _tell_shared(pool, target, options)
     if options.top > len(pool):
         raise CommandError(
             f"--top {options.top}: {options.pool} has {len(pool):,} rows to choose from."
@@ -127,6 +129,17 @@ def _read(options: Score, folder: Path) -> Inputs:
         budget = find_token_budget(model.model_fn, model.params, few, tokens=tokens)
         say(f"batches of up to {budget:,} tokens (--token-budget {budget})")
     return Inputs(model, rows, pool, target, budget)
+
+
+def _tell_shared(pool: Encoded, target: Encoded, options: Score) -> None:
+    """Rows of the target in the pool are found for a reason that teaches nothing."""
+    asked = {x.tobytes() for x in target.tokens}
+    shared = sum(x.tobytes() in asked for x in pool.tokens)
+    if shared:
+        say(
+            f"note: {shared:,} rows of {options.pool} are rows of {options.target} too; they tend "
+            "to come first."
+        )
 
 
 def _verified(inputs: Inputs, count: int) -> bool:
@@ -169,6 +182,7 @@ def _score(inputs: Inputs, options: Score, u: PyTree, folder: Path) -> Scores:
     facts: dict[str, Any] = {
         name: str(getattr(options, name)) for name in ("model", "pool", "target")
     }
+    facts[POOL_CONTENT] = recipe["pool"]
     facts = {**facts, "target_rows": len(inputs.target), **scores.facts}
     columns = scores.columns
     if influence:  # a dot product along another direction

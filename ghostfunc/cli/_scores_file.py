@@ -11,9 +11,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ghostfunc.cli._data import content_of
 from ghostfunc.cli._errors import CommandError
 from ghostfunc.data import Rows, Scores
 from ghostfunc.data._scores import HELPS
+
+POOL_CONTENT = "pool_content"
+"""The fact of a file of scores that says which rows it is about: a hash of the pool."""
 
 VALUE = "value_"
 """Begins a column of GhostTrainer: what a sample changed a validation loss by, negative: it
@@ -26,7 +30,7 @@ def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
     GhostTrainer's values change their sign, and their name says so: `shapley_higher_helps/name`.
 
     Raises:
-        CommandError: no such file, other columns, or ids that are no rows of the pool.
+        CommandError: no such file, other columns, or scores of other rows.
     """
     rows = Rows.open(pool)
     try:
@@ -52,6 +56,11 @@ def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
     )
     metadata: dict[bytes, bytes] = table.schema.metadata or {}
     facts: dict[str, Any] = json.loads(metadata.get(b"ghostfunc", b"{}"))
+    if facts.get(POOL_CONTENT, found := content_of(pool)) != found:
+        raise CommandError(
+            f"{pool} does not hold the rows that were scored: {path} was made of a file with other "
+            "content. Give that one."
+        )
     return rows, Scores(ids, columns, facts)
 
 

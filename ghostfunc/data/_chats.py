@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,7 +141,10 @@ def _tokens(
         raise rows.fault(row, f"half of a surrogate pair at character {error.start}.") from error
     ids, offsets = _tokenized(text, tokenizer, max_length, special=special)
     labelled = np.zeros(len(offsets), dtype=np.bool_)
+    last = int(offsets[:max_length, 1].max(initial=0))
     for start, end in spans:
+        if start >= last:
+            break
         # A token counts where it begins; those without text (special ones) do not.
         labelled |= (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return ids, labelled
@@ -169,7 +172,7 @@ def _tokenized(
         most *= 4
 
 
-Rendered = tuple[str, list[tuple[int, int]], bool]
+Rendered = tuple[str, Iterable[tuple[int, int]], bool]
 
 
 def _render(rows: Rows, row: int, tokenizer: Tokenizer) -> Rendered:
@@ -212,7 +215,14 @@ def _chat(rows: Rows, row: int, messages: object, tokenizer: Tokenizer) -> Rende
             "folder (chat_template.jinja), or give prompt and completion, or text."
         )
     whole = _templated(rows, row, messages, tokenizer, answer=False)
-    spans = []
+    return whole, _said(rows, row, messages, tokenizer, whole), False
+
+
+def _said(
+    rows: Rows, row: int, messages: list[Any], tokenizer: Tokenizer, whole: str
+) -> Iterator[tuple[int, int]]:
+    """Where the assistant's messages are within the whole, one after the other: each needs a run of
+    the template over all before it, and those beyond a cut are never asked for."""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -224,8 +234,7 @@ def _chat(rows: Rows, row: int, messages: object, tokenizer: Tokenizer) -> Rende
                 f"message {i}: the chat template writes earlier messages anew when later ones "
                 "follow, so it cannot be told what the assistant said. Give prompt and completion.",
             )
-        spans.append((len(before), len(after)))
-    return whole, spans, False
+        yield len(before), len(after)
 
 
 def _templated(

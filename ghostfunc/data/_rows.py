@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ghostfunc.data._errors import Fault, RowsError
 
@@ -77,6 +78,12 @@ class Rows(ABC):
         return RowsError([Fault(self.where(row), row, why)])
 
 
+def _stamp(file: IO[bytes]) -> tuple[int, int, int]:
+    """What tells a file from what another program made of it."""
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class _JsonLines(Rows):
     """Lines of JSON, found by their places in the file; lines of white space are no rows."""
 
@@ -88,6 +95,7 @@ class _JsonLines(Rows):
                 why = "the file begins like UTF-16; expected UTF-8. Convert it: iconv -t utf-8."
                 raise RowsError([Fault(f"{path}, line 1", 0, why)])
             file.seek(0)
+            self._stamp = _stamp(file)
             start = 0
             for number, line in enumerate(file, 1):
                 if line.strip() and line.strip() != BOM:
@@ -107,6 +115,8 @@ class _JsonLines(Rows):
         if not 0 <= row < len(self):
             raise IndexError(row)  # ends a loop over rows
         with self.path.open("rb") as file:
+            if _stamp(file) != self._stamp:
+                raise self.fault(row, "the file has changed since it was opened. Start anew.")
             file.seek(self._starts[row])
             line = file.readline().removeprefix(BOM)
         try:

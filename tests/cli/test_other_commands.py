@@ -275,11 +275,11 @@ def test_a_gguf_file_is_a_model(
     asked: list[Path] = []
 
     def reads(kind: Any) -> None:
-        found = kind.from_pretrained(model)
+        from_folder = kind.from_pretrained
 
         def read(*, pretrained_model_name_or_path: Path, gguf_file: str, **more: Any) -> Any:
             asked.append(pretrained_model_name_or_path / gguf_file)
-            return found
+            return from_folder(model, **more)
 
         monkeypatch.setattr(kind, "from_pretrained", read)
 

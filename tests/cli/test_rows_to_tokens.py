@@ -133,6 +133,25 @@ def test_a_cut_that_leaves_nothing_to_learn_says_so(tmp_path: Path) -> None:
         encoded(tmp_path, {"prompt": "a" * 50, "completion": "b"}, max_length=8)
 
 
+def test_messages_beyond_the_cut_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the assistant's messages takes a run of the template over all before it."""
+    messages = [said(("user", "assistant")[i % 2], f"message {i}") for i in range(2000)]
+    calls = []
+    template = TOKENIZER.apply_chat_template
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return template(*args, **options)
+
+    monkeypatch.setattr(TOKENIZER, "apply_chat_template", counted)
+    rows = {"messages": messages}, {"messages": messages[:20]}
+    found = encoded(tmp_path, *rows, max_length=90)
+    assert len(calls) < 40
+    assert learned(found, 0) == learned(found, 1) != ""
+
+
 def test_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {
         "messages": [

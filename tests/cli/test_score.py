@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import ghostfunc as gf
+from ghostfunc.cli import _score as score_command
 from ghostfunc.data import Rows, batches, encode, padded, write_rows
 from ghostfunc.data import _score as score_module
+
+from .conftest import chat, lines
 
 Run = Callable[..., tuple[int, str]]
 LINE = "score MODEL --pool pool.jsonl --target target.jsonl --top 7 --out sel.jsonl"
@@ -245,3 +250,66 @@ def test_help_names_every_command(run: Run) -> None:
     assert code == 0
     for name in ("score", "select", "report", "verify", "explain", "project", "query"):
         assert name in said
+
+
+def test_weights_that_are_not_there_are_no_random_numbers(
+    run: Run, files: Path, model: Path
+) -> None:
+    shutil.copytree(model, files / "m")
+    weights = files / "m" / "model.safetensors"
+    kept = {name: x for name, x in load_file(weights).items() if ".mlp." not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    code, said = run(LINE.replace("MODEL", "m"))
+    assert code == 2
+    assert "has no weights for 4 parameters of its model" in said
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, said = run(LINE.replace("MODEL", "m"))
+    assert code == 2
+    assert "transformers cannot load" in said
+
+
+@pytest.mark.parametrize("line", [LINE, "verify MODEL --pool pool.jsonl"])
+def test_another_models_tokenizer(run: Run, files: Path, model: Path, line: str) -> None:
+    shutil.copytree(model, files / "m")
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model)
+    lm.resize_token_embeddings(50)
+    lm.save_pretrained(files / "m")
+    code, said = run(line.replace("MODEL", "m"))
+    assert code == 2
+    assert "pool.jsonl, line 1: the tokenizer makes the token" in said
+    assert "the model knows 50" in said
+
+
+def test_rows_that_change_under_way_are_not_taken_for_those_that_were_scored(
+    run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = score_command.score_dataset
+
+    def changing(*args: Any, **options: Any) -> Any:
+        scores = scored(*args, **options)
+        lines = (files / "pool.jsonl").read_text().splitlines(keepends=True)
+        (files / "pool.jsonl").write_text("".join(reversed(lines)))
+        return scores
+
+    monkeypatch.setattr(score_command, "score_dataset", changing)
+    code, said = run(LINE)
+    assert code == 2
+    assert "the file has changed since it was opened" in said
+    assert not (files / "sel.jsonl").exists()
+
+
+def test_rows_of_the_target_in_the_pool_are_told(run: Run, files: Path) -> None:
+    shutil.copy(files / "pool.jsonl", files / "target.jsonl")
+    code, said = run(LINE)
+    assert code == 0
+    assert "note: 40 rows of pool.jsonl are rows of target.jsonl too" in said
+
+
+@pytest.mark.parametrize("command", ["select", "report"])
+def test_scores_of_other_rows_are_refused(run: Run, files: Path, command: str) -> None:
+    assert run(LINE + " --scores s.parquet")[0] == 0
+    (files / "other.jsonl").write_text(lines(chat(i) for i in range(1, 41)))
+    end = {"select": "--top 3 --out x.jsonl", "report": "--out x.html"}[command]
+    code, said = run(f"{command} s.parquet --pool other.jsonl {end}")
+    assert code == 2
+    assert "other.jsonl does not hold the rows that were scored" in said
