@@ -19,6 +19,11 @@ from ghostfunc.report import write_report
 JSON_LINES = (".jsonl", ".ndjson")
 
 
+def _check_at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise CommandError(f"--{option} {value}: expected at least {least}.")
+
+
 def select(options: Select) -> int:
     """Run the command."""
     _data.check_out(options.out, JSON_LINES, options.scores, options.pool)
@@ -47,6 +52,7 @@ def report(options: Report) -> int:
 
 def verify(options: Verify) -> int:
     """Run the command."""
+    _check_at_least("count", options.count, 1)
     model = load(options.model, options.loading)
     _, samples = _data.read(options.pool, model, options.loading, None, quiet=True)
     batch = _data.batch_of(model, samples, options.count)
@@ -57,6 +63,7 @@ def verify(options: Verify) -> int:
 
 def explain(options: Explain) -> int:
     """Run the command."""
+    _check_at_least("count", options.count, 1)
     model = load(options.model, options.loading)
     _, samples = _data.read(options.pool, model, options.loading, None, quiet=True)
     batch = _data.batch_of(model, samples, options.count)
@@ -68,12 +75,14 @@ def project(options: Project) -> int:
     """Run the command."""
     from ghostfunc.store import Store, project_dataset
 
+    _check_at_least("columns", options.columns, LEAST_RANK**2)
+    _check_at_least("batch-size", options.batch_size, 1)
     model = load(options.model, options.loading)
     _, samples = _data.read(options.pool, model, options.loading, None, quiet=options.quiet)
     projection = kronecker_projection(
         model.params,
         rank_total=options.columns,
-        rank_min=4,
+        rank_min=LEAST_RANK,
         kind="orthonormal",
         seed=options.seed,
         compress=options.columns,
@@ -112,6 +121,9 @@ def project(options: Project) -> int:
     return 0
 
 
+LEAST_RANK = 4
+"""Numbers that are kept of either side of a matrix, at least."""
+
 CHECKPOINT = "model"
 """The name of the only checkpoint in a store."""
 
@@ -130,6 +142,7 @@ def query(options: Query) -> int:
     store = Store.open(options.store)
     rows = Rows.open(options.pool)
     _data.check_columns(rows, options.pool, group=options.group, image=options.image)
+    _data.check_new(rows, None if options.report is None else options.image)
     if store.notes.get("pool") != _data.content_of(options.pool):
         raise CommandError(f"{options.store} was not made of the rows of {options.pool}.")
     if not 1 <= options.top <= store.n_samples:

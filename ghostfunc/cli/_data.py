@@ -15,6 +15,8 @@ from ghostfunc.cli._say import say
 from ghostfunc.data import Encoded, Fault, Rows, batches, encode
 from ghostfunc.data._files import write_whole
 from ghostfunc.data._progress import Progress
+from ghostfunc.data._select import KEY
+from ghostfunc.report._images import thumbnail
 
 
 def read(
@@ -50,6 +52,19 @@ def check_kept(path: Path, *inputs: Path) -> None:
     """Raise if writing there would overwrite what is read."""
     if path.resolve() in [x.resolve() for x in inputs]:
         raise CommandError(f"{path} is one of the inputs; it would be lost. Choose another name.")
+
+
+def check_new(rows: Rows, image: str | None) -> None:
+    """Raise before anything is computed where what was chosen could not be written, or not be
+    shown."""
+    for row in range(len(rows)):
+        if KEY in rows[row]:
+            raise CommandError(
+                f"{rows.where(row)} has a key {KEY!r} already: it was chosen by an earlier run. "
+                "Remove the key, or choose from the first file."
+            )
+        if image is not None:
+            thumbnail(rows, row, image)
 
 
 def check_columns(rows: Rows, path: Path, **columns: str | None) -> None:

@@ -134,8 +134,8 @@ def padded(pad_id: int, *, label_pad: int = -100, max_length: int | None = None)
         token of the sample. Other keys are padded with 0.
 
     Raises:
-        BatchError: (by the function) a sample has other keys than the first, no tokens, or
-            sequences of unequal lengths, or more tokens than `max_length`.
+        BatchError: (by the function) there are no samples; a sample has other keys than the first,
+            no tokens, sequences of unequal lengths, or more tokens than `max_length`.
     """
 
     check_whole("pad_id", pad_id, 0)
@@ -144,6 +144,8 @@ def padded(pad_id: int, *, label_pad: int = -100, max_length: int | None = None)
         check_whole("max_length", max_length)
 
     def collate(samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not samples:
+            raise BatchError("there are no samples to make a batch of; expected at least one.")
         longest = max(_length_of(sample, samples[0]) for sample in samples)
         if max_length is not None:
             if longest > max_length:

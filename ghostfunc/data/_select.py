@@ -13,6 +13,9 @@ from ghostfunc.data._files import write_whole
 from ghostfunc.data._rows import JSON_LINES, Rows
 from ghostfunc.data._scores import Scores
 
+KEY = "ghostfunc"
+"""What is added to a row under this key."""
+
 
 def write_rows(path: str | Path, rows: Rows, scores: Scores) -> None:
     """Write the rows of a table of scores, in its order, as JSON lines; whole or not at all.
@@ -43,13 +46,13 @@ def write_rows(path: str | Path, rows: Rows, scores: Scores) -> None:
 
 def _write_row(file: IO[str], rows: Rows, scores: Scores, rank: int, row: int) -> None:
     found = rows[row]
-    if "ghostfunc" in found:
+    if KEY in found:
         raise OptionError(
-            f"{rows.where(row)} has a key 'ghostfunc' already: it was chosen by an earlier run. "
+            f"{rows.where(row)} has a key {KEY!r} already: it was chosen by an earlier run. "
             "Remove the key, or choose from the first file."
         )
     numbers = {name: float(x[rank - 1]) for name, x in scores.columns.items()}
-    found["ghostfunc"] = {"rank": rank, "row": row, **numbers}
+    found[KEY] = {"rank": rank, "row": row, **numbers}
     line = json.dumps(found, ensure_ascii=False, default=_as_json)
     if any("\ud800" <= c <= "\udfff" for c in line):  # halves of pairs, which UTF-8 has not
         line = json.dumps(found, default=_as_json)

@@ -195,6 +195,10 @@ def test_images_come_from_a_column(run: Run, files: Path) -> None:
         ("select pool.jsonl --pool pool.jsonl --out x.jsonl", "no readable Parquet"),
         ("select s.parquet --pool target.jsonl --out x.jsonl", "has the id 3"),
         ("select s.parquet --pool pool.jsonl --by no --out x.jsonl --top 2", "no column 'no'"),
+        ("verify MODEL --pool pool.jsonl --count 0", "--count 0: expected at least 1"),
+        ("explain MODEL --pool pool.jsonl --count -1", "--count -1: expected at least 1"),
+        ("project MODEL --pool pool.jsonl --store s --columns 1", "--columns 1: expected at least"),
+        ("project MODEL --pool pool.jsonl --store s --batch-size 0", "--batch-size 0: expected"),
         ("query MODEL --store no --pool pool.jsonl --target target.jsonl --out x.jsonl", "no such"),
     ],
 )

@@ -313,3 +313,22 @@ def test_scores_of_other_rows_are_refused(run: Run, files: Path, command: str) -
     code, said = run(f"{command} s.parquet --pool other.jsonl {end}")
     assert code == 2
     assert "other.jsonl does not hold the rows that were scored" in said
+
+
+@pytest.mark.parametrize(
+    ("added", "more", "said"),
+    [
+        ({"ghostfunc": {}}, "", "pool.jsonl, line 40 has a key 'ghostfunc' already"),
+        ({"image": "no.png"}, "--report r.html --image image", "pool.jsonl, line 40: the image"),
+    ],
+)
+def test_what_would_fail_at_the_end_fails_at_the_beginning(
+    run: Run, files: Path, monkeypatch: pytest.MonkeyPatch, added: Any, more: str, said: str
+) -> None:
+    monkeypatch.setattr(score_command, "score_dataset", None)
+    last = {**chat(39), **added}
+    (files / "pool.jsonl").write_text(lines([*(chat(i) for i in range(39)), last]))
+    code, found = run(f"{LINE} {more}")
+    assert code == 2
+    assert said in found
+    assert not (files / "sel.run").exists()

@@ -408,6 +408,7 @@ def test_padding() -> None:
 @pytest.mark.parametrize(
     ("samples", "said"),
     [
+        ([], "no samples"),
         ([{"input_ids": [1]}, {"input_ids": [1], "labels": [1]}], "same keys"),
         ([{"input_ids": [1], "labels": [1, 2]}], "one length"),
         ([{"input_ids": []}], "above zero"),
