@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.company import Part, halves
+from ghostfunc._base.company import Part
 from ghostfunc._base.dtypes import squared_norms, wide
-from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps.claim import (
@@ -30,12 +28,13 @@ from ghostfunc._taps.claim import (
     NOT_THEIRS,
     Alone,
     Claim,
+    Coupling,
     Dots,
     coarsest,
     loss_sizes,
     tolerance_of,
 )
-from ghostfunc._taps.readings import Sum
+from ghostfunc._taps.readings import Read, Sum
 from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.layout import StaleLayout
 
@@ -49,47 +48,91 @@ NOISE_MARGIN = 100.0
 """How much larger than the noise that was seen a difference may be."""
 
 
-def compare_gradients(
-    claim: Claim, seed: int, randomness: Randomness
-) -> CoupledSamplesError | Disproved | None:
-    """What is wrong with the claim, seen along one direction."""
-    model = claim.model
-    generator = np.random.default_rng([seed, model.n])
-    # numpy's numbers: torch draws none inside vmap.
-    v = [_normal(generator, x) for x in model.leaves]
-    given = claim.dots_by(claim.model, v, seed, randomness)
-    model, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
-    table = found.table
-    index = table.isfinite().all(0).nonzero().flatten().tolist()
-    if not index:  # losses are all there is to compare
-        prove_independent(model, model.batch)
+@dataclass
+class AlongOneDirection:
+    """A run's gradients along one random direction, and what plain autograd has of them as parts
+    of the batch come up.
+
+    Attributes:
+        alone: plain autograd on samples of the run, or of one with numbers in place of zeros.
+        v: the direction.
+        given: what the run's trace reads along it; found: the same with numbers in place of zeros.
+        weights: the samples' weights, `[n]`; those whose numbers are not finite have none.
+    """
+
+    claim: Claim
+    alone: Alone
+    v: list[Tensor]
+    given: Dots
+    found: Dots
+    weights: Tensor
+    _totals: Tensor
+    _sizes: Tensor
+
+    @staticmethod
+    def of(claim: Claim, seed: int, randomness: Randomness) -> AlongOneDirection | None:
+        """None if nothing is finite."""
+        model = claim.model
+        generator = np.random.default_rng([seed, model.n])
+        # numpy's numbers: torch draws none inside vmap.
+        v = [_normal(generator, x) for x in model.leaves]
+        given = claim.dots_by(model, v, seed, randomness)
+        other, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
+        table = found.table
+        index = table.isfinite().all(0).nonzero().flatten()
+        if not len(index):
+            return None
+        weights = table.new_zeros(model.n)
+        weights = weights.index_copy(0, index, _weights(table[:, index], generator))
+        alone = Alone(other, found.losses, randomness, seed)
+        zeros = table.new_zeros(len(v)), table.new_zeros(len(v))
+        return AlongOneDirection(claim, alone, v, given, found, weights, *zeros)
+
+    @property
+    def filled(self) -> bool:
+        """Whether it is of a model with numbers in place of zeros."""
+        return self.alone.model is not self.claim.model
+
+    @property
+    def finite(self) -> list[int]:
+        """The samples that are compared."""
+        return self.found.table.isfinite().all(0).nonzero().flatten().tolist()
+
+    def add(self, grads: Sequence[Tensor], weight: float = 1.0) -> None:
+        """Take a part's gradient, of losses that were weighted already but for this `weight`."""
+        with unrounded(self.found.losses):
+            pairs = [_beside(g, u) for g, u in zip(grads, self.v, strict=True)]
+        dots, norms = zip(*pairs, strict=True)
+        self._totals = self._totals + weight * torch.stack(dots)
+        self._sizes = self._sizes + abs(weight) * torch.stack(norms)
+
+    def wrong(self) -> Coupling | Disproved | None:
+        """What is wrong, when all parts are there."""
+        model, index = self.alone.model, self.finite
+        weights = self.weights[index]
+        size = loss_sizes(self.found.losses[index])
+        noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
+        terms = weights * self.found.table[:, index]
+        params = list(range(len(self.v)))
+        compared = _Compared(params, terms, self._totals, self._sizes, noise)
+        wrong: Coupling | Disproved | None = compared.wrong(model, None)
+        if wrong is None and compared.doubtful(model):
+            wrong = _beyond_noise(compared, self.alone, index, weights)
+        return wrong
+
+    def wrong_sums(self, read: Read) -> Disproved | None:
+        """What is wrong with sums over all samples, training gradients above all: their products
+        with the direction are sums of those that were proved."""
+        table = self.given.table
+        if not bool(table.isfinite().all()):
+            return None
+        for one in read.sums:
+            compared = _of_sum(one, self.v[one.param], table[one.param], self.claim)
+            if compared is None:
+                continue
+            if (wrong := compared.wrong(self.claim.model, one.contract_dtype)) is not None:
+                return wrong
         return None
-    alone = Alone(model, found.losses, randomness, seed)
-    weights = _weights(table[:, index], generator)
-    totals, sizes = table.new_zeros(len(v)), table.new_zeros(len(v))
-    of_all = table.new_zeros(model.n).index_copy(0, torch.tensor(index), weights)
-    parts = [Part(index, [True] * len(index))]
-    if randomness == "error":
-        parts = halves(generator.permutation(index).tolist(), model.packing)
-    for part in parts:
-        c = torch.where(torch.tensor(part.own), of_all[part.rows], 0)
-        grads = alone.gradient(part.rows, c, part.own)
-        if isinstance(grads, CoupledSamplesError):
-            return grads
-        with unrounded(found.losses):
-            dots, norms = zip(*(_beside(g, u) for g, u in zip(grads, v, strict=True)), strict=True)
-        totals, sizes = totals + torch.stack(dots), sizes + torch.stack(norms)
-        del grads  # before those of the next part are there
-    size = loss_sizes(found.losses[index])
-    noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
-    terms = weights * table[:, index]
-    compared = _Compared(list(range(len(v))), terms, totals, sizes, noise)
-    wrong: CoupledSamplesError | Disproved | None = compared.wrong(model, None)
-    if wrong is None and compared.doubtful(model):
-        wrong = _beyond_noise(compared, alone, index, weights)
-    if wrong is None and bool(given.table.isfinite().all()):
-        wrong = _compare_sums(claim, v, given.table, seed, randomness)
-    return wrong
 
 
 def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
@@ -173,7 +216,7 @@ class _Compared:
 
 def _beyond_noise(
     compared: _Compared, alone: Alone, index: list[int], weights: Tensor
-) -> CoupledSamplesError | Disproved | None:
+) -> Coupling | Disproved | None:
     """What is off by more than rounding noise, which is seen in a few samples: parameters are moved
     by units in their last place."""
     model = alone.model
@@ -184,8 +227,9 @@ def _beyond_noise(
     found = []
     for leaves in (model.leaves, moved):
         own = [leaves is model.leaves] * len(rows)  # the others' losses are not quite the run's
-        grads = replace(alone, model=replace(model, leaves=leaves)).gradient(rows, c, own)
-        if isinstance(grads, CoupledSamplesError):
+        other = replace(alone, model=replace(model, leaves=leaves))
+        grads = other.gradient(Part(rows, own), c)
+        if isinstance(grads, Coupling):
             return grads
         found.append(grads)
     noise = [float((wide(x) - wide(y)).norm()) for x, y in zip(*found, strict=True)]
@@ -199,19 +243,6 @@ def _signs(x: Tensor) -> Tensor:
     """1 and -1, as good as random."""
     turns = torch.arange(x.numel(), dtype=torch.float64, device=x.device) + 1
     return torch.sin(turns * turns * 0.7548776662).sign().to(x.dtype).view(x.shape)
-
-
-def _compare_sums(
-    claim: Claim, v: Sequence[Tensor], table: Tensor, seed: int, randomness: Randomness
-) -> Disproved | None:
-    """What is wrong with sums over all samples, training gradients above all: their products with
-    the direction are sums of those that were proved."""
-    model = claim.model
-    for one in claim.read_by(seed, randomness).sums:
-        compared = _of_sum(one, v[one.param], table[one.param], claim)
-        if compared is not None and (wrong := compared.wrong(model, one.contract_dtype)):
-            return wrong
-    return None
 
 
 def _of_sum(one: Sum, v: Tensor, dots: Tensor, claim: Claim) -> _Compared | None:

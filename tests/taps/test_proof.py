@@ -57,11 +57,15 @@ def test_what_is_known_costs_nothing() -> None:
     counted, problem = problem_of(linear)
     norm(problem, 4, 3)()
     assert counted.during(norm(problem, 4, 3)) == [4]
-    # Two passes more, and two of two samples each.
-    assert counted.during(norm(problem, 6, 3)) == [6, 6, 3, 3, 2, 2]
-    assert counted.during(norm(problem, 6, 3)) == [6]
-    assert counted.during(norm(problem, 6, 5)) == [6, 6, 3, 3, 2, 2]
-    assert counted.during(norm(problem, 6, 3)) == [6]
+    # Two passes more, the second in parts.
+    assert counted.during(norm(problem, 8, 3)) == [8, 8, 2, 2, 2, 2]
+    assert counted.during(norm(problem, 8, 3)) == [8]
+    assert counted.during(norm(problem, 13, 5)) == [13, 13, 2, 3, 4, 4]
+    assert counted.during(norm(problem, 8, 3)) == [8]
+    # Of fewer samples, those that would be alone have a copy for company.
+    assert counted.during(norm(problem, 6, 3)) == [6, 6, 2, 2, 2, 2]
+    assert counted.during(norm(problem, 3, 3)) == [3, 3, 2, 2, 2]
+    assert counted.during(norm(problem, 2, 3)) == [2, 2, 2, 2]
 
 
 def test_always_and_never() -> None:
@@ -87,7 +91,7 @@ def test_what_may_reorder_is_proved_every_time() -> None:
     counted, problem = problem_of(choosing)
     norm(problem, 4, 3)()
     for _ in range(2):
-        assert counted.during(norm(problem, 4, 3)) == [4, 4, 2, 2]
+        assert counted.during(norm(problem, 4, 3)) == [4, 4, 2, 2, 2, 2]
 
 
 def exact(f: Callable[[Any, Any], Tensor], first: tuple[int, int], then: tuple[int, int]) -> None:
@@ -224,7 +228,7 @@ def test_zeros_cost_a_pass_where_they_hide_something() -> None:
     ask = norm(Problem(counted, params, sequences(4)), 4, 3)
     ask()
     more = norm(Problem(counted, params, sequences(4)), 6, 3)
-    assert counted.during(more) == [6, 6, 3, 3, 2, 2]  # zeros that hide nothing
+    assert counted.during(more) == [6, 6, 2, 2, 2, 2]  # zeros that hide nothing
     params["b"] = torch.zeros_like(params["b"])
     more = norm(Problem(counted, params, sequences(4)), 6, 5)
-    assert counted.during(more) == [6, 6, 6, 3, 3, 2, 2]
+    assert counted.during(more) == [6, 6, 6, 2, 2, 2, 2, 2]
