@@ -66,7 +66,7 @@ def compare(claim: Claim, seed: int, randomness: Randomness, asked: Asked) -> Co
         if along is not None:
             plans = [(along.alone, _parts(along, None, order, asked), along, None)]
         plans.append((alone, _of_few(numbers, order, asked), None, numbers))
-    left = set(numbers.chosen)
+    left = {*numbers.chosen, *numbers.others}
     for by, parts, of_gradients, of_numbers in plans:
         for part in parts:
             coupling = by.run(part, _passes(part, left, of_gradients, of_numbers))
@@ -134,8 +134,9 @@ def _passes(
         passes.append((weights, both))
 
     if numbers is not None:
-        others = torch.tensor([i in numbers.others for i in rows])
+        others = torch.tensor([i in numbers.others and i in left for i in rows])
         if bool(others.any()):
+            left.difference_update({*numbers.others} & {*rows})
             weights = torch.where(others, numbers.weights_of_others(rows), 0)
             add(numbers.add_others, weights)
         for i in [i for i in numbers.chosen if i in left and i in rows]:

@@ -2,7 +2,8 @@
 
 The run has proved that the factors of two samples are their gradients. What is contracted of them
 later (norms, products, sums) is held against plain products of the gradients that they add up to,
-once for every kind of factors: no pass through the model, and two gradients in memory.
+once for every kind of factors: no pass through the model, and two gradients in memory. `"always"`
+holds the numbers of one sample in every other call.
 
     norms, products, Gram matrices    of two samples drawn at random
     weighted sums                     <sum_i w_i g_i, v> = sum_i w_i <g_i, v> for a random v
@@ -24,7 +25,7 @@ from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
 from ghostfunc._taps.claim import FLOOR, NOISE, TOLERANCES, loss_sizes
 from ghostfunc._taps.proof import FEW, Proofs
-from ghostfunc._taps.readings import Numbers, Reading, kind_of, off_by
+from ghostfunc._taps.readings import PERIOD, Numbers, Reading, kind_of, off_by
 
 Plain = Callable[[int, Tensor], Tensor]
 """A parameter's numbers by definition, from some samples' gradients `[s, *shape]`."""
@@ -59,7 +60,9 @@ class KeptProof:
         if not self._asks(key, losses):
             return
         found = losses.detach().isfinite().nonzero().flatten().tolist()
-        few = sorted(np.random.default_rng(len(losses)).permutation(found)[:FEW].astype(int))
+        count = FEW if self.proofs.get(key) is None else 1
+        drawn = np.random.default_rng([len(losses), self.proofs.turn()]).permutation(found)
+        few = sorted(drawn[:count].astype(int))
         index = torch.tensor([int(i) for i in few], device=losses.device, dtype=torch.long)
         if not few:
             return
@@ -99,14 +102,16 @@ class KeptProof:
         values: Sequence[Tensor],
         weights: Sequence[Tensor],
     ) -> None:
-        """Raise `VerificationError` unless `values` are `sum_i w_i g_i`."""
+        """Raise `VerificationError` unless `values` are `sum_i w_i g_i`. They are of all samples,
+        so they are proved once even where others always are."""
         key = "kept", "weighted sums", kind_of(kept)
-        if not self._asks(key, losses):
+        if self.proofs.get(key) is not None or not self._asks(key, losses):
             return
-        generator = np.random.default_rng(len(losses))
+        drawn = np.random.default_rng([len(losses), self.proofs.turn()]).standard_normal(PERIOD)
+        numbers = torch.from_numpy(drawn)
         off, limits = [], []
         for bundle, x, total, w in zip(kept, leaves, values, weights, strict=True):
-            v = torch.from_numpy(generator.standard_normal(x.shape)).to(wide(x))
+            v = numbers.repeat(-(-x.numel() // PERIOD))[: x.numel()].view(x.shape).to(wide(x))
             with unrounded(v):
                 dots = contract.add_up([bundles.dot(f, v) for f in bundle]).double()
                 terms = torch.where(w == 0, 0, dots * w.double())

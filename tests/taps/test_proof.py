@@ -78,6 +78,19 @@ def test_always_and_never() -> None:
         norm(problem, 4, 3, check="sometimes")()
 
 
+def test_always_beside_a_validation_batch_in_the_same_run() -> None:
+    """The company of the sample that is looked at is any other one, of either batch."""
+    counted, problem = problem_of(linear)
+    train, val = problem.batch(8, 3), problem.batch(2, 3, seed=1)
+
+    def ask() -> None:
+        gf.ghost_dot_prod(counted, problem.params, train, val, check="always")
+
+    ask()
+    for _ in range(12):
+        assert counted.during(ask) == [10, 2, 2]
+
+
 def test_passes_are_bounded_by_the_number_of_shapes() -> None:
     counted, problem = problem_of(linear)
     lengths = [1 + (7 * k) % 20 for k in range(60)]
