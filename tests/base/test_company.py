@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from ghostfunc._base.company import PARTS, in_parts
 
 SIZES = [*range(1, 14), 40]
