@@ -30,9 +30,6 @@ TOLERANCES = {
 }
 """Relative errors that are rounding, by the coarsest dtype of a run."""
 
-NOISE = 16
-"""Units in the last place of a loss, or of one, that a derivative of it may be rounded by."""
-
 FLOOR = 0.02
 """Share of the largest parameter's numbers below which a parameter's may be rounding noise."""
 
@@ -147,11 +144,6 @@ class Alone:
         """`sum_i w_i g_i` of a part's samples."""
         found: list[list[Tensor]] = []
         return self.run(part, [(weights, found.append)]) or found[0]
-
-
-def loss_sizes(losses: Tensor) -> Tensor:
-    """What derivatives of losses are rounded by is in proportion to these."""
-    return losses.detach().abs().clamp_min(1).double().cpu()
 
 
 def coarsest(model: TracedModel) -> torch.dtype:

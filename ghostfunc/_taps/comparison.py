@@ -72,7 +72,7 @@ def compare(claim: Claim, seed: int, randomness: Randomness, asked: Asked) -> Co
             coupling = by.run(part, _passes(part, left, of_gradients, of_numbers))
             if coupling is not None:
                 return coupling
-    found = None if along is None else along.wrong() or along.wrong_sums(read)
+    found = None if along is None else along.wrong() or along.wrong_sums(read, alone)
     return found if isinstance(found, Coupling) else Wrong(found, numbers.wrong)
 
 

@@ -22,19 +22,18 @@ from ghostfunc._base.company import Part
 from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
+from ghostfunc._taps import rounding
 from ghostfunc._taps.claim import (
     FLOOR,
-    NOISE,
     NOT_THEIRS,
     Alone,
     Claim,
     Coupling,
     Dots,
     coarsest,
-    loss_sizes,
     tolerance_of,
 )
-from ghostfunc._taps.readings import Read, Sum
+from ghostfunc._taps.readings import Read
 from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.layout import StaleLayout
 
@@ -43,9 +42,6 @@ ZEROS = 0.02
 
 NOISY = 4
 """Samples that rounding noise is looked at with."""
-
-NOISE_MARGIN = 100.0
-"""How much larger than the noise that was seen a difference may be."""
 
 
 @dataclass
@@ -110,27 +106,28 @@ class AlongOneDirection:
         """What is wrong, when all parts are there."""
         model, index = self.alone.model, self.finite
         weights = self.weights[index]
-        size = loss_sizes(self.found.losses[index])
-        noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
         terms = weights * self.found.table[:, index]
         params = list(range(len(self.v)))
-        compared = _Compared(params, terms, self._totals, self._sizes, noise)
-        wrong: Coupling | Disproved | None = compared.wrong(model, None)
-        if wrong is None and compared.doubtful(model):
-            wrong = _beyond_noise(compared, self.alone, index, weights)
-        return wrong
+        noise = _noise(model, self.found.losses[index], weights)
+        compared = _Compared(params, terms, self._totals, self._sizes, *noise)
+        return _wrong(compared, self.alone, index, weights, None)
 
-    def wrong_sums(self, read: Read) -> Disproved | None:
+    def wrong_sums(self, read: Read, alone: Alone) -> Coupling | Disproved | None:
         """What is wrong with sums over all samples, training gradients above all: their products
         with the direction are sums of those that were proved."""
-        table = self.given.table
+        table, losses = self.given.table, self.claim.losses
         if not bool(table.isfinite().all()):
             return None
         for one in read.sums:
-            compared = _of_sum(one, self.v[one.param], table[one.param], self.claim)
-            if compared is None:
+            weights = torch.as_tensor(one.scale).detach().double().cpu().expand(len(losses))
+            with unrounded(one.value):
+                total, size = _beside(one.value, self.v[one.param])
+            if not bool(total.isfinite()):
                 continue
-            if (wrong := compared.wrong(self.claim.model, one.contract_dtype)) is not None:
+            terms, noise = table[one.param] * weights, _noise(alone.model, losses, weights)
+            compared = _Compared([one.param], terms[None], total[None], size[None], *noise)
+            wrong = _wrong(compared, alone, list(range(len(losses))), weights, one.contract_dtype)
+            if wrong is not None:
                 return wrong
         return None
 
@@ -178,7 +175,7 @@ class _Compared:
     Attributes:
         params: which parameters.
         terms: `c_i s_ip`, `[P, n]`; totals: `t_p`; sizes: how large the gradients are.
-        noise: what is rounding noise of the losses.
+        noise: what is rounding noise of the losses; what it is at most.
     """
 
     params: list[int]
@@ -186,6 +183,7 @@ class _Compared:
     totals: Tensor
     sizes: Tensor
     noise: float
+    most: float
 
     @property
     def scales(self) -> Tensor:
@@ -209,52 +207,51 @@ class _Compared:
         worst = max(float(errors[p] / scales[p].clamp_min(1e-300)) for p in bad)
         return Disproved(f"{NOT_THEIRS} at parameter {listed} (off by {worst:.1e})")
 
-    def doubtful(self, model: TracedModel) -> bool:
+    def doubtful(self, model: TracedModel, contract_dtype: ContractDtype) -> bool:
         """Whether something is off by more than its own scale allows."""
-        return self.wrong(model, None, floor=0.0) is not None
+        return self.wrong(model, contract_dtype, floor=0.0) is not None
+
+
+def _noise(model: TracedModel, losses: Tensor, weights: Tensor) -> list[float]:
+    """What is rounding noise of weighted losses; what it is at most."""
+    unit = rounding.NOISE * torch.finfo(coarsest(model)).eps
+    sizes = [rounding.loss_sizes(losses, at_most=x) for x in (False, True)]
+    return [unit * float((weights * size).norm()) for size in sizes]
+
+
+def _wrong(
+    compared: _Compared,
+    alone: Alone,
+    index: list[int],
+    weights: Tensor,
+    contract_dtype: ContractDtype,
+) -> Coupling | Disproved | None:
+    """What is off by more than rounding noise, which is looked at in case of doubt."""
+    wrong = replace(compared, noise=compared.most).wrong(alone.model, contract_dtype)
+    if wrong is None and compared.doubtful(alone.model, contract_dtype):
+        return _beyond_noise(compared, alone, index, weights, contract_dtype)
+    return wrong
 
 
 def _beyond_noise(
-    compared: _Compared, alone: Alone, index: list[int], weights: Tensor
+    compared: _Compared,
+    alone: Alone,
+    index: list[int],
+    weights: Tensor,
+    contract_dtype: ContractDtype,
 ) -> Coupling | Disproved | None:
     """What is off by more than rounding noise, which is seen in a few samples: parameters are moved
     by units in their last place."""
     model = alone.model
     few = list(range(min(NOISY, len(index))))
-    rows, c = [index[i] for i in few], weights[few]
-    eps = 2 * torch.finfo(coarsest(model)).eps
-    moved = [x * (1 + eps * _signs(x)) for x in model.leaves]
-    found = []
-    for leaves in (model.leaves, moved):
-        own = [leaves is model.leaves] * len(rows)  # the others' losses are not quite the run's
-        other = replace(alone, model=replace(model, leaves=leaves))
-        grads = other.gradient(Part(rows, own), c)
-        if isinstance(grads, Coupling):
-            return grads
-        found.append(grads)
-    noise = [float((wide(x) - wide(y)).norm()) for x, y in zip(*found, strict=True)]
-    seen = torch.tensor(noise, dtype=torch.float64) * (len(index) / len(few)) ** 0.5
-    scales = torch.maximum(compared.scales, seen * NOISE_MARGIN / tolerance_of(model, None))
+    rows = [index[i] for i in few]
+    noise = rounding.seen(alone, Part(rows, [True] * len(rows)), weights[few])
+    if isinstance(noise, Coupling):
+        return noise
+    noise = noise[compared.params] * (len(index) / len(few)) ** 0.5
+    scales = torch.maximum(compared.scales, noise / tolerance_of(model, contract_dtype))
     sizes = scales - compared.terms.square().sum(1).sqrt()
-    return replace(compared, sizes=sizes).wrong(model, None, floor=0.0)
-
-
-def _signs(x: Tensor) -> Tensor:
-    """1 and -1, as good as random."""
-    turns = torch.arange(x.numel(), dtype=torch.float64, device=x.device) + 1
-    return torch.sin(turns * turns * 0.7548776662).sign().to(x.dtype).view(x.shape)
-
-
-def _of_sum(one: Sum, v: Tensor, dots: Tensor, claim: Claim) -> _Compared | None:
-    scale = one.scale
-    weights = scale.detach().double().cpu() if isinstance(scale, Tensor) else scale
-    with unrounded(one.value):
-        total, size = _beside(one.value, v)
-    if not bool(total.isfinite()):
-        return None
-    noise = NOISE * torch.finfo(coarsest(claim.model)).eps
-    noise *= float((loss_sizes(claim.losses) * weights).norm())
-    return _Compared([one.param], (dots * weights)[None], total[None], size[None], noise)
+    return replace(compared, sizes=sizes).wrong(model, contract_dtype, floor=0.0)
 
 
 def _weights(table: Tensor, generator: np.random.Generator) -> Tensor:

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghostfunc._base.company import Part
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.torch_private import unrounded
+from ghostfunc._taps import rounding
 from ghostfunc._taps.claim import (
     FLOOR,
-    NOISE,
     NOT_THEIRS,
     Alone,
+    Coupling,
     coarsest,
-    loss_sizes,
     tolerance_of,
 )
 from ghostfunc._taps.readings import Read, Reading, off_by
@@ -101,11 +102,39 @@ def _wrong(
     tolerance = tolerance_of(model, reading.contract_dtype)
     norms = torch.stack([wide(g).reshape(len(g), g[0].numel()).norm(dim=1) for g in grads]).double()
     reach = tolerance * torch.maximum(norms, FLOOR * norms.max(0).values)
-    noise = NOISE * torch.finfo(coarsest(model)).eps * loss_sizes(alone.losses[index])
-    wrong = off_by(reading, grads, company, index, torch.maximum(reach, noise.to(reach)), tolerance)
+
+    def off(noise: Tensor) -> dict[int, float]:
+        return off_by(
+            reading, grads, company, index, torch.maximum(reach, noise.to(reach)), tolerance
+        )
+
+    unit = rounding.NOISE * torch.finfo(coarsest(model)).eps
+    noise, most = (
+        (unit * rounding.loss_sizes(alone.losses, at_most=x))[index.cpu()] for x in (False, True)
+    )
+    wrong = off(noise)
+    if wrong and bool((noise < most).any()) and not (wrong := off(most)):
+        found = _seen(alone, index.tolist())
+        if isinstance(found, Coupling):
+            return Disproved(str(found.error))
+        wrong = off(torch.maximum(noise, torch.minimum(found, most)))
     if not wrong:
         return None
     names = {i: repr(name) for i, name in enumerate(model.spec.names)}
     listed = ", ".join(names.get(i, "all of them") for i in list(wrong)[:5])
     worst = max(wrong.values())
     return Disproved(f"{NOT_THEIRS} at parameter {listed} ({reading.what} off by {worst:.1e})")
+
+
+def _seen(alone: Alone, samples: list[int]) -> Tensor | Coupling:
+    """The rounding noise of samples' gradients, `[P, s]`."""
+    found = []
+    for i in samples:
+        rows = [i, i] if alone.randomness == "error" else list(range(alone.model.n))
+        weights = torch.zeros(len(rows), dtype=torch.float64)
+        weights[rows.index(i)] = 1
+        noise = rounding.seen(alone, Part(rows, [False] * len(rows)), weights)
+        if isinstance(noise, Coupling):
+            return noise
+        found.append(noise)
+    return torch.stack(found, 1)

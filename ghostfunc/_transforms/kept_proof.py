@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
 from ghostfunc._quantities.quantity import kind_of
-from ghostfunc._taps.claim import FLOOR, NOISE, TOLERANCES, loss_sizes
+from ghostfunc._taps.claim import FLOOR, TOLERANCES
 from ghostfunc._taps.proof import FEW
 from ghostfunc._taps.readings import PERIOD, Numbers, Reading, off_by
+from ghostfunc._taps.rounding import NOISE
 from ghostfunc._trace.fitting import Proofs
 
 Plain = Callable[[int, Tensor], Tensor]
@@ -76,7 +77,7 @@ class KeptProof:
             dtype = _coarsest(kept, leaves)
             norms = torch.stack([torch.stack(list(map(extreme_norms.length, g))) for g in grads])
             reach = TOLERANCES[dtype] * torch.maximum(norms, FLOOR * norms.max(0).values)
-            noise = NOISE * torch.finfo(dtype).eps * loss_sizes(losses[index])
+            noise = NOISE * torch.finfo(dtype).eps * torch.stack([_terms(x, index) for x in kept])
             reading = Reading(
                 what,
                 degree,
@@ -142,6 +143,17 @@ def _numbers(i: int, value: Tensor, define: Plain, *, pairs: bool) -> Numbers:
         return value[index][:, index] if pairs else value[index]
 
     return Numbers(lambda g, _: define(i, g), pick)
+
+
+def _terms(bundle: bundles.Bundle, index: Tensor) -> Tensor:
+    """How large the terms are, at most, that some samples' gradients are sums of, `[s]`."""
+    sizes = torch.zeros(len(index), dtype=torch.float64, device=index.device)
+    for factor in (bundles.take(f, index) for f in bundle):
+        size = torch.ones_like(sizes)
+        for x in (x for x in factor if isinstance(x, Tensor) and x.is_floating_point()):
+            size = size * squared_norms(x).sqrt()
+        sizes = sizes + size
+    return sizes
 
 
 def _whole(bundle: bundles.Bundle, index: Tensor, shape: tuple[int, ...]) -> Tensor:
