@@ -20,7 +20,7 @@ from ghostfunc._base.errors import (
     InPlaceError,
     RandomnessError,
     TransformError,
-    UnsupportedOpError,
+    UnsupportedAlwaysError,
     UntrackedUseError,
 )
 from ghostfunc._base.losses import check_losses, close
@@ -123,7 +123,7 @@ class _Company:
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
-            raise UnsupportedOpError(
+            raise UnsupportedAlwaysError(
                 "model_fn calls torch.cond, while_loop or another operator that takes functions, "
                 "which no mode sees into. Write it with if and while, or with torch.where."
             ) from error
