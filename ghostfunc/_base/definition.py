@@ -18,18 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ghostfunc._base.company import neighbours
 from ghostfunc._base.dense_gradients import DenseGradients, dense, give_dense
 from ghostfunc._base.documents import apart, packing_of
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import close, wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
-from ghostfunc._base.processes.pieces import in_step
+from ghostfunc._base.processes.pieces import in_step, refuse_other_samples
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import (
     check_finite,
     check_losses,
     check_shape,
-    close,
     coupled_samples,
     lend,
     refuse_checkpoints,
@@ -66,6 +65,7 @@ def weighted_gradient(
     n = batch_size(batch)
     ranks = in_step(program.model_fn)
     if ranks is not None and not ranks.together:
+        refuse_other_samples(program, batch)
         with ranks.in_step("computing a gradient"):
             return weighted_gradient(program, batch, weights, look, ready)
     if in_transform():

@@ -15,6 +15,7 @@ from torch import Tensor
 from ghostfunc._base.company import halves
 from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
+from ghostfunc._base.dtypes import close
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     InPlaceError,
@@ -66,7 +67,7 @@ def prove_independent(
     if ranks is not None:
         new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
-            whole = held_whole(program)
+            whole = held_whole(program, batch)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
                     prove_independent(whole, batch, anew=anew)
@@ -362,18 +363,6 @@ def check_finite(losses: Tensor) -> None:
             f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
             "parameters; a sample without a single labelled position has a mean loss of 0/0."
         )
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether losses agree to the digits of their dtype, or of another one they came through.
-
-    Each is compared to itself: a large one hides no other. What is smaller than one, and than the
-    largest, is compared to that: a loss near zero is a difference of larger numbers.
-    """
-    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
-    tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
-    largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)
 
 
 def distinct(batch: PyTree) -> bool:

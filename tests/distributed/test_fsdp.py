@@ -15,8 +15,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every rank found, for 2 and for 4 of them."""
     out = {}
     for world, problems in (
-        (2, ("mlp", "mlp:float32", "gpt2", "llama_lora")),
-        (4, ("mlp", "mlp@hybrid", "gpt2")),
+        (2, ("mlp", "mlp:float32", "gpt2", "llama_lora", "planned_mlp@tp", "llama@tp")),
+        (4, ("mlp", "mlp@replicate+shard", "gpt2", "planned_mlp@shard+tp")),
     ):
         directory = tmp_path_factory.mktemp(f"ranks{world}")
         for done in ranks_of("fsdp_worker.py", world, directory, *problems):
@@ -32,9 +32,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
         (2, "mlp:float32"),
         (2, "gpt2"),
         (2, "llama_lora"),
+        (2, "planned_mlp@tp"),
+        (2, "llama@tp"),
         (4, "mlp"),
-        (4, "mlp@hybrid"),
+        (4, "mlp@replicate+shard"),
         (4, "gpt2"),
+        (4, "planned_mlp@shard+tp"),
     ],
 )
 def test_every_quantity_is_that_of_one_process(

@@ -60,8 +60,8 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
         ),
         (
             "a wrapped function",
-            "TransformError: model_fn of a module that fully_shard has sharded",
-            "TransformError: model_fn of a module that fully_shard has sharded",
+            "TransformError: model_fn of a sharded module",
+            "TransformError: model_fn of a sharded module",
         ),
         (
             "by itself",
@@ -70,13 +70,13 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
         ),
         (
             "other modes",
-            "OptionError: mode='materialized' is not for modules that fully_shard has sharded",
-            "OptionError: mode='materialized' is not for modules that fully_shard has sharded",
+            "OptionError: mode='materialized' is not for sharded modules",
+            "OptionError: mode='materialized' is not for sharded modules",
         ),
         (
             "verify",
-            "OptionError: gf.verify is not for modules that fully_shard has sharded",
-            "OptionError: gf.verify is not for modules that fully_shard has sharded",
+            "OptionError: gf.verify is not for sharded modules",
+            "OptionError: gf.verify is not for sharded modules",
         ),
         (
             "whole params",

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.documents import Documents
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import close, wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.finite import FiniteLosses
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, close, lend
+from ghostfunc._base.purity import check_losses, lend
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
