@@ -232,7 +232,9 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Of a module that `torch.distributed.fsdp.fully_shard` has sharded, `params` are this rank's
     pieces of the parameters. All ranks then make the same calls, each with samples of its own:
     scores, norms and projections are those of the whole parameters, and gradients (the training
-    gradient, a direction) are of the mean over all ranks' samples, in pieces.
+    gradient, a direction) are of the mean over all ranks' samples, in pieces. So it is with a
+    tensor parallel plan (`parallelize_module`), alone or beneath `fully_shard`, whose ranks share
+    one batch.
 
     Returns:
         `(model_fn, params)`. `params` holds the parameters with `requires_grad=True` under their
@@ -242,7 +244,7 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
             compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
-            DeepSpeedEngine), or is a distributed tensor that `fully_shard` did not make: the
+            DeepSpeedEngine), or holds distributed tensors of another kind: the
             message names what to give instead.
     """
     check_module(module)
@@ -297,7 +299,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         module: the module that `gf.from_module` was given.
         grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
             parameter once, under its first name; frozen parameters not at all.
-            Of a module that `fully_shard` has sharded, this rank's pieces.
+            Of a sharded module, this rank's pieces.
         weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
             loss scaler, its scale.
 

@@ -278,8 +278,9 @@ def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> 
         if is_dtensor(node.variable):
             raise UntrackedUseError(
                 "The losses depend on a parameter of a sharded module outside of its unit (a "
-                "module that fully_shard was called with), where it is not whole. Use it in the "
-                "unit's forward, or shard that part together with the rest of the module."
+                "module that fully_shard was called with, or that holds what a tensor parallel "
+                "plan has cut), where it is not whole. Use it in the unit's forward, or shard that "
+                "part together with the rest of the module."
             )
         name = names.get(address(node.variable)) if node.variable.numel() else None
         if name is not None:

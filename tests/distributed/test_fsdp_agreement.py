@@ -92,6 +92,18 @@ def test_errors_name_the_rank_and_the_place(
     assert last in differ[1][what]
 
 
+def test_the_ranks_of_a_plan_have_to_be_alike(differ: list[dict[str, Any]]) -> None:
+    for said in (found["planned"] for found in differ):
+        assert said["one batch"] == "no error"
+        for name in ("two batches", "two validation batches"):
+            assert re.search(r"RankError: .*rank 0, rank 1 have batches that differ", said[name])
+        assert "rank 0, rank 1 have weights of samples that differ" in said["two weights"]
+        assert "rank 0, rank 1 have other weights" in said["other replicated weights"]
+        assert "OptionError: randomness='different' is not" in said["random numbers"]
+        known = said["its code knows of the plan"]
+        assert re.search(r"ParamsError: Heads has losses .* n_heads // ranks", known), known
+
+
 def test_an_argument_that_one_rank_is_refused_ends_the_call_on_all(
     differ: list[dict[str, Any]],
 ) -> None:

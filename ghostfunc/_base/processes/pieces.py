@@ -20,7 +20,7 @@ from ghostfunc._base.errors import BatchError, OptionError, TransformError
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.options import check_chunk_size
 from ghostfunc._base.processes.in_step import InStep
-from ghostfunc._base.processes.plans import check_samples, hold_against_plan
+from ghostfunc._base.processes.plans import check_alike, check_randomness, hold_against_plan
 from ghostfunc._base.processes.sharding import Sharding
 from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import in_transform
@@ -144,7 +144,16 @@ def refuse_other_samples(program: Program, batch: PyTree) -> None:
     """Raise unless ranks that have to have the same samples do."""
     sharding = _in_pieces(program.model_fn)
     if sharding is not None:
-        check_samples(sharding, batch, program.randomness)
+        with sharding.ranks.apart("reading randomness="):
+            check_randomness(sharding, program.randomness)
+        check_alike(sharding, batch, "batches")
+
+
+def refuse_other_weights(model_fn: ModelFn, weights: Tensor) -> None:
+    """Raise unless ranks that have the same samples give them the same weights."""
+    sharding = _in_pieces(model_fn)
+    if sharding is not None:
+        check_alike(sharding, weights, "weights of samples")
 
 
 def whole_likes(program: Program) -> Sequence[Tensor]:

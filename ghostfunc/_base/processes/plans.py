@@ -25,26 +25,28 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import PyTree, Randomness
 
 
-def check_samples(sharding: Sharding, batch: PyTree, randomness: Randomness) -> None:
-    """Raise unless the ranks of a plan have the same samples, to the bit."""
-    if not sharding.alike:
-        return
-    ranks = sharding.ranks
-    with ranks.apart("reading a batch"):
-        if randomness != "error":
-            raise OptionError(
-                f"randomness={randomness!r} is not for modules that parallelize_module has placed: "
-                "the ranks of a plan would draw other numbers for the same samples. Call "
-                "module.eval(), or use one process with the whole model."
-            )
-        number = number_of(tensors_of(content(batch)))
-    _compare(
-        sharding,
-        "comparing samples",
-        number,
-        "batches that differ: the ranks of a tensor parallel plan share one batch. Give all of "
-        "them the same samples, in one order",
-    )
+def check_alike(sharding: Sharding, tree: PyTree, what: str) -> None:
+    """Raise unless the ranks of a plan have the same tensors, to the bit: `what` says which."""
+    if sharding.alike:
+        with sharding.ranks.apart(f"reading {what}"):
+            number = number_of(tensors_of(content(tree)))
+        _compare(
+            sharding,
+            f"comparing {what}",
+            number,
+            f"{what} that differ: the ranks of a tensor parallel plan share one batch. Give all of "
+            "them the same samples, in one order",
+        )
+
+
+def check_randomness(sharding: Sharding, randomness: Randomness) -> None:
+    """Raise where samples draw random numbers: they would have others on every rank of a plan."""
+    if sharding.alike and randomness != "error":
+        raise OptionError(
+            f"randomness={randomness!r} is not for modules that parallelize_module has placed: the "
+            "ranks of a plan would draw other numbers for the same samples. Call module.eval(), or "
+            "use one process with the whole model."
+        )
 
 
 def hold_against_plan(sharding: Sharding, model_fn: ModuleFn, batch: PyTree) -> None:
