@@ -1,4 +1,4 @@
-"""The dtype that contractions run in, the digits of a dtype, and norms that no dtype overflows."""
+"""The dtype that contractions run in, and norms that no dtype overflows."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ PIECE = 1 << 18
 def wide(x: Tensor) -> Tensor:
     """`x` in the dtype contractions run in: float32, or wider if `x` is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether losses agree to the digits of their dtype, or of another one they came through.
-
-    Each is compared to itself: a large one hides no other. What is smaller than one, and than the
-    largest, is compared to that: a loss near zero is a difference of larger numbers.
-    """
-    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
-    tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
-    largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)
 
 
 def squared_norms(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import refuse_not_finite
+from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.trees import ParamSpec, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.definition import weighted_gradient
-from ghostfunc._base.dtypes import close, wide
+from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
+from ghostfunc._base.losses import close
 from ghostfunc._base.purity import coupled_samples
 from ghostfunc._base.remembered import layout_key
 from ghostfunc._base.trees import take

@@ -48,7 +48,8 @@ from typing import TypeAlias
 import torch
 
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import check_finite, distinct, prove_independent, were_compared
+from ghostfunc._base.losses import check_finite
+from ghostfunc._base.purity import distinct, prove_independent, were_compared
 from ghostfunc._base.remembered import Recent, memory
 from ghostfunc._base.torch_private import any_symbolic
 from ghostfunc._base.trees import tensors_of

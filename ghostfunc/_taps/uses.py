@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.documents import packing_of
 from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory, shapes_key
+from ghostfunc._base.torch_private import known
 from ghostfunc._base.trees import take, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.cost import UseShape

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.documents import apart, packing_of
-from ghostfunc._base.dtypes import close
 from ghostfunc._base.errors import (
     WAYS_OUT,
     CoupledSamplesError,
@@ -34,8 +33,9 @@ from ghostfunc._base.errors import (
     InPlaceError,
     SampleAxisError,
 )
+from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, coupled_samples, lend, prove_independent
+from ghostfunc._base.purity import coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree, Randomness

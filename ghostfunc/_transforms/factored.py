@@ -20,7 +20,7 @@ from torch import Tensor
 from ghostfunc._base import definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.losses import FiniteLosses, check_losses, refuse_not_finite
 from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import (
     gathered,
@@ -32,7 +32,7 @@ from ghostfunc._base.processes.pieces import (
     whole_likes,
 )
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic

@@ -108,7 +108,7 @@ def llama(world: int) -> Problem:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=32, max_position_embeddings=16,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().double()
@@ -152,7 +152,7 @@ def llama_lora(world: int) -> Problem:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=31, max_position_embeddings=16,
     )  # fmt: skip
     lora = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)

@@ -158,8 +158,10 @@ def in_run_values(
     found: Results = {}
     module = model_fn.module
     copied = whole_fn.module
+    # Of a first step eps alone is left where g / |g| cancels: torch's 1e-8 leaves few digits.
+    options: dict[str, Any] = {"eps": 1e-2, "foreach": False}
     optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2, **options)
         for m in (copied, module)
     ]
     for number in range(2):

@@ -44,12 +44,8 @@ def test_every_quantity_is_that_of_one_process(
     found: dict[int, list[Found]], world: int, problem: str
 ) -> None:
     """Every rank has another number of samples, and its rows of the gradients."""
-    single = problem.endswith("float32")
-    bound = 1e-6 if single else 1e-10
+    bound = 1e-6 if problem.endswith("float32") else 1e-10
     for rank, results in enumerate(found[world]):
         assert len(results[problem]) >= 25
-        if single:  # AdamW's first step hangs on its eps alone: what is left when g / |g| cancels
-            assert results[problem].pop("in-run values, step 0") < 1e-2
-            assert results[problem].pop("in-run values, step 1") < 1e-5  # at its weights
         wrong = {name: x for name, x in results[problem].items() if not x < bound}
         assert not wrong, (rank, wrong)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.documents import content
-from ghostfunc._base.dtypes import close
 from ghostfunc._base.errors import OptionError, ParamsError, RankError
 from ghostfunc._base.locks import alone_with
+from ghostfunc._base.losses import close
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.processes.dtensors import is_dtensor
 from ghostfunc._base.processes.same_weights import number_of

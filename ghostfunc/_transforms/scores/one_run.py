@@ -14,16 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.documents import Documents
-from ghostfunc._base.dtypes import close, wide
+from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, lend
+from ghostfunc._base.purity import lend
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
-from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
+from ghostfunc._base.torch_private import divide_all, in_transform, known, same_size, symbolic
 from ghostfunc._base.trees import batch_size, flatten, tensors_of, unflatten
 from ghostfunc._base.types import Check, ContractDtype, PyTree
 from ghostfunc._factors import bundles

@@ -16,7 +16,7 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.losses import FiniteLosses, check_finite, refuse_not_finite
 from ghostfunc._base.options import (
     CHECKS,
     check_chunk_size,
@@ -32,7 +32,7 @@ from ghostfunc._base.processes.pieces import (
     samples_of_all,
 )
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_finite, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms

@@ -16,10 +16,10 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_finite
 from ghostfunc._base.processes.pieces import chunks_of_all, samples_of_all
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_finite, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, PyTree, Reduction
 from ghostfunc._factors import bundles, cost
