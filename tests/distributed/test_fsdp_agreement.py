@@ -101,7 +101,7 @@ def test_the_ranks_of_a_plan_have_to_be_alike(differ: list[dict[str, Any]]) -> N
         assert "rank 0, rank 1 have other weights" in said["other replicated weights"]
         assert "OptionError: randomness='different' is not" in said["random numbers"]
         known = said["its code knows of the plan"]
-        assert re.search(r"ParamsError: Heads has losses .* n_heads // ranks", known), known
+        assert re.search(r"ParamsError: Heads has losses .*\(n_heads // ranks\)", known), known
 
 
 def test_an_argument_that_one_rank_is_refused_ends_the_call_on_all(
