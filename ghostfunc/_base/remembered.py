@@ -69,11 +69,6 @@ class Recent(Generic[K, V]):
         found = self.get(key)
         return self.put(key, make()) if found is None else found
 
-    def drop(self, key: K) -> None:
-        """Forget it."""
-        with self._lock.now:
-            self._found.pop(key, None)
-
 
 @dataclass(frozen=True)
 class Structures:

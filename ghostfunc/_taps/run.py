@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,14 +32,14 @@ from ghostfunc._factors import contract
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
-from ghostfunc._quantities.quantity import Dot, Quantity
+from ghostfunc._quantities.quantity import Dot, Quantity, kind_of
 from ghostfunc._quantities.readers import DeferredGradients, ValueReader
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
-from ghostfunc._taps.readings import kind_of, what_was_read
+from ghostfunc._taps.readings import Read, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
@@ -126,15 +126,16 @@ def run(
     def use(model: TracedModel) -> RunResult:
         taken = _on_fresh_outputs(asked, model)
         followed = in_transform()
-        claim = Claim(
-            model,
-            taken.way,
-            taken.losses,
-            dots,
-            lambda again: read(asked(model) if again else taken, partial(asked, model)),
-            lambda: (kind_of(taken.readers), *options, followed),
-        )
-        prove(claim, check, program.randomness)
+
+        def what() -> Hashable:
+            return kind_of(taken.readers), *options, followed
+
+        def again(anew: bool) -> Read:
+            return read(asked(model) if anew else taken, partial(asked, model))
+
+        if check != "new" or not model.is_proved(taken.way, what()):
+            claim = Claim(model, taken.way, taken.losses, dots, again, what)
+            prove(claim, check, program.randomness)
         return taken
 
     model, taken = with_trace(use, program, batch)

@@ -41,8 +41,8 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, times
-from ghostfunc._taps.proof import Proofs
 from ghostfunc._taps.run import RunResult, run
+from ghostfunc._trace.fitting import Proofs
 from ghostfunc._transforms.kept_proof import KeptProof
 
 T = TypeVar("T")
