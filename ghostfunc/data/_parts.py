@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.regular import check_regular
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.data._errors import ResumeError
@@ -59,6 +60,7 @@ class Parts:
         if not path.exists():
             return None
         try:
+            check_regular(path)
             with np.load(path, allow_pickle=False) as file:  # checks its checksums
                 columns = {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
@@ -101,6 +103,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         with naming(path):
+            check_regular(path)
             recipe = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged ({error}). Choose another folder.") from error
