@@ -7,13 +7,14 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
-from ghostfunc._base.experts import rows_in_order
+from ghostfunc._base.experts import layers_of_experts, rows_in_order
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
 from ghostfunc._base.processes.dtensors import like_parameter, local
@@ -53,6 +54,7 @@ class ModuleFn:
         self._aliases: dict[str, list[str]] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._parts = modules_within(module)
+        self._experts = layers_of_experts(self._parts)
         self._compared: set[nn.Module] = set()
         self._state: dict[str, Tensor] = {}
         for prefix, owner, attribute, x in _held(module):
@@ -124,7 +126,7 @@ class ModuleFn:
         if self.sharding is not None:
             return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
-        with alone_with(self.module), rows_in_order(self._parts, self._compared):
+        with alone_with(self.module), self._rows_in_order():
             if torch.compiler.is_compiling():
                 return self._called(named, run)
             parts = modules_within(self.module)
@@ -159,9 +161,11 @@ class ModuleFn:
             finally:
                 loan.give_back()
 
-        experts = rows_in_order(self._parts, self._compared)
-        with alone_with(self.module), without_hooks(self.module), experts:
+        with alone_with(self.module), without_hooks(self.module), self._rows_in_order():
             return run(losses)
+
+    def _rows_in_order(self) -> AbstractContextManager[None]:
+        return rows_in_order(self._experts, self._compared) if self._experts else nullcontext()
 
     def _lend(self, named: dict[str, Tensor], parts: list[nn.Module]) -> bool:
         """Put tensors where the module holds its own, as `functional_call` does; False where it

@@ -276,7 +276,8 @@ def divide_all(tensors: Sequence[Tensor], by: float) -> list[Tensor]:
 # --- the compiler ---------------------------------------------------------------------------------
 
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+PLAIN = frozenset((Tensor, nn.Parameter))
+"""The types of ordinary tensors: no subclass, no one that a transform or the compiler made."""
 
 
 def symbolic(x: Tensor) -> bool:
@@ -286,9 +287,29 @@ def symbolic(x: Tensor) -> bool:
 
 def any_symbolic(tensors: Sequence[Tensor]) -> bool:
     """Whether one of the tensors is symbolic. Outside transforms none is wrapped."""
-    if _PLAIN.issuperset(map(type, tensors)) and not in_transform():
+    if PLAIN.issuperset(map(type, tensors)) and not in_transform():
         return False
     return any(map(symbolic, tensors))
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; of symbols, whether that is known without tying a compiled
+    program to it."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(a == b)
+
+
+def known(size: int) -> int:
+    """A size; where it is a symbol of a compiled program for all lengths, its value in the call at
+    hand. Costs are weighed with that, which does not tie the program to it."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # loads sympy
+
+    return optimization_hint(size)
 
 
 def constant_at_compile_time(function: F) -> F:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ghostfunc._base import definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.losses import FiniteLosses, check_losses, refuse_not_finite
 from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import (
     gathered,
@@ -31,7 +31,7 @@ from ghostfunc._base.processes.pieces import (
     whole_likes,
 )
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
@@ -40,8 +40,8 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, times
-from ghostfunc._taps.proof import Proofs
 from ghostfunc._taps.run import RunResult, run
+from ghostfunc._trace.fitting import Proofs
 from ghostfunc._transforms.kept_proof import KeptProof
 
 T = TypeVar("T")

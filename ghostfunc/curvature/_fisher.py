@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError, OptionError
+from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.options import one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
-from ghostfunc._base.purity import check_losses, close
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import check_count

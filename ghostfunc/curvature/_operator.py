@@ -14,7 +14,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, ParamsError
 from ghostfunc._base.fingerprint import fingerprint, frozen
-from ghostfunc._base.finite import refuse_not_finite
+from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.options import check_path
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import ParamSpec, flatten_params

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import one_of
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.fingerprint import fingerprint, frozen
+from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import check_model_fn, check_type
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness

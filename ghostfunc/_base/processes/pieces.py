@@ -10,7 +10,6 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -133,7 +132,7 @@ def held_whole(program: Program) -> Program:
     other = copy.copy(program.model_fn)
     with sharding.ranks.in_step("making parameters whole"):
         other.sharding, wholes = sharding.gathered(program.spec.names, program.leaves)
-    return replace(program, model_fn=other, leaves=wholes)
+    return Program(other, wholes, program.spec, program.randomness)
 
 
 def whole_likes(program: Program) -> Sequence[Tensor]:
