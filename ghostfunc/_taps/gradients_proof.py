@@ -119,7 +119,9 @@ class AlongOneDirection:
         if not bool(table.isfinite().all()):
             return None
         for one in read.sums:
-            weights = torch.as_tensor(one.scale).detach().double().cpu().expand(len(losses))
+            weights = (
+                torch.as_tensor(one.scale, dtype=torch.float64).detach().cpu().expand(len(losses))
+            )
             with unrounded(one.value):
                 total, size = _beside(one.value, self.v[one.param])
             if not bool(total.isfinite()):

@@ -61,10 +61,10 @@ def test_a_fault_of_a_ten_thousandth(
     scale: float, fault: Callable[[pytest.MonkeyPatch], None], asked: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    ASKED[asked](scaled(scale), parameters(), draw(8, 3))  # right without it
+    ASKED[asked](scaled(scale), parameters(), draw(7, 3))  # right without it
     fault(monkeypatch)
     with pytest.raises((gf.SampleAxisError, gf.VerificationError)):
-        ASKED[asked](scaled(scale), parameters(), draw(8, 3))
+        ASKED[asked](scaled(scale), parameters(), draw(7, 3))
 
 
 @pytest.mark.parametrize("scale", SCALES)
