@@ -159,6 +159,7 @@ class Use:
         recut: lays packed rows out as documents, if these are the samples.
         place: number of the call in the trace.
         known: of a use that was met before at these shapes, what stands for `rest` and `treedef`.
+        once: whether it is read once, so that what was made whole for it may go then.
     """
 
     call: CallTrace
@@ -176,6 +177,7 @@ class Use:
     recut: Recut | None = None
     place: int = 0
     known: KnownUse | None = None
+    once: bool = False
 
     def __post_init__(self) -> None:
         if self.sinks is not None or self.treedef is None:
@@ -225,6 +227,13 @@ class Use:
     def read_into_sinks(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
         """Put what is read into the sinks. Returns the training gradients that are autograd's to
         add up."""
+        try:
+            return self._read_into_sinks(b, args)
+        finally:
+            if self.once and self.collecting is None:
+                self.targets = []
+
+    def _read_into_sinks(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
         sinks = self.sinks
         assert sinks is not None
         out: list[Tensor | None] = []

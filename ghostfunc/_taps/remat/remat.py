@@ -230,6 +230,8 @@ class _Again:
         )
         with self.surroundings.restored(), mode, free:
             leaves = flatten(self.region.again(*inputs))[0]
+        for use in mode.uses[len(self.start.uses) :]:
+            use.once = True
         return [leaves[i] for i in self.moving]
 
 
