@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.company import halves
+from ghostfunc._base.company import in_parts
 from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.errors import (
@@ -19,7 +20,7 @@ from ghostfunc._base.errors import (
     InPlaceError,
     RandomnessError,
     TransformError,
-    UnsupportedOpError,
+    UnsupportedAlwaysError,
     UntrackedUseError,
 )
 from ghostfunc._base.losses import check_losses, close
@@ -48,12 +49,12 @@ def prove_independent(
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
     Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
-    its halves alone. Where all samples are the same, another is made of them, and nothing is
+    parts alone. Where all samples are the same, another is made of them, and nothing is
     remembered.
 
     Whoever traces and proves the model next gives a `log` that watches the run of the two samples.
     What those runs compare themselves is left to them: two samples beside a third one, the whole
-    batch and its halves. Returned are, if the two samples were run, the second one and both losses.
+    batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
     _refuse_batched(program.leaves, batch)
@@ -63,7 +64,7 @@ def prove_independent(
     if ranks is not None:
         new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
-            whole = held_whole(program)
+            whole = held_whole(program, batch)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
                     prove_independent(whole, batch, anew=anew)
@@ -85,7 +86,7 @@ def prove_independent(
     if known:
         if program.randomness == "error" and n > 1:
             every = company.whole()
-            company.compare({"in a half of the batch": (company.in_halves(), every)})
+            company.compare({"in a part of the batch": (company.in_parts(), every)})
         return None
     pair = company.of_two(log)
     if program.randomness == "error" and other is None:
@@ -122,7 +123,7 @@ class _Company:
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
-            raise UnsupportedOpError(
+            raise UnsupportedAlwaysError(
                 "model_fn calls torch.cond, while_loop or another operator that takes functions, "
                 "which no mode sees into. Write it with if and while, or with torch.where."
             ) from error
@@ -135,10 +136,11 @@ class _Company:
         """All losses, from one run."""
         return self.losses(self.batch)
 
-    def in_halves(self) -> Tensor:
-        """All losses, from two batches of two samples at least."""
+    def in_parts(self) -> Tensor:
+        """All losses, from parts of the batch that are drawn at random."""
         found: list[tuple[int, Tensor]] = []
-        for part in halves(range(self.n), packing_of(self.batch)):
+        order = np.random.default_rng(self.n).permutation(self.n).tolist()
+        for part in in_parts(order, packing_of(self.batch)):
             losses = self.losses(take(self.batch, part.rows))
             found += [(i, x) for i, own, x in zip(*part, losses, strict=True) if own]
         return torch.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
@@ -181,13 +183,13 @@ class _Company:
             three = self.losses(take(batch, [*two, two[0]]))[:2]
             company["with a copy of sample 0 added"] = three, pair
         if every is not None and self.n > 2:
-            company["in a half of the batch"] = self.in_halves(), every
+            company["in a part of the batch"] = self.in_parts(), every
         self.compare(company)
         return pair
 
 
 def were_compared(program: Program, batch: PyTree) -> None:
-    """Note that a proof has compared the losses of a whole batch with those of its halves, which
+    """Note that a proof has compared the losses of a whole batch with those of its parts, which
     `prove_independent` left to it."""
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)
@@ -274,8 +276,9 @@ def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> 
         if is_dtensor(node.variable):
             raise UntrackedUseError(
                 "The losses depend on a parameter of a sharded module outside of its unit (a "
-                "module that fully_shard was called with), where it is not whole. Use it in the "
-                "unit's forward, or shard that part together with the rest of the module."
+                "module that fully_shard was called with, or that holds what a tensor parallel "
+                "plan has cut), where it is not whole. Use it in the unit's forward, or shard that "
+                "part together with the rest of the module."
             )
         name = names.get(address(node.variable)) if node.variable.numel() else None
         if name is not None:
