@@ -324,7 +324,7 @@ def test_progress_says_what_is_under_way(capsys: pytest.CaptureFixture[str]) -> 
 def test_five_hundred_chats_need_few_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths are rounded up and samples are powers of two: few shapes, each of which is proved."""
     proofs, tokens = [], []
-    compare = proof.compare_gradients
+    compare = proof.compare
 
     def counted(claim: Any, *more: Any) -> Any:
         proofs.append(claim.model.batch["input_ids"].shape)
@@ -334,7 +334,7 @@ def test_five_hundred_chats_need_few_proofs(monkeypatch: pytest.MonkeyPatch) -> 
         tokens.append(batch["input_ids"].numel())
         return model_fn(p, batch)
 
-    monkeypatch.setattr(proof, "compare_gradients", counted)
+    monkeypatch.setattr(proof, "compare", counted)
     rng = np.random.default_rng(0)
     rows = [rng.integers(VOCABULARY, size=t).tolist() for t in rng.integers(80, 201, size=500)]
     pool = [{"input_ids": row, "labels": row} for row in rows]
