@@ -18,6 +18,7 @@ What is learnt is kept by structure, not by length.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from ghostfunc._base.errors import (
     CoupledSamplesError,
     GhostError,
     InPlaceError,
-    SampleAxisError,
 )
 from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
@@ -39,6 +39,7 @@ from ghostfunc._base.purity import coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree, Randomness
+from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.probe import probe_uses
 from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
@@ -143,10 +144,11 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
     cotangents = probe_uses(program, grown, recorder.seen, uses)
-    calls = iter(
-        _settle_layout(s, b, k, k + more, program.randomness)
+    folds = [
+        _folds_of(s, b, k, k + more, program.randomness)
         for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
-    )
+    ]
+    calls = iter(_settled(uses, folds))
     counts = [0] * len(program.leaves)
     for use in uses:
         for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
@@ -163,15 +165,17 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
         frozenset(recorder.dtypes),
         frozenset(recorder.in_place),
         recorder.by_values,
+        any(len(own) > 1 for own in folds),
     )
     return trace
 
 
-def _settle_layout(
+def _folds_of(
     seen: RecordedCall, cotangents: Sequence[Tensor], k: int, n: int, randomness: Randomness
-) -> CallTrace:
-    """Choose the folding that both the cotangents and the values of the output allow: of n samples
-    those after the first k are copies of the first."""
+) -> list[Layout]:
+    """The foldings that both the cotangents and the values of the output allow: of n samples those
+    after the first k are copies of the first. There are several where all values are equal, and
+    no gradient tells."""
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
@@ -187,19 +191,20 @@ def _settle_layout(
         )
     if len(owned) > 1 and randomness == "error":
         owned = [f for f in owned if _copies_equal(f.front(y, n), k)] or owned
-    ordinary = [f for f in owned if f.fold != "between"]
-    owned = ordinary or owned
-    if len(owned) > 1:
-        raise SampleAxisError(
-            f"At {what}, samples and positions share an axis, and neither values nor gradients "
-            "tell which rows belong to which sample (are all values equal?). Call it once with a "
-            "batch of ordinary values."
+    return [f for f in owned if f.fold != "between"] or owned
+
+
+def _settled(uses: Sequence[RecordedCall], folds: Sequence[list[Layout]]) -> Iterator[CallTrace]:
+    """The uses with a folding each: the only one, or else one like that of the uses that have no
+    other. Whoever runs a trace with guesses proves every run."""
+    known = Counter(own[0].fold for own in folds if len(own) == 1)
+    for seen, own in zip(uses, folds, strict=True):
+        fold = max(own, key=lambda f: known[f.fold])
+        layouts = tuple(
+            (i, lay if lay.fold == "none" else lay.folded_like(fold))
+            for i, lay in seen.trace.layouts
         )
-    (fold,) = owned
-    layouts = tuple(
-        (i, lay if lay.fold == "none" else lay.folded_like(fold)) for i, lay in trace.layouts
-    )
-    return replace(trace, out=fold, layouts=layouts)
+        yield replace(seen.trace, out=fold, layouts=layouts)
 
 
 def _only(i: int, b: Tensor) -> bool:
