@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from ghostfunc._base.modes import Mode
 
 _SPARSE: dict[Callable[..., Any], tuple[str, int | None]] = {
     F.embedding: ("sparse", 6),
@@ -48,15 +49,9 @@ def give_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> No
     ready(i, dense(grad))
 
 
-class DenseGradients(TorchFunctionMode):
+class DenseGradients(Mode):
     """Has look-ups make ordinary gradients."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = dense_call(func, args, kwargs or {})
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = dense_call(func, args, kwargs)
         return func(*args, **kwargs)

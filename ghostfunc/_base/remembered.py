@@ -108,8 +108,7 @@ def structure(program: Program, batch: PyTree) -> Hashable:
         batch_def,
         tuple([(x.ndim, x.dtype) for x in batch_leaves]),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
-        isinstance(batch, Documents)
-        and batch.packing.several,  # nor does a document in a row of its own
+        isinstance(batch, Documents) and batch.packing.several,  # nor a document in its own row
         program.randomness,
         training_flags(program.model_fn),
     )

@@ -35,8 +35,7 @@ from problems import energy, sequences, weights
 from torch import Generator, Tensor
 
 import ghostfunc as gf
-from ghostfunc._factors import bundles, cost
-from ghostfunc._factors import pairs as pair_products
+from ghostfunc._factors import bundles, cost, pairs as pair_products
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.factor import Dense, Outer
 from ghostfunc._quantities import readers
