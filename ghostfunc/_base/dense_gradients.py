@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ghostfunc._base.modes import Mode
+from torch.overrides import TorchFunctionMode
 
 _SPARSE: dict[Callable[..., Any], tuple[str, int | None]] = {
     F.embedding: ("sparse", 6),
@@ -49,9 +48,15 @@ def give_dense(ready: Callable[[int, Tensor], None], i: int, grad: Tensor) -> No
     ready(i, dense(grad))
 
 
-class DenseGradients(Mode):
+class DenseGradients(TorchFunctionMode):
     """Has look-ups make ordinary gradients."""
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = dense_call(func, args, kwargs)
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = dense_call(func, args, kwargs or {})
         return func(*args, **kwargs)

@@ -92,17 +92,15 @@ def add_product(into: Tensor, x: Tensor, y: Tensor) -> None:
 def by_onednn(x: Tensor, y: Tensor) -> bool:
     """Whether these matrices, or each of a stack of them, are multiplied by oneDNN: they are large,
     float32, and nobody wants derivatives of the product."""
-    if not (x.dtype is y.dtype is torch.float32 and PLAIN.issuperset((type(x), type(y)))):
+    if not (x.dtype is y.dtype is torch.float32 and _can(x, y)):
         return False
     (m, k), n = x.shape[-2:], y.shape[-1]
     return (
-        m * k * n >= LEAST_OPS
-        and min(m, k, n) >= LEAST_SIZE
-        and k == y.shape[-2]
+        k == y.shape[-2]
         and (y.ndim == 2 or len(x) == len(y))
-        and m * k * n >= OPS_PER_COPIED_ELEMENT * _copied(x, y)
+        and m * k * n >= max(LEAST_OPS, OPS_PER_COPIED_ELEMENT * _copied(x, y))
+        and min(m, k, n) >= LEAST_SIZE
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
-        and _can(x, y)
     )
 
 
