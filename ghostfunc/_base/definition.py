@@ -24,7 +24,7 @@ from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.losses import check_finite, check_losses, check_shape, close
 from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
-from ghostfunc._base.processes.pieces import in_step
+from ghostfunc._base.processes.pieces import in_step, refuse_other_samples
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import coupled_samples, lend, refuse_checkpoints
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
@@ -59,6 +59,7 @@ def weighted_gradient(
     n = batch_size(batch)
     ranks = in_step(program.model_fn)
     if ranks is not None and not ranks.together:
+        refuse_other_samples(program, batch)
         with ranks.in_step("computing a gradient"):
             return weighted_gradient(program, batch, weights, look, ready)
     if in_transform():

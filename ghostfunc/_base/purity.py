@@ -61,7 +61,7 @@ def prove_independent(
     if ranks is not None:
         new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
-            whole = held_whole(program)
+            whole = held_whole(program, batch)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
                     prove_independent(whole, batch, anew=anew)
@@ -272,8 +272,9 @@ def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> 
         if is_dtensor(node.variable):
             raise UntrackedUseError(
                 "The losses depend on a parameter of a sharded module outside of its unit (a "
-                "module that fully_shard was called with), where it is not whole. Use it in the "
-                "unit's forward, or shard that part together with the rest of the module."
+                "module that fully_shard was called with, or that holds what a tensor parallel "
+                "plan has cut), where it is not whole. Use it in the unit's forward, or shard that "
+                "part together with the rest of the module."
             )
         name = names.get(address(node.variable)) if node.variable.numel() else None
         if name is not None:

@@ -95,7 +95,7 @@ class CG:
         made = self.preconditioner
         if made is None:
             return lambda r: r
-        return lambda r: flatten_params(made.solve(spec.unflatten(r), damping))[0]
+        return lambda r: flatten_params(made.solve_about(spec.unflatten(r), damping))[0]
 
     def _iterate(
         self, u: Vector, product: Apply, preconditioned: Apply

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
+from ghostfunc._base.fingerprint import frozen
 from ghostfunc._base.options import (
     check_dataset,
     check_flags,
@@ -44,7 +45,7 @@ from ghostfunc.data._batches import (
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
 from ghostfunc.data._errors import ResumeError
-from ghostfunc.data._parts import Columns, Parts, closed_over, digest, has_recipe, read_recipe
+from ghostfunc.data._parts import Columns, Parts, digest, has_recipe, read_recipe
 from ghostfunc.data._progress import Progress, progress_bar
 from ghostfunc.data._scores import Scores
 
@@ -264,7 +265,7 @@ def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dic
         "batch_size": run.batch_size,
         "part": PART,
         "params": digest(run.params),
-        "frozen": closed_over(run.model_fn, run.params),
+        "frozen": frozen(run.model_fn, run.params),
         "directions": {name: digest(u) for name, u in run.directions.items()},
         **more,
     }

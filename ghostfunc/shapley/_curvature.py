@@ -15,6 +15,7 @@ from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import one_of
 from ghostfunc._base.program import Program
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree
 
@@ -36,13 +37,19 @@ def grad_and_hvp(
     def mean_loss(p: list[Tensor]) -> Tensor:
         return check_losses(program.losses(p, val), m).mean()
 
+    def slope(p: list[Tensor]) -> list[Tensor]:
+        value, pull = torch.func.vjp(mean_loss, p)[:2]
+        with unrounded(value):
+            grads: list[Tensor] = pull(torch.ones_like(value))[0]
+        return grads
+
     primals, tangents = [x.detach() for x in program.leaves], list(along)
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         if how == "reverse":
-            return _reverse(mean_loss, primals, tangents)
+            return _reverse(slope, primals, tangents)
         try:
             with FORWARD_MODE, ReverseModeConstants():
-                out: Any = torch.func.jvp(torch.func.grad(mean_loss), (primals,), (tangents,))
+                out: Any = torch.func.jvp(slope, (primals,), (tangents,))
         except (NotImplementedError, RuntimeError) as error:
             if "forward AD" not in str(error) and "forward mode AD" not in str(error):
                 raise
@@ -54,12 +61,13 @@ def grad_and_hvp(
 
 
 def _reverse(
-    mean_loss: Callable[[list[Tensor]], Tensor], primals: list[Tensor], along: list[Tensor]
+    slope: Callable[[list[Tensor]], list[Tensor]], primals: list[Tensor], along: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    def slope(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        grads = torch.func.grad(mean_loss)(p)
+    def dot(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        grads = slope(p)
         dots = [(g * x).sum() for g, x in zip(grads, along, strict=True)]
         return torch.stack(dots).sum(), grads
 
-    products, grads = torch.func.grad(slope, has_aux=True)(primals)
+    with unrounded(primals[0]):
+        products, grads = torch.func.grad(dot, has_aux=True)(primals)
     return grads, products

@@ -208,7 +208,7 @@ def test_samples_that_moved_after_the_first_part_are_noticed(
         ("file", "file/run.json: File exists"),
         ("file/below", "Not a directory"),
         ("x" * 300, "File name too long"),
-        ("folder", r"run\.json: Is a directory"),
+        ("folder", r"run\.json: it is a folder, and no file"),
         ("deep", r"run\.json is damaged"),
     ],
 )
