@@ -95,7 +95,17 @@ class Tracked:
     @property
     def wants_grad(self) -> bool:
         """Whether the training gradient is to be read here."""
-        return self.running is not None or self.grad is not self.const
+        return self.running is not None or self.grad_is_autograds
+
+    @property
+    def grad_is_autograds(self) -> bool:
+        """Whether the training gradient, or a part of it, is autograd's to add up."""
+        return self.grad is not self.const
+
+    def own_readers(self) -> list[Reader]:
+        """What reads this tensor's factors: of every tap the reader made for it, or the parameter's
+        where they have to be pulled back to the parameter first."""
+        return [root if own is None else own for own, root in self.readers.values()]
 
     def direct(self, factor: Factor) -> bool:
         """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at
