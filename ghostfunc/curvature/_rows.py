@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -72,9 +72,6 @@ class RowReader(NamedTuple):
         if push.derivation == "transpose":
             return self._replace(transposed=not self.transposed)
         return None
-
-    def plus(self, other: Any) -> RowReader:
-        raise TypeError("rows travel through casts and transposes of one tensor only")
 
 
 class EigenRows(Projection):
