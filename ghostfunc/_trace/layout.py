@@ -84,8 +84,10 @@ class Layout:
     def stack(self, x: Tensor, n: int) -> Tensor:
         """`x` as `[n, *shape]`, where `shape` is what a call with one sample would have; a view
         where that can be."""
-        x = self.front(x, n)
-        return x.unsqueeze(self.axis + 1) if self.fold == "none" else x
+        if self.fold != "none":
+            return self.front(x, n)
+        x = x.movedim(self.axis, 0) if self.axis else x
+        return x.unsqueeze(self.axis + 1)
 
     def unstack(self, x: Tensor) -> Tensor:
         """The inverse of `stack`."""

@@ -20,8 +20,8 @@ from ghostfunc._base.errors import (
     UnsupportedAlwaysError,
     UnsupportedOpError,
 )
-from ghostfunc._base.purity import Draws
 from ghostfunc._base.refusals import Refusals, op_name
+from ghostfunc._base.side_effects import Draws
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address, in_transform
 from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
