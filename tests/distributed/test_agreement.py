@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from ddp_ranks import ranks, results
 
-
 KINDS = (
     "empty", "invalid", "backward", "interrupt", "option", "reduction", "shapes", "structure",
 )  # fmt: skip
@@ -98,7 +97,9 @@ def test_the_others_name_a_rank_that_is_gone(kind: str, tmp_path: Path) -> None:
     assert ended[1].code == (0 if kind == "ended" else -9)
     for rank in (0, 2, 3):
         assert ended[rank].code == 1
-        said = rf"RankError: .*: rank {rank} waited .*no answer comes from rank 1 of 4: killed"
+        # On a busy machine a rank that is late counts as missing, too.
+        gone = r"no answer comes from (rank [023], )*rank 1(, rank [023])* of 4: killed"
+        said = rf"RankError: .*: rank {rank} waited .*{gone}"
         assert re.search(said, ended[rank].result), ended[rank]
 
 
