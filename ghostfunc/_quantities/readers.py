@@ -127,10 +127,7 @@ class PairReader(NamedTuple):
             return self.tap(bundles.values(factor), bundles.samples([factor]))
         if self.each:
             return pairs.gram([factor], self.factors, contract_dtype=self.contract_dtype)
-        dots = [
-            contract.pair_dots(factor, g, each=False, contract_dtype=self.contract_dtype)
-            for g in self.factors
-        ]
+        dots = [pairs.pair_dots(factor, g, self.contract_dtype) for g in self.factors]
         return contract.add_up(dots)
 
     def push(self, push: Push) -> PairReader:

@@ -34,8 +34,8 @@ SMALL = 1 << 16
 """Elements of the per-sample gradients of one parameter that may wait for the others."""
 
 FEW = 1 << 12
-"""Terms that a product of vectors may add up one after the other: of more, digits are lost, and a
-sum in pairs has them."""
+"""Terms that one call may multiply and add up in their order. A longer sum is a call of its own,
+which adds in pairs and loses fewer digits."""
 
 PLANS = 64
 """Choices that are remembered of one use, by its shapes; they are cheap to make again."""

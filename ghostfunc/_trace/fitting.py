@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ghostfunc._base.documents import Packing, packing_of
+from ghostfunc._base.documents import Documents, Packing
 from ghostfunc._base.errors import (
     WAYS_OUT,
     ControlFlowError,
@@ -81,10 +81,11 @@ class TracedModel(Program):
     packing: Packing | None
 
     @staticmethod
-    def on(program: Program, batch: PyTree, trace: Trace) -> TracedModel:
-        """The program, which followed `trace` on a batch like this one."""
+    def on(program: Program, batch: PyTree, n: int, trace: Trace) -> TracedModel:
+        """The program, which followed `trace` on a batch like this one, of n samples."""
         own = program.model_fn, program.leaves, program.spec, program.randomness
-        return TracedModel(*own, batch, batch_size(batch), trace, packing_of(batch))
+        packing = batch.packing if isinstance(batch, Documents) else None
+        return TracedModel(*own, batch, n, trace, packing)
 
     @property
     def rows(self) -> int:
@@ -108,8 +109,8 @@ class TracedModel(Program):
     def in_every_run(self, way: WayTaken) -> bool:
         """Whether every run is proved. Programs that make numbers of several samples, or that may
         reorder them by their values, are others at the same shapes where values are others. So may
-        be a way through the program with calls that no trace has seen."""
-        if self.trace.statistics:
+        be a layout that was guessed, and a way with calls that no trace has seen."""
+        if self.trace.statistics or self.trace.guessed:
             return True
         return self.n > 1 and (self.trace.reorders or not way.seen)
 
@@ -132,12 +133,12 @@ def with_trace(
         except StaleLayout as stale:
             tried, unproved = program.trace, _disproved(stale)
     program = plain(program)
-    batch_size(batch)  # raises for what is no batch
+    n = batch_size(batch)
     known = _look_up(program, batch)
     for trace in known.in_order():
         if trace is tried:
             continue
-        model = TracedModel.on(program, batch, trace)
+        model = TracedModel.on(program, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -173,14 +174,16 @@ class _Known:
         return found if found in self.traces else None
 
     def in_order(self) -> list[Trace]:
-        """The traces, the likeliest first."""
+        """The traces, the likeliest first. Other batches may tell what was guessed of one."""
         first = self.fitted
-        return list(self.traces) if first is None else [first, *_without(self.traces, first)]
+        every = self.traces if first is None else [first, *_without(self.traces, first)]
+        return [x for x in list(every) if not x.guessed]
 
     def remember(self, trace: Trace) -> None:
         """Put the trace of the last run first, and try it first at these shapes. Other threads may
         do so at the same time."""
-        self.traces[:] = [trace, *_without(self.traces, trace)][:MAX_TRACES]
+        others = [x for x in _without(self.traces, trace) if not x.guessed]
+        self.traces[:] = [trace, *others][:MAX_TRACES]
         self.fitting.put(self.shapes, trace)
 
 
@@ -209,7 +212,7 @@ def _with_new_trace(
         except (ControlFlowError, SampleAxisError, UnsupportedOpError) as error:
             refused = refused or error  # other samples may go another way, and the batch's own
             continue
-        model = TracedModel.on(program, batch, trace)
+        model = TracedModel.on(program, batch, batch_size(batch), trace)
         try:
             return model, use(model)
         except StaleLayout as stale:

@@ -20,8 +20,7 @@ from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.readers import Push
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._readers import rotated
-from ghostfunc.projection import Block as Columns
-from ghostfunc.projection import Projection
+from ghostfunc.projection import Block as Columns, Projection
 from ghostfunc.projection._projection import OF_TENSORS, Recipe
 
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import ghostfunc as gf
 from ghostfunc.cli import _score as score_command
-from ghostfunc.data import Rows, batches, encode, padded, write_rows
-from ghostfunc.data import _score as score_module
+from ghostfunc.data import Rows, _score as score_module, batches, encode, padded, write_rows
 
 from .conftest import chat, lines
 
