@@ -18,7 +18,8 @@ from ghostfunc._base.experts import layers_of_experts, rows_in_order
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
 from ghostfunc._base.processes.dtensors import like_parameter, local
-from ghostfunc._base.processes.sharding import Sharding, reshard, sharding_of, without_hooks
+from ghostfunc._base.processes.placements import sharding_of
+from ghostfunc._base.processes.sharding import Sharding, reshard, without_hooks
 from ghostfunc._base.processes.shards import gather
 from ghostfunc._base.processes.units import Unit, made_whole_when_called
 from ghostfunc._base.processes.wrappers import refuse_wrapped
@@ -235,7 +236,9 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Of a module that `torch.distributed.fsdp.fully_shard` has sharded, `params` are this rank's
     pieces of the parameters. All ranks then make the same calls, each with samples of its own:
     scores, norms and projections are those of the whole parameters, and gradients (the training
-    gradient, a direction) are of the mean over all ranks' samples, in pieces.
+    gradient, a direction) are of the mean over all ranks' samples, in pieces. So it is with a
+    tensor parallel plan (`parallelize_module`), alone or beneath `fully_shard`, whose ranks share
+    one batch.
 
     Returns:
         `(model_fn, params)`. `params` holds the parameters with `requires_grad=True` under their
@@ -245,7 +248,7 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
             compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
-            DeepSpeedEngine), or is a distributed tensor that `fully_shard` did not make: the
+            DeepSpeedEngine), or holds distributed tensors of another kind: the
             message names what to give instead.
     """
     check_module(module)
@@ -300,7 +303,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         module: the module that `gf.from_module` was given.
         grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
             parameter once, under its first name; frozen parameters not at all.
-            Of a module that `fully_shard` has sharded, this rank's pieces.
+            Of a sharded module, this rank's pieces.
         weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
             loss scaler, its scale.
 

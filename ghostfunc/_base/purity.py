@@ -3,23 +3,22 @@ that depends on no other sample. Every mode asks for it once per structure."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.company import halves
+from ghostfunc._base.company import in_parts
 from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.errors import (
     CoupledSamplesError,
-    InPlaceError,
     RandomnessError,
     TransformError,
-    UnsupportedOpError,
+    UnsupportedAlwaysError,
     UntrackedUseError,
 )
 from ghostfunc._base.losses import check_losses, close
@@ -27,10 +26,10 @@ from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.processes.dtensors import is_dtensor
 from ghostfunc._base.processes.pieces import held_whole, in_step
 from ghostfunc._base.program import Program
-from ghostfunc._base.refusals import COLLECTIVES, Refusals, refuse_collective
+from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
+from ghostfunc._base.side_effects import Draws, WriteGuard
 from ghostfunc._base.torch_private import (
-    TorchDispatchMode,
     address,
     any_symbolic,
     batched,
@@ -48,12 +47,12 @@ def prove_independent(
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
     Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
-    its halves alone. Where all samples are the same, another is made of them, and nothing is
+    parts alone. Where all samples are the same, another is made of them, and nothing is
     remembered.
 
     Whoever traces and proves the model next gives a `log` that watches the run of the two samples.
     What those runs compare themselves is left to them: two samples beside a third one, the whole
-    batch and its halves. Returned are, if the two samples were run, the second one and both losses.
+    batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
     _refuse_batched(program.leaves, batch)
@@ -63,7 +62,7 @@ def prove_independent(
     if ranks is not None:
         new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
-            whole = held_whole(program)
+            whole = held_whole(program, batch)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
                     prove_independent(whole, batch, anew=anew)
@@ -85,7 +84,7 @@ def prove_independent(
     if known:
         if program.randomness == "error" and n > 1:
             every = company.whole()
-            company.compare({"in a half of the batch": (company.in_halves(), every)})
+            company.compare({"in a part of the batch": (company.in_parts(), every)})
         return None
     pair = company.of_two(log)
     if program.randomness == "error" and other is None:
@@ -115,14 +114,14 @@ class _Company:
         program = self.program
         params = lend(program.leaves)
         given = program.spec.unflatten(params)
-        guard = _WriteGuard(_protected(program, data))
+        guard = WriteGuard(program, data)
         try:
             with guard, mode or Refusals():
                 out = program.model_fn(given, data)
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
-            raise UnsupportedOpError(
+            raise UnsupportedAlwaysError(
                 "model_fn calls torch.cond, while_loop or another operator that takes functions, "
                 "which no mode sees into. Write it with if and while, or with torch.where."
             ) from error
@@ -135,10 +134,11 @@ class _Company:
         """All losses, from one run."""
         return self.losses(self.batch)
 
-    def in_halves(self) -> Tensor:
-        """All losses, from two batches of two samples at least."""
+    def in_parts(self) -> Tensor:
+        """All losses, from parts of the batch that are drawn at random."""
         found: list[tuple[int, Tensor]] = []
-        for part in halves(range(self.n), packing_of(self.batch)):
+        order = np.random.default_rng(self.n).permutation(self.n).tolist()
+        for part in in_parts(order, packing_of(self.batch)):
             losses = self.losses(take(self.batch, part.rows))
             found += [(i, x) for i, own, x in zip(*part, losses, strict=True) if own]
         return torch.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
@@ -181,13 +181,13 @@ class _Company:
             three = self.losses(take(batch, [*two, two[0]]))[:2]
             company["with a copy of sample 0 added"] = three, pair
         if every is not None and self.n > 2:
-            company["in a half of the batch"] = self.in_halves(), every
+            company["in a part of the batch"] = self.in_parts(), every
         self.compare(company)
         return pair
 
 
 def were_compared(program: Program, batch: PyTree) -> None:
-    """Note that a proof has compared the losses of a whole batch with those of its halves, which
+    """Note that a proof has compared the losses of a whole batch with those of its parts, which
     `prove_independent` left to it."""
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)
@@ -274,8 +274,9 @@ def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> 
         if is_dtensor(node.variable):
             raise UntrackedUseError(
                 "The losses depend on a parameter of a sharded module outside of its unit (a "
-                "module that fully_shard was called with), where it is not whole. Use it in the "
-                "unit's forward, or shard that part together with the rest of the module."
+                "module that fully_shard was called with, or that holds what a tensor parallel "
+                "plan has cut), where it is not whole. Use it in the unit's forward, or shard that "
+                "part together with the rest of the module."
             )
         name = names.get(address(node.variable)) if node.variable.numel() else None
         if name is not None:
@@ -342,93 +343,3 @@ def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
             "torch.vmap over params or batches is not supported: a model has to be looked at with "
             "values. vmap over directions works; loop over an ensemble."
         )
-
-
-def _protected(program: Program, batch: PyTree) -> dict[int, str]:
-    """What must not be written to, by address of its memory."""
-    named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
-    model_fn, spec, leaves = program.model_fn, program.spec, program.leaves
-    if isinstance(model_fn, ModuleFn):
-        sharding = model_fn.sharding
-        named += [(f"buffer {name!r}", x) for name, x in model_fn.module.named_buffers()]
-        held = model_fn.module.named_parameters() if sharding is None else sharding.own_memory()
-        named += [(f"frozen parameter {k!r}", x) for k, x in held]
-    named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
-    return {address(x): name for name, x in named if x.numel()}
-
-
-class Draws(TorchDispatchMode):
-    """Sees whether random numbers are drawn, in this thread.
-
-    Attributes:
-        seen: whether they were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.seen = self.seen or _draws(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call takes numbers from a global generator: some take them in training only."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    arguments = func._schema.arguments
-    given = {x.name: x.default_value for x in arguments if x.has_default_value()}
-    given |= {x.name: value for x, value in zip(arguments, args, strict=False)}
-    given |= kwargs
-    rates = ["dropout_p", "dropout", *(["p"] if "dropout" in func.__name__ else [])]
-    return (
-        given.get("generator") is None
-        and all(given.get(rate) != 0 for rate in rates)
-        and all(given.get(mode) is not False for mode in ("train", "training"))
-    )
-
-
-class _WriteGuard(TorchDispatchMode):
-    """Raises before an op writes to protected memory."""
-
-    def __init__(self, protected: dict[int, str]) -> None:
-        super().__init__()
-        self._protected = protected
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace in COLLECTIVES:
-            refuse_collective(str(func))
-        schema = func._schema
-        if schema.is_mutable:
-            given = itertools.chain(
-                zip(schema.arguments, args, strict=False),
-                ((a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs),
-            )
-            for argument, value in given:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._check(func, value)
-        return func(*args, **kwargs)
-
-    def _check(self, func: Any, value: object) -> None:
-        for x in tensors_of(value):
-            name = self._protected.get(address(x)) if x.numel() else None
-            if name is not None:
-                raise InPlaceError(
-                    f"model_fn writes to {name} in place ({func}). A pure function leaves what it "
-                    "is given as it is: use the out-of-place op, or work on a copy."
-                )

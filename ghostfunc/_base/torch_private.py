@@ -6,6 +6,7 @@ that drops one fails in one place.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,8 +15,10 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef as CustomOpDef  # ops of torch.library
-from torch._ops import HigherOrderOperator as HigherOrderOperator  # torch.cond and its kin
-from torch._ops import OpOverload as OpOverload  # one overload of such an op
+from torch._ops import (
+    HigherOrderOperator as HigherOrderOperator,  # torch.cond and its kin
+    OpOverload as OpOverload,  # one overload of such an op
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -106,6 +109,28 @@ def fsdp_policies(unit: Any) -> tuple[Any, list[Any]]:
     state = unit._get_fsdp_state()
     params = [p for group in state._fsdp_param_groups for p in group.fsdp_params]
     return state._mp_policy, [p.offload_to_cpu for p in params]
+
+
+def fsdp_meshes(module: nn.Module) -> dict[int, Any]:
+    """The mesh that `fully_shard` has cut each parameter over, by the parameter's identity."""
+    units: list[Any] = list(filter(is_fsdp_unit, module.modules()))
+    return {
+        id(p.sharded_param): p.mesh_info.mesh
+        for unit in units
+        for group in unit._get_fsdp_state()._fsdp_param_groups
+        for p in group.fsdp_params
+    }
+
+
+def plan_hooks(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """The forward hooks that tensor parallel plans have given a module, as `fsdp_hooks`. Functions
+    of torch's own, they are known by where they were defined."""
+    return [
+        (hooks, number)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for number, hook in hooks.items()
+        if inspect.isfunction(hook) and hook.__module__.startswith("torch.distributed.tensor")
+    ]
 
 
 # --- process groups ------------------------------------------------------------------------------

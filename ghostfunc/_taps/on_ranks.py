@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
 from ghostfunc._base.processes.in_step import InStep, OtherRankRetries
-from ghostfunc._base.processes.pieces import held_whole, whole_likes
+from ghostfunc._base.processes.pieces import held_whole, refuse_other_samples, whole_likes
 from ghostfunc._base.program import Program
+from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import Check, PyTree
 from ghostfunc._taps.proof import gradients_unproved
 from ghostfunc._trace.fitting import TracedModel, known_trace
@@ -61,13 +62,14 @@ class Together:
 
     def run(self, asked: Callable[[TracedModel], R]) -> tuple[TracedModel, R]:
         """What is `asked` of the model with a trace that fits this rank's batch."""
-        looked = False
+        refuse_other_samples(self.program, self.batch)
+        looked, n = False, batch_size(self.batch)
         trace = self._known()
         for _ in range(ATTEMPTS):
             looked |= self._look(trace is None, "asking whether all ranks have a trace")
             trace = self._known() if trace is None else trace
             assert trace is not None
-            model = TracedModel.on(self.program, self.batch, trace)
+            model = TracedModel.on(self.program, self.batch, n, trace)
             try:
                 with self.ranks.in_step("running the model", retries=(StaleLayout,)):
                     taken = asked(model)
@@ -93,7 +95,7 @@ class Together:
         """Look at the batch where it is new; the whole parameters come from all ranks."""
         if not self.ranks.any(place, new):
             return False
-        whole = held_whole(self.program)
+        whole = held_whole(self.program, self.batch)
         with self.ranks.apart("looking at a new batch"):
             if new:
                 self.look(whole)

@@ -22,7 +22,7 @@ from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.contract import add_up, materialize, transpose
 from ghostfunc._factors.factor import Dense, Factor, OneHot
-from ghostfunc._quantities.readers import Push, Reader
+from ghostfunc._quantities.readers import LinearReader, Push, Reader
 from ghostfunc._trace.layout import Layout, stack_all
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
@@ -95,7 +95,17 @@ class Tracked:
     @property
     def wants_grad(self) -> bool:
         """Whether the training gradient is to be read here."""
-        return self.running is not None or self.grad is not self.const
+        return self.running is not None or self.grad_is_autograds
+
+    @property
+    def grad_is_autograds(self) -> bool:
+        """Whether the training gradient, or a part of it, is autograd's to add up."""
+        return self.grad is not self.const
+
+    def own_readers(self) -> list[Reader]:
+        """What reads this tensor's factors: of every tap the reader made for it, or the parameter's
+        where they have to be pulled back to the parameter first."""
+        return [root if own is None else own for own, root in self.readers.values()]
 
     def direct(self, factor: Factor) -> bool:
         """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at
@@ -315,7 +325,10 @@ def derived(
             if key in tracked.readers:
                 # Two sources of one parameter: directions add up, J u = J_1 u_1 + J_2 u_2.
                 before = tracked.readers[key][0]
-                pushed = None if before is None or pushed is None else before.plus(pushed)
+                if not isinstance(before, LinearReader) or pushed is None:
+                    pushed = None
+                else:
+                    pushed = before.plus(pushed)
             tracked.readers[key] = (pushed, root)
     return tracked
 

@@ -20,6 +20,7 @@ from ghostfunc._base.errors import (
     WAYS_OUT,
     InPlaceError,
     TransformError,
+    UnsupportedAlwaysError,
     UnsupportedOpError,
     UntrackedUseError,
 )
@@ -136,7 +137,7 @@ def gradients(
     except RuntimeError as error:
         if "is not implemented" not in str(error):
             raise
-        raise UnsupportedOpError(
+        raise UnsupportedAlwaysError(
             f"The losses depend on parameters through an op that has no gradient: {error}."
         ) from error
     return [None if g is None else dense(g) for g in found]

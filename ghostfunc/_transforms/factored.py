@@ -26,6 +26,7 @@ from ghostfunc._base.processes.pieces import (
     gathered,
     in_step,
     of_all_ranks,
+    refuse_other_weights,
     summed_and_cut,
     together,
     whole_likes,
@@ -279,6 +280,8 @@ class FactoredGrads:
         """
         with self._together("adding kept gradients up"):
             weights = check_weights(weights, len(self.losses))
+            if self._model_fn is not None:
+                refuse_other_weights(self._model_fn, weights)
             return self.param_sums([weights] * len(self.bundles))
 
     def _together(self, place: str) -> AbstractContextManager[None]:

@@ -44,7 +44,7 @@ from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
 from ghostfunc._taps.sinks import Ready
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
@@ -124,7 +124,7 @@ class Question:
                 raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
         if in_step(self.program.model_fn) is not None:
             raise OptionError(
-                "per_position=True is not for modules that fully_shard has sharded. Ask for scores "
+                "per_position=True is not for sharded modules. Ask for scores "
                 "of whole samples, or on one process with the whole model."
             )
         several = self.targets.vals or any(
@@ -250,7 +250,7 @@ class Question:
     def _lengths(self, readers: _Readers, rows: Tensor) -> Tensor:
         """`||u||`, one row per parameter; of a direction's pieces, that of the whole."""
         found = torch.stack([lengths.length(r, rows) for r in readers])
-        return lengths_of_whole(self.program.model_fn, found)
+        return lengths_of_whole(self.program.model_fn, self.program.spec.names, found)
 
     def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
         """Have a direction that was given looked at if what is made of it is not finite."""
@@ -409,7 +409,7 @@ class Question:
         for pieces, table in rounds:
             for piece, row in zip(pieces, table, strict=True):
                 rows[piece.target].append(row)
-        found = [batches.joined(parts, axis=1) for parts in rows]
+        found = [x[0] if len(x) == 1 else batches.joined(x, axis=1) for x in rows]
         return self.targets.named(
             [self.program.spec.unflatten(x) if self.per_param else x[0] for x in found]
         )
@@ -488,12 +488,12 @@ def _check_in_step(mode: Mode, reduction: Reduction, targets: Targets) -> None:
     """Raise for what is not for sharded modules."""
     if mode != "ghost":
         raise OptionError(
-            f'mode={mode!r} is not for modules that fully_shard has sharded: use mode="ghost", '
+            f'mode={mode!r} is not for sharded modules: use mode="ghost", '
             "or one process with the whole model."
         )
     if reduction == "none":
         raise OptionError(
-            'reduction="none" is not for modules that fully_shard has sharded, whose validation '
+            'reduction="none" is not for sharded modules, whose validation '
             "gradient is one of all ranks' samples. gf.ghost_gram(model_fn, params, train, val) "
             "has the products of a rank's own samples."
         )
