@@ -95,6 +95,18 @@ class _SinkTap(torch.autograd.Function):
         return tuple(out)
 
 
+class Beside(torch.autograd.Function):
+    """The first of two tensors with the same values; both get its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, beside: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, Tensor]:
+        return b, b
+
+
 Blank: TypeAlias = Callable[[], Tensor]
 
 ANCHOR: ReaderKey = (-1, -1)
@@ -200,7 +212,7 @@ class Use:
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
-            if target.wants_grad:
+            if target.reads_grad:
                 inputs.append(target.grad)
         if self.collect_tap is not None:
             inputs.append(self.collect_tap)
@@ -213,8 +225,8 @@ class Use:
     def _tap_into(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
         """`y` with a tap beside it whose inputs are the anchor, and what training gradients are
         read at that are autograd's to add up."""
-        inputs = [target.grad for _, target in self.targets if target.grad is not target.const]
-        self.reading = any(target.readers or target.wants_grad for _, target in self.targets)
+        inputs = [target.grad for _, target in self.targets if target.pulls_grad]
+        self.reading = any(target.readers or target.reads_grad for _, target in self.targets)
         if not self.reading and self.collecting is None:
             return y
         out: Tensor = _SinkTap.apply(
@@ -238,7 +250,7 @@ class Use:
             return self._read_documents_into(b, args, sinks)
         factors = self.factors(b, args)
         for name, target in self.targets:
-            if not target.readers and not target.wants_grad:
+            if not target.readers and not target.reads_grad:
                 continue
             factor = self.fitted(factors[name], target, by_position=sinks.by_position)
             straight = sinks.straight
@@ -249,7 +261,7 @@ class Use:
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
                 sinks.add(key, value)
-            if target.grad is not target.const:
+            if target.pulls_grad:
                 out.append(found[-1])
         return out
 
@@ -260,7 +272,7 @@ class Use:
         out: list[Tensor | None] = []
         read = ByDocument(self, b, args)
         for name, target in self.targets:
-            if not target.readers and not target.wants_grad:
+            if not target.readers and not target.reads_grad:
                 continue
             readers = [root if own is None else own for own, root in target.readers.values()]
             found = read(name, target, readers, sinks)
@@ -269,7 +281,7 @@ class Use:
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
                 sinks.add(key, value)
-            if target.grad is not target.const:
+            if target.pulls_grad:
                 out.append(found[-1])
         return out
 
@@ -303,7 +315,7 @@ class Use:
         out: list[Tensor | None] = []
         with unrounded(b):
             for (name, target), own in zip(self.targets, readers, strict=True):
-                if own or target.wants_grad:
+                if own or target.reads_grad:
                     by_position = any(isinstance(r, PositionsReader) for r in own)
                     factor = self.factor(name, target, b, saved[:n_args], by_position=by_position)
                     out += _read_all(factor, target, own)
@@ -363,7 +375,7 @@ class ByDocument:
             packed = None if packed is None else as_param_shape(packed, target)
             if isinstance(packed, (Outer, OneHot)):
                 return _read_all(packed, target, readers, packing)
-        apart = len(packing.groups) > 1 and not target.wants_grad
+        apart = len(packing.groups) > 1 and not target.reads_grad
         if readers and apart and all(map(by_sample, readers)):
             parts = [
                 _read_all(as_param_shape(regrouped(single, part), target), target, readers)
@@ -412,7 +424,7 @@ def _read_all(
     read, grad = _read_with_total(factor, target, readers, packing)
     here = iter(read)
     out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
-    if target.wants_grad:
+    if target.reads_grad:
         out.append(None if grad is None else shaped(grad, target.const))
     return out
 
@@ -428,7 +440,7 @@ def _read_with_total(
     giving = next((r for r in readers if isinstance(r, ValueReader) and r.gives_total), None)
     value: Tensor | None = None
     grad: Tensor | None = None
-    if giving is not None and target.wants_grad:
+    if giving is not None and target.reads_grad:
         value, grad = giving.read_with_total([factor])
         dots, _ = dots_and_total(
             factor, us, with_total=False, contract_dtype=contract_dtype, packing=packing
@@ -442,7 +454,7 @@ def _read_with_total(
         dots, grad = dots_and_total(
             factor,
             us,
-            with_total=target.wants_grad,
+            with_total=target.reads_grad,
             contract_dtype=contract_dtype,
             packing=packing,
         )
@@ -466,7 +478,7 @@ def _readers_for_train_rows(
         return g
 
     return [
-        reader.for_train_rows([factor], grads=target.wants_grad, pull=partial(at_parameter, i))
+        reader.for_train_rows([factor], grads=target.reads_grad, pull=partial(at_parameter, i))
         for i, reader in zip(leaves, readers, strict=True)
     ]
 

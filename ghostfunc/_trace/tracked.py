@@ -71,6 +71,8 @@ class Tracked:
             back to the parameter first, and the parameter's own reader.
         running: where the training gradient is added up, for parameters outside transforms; the
             cotangent of `grad` is then only what comes from derived tensors.
+        by_autograd: whether autograd forms the training gradient by itself: ops run on `grad`
+            then, and taps leave it alone.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
         made_whole: whether it, or what it derives from, was made of the pieces of several ranks.
@@ -85,6 +87,7 @@ class Tracked:
     number: int = 0
     readers: dict[ReaderKey, tuple[Reader | None, Reader]] = field(default_factory=dict)
     running: RunningTotal | None = None
+    by_autograd: bool = False
     leaf: int | None = None
     sources: tuple[Tracked, ...] = ()
     derivation: Derivation = "general"
@@ -94,8 +97,18 @@ class Tracked:
 
     @property
     def wants_grad(self) -> bool:
-        """Whether the training gradient is to be read here."""
+        """Whether the training gradient is wanted of this."""
         return self.running is not None or self.grad is not self.const
+
+    @property
+    def reads_grad(self) -> bool:
+        """Whether taps read the training gradient here."""
+        return self.wants_grad and not self.by_autograd
+
+    @property
+    def pulls_grad(self) -> bool:
+        """Whether what taps read of the training gradient is autograd's to add up."""
+        return self.grad is not self.const and not self.by_autograd
 
     def direct(self, factor: Factor) -> bool:
         """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at
@@ -301,6 +314,7 @@ def derived(
         const=const,
         grad=grad,
         shown=shown,
+        by_autograd=any(source.by_autograd for source in call.tracked),
         sources=tuple(call.tracked),
         derivation=derivation,
         fn=fn,
