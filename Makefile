@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LOUD_PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # A venv of its own for `make bench`.
 BENCH := .venv-bench
@@ -38,12 +38,15 @@ install: $(STAMP) ## Make or complete .venv with everything that is pinned in co
 
 # torch goes first: a build that is already there and satisfies the pin (one for CPU, say) stays.
 # hatchling and editables come from constraints.txt too, hence no build isolation.
+# pip says what it loads: the whole is minutes.
 $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) hatchling editables
-	$(PIP) --no-build-isolation -e ".[cli,curvature,hf,store,faiss,examples,docs,dev]"
+	@echo "1 of 2: PyTorch, the largest part"
+	$(LOUD_PIP) torch hatchling editables
+	@echo "2 of 2: ghostfunc and what examples, docs and tests need, about 150 packages"
+	$(LOUD_PIP) --no-build-isolation -e ".[cli,curvature,hf,store,faiss,examples,docs,dev]"
 	@touch $@
+	@echo "Done: try $(BIN)/ghostfunc --help, or make demo."
 
 demo: $(STAMP) ## Run examples/demo.py.
 	$(BIN)/python examples/demo.py $(ARGS)

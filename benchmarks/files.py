@@ -54,12 +54,14 @@ def squared_errors(module: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> tor
     return (module(x) - y).square().sum((1, 2))
 
 
-def warm_call() -> Calls:
-    """What a call enters that was made before: of two linear layers, of 16 sequences and one."""
+def warm_call(val_size: tuple[int, int] = (1, 5)) -> Calls:
+    """What a call enters that was made before: of two linear layers, of 16 sequences of 5 positions
+    and one of them, or of other validation samples."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     model_fn, params = gf.from_module(module, squared_errors)
-    train, val = ((torch.randn(n, 5, 8), torch.randn(n, 5, 4)) for n in (16, 1))
+    sizes = (16, 5), val_size
+    train, val = ((torch.randn(n, t, 8), torch.randn(n, t, 4)) for n, t in sizes)
     for _ in range(2):
         gf.ghost_dot_prod(model_fn, params, train, val)
     with watching() as found:

@@ -15,7 +15,7 @@ from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import op_name
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._rules.registry import DECOMPOSITIONS, canonical
-from ghostfunc._trace.fitting import trace_of
+from ghostfunc._trace.fitting import traced
 from ghostfunc._transforms.dot_prods import ghost_dot_prod, ghost_value_and_grad
 from ghostfunc._transforms.grads import per_sample_grads
 from ghostfunc._transforms.gram import ghost_gram
@@ -228,7 +228,7 @@ def _check_called(
     params: Tensors,
     batch: Tensors,
 ) -> None:
-    calls = trace_of(Program.of(model_fn, params), batch).calls
+    calls = traced(Program.of(model_fn, params), batch).trace.calls
     met = [canonical(call.func) for call in calls if call.kind == "use"]
     if canonical(op) not in met and op not in DECOMPOSITIONS:
         names = ", ".join(sorted({op_name(x) for x in met})) or "nothing"

@@ -1,4 +1,5 @@
-"""ghostfunc's own methods, and controls: scores `[n, m]`, higher where a sample helps more."""
+"""ghostfunc's own methods, and controls: scores `[n, m]`, higher where a sample helps more; or
+`[shares, n, m]` where they depend on the share of the samples that is left out."""
 
 from __future__ import annotations
 
@@ -15,6 +16,9 @@ from ghostfunc.unrolled import Trained
 DAMPING = 0.1
 """Relative to each parameter's mean eigenvalue, as kronfluence's heuristic has it. For CG it is the
 mean eigenvalue of the whole matrix, chosen after a look at the MLP: see docs/leaderboard.md."""
+
+LEFT_OUT = (0.05, 0.1, 0.5)
+"""Shares of the samples that retrained models do without."""
 
 Method = Callable[[Task, Trained], Tensor]
 
@@ -88,11 +92,12 @@ def metagradients(task: Task, trained: Trained) -> Tensor:
     return -made.scores.values
 
 
-def half_weights(task: Task, trained: Trained) -> Tensor:
-    """The derivative of another run, in which every sample weighs a half: their mean weight where
-    half of them are left out."""
-    training = task.training(weights=torch.full((task.n,), 0.5))
-    return metagradients(task, gf.unrolled.train(training, keep_every=12))
+def centred(task: Task, trained: Trained) -> Tensor:
+    """The derivative of other runs, `[shares, n, m]`: every sample weighs its mean over the models
+    that are trained again, 1 minus the share left out."""
+    weights = (torch.full((task.n,), 1 - share) for share in LEFT_OUT)
+    runs = (gf.unrolled.train(task.training(weights=w), keep_every=12) for w in weights)
+    return torch.stack([metagradients(task, run) for run in runs])
 
 
 def loss(task: Task, trained: Trained) -> Tensor:
@@ -116,7 +121,7 @@ def alike(task: Task, trained: Trained) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "metagradients": metagradients,
-    "metagradients, half weights": half_weights,
+    "metagradients, mean weights": centred,
     "EK-FAC + CG": ekfac_cg,
     "EK-FAC, 16 draws": partial(ekfac, draws=16),
     "EK-FAC": ekfac,

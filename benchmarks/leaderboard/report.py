@@ -112,7 +112,7 @@ def _verdicts(results: dict[str, Any]) -> str:
                     f"{at['EK-FAC'][0]:.2f} against {best:.2f}",
                     at["EK-FAC"][0] > best,
                 )
-            for name in ("metagradients", "metagradients, half weights"):
+            for name in ("metagradients", "metagradients, mean weights"):
                 if key == "mlp" and name in at:
                     value = at[name][0]
                     asked = f"{task['name']}: {name} at least 0.9 ({words})"

@@ -5,7 +5,7 @@ python benchmarks/leaderboard/run.py --quick            # one seed, fewer models
 python benchmarks/leaderboard/run.py --tasks mlp gpt2
 
 What was measured is kept in outputs/leaderboard: the same command goes on where it was cut, and
---kept makes the tables of what there is.
+--kept makes the tables of what there is. --add leaves in recorded.json what is not measured anew.
 """
 
 from __future__ import annotations
@@ -30,16 +30,13 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
 import torch  # noqa: E402
 from keep import Keep  # noqa: E402
 from measure import Measured, measured, rank_agreement  # noqa: E402
-from methods import METHODS, Method  # noqa: E402
+from methods import LEFT_OUT, METHODS, Method  # noqa: E402
 from peers import MODULES, PEERS  # noqa: E402
 from retrain import datamodeling_scores, query_losses, retrained, subsets  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
 import ghostfunc as gf  # noqa: E402
 from ghostfunc.unrolled import Trained  # noqa: E402
-
-LEFT_OUT = (0.05, 0.1, 0.5)
-"""Shares of the samples that retrained models do without."""
 
 KEPT = HERE.parents[1] / "outputs" / "leaderboard"
 
@@ -72,9 +69,10 @@ def evaluate(
             rows[name] = {"error": got.error}
             continue
         found[name] = got.scores
+        scores = got.scores.expand(len(LEFT_OUT), -1, -1)
         lds = {
-            share: datamodeling_scores(got.scores, kept, losses)
-            for share, (kept, losses) in truth.items()
+            share: datamodeling_scores(of_share, kept, losses)
+            for of_share, (share, (kept, losses)) in zip(scores, truth.items(), strict=True)
         }
         rows[name] = {"lds": lds, "seconds": got.seconds, "peak": got.peak, "load": got.load}
     out = {"seed": seed, "rows": rows, "n": task.n, "m": len(task.queries["y"])}
@@ -113,6 +111,29 @@ def versions() -> dict[str, str]:
     return out
 
 
+def added(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """`now`, with the rows of methods that it lacks from `before`; methods that are no more fall
+    away."""
+    if before is None:
+        return now
+    if before["quick"] != now["quick"]:
+        raise ValueError("--add: --quick and full results have no table in common")
+    out = {**now, "versions": {**now["versions"]}, "tasks": {}}
+    for package, found in now["versions"].items():
+        if found == "not installed":
+            out["versions"][package] = before["versions"][package]
+    for key in TASKS:
+        task = {**before["tasks"].get(key, {}), **now["tasks"].get(key, {})}
+        if task:
+            by_seed: dict[int, dict[str, Any]] = {}
+            for run in (*before["tasks"].get(key, {}).get("runs", []), *task["runs"]):
+                rows = by_seed.get(run["seed"], {}).get("rows", {}) | run["rows"]
+                kept = {name: rows[name] for name in {**METHODS, **PEERS} if name in rows}
+                by_seed[run["seed"]] = {**run, "rows": kept}
+            out["tasks"][key] = {**task, "runs": list(by_seed.values())}
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer models and queries")
@@ -121,12 +142,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=KEPT, help="where results are kept")
     parser.add_argument("--kept", action="store_true", help="tables of what is kept, no more")
+    parser.add_argument("--add", action="store_true", help="to what --out has, which stays")
     parser.add_argument("--out", type=Path, default=HERE / "recorded.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     start = perf_counter()
+    before = json.loads(options.out.read_text()) if options.add else None
     results: dict[str, Any] = {
         "quick": options.quick,
         "versions": versions(),
@@ -140,11 +163,11 @@ def main() -> None:
             keep = Keep(options.keep, f"{key} {seed}{' quick' if options.quick else ''}")
             runs.append(evaluate(task, seed, options.methods, keep, measuring=not options.kept))
             results["tasks"][key] = {"name": task.name, "subsets": task.subsets, "runs": runs}
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            options.out.write_text(json.dumps(added(before, results), indent=1) + "\n")
     print(f"{perf_counter() - start:.0f} s; written to {options.out}")
     from report import write
 
-    write(results)
+    write(added(before, results))
 
 
 if __name__ == "__main__":

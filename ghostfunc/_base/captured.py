@@ -81,7 +81,7 @@ def _prepare(
         )
     if isinstance(model_fn, ModuleFn) and model_fn.sharding is not None:
         raise TransformError(
-            f"{function.__name__} got a module that fully_shard has sharded inside torch.compile, "
+            f"{function.__name__} got a sharded module inside torch.compile, "
             "which cannot follow what its ranks exchange. Call it outside."
         )
     function(model_fn, *args, **kwargs)

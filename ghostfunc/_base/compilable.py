@@ -14,33 +14,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import SymInt
 
 from ghostfunc._base.options import check_model_fn
 from ghostfunc._base.torch_private import _pytree
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
-
-
-def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal; of symbols, whether that is known without tying a compiled
-    program to it."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
-
-    return statically_known_true(a == b)
-
-
-def known(size: int) -> int:
-    """A size; where it is a symbol of a compiled program for all lengths, its value in the call at
-    hand. Costs are weighed with that, which does not tie the program to it."""
-    if not isinstance(size, SymInt):
-        return size
-    from torch.fx.experimental.symbolic_shapes import optimization_hint  # loads sympy
-
-    return optimization_hint(size)
 
 
 def compilable(returns: Callable[..., Any] | None = None) -> Callable[[F], F]:

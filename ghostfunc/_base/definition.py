@@ -21,19 +21,12 @@ from ghostfunc._base.documents import apart, packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.losses import check_finite, check_losses, check_shape, close
 from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
-from ghostfunc._base.processes.pieces import in_step
+from ghostfunc._base.processes.pieces import in_step, refuse_other_samples
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import (
-    check_finite,
-    check_losses,
-    check_shape,
-    close,
-    coupled_samples,
-    lend,
-    refuse_checkpoints,
-)
+from ghostfunc._base.purity import coupled_samples, lend, refuse_checkpoints
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
 from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
 from ghostfunc._base.trees import batch_size, flatten, take, tensors_of, unflatten
@@ -66,6 +59,7 @@ def weighted_gradient(
     n = batch_size(batch)
     ranks = in_step(program.model_fn)
     if ranks is not None and not ranks.together:
+        refuse_other_samples(program, batch)
         with ranks.in_step("computing a gradient"):
             return weighted_gradient(program, batch, weights, look, ready)
     if in_transform():

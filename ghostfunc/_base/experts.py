@@ -62,20 +62,25 @@ def routed(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool = False) -> 
     return by_expert[order.argsort()].unflatten(0, ids.shape)
 
 
-def is_routed(module: nn.Module) -> bool:
-    """Whether it is a layer of experts that sorts or gathers rows."""
-    own = vars(module)
-    if not own.keys() >= _MARKS or "forward" in own or own["_is_expert_parallel"]:
+def layers_of_experts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that are layers of experts."""
+    return [m for m in modules if vars(m).keys() >= _MARKS]
+
+
+def _is_routed(layer: nn.Module) -> bool:
+    """Whether a layer of experts sorts or gathers rows, as it is configured now."""
+    own = vars(layer)
+    if "forward" in own or own["_is_expert_parallel"]:
         return False
     return own["config"]._experts_implementation in _RUN_HERE
 
 
 @contextmanager
 def rows_in_order(layers: Sequence[nn.Module], known: set[nn.Module]) -> Iterator[None]:
-    """Have layers of experts leave rows where they are, for a while. Those that are not `known` yet
-    are held against their own `forward` when they are called."""
+    """Have `layers_of_experts` leave rows where they are, for a while. Those that are not `known`
+    yet are held against their own `forward` when they are called."""
     with ExitStack() as stack:
-        for layer in filter(is_routed, layers):
+        for layer in filter(_is_routed, layers):
             own = vars(layer)
             own["forward"] = partial(_forward, layer, known)
             stack.callback(own.pop, "forward", None)

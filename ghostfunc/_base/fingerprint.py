@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.types import ModelFn, PyTree
+
 
 def fingerprint(names: Sequence[str], tensors: Sequence[Tensor]) -> str:
     """SHA-256 of the names, shapes, dtypes and values of tensors, in order of names."""
@@ -17,3 +20,12 @@ def fingerprint(names: Sequence[str], tensors: Sequence[Tensor]) -> str:
         values = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(values.numpy().data)
     return digest.hexdigest()
+
+
+def frozen(model_fn: ModelFn, params: PyTree) -> str:
+    """The fingerprint of a module's frozen parameters and buffers; "" for other functions, whose
+    constants nobody can see."""
+    if not isinstance(model_fn, ModuleFn):
+        return ""
+    state = model_fn.closed_over(params)
+    return fingerprint(list(state), list(state.values()))

@@ -7,17 +7,19 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
-from ghostfunc._base.experts import rows_in_order
+from ghostfunc._base.experts import layers_of_experts, rows_in_order
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
 from ghostfunc._base.processes.dtensors import like_parameter, local
-from ghostfunc._base.processes.sharding import Sharding, reshard, sharding_of, without_hooks
+from ghostfunc._base.processes.placements import sharding_of
+from ghostfunc._base.processes.sharding import Sharding, reshard, without_hooks
 from ghostfunc._base.processes.shards import gather
 from ghostfunc._base.processes.units import Unit, made_whole_when_called
 from ghostfunc._base.processes.wrappers import refuse_wrapped
@@ -53,6 +55,7 @@ class ModuleFn:
         self._aliases: dict[str, list[str]] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._parts = modules_within(module)
+        self._experts = layers_of_experts(self._parts)
         self._compared: set[nn.Module] = set()
         self._state: dict[str, Tensor] = {}
         for prefix, owner, attribute, x in _held(module):
@@ -124,7 +127,7 @@ class ModuleFn:
         if self.sharding is not None:
             return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
-        with alone_with(self.module), rows_in_order(self._parts, self._compared):
+        with alone_with(self.module), self._rows_in_order():
             if torch.compiler.is_compiling():
                 return self._called(named, run)
             parts = modules_within(self.module)
@@ -159,9 +162,11 @@ class ModuleFn:
             finally:
                 loan.give_back()
 
-        experts = rows_in_order(self._parts, self._compared)
-        with alone_with(self.module), without_hooks(self.module), experts:
+        with alone_with(self.module), without_hooks(self.module), self._rows_in_order():
             return run(losses)
+
+    def _rows_in_order(self) -> AbstractContextManager[None]:
+        return rows_in_order(self._experts, self._compared) if self._experts else nullcontext()
 
     def _lend(self, named: dict[str, Tensor], parts: list[nn.Module]) -> bool:
         """Put tensors where the module holds its own, as `functional_call` does; False where it
@@ -231,7 +236,9 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Of a module that `torch.distributed.fsdp.fully_shard` has sharded, `params` are this rank's
     pieces of the parameters. All ranks then make the same calls, each with samples of its own:
     scores, norms and projections are those of the whole parameters, and gradients (the training
-    gradient, a direction) are of the mean over all ranks' samples, in pieces.
+    gradient, a direction) are of the mean over all ranks' samples, in pieces. So it is with a
+    tensor parallel plan (`parallelize_module`), alone or beneath `fully_shard`, whose ranks share
+    one batch.
 
     Returns:
         `(model_fn, params)`. `params` holds the parameters with `requires_grad=True` under their
@@ -241,7 +248,7 @@ def from_module(module: nn.Module, loss: Loss) -> tuple[ModelFn, dict[str, Tenso
     Raises:
         ParamsError: no parameter requires a gradient, or the module or a part of it has been
             compiled or wrapped (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
-            DeepSpeedEngine), or is a distributed tensor that `fully_shard` did not make: the
+            DeepSpeedEngine), or holds distributed tensors of another kind: the
             message names what to give instead.
     """
     check_module(module)
@@ -296,7 +303,7 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
         module: the module that `gf.from_module` was given.
         grads: name -> gradient for every trainable parameter, as in `GhostStep.grads`: a tied
             parameter once, under its first name; frozen parameters not at all.
-            Of a module that `fully_shard` has sharded, this rank's pieces.
+            Of a sharded module, this rank's pieces.
         weight: what to multiply by: for micro-batches, the share of each in the whole batch; for a
             loss scaler, its scale.
 

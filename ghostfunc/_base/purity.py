@@ -4,7 +4,6 @@ that depends on no other sample. Every mode asks for it once per structure."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,12 @@ from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     InPlaceError,
-    LossShapeError,
-    NonFiniteLossError,
     RandomnessError,
     TransformError,
     UnsupportedOpError,
     UntrackedUseError,
 )
+from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.processes.dtensors import is_dtensor
 from ghostfunc._base.processes.pieces import held_whole, in_step
@@ -37,7 +35,6 @@ from ghostfunc._base.torch_private import (
     any_symbolic,
     batched,
     in_transform,
-    symbolic,
 )
 from ghostfunc._base.trees import batch_size, map_tensors, take, tensors_of
 from ghostfunc._base.types import PyTree
@@ -66,7 +63,7 @@ def prove_independent(
     if ranks is not None:
         new = anew or not remembered.get(key)
         if ranks.any("asking whether all ranks know this structure", new):
-            whole = held_whole(program)
+            whole = held_whole(program, batch)
             with ranks.apart("looking whether samples depend on each other"):
                 if new:
                     prove_independent(whole, batch, anew=anew)
@@ -277,8 +274,9 @@ def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> 
         if is_dtensor(node.variable):
             raise UntrackedUseError(
                 "The losses depend on a parameter of a sharded module outside of its unit (a "
-                "module that fully_shard was called with), where it is not whole. Use it in the "
-                "unit's forward, or shard that part together with the rest of the module."
+                "module that fully_shard was called with, or that holds what a tensor parallel "
+                "plan has cut), where it is not whole. Use it in the unit's forward, or shard that "
+                "part together with the rest of the module."
             )
         name = names.get(address(node.variable)) if node.variable.numel() else None
         if name is not None:
@@ -322,58 +320,6 @@ def coupled_samples(observed: str, batch: PyTree = None, cause: str = "") -> Cou
         "in-batch negatives, a loss or an input normalised over the batch, state kept between "
         "calls."
     )
-
-
-def check_losses(losses: object, n: int) -> Tensor:
-    """`losses`, if they are one finite float per sample."""
-    checked = check_shape(losses, n)
-    check_finite(checked)
-    return checked
-
-
-def check_shape(losses: object, n: int) -> Tensor:
-    """`losses`, if they are one float per sample, finite or not."""
-    if not isinstance(losses, Tensor):
-        raise LossShapeError(
-            f"model_fn returned a {type(losses).__name__}; expected a tensor of per-sample losses, "
-            f"shape [{n}]."
-        )
-    if losses.shape != (n,) or not losses.is_floating_point():
-        raise LossShapeError(
-            f"model_fn returned shape {tuple(losses.shape)} of {losses.dtype} for {n} samples; "
-            f"expected one floating-point loss per sample, shape [{n}]. Do not reduce over "
-            'samples (use reduction="none", then average over each sample\'s own positions).'
-        )
-    return losses
-
-
-def check_finite(losses: Tensor) -> None:
-    """Raise `NonFiniteLossError` if a loss is NaN or infinite. A compiled program does not look:
-    what it returns is not finite either."""
-    if symbolic(losses):
-        return
-    if not batched(losses) and math.isfinite(losses.detach().sum().item()):
-        return  # one wait for the device; what is to be said of other losses takes more
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        shown = ", ".join(f"losses[{i}] = {losses[i].item()}" for i in bad[:5])
-        raise NonFiniteLossError(
-            f"{len(bad)} of {len(losses)} losses are not finite: {shown}. Check the inputs and the "
-            "parameters; a sample without a single labelled position has a mean loss of 0/0."
-        )
-
-
-def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether losses agree to the digits of their dtype, or of another one they came through.
-
-    Each is compared to itself: a large one hides no other. What is smaller than one, and than the
-    largest, is compared to that: a loss near zero is a difference of larger numbers.
-    """
-    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
-    tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
-    largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)
 
 
 def distinct(batch: PyTree) -> bool:

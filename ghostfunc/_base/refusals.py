@@ -46,7 +46,7 @@ def refuse_collective(name: str) -> None:
         f"model_fn calls {name}: what other processes send becomes part of this sample's loss, and "
         "theirs of it, so the loss of one sample depends on others. Leave it out of the forward "
         "pass, and communicate before or after the call; gradients of all ranks' samples come by "
-        "group=..., scores by gf.distributed.gather. Of a module that fully_shard has sharded, "
+        "group=..., scores by gf.distributed.gather. Of a sharded module, "
         "give gf.from_module the module itself, and use its parameters inside of their unit."
     )
 

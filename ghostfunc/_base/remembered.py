@@ -7,13 +7,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.documents import Documents, packing_of
 from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.program import Program
 from ghostfunc._base.reach import modules_in_reach
-from ghostfunc._base.torch_private import modules_within
+from ghostfunc._base.torch_private import known, modules_within
 from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -50,7 +49,7 @@ class Recent(Generic[K, V]):
 
     def get(self, key: K) -> V | None:
         """What was found; None if nothing was, or it is forgotten."""
-        with self._lock:
+        with self._lock.now:
             if key not in self._found:
                 return None
             self._found[key] = self._found.pop(key)  # the latest last
@@ -58,7 +57,7 @@ class Recent(Generic[K, V]):
 
     def put(self, key: K, value: V) -> V:
         """Keep what was found, and return it."""
-        with self._lock:
+        with self._lock.now:
             self._found.pop(key, None)
             self._found[key] = value
             while len(self._found) > self._most:
@@ -69,11 +68,6 @@ class Recent(Generic[K, V]):
         """What was found, or is made now."""
         found = self.get(key)
         return self.put(key, make()) if found is None else found
-
-    def drop(self, key: K) -> None:
-        """Forget it."""
-        with self._lock:
-            self._found.pop(key, None)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that drops one fails in one place.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -111,6 +112,28 @@ def fsdp_policies(unit: Any) -> tuple[Any, list[Any]]:
     state = unit._get_fsdp_state()
     params = [p for group in state._fsdp_param_groups for p in group.fsdp_params]
     return state._mp_policy, [p.offload_to_cpu for p in params]
+
+
+def fsdp_meshes(module: nn.Module) -> dict[int, Any]:
+    """The mesh that `fully_shard` has cut each parameter over, by the parameter's identity."""
+    units: list[Any] = list(filter(is_fsdp_unit, module.modules()))
+    return {
+        id(p.sharded_param): p.mesh_info.mesh
+        for unit in units
+        for group in unit._get_fsdp_state()._fsdp_param_groups
+        for p in group.fsdp_params
+    }
+
+
+def plan_hooks(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    """The forward hooks that tensor parallel plans have given a module, as `fsdp_hooks`. Functions
+    of torch's own, they are known by where they were defined."""
+    return [
+        (hooks, number)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for number, hook in hooks.items()
+        if inspect.isfunction(hook) and hook.__module__.startswith("torch.distributed.tensor")
+    ]
 
 
 # --- process groups ------------------------------------------------------------------------------
@@ -281,7 +304,8 @@ def divide_all(tensors: Sequence[Tensor], by: float) -> list[Tensor]:
 # --- the compiler ---------------------------------------------------------------------------------
 
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+PLAIN = frozenset((Tensor, nn.Parameter))
+"""The types of ordinary tensors: no subclass, no one that a transform or the compiler made."""
 
 
 def symbolic(x: Tensor) -> bool:
@@ -291,9 +315,29 @@ def symbolic(x: Tensor) -> bool:
 
 def any_symbolic(tensors: Sequence[Tensor]) -> bool:
     """Whether one of the tensors is symbolic. Outside transforms none is wrapped."""
-    if _PLAIN.issuperset(map(type, tensors)) and not in_transform():
+    if PLAIN.issuperset(map(type, tensors)) and not in_transform():
         return False
     return any(map(symbolic, tensors))
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; of symbols, whether that is known without tying a compiled
+    program to it."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(a == b)
+
+
+def known(size: int) -> int:
+    """A size; where it is a symbol of a compiled program for all lengths, its value in the call at
+    hand. Costs are weighed with that, which does not tie the program to it."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # loads sympy
+
+    return optimization_hint(size)
 
 
 def constant_at_compile_time(function: F) -> F:

@@ -14,6 +14,7 @@ from ghostfunc._base.dense_gradients import dense
 from ghostfunc._base.errors import BatchError, ParamsError, TransformError
 from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.processes.dtensors import described, is_dtensor
+from ghostfunc._base.torch_private import PLAIN
 from ghostfunc._base.types import PyTree
 
 NAMESPACE = "ghostfunc"
@@ -74,7 +75,7 @@ class ParamSpec:
 
 def _fault(x: Tensor) -> str | None:
     """Why no gradient can be taken with such a tensor, and what to do; None if one can."""
-    if is_dtensor(x):
+    if type(x) not in PLAIN and is_dtensor(x):
         return (
             f"{described(x)}: pass the tensor itself, x.full_tensor(), or, of a module that "
             "fully_shard has sharded, the params that gf.from_module returns"

@@ -8,9 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import address, symbolic
+from ghostfunc._base.torch_private import address, known, symbolic
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import contract, cost
 from ghostfunc._factors.contract import add_up, materialize, total

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from ghostfunc._base.compilable import known
+from ghostfunc._base.torch_private import known
 
 OPS_PER_ELEMENT = 32
 """Operations that cost as much as one pass (read or write) over one element: at 2 elements a

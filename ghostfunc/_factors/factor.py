@@ -11,12 +11,18 @@ is always first and positions, where there are any, second:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
+
+
+def flat_positions(x: Tensor) -> Tensor:
+    """`[n, ..., d]` as `[n, t, d]`: all positions of a sample on one axis (t = 1 if none)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 class Outer(NamedTuple):

@@ -24,10 +24,11 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.torch_private import (
+    PLAIN,
     has_onednn_linear,
     onednn_allowed,
     onednn_linear,
@@ -50,7 +51,6 @@ LEAST_SIZE = 32
 OPS_PER_COPIED_ELEMENT = 256
 """Multiplications that are worth it to copy an element to another place in its row or column."""
 
-_PLAIN = (Tensor, nn.Parameter)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -116,7 +116,7 @@ def chosen() -> bool:
 
 def _can(*tensors: Tensor) -> bool:
     """Whether tensors are values in the processor's memory, and no more than that."""
-    return chosen() and all(type(x) in _PLAIN and x.is_cpu for x in tensors) and not watched()
+    return chosen() and all(type(x) in PLAIN and x.is_cpu for x in tensors) and not watched()
 
 
 def _copied(x: Tensor, y: Tensor) -> int:
@@ -196,7 +196,7 @@ def _as_they_are(x: Tensor, y: Tensor) -> bool:
 
 def _has_wide_sums(x: Tensor) -> bool:
     """Whether torch adds up products of tensors like `x` in float32, and returns the sums."""
-    return x.is_cuda and type(x) in _PLAIN
+    return x.is_cuda and type(x) in PLAIN
 
 
 def _of_halves(x: Tensor, y: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from operator import add
 import torch
 from torch import SymInt, Tensor
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.dtypes import wide
+from ghostfunc._base.torch_private import known
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
 from ghostfunc._factors.bundles import (

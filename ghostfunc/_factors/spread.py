@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import in_transform, symbolic
+from ghostfunc._base.torch_private import in_transform, known, symbolic
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost, pairs
 from ghostfunc._factors.bundles import (

@@ -20,15 +20,17 @@ It is called after the backward pass, for the parameters that samples meet more 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import refuse_not_finite
-from ghostfunc._base.trees import ParamSpec, flatten_like
+from ghostfunc._base.losses import refuse_not_finite
+from ghostfunc._base.trees import ParamSpec, flatten, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
 from ghostfunc._factors.factor import Factor
@@ -218,3 +220,25 @@ class SampleGrad(Quantity):
     def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
         n = bundles.samples(factors)
         return contract.add_up([contract.materialize(f).reshape(n, *param) for f in factors])
+
+
+def kind_of(readers: Any) -> Hashable:
+    """What tells readers, a list of them for every quantity, from others that would go another way
+    through this package."""
+    kinds: dict[int, Hashable] = {}  # one reader may be that of many parameters
+    for reader in chain.from_iterable(readers):
+        if id(reader) not in kinds:
+            leaves, treedef = flatten(reader)
+            kinds[id(reader)] = treedef, tuple(map(_kind, leaves))
+    return tuple([tuple([kinds[id(x)] for x in row]) for row in readers])
+
+
+def _kind(x: Any) -> Hashable:
+    match x:
+        case Tensor():
+            return x.dtype, tuple(x.shape)
+        case Quantity():
+            return type(x), x.contract_dtype
+        case None | bool() | int() | str() | torch.dtype():
+            return x
+    return type(x).__module__, type(x).__qualname__

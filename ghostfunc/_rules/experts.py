@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.experts import routed, static
-from ghostfunc._factors.factor import Grouped
-from ghostfunc._rules.registry import ByPosition, Factors, flat_positions, register_rule
+from ghostfunc._factors.factor import Grouped, flat_positions
+from ghostfunc._rules.registry import ByPosition, Factors, register_rule
 
 
 @register_rule(routed)

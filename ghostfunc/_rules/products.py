@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._factors.factor import Dense, Factor, Outer
+from ghostfunc._factors.factor import Dense, Factor, Outer, flat_positions
 from ghostfunc._rules.contraction import BATCH_LETTERS, explicit, products
-from ghostfunc._rules.registry import Factors, flat_positions, register_rule, sum_to
+from ghostfunc._rules.registry import Factors, register_rule, sum_to
 
 
 @register_rule(F.linear)

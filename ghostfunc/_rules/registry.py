@@ -4,7 +4,6 @@ family of ops. An op without a rule is refused, and so is a second rule for an o
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -209,11 +208,6 @@ def coupled(what: str, remedy: str) -> CoupledSamplesError:
 def unsupported(what: str, remedy: str = "") -> UnsupportedOpError:
     """What a rule raises for a call it has no exact factor for."""
     return UnsupportedOpError(" ".join(x for x in (f"{what}.", remedy, WAYS_OUT) if x))
-
-
-def flat_positions(x: Tensor) -> Tensor:
-    """`[n, ..., d]` as `[n, t, d]`: all positions of a sample on one axis (t = 1 if none)."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ghostfunc._base.definition import weighted_gradient
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import close, coupled_samples
-from ghostfunc._base.remembered import layout_key
+from ghostfunc._base.losses import close
+from ghostfunc._base.purity import coupled_samples
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps.readings import Read
@@ -55,11 +55,6 @@ class Dots(NamedTuple):
         return torch.stack([wide(x).detach().double().cpu() for x in self.dots])
 
 
-def key_of(model: TracedModel, way: WayTaken) -> Hashable:
-    """What a proof of a run's gradients holds for."""
-    return model.trace, way, model.shapes, layout_key(model.batch)
-
-
 @dataclass(frozen=True)
 class Claim:
     """A run, and what is claimed of it.
@@ -79,10 +74,6 @@ class Claim:
     dots: Callable[[TracedModel, Sequence[Tensor]], Dots]
     read: Callable[[bool], Read]
     asked: Callable[[], Hashable]
-
-    @property
-    def key(self) -> Hashable:
-        return key_of(self.model, self.way)
 
     def dots_by(
         self, model: TracedModel, v: Sequence[Tensor], seed: int, randomness: Randomness

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform, known
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
 from ghostfunc._taps.recut import Recut

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
 from ghostfunc._base.processes.in_step import InStep, OtherRankRetries
-from ghostfunc._base.processes.pieces import held_whole, whole_likes
+from ghostfunc._base.processes.pieces import held_whole, refuse_other_samples, whole_likes
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import Check, PyTree
 from ghostfunc._taps.proof import gradients_unproved
@@ -61,6 +61,7 @@ class Together:
 
     def run(self, asked: Callable[[TracedModel], R]) -> tuple[TracedModel, R]:
         """What is `asked` of the model with a trace that fits this rank's batch."""
+        refuse_other_samples(self.program, self.batch)
         looked = False
         trace = self._known()
         for _ in range(ATTEMPTS):
@@ -93,7 +94,7 @@ class Together:
         """Look at the batch where it is new; the whole parameters come from all ranks."""
         if not self.ranks.any(place, new):
             return False
-        whole = held_whole(self.program)
+        whole = held_whole(self.program, self.batch)
         with self.ranks.apart("looking at a new batch"):
             if new:
                 self.look(whole)

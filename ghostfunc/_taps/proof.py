@@ -40,27 +40,23 @@ What a proof does not see:
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeAlias
 
 import torch
 
 from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import check_finite, distinct, prove_independent, were_compared
-from ghostfunc._base.remembered import Recent, memory
+from ghostfunc._base.losses import check_finite
+from ghostfunc._base.purity import distinct, prove_independent, were_compared
 from ghostfunc._base.torch_private import any_symbolic
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import Check, Randomness
-from ghostfunc._taps.claim import NOT_THEIRS, Claim, key_of
+from ghostfunc._taps.claim import NOT_THEIRS, Claim
 from ghostfunc._taps.gradients_proof import compare_gradients
 from ghostfunc._taps.numbers_proof import compare_numbers
 from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.trace import WayTaken
-
-REMEMBERED = 4096
-"""Proofs that are remembered of a model function. The oldest are forgotten, and made again."""
 
 SEEDS = (0, 1)
 """A mismatch is looked at with other numbers before it counts: half a unit in the last place may
@@ -70,34 +66,16 @@ FEW = 2
 """Samples whose numbers are held against their definition."""
 
 
-class Proofs(Recent[Hashable, bool]):
-    """What has been proved and disproved of one model function."""
-
-    def __init__(self) -> None:
-        super().__init__(REMEMBERED)
-        self._turns = itertools.count(1)
-
-    def turn(self) -> int:
-        """A number that nobody was given before."""
-        return next(self._turns)
-
-
 def gradients_unproved(model: TracedModel, way: WayTaken, check: Check) -> bool:
     """Whether a run's gradients are still to be proved, or were found wrong."""
     if check == "never":
         return False
-    known = memory(model.model_fn, Proofs).get(key_of(model, way))
-    by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
-    by_values |= not way.seen and model.n > 1
-    return not known or check == "always" or by_values
+    known = model.proofs.get(model.proof_key(way))
+    return not known or check == "always" or model.in_every_run(way)
 
 
 def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     """Raise `Disproved` or `CoupledSamplesError` unless the claim holds, or was proved before.
-
-    Programs that make numbers of several samples, or that may reorder them by their values, are
-    proved in every run: other values make another program of them at the same shapes. So is a way
-    through the program with calls that no trace has seen, of which nobody knows whether they do.
 
     What is known already is proved again with one sample, drawn at random, if that is to be done
     `"always"`: the numbers that were read of it, and its loss beside another sample.
@@ -108,13 +86,12 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     if check == "never":  # by losses alone
         prove_independent(model, model.batch)
         return
-    proofs = memory(model.model_fn, Proofs)
-    keys = claim.key, (claim.key, claim.asked())
+    proofs, key = model.proofs, model.proof_key(claim.way)
+    keys = key, (key, claim.asked())
     gradients, numbers = map(proofs.get, keys)
     if gradients is False or numbers is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
-    by_values = model.trace.statistics or (model.trace.reorders and model.n > 1)
-    by_values |= not claim.way.seen and model.n > 1
+    by_values = model.in_every_run(claim.way)
     if gradients and numbers and check == "new" and not by_values:
         return
     check_finite(claim.losses)

@@ -17,9 +17,8 @@ definition is asked again for gradients that are off by that much, in a few dire
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.torch_private import batched_within
-from ghostfunc._base.trees import flatten, tensors_of
+from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Dense, Factor
@@ -289,28 +288,6 @@ def _of_the_first(scale: float | Tensor, n: int) -> Tensor:
     """One run of two batches has the training gradient of the first samples alone."""
     assert isinstance(scale, Tensor)
     return torch.cat([scale[:n], torch.zeros_like(scale[n:])])
-
-
-def kind_of(readers: Any) -> Hashable:
-    """What tells readers, a list of them for every quantity, from others that would go another way
-    through this package."""
-    kinds: dict[int, Hashable] = {}  # one reader may be that of many parameters
-    for reader in chain.from_iterable(readers):
-        if id(reader) not in kinds:
-            leaves, treedef = flatten(reader)
-            kinds[id(reader)] = treedef, tuple(map(_kind, leaves))
-    return tuple([tuple([kinds[id(x)] for x in row]) for row in readers])
-
-
-def _kind(x: Any) -> Hashable:
-    match x:
-        case Tensor():
-            return x.dtype, tuple(x.shape)
-        case Quantity():
-            return type(x), x.contract_dtype
-        case None | bool() | int() | str() | torch.dtype():
-            return x
-    return type(x).__module__, type(x).__qualname__
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -22,8 +22,15 @@ from torch import Tensor
 
 from ghostfunc._base.documents import Packing
 from ghostfunc._base.dtypes import wide
-from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._rules.registry import flat_positions
+from ghostfunc._factors.factor import (
+    Dense,
+    Factor,
+    Grouped,
+    OneHot,
+    Outer,
+    flat_positions,
+    unknown_factor,
+)
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.trace import CallTrace
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,9 @@ from torch import Tensor
 from ghostfunc._base.definition import unwrapped_memory
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_finite, check_losses, refuse_unseen
 from ghostfunc._base.processes.pieces import in_step, whole_likes
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_finite, check_losses
 from ghostfunc._base.torch_private import (
     address,
     any_symbolic,
@@ -33,19 +32,18 @@ from ghostfunc._factors import contract
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
-from ghostfunc._quantities.quantity import Dot, Quantity
+from ghostfunc._quantities.quantity import Dot, Quantity, kind_of
 from ghostfunc._quantities.readers import DeferredGradients, ValueReader
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
-from ghostfunc._taps.readings import kind_of, what_was_read
+from ghostfunc._taps.readings import Read, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
 from ghostfunc._taps.tap import StaleOutputs, Use
 from ghostfunc._taps.uses import collecting_outputs
 from ghostfunc._trace.fitting import TracedModel, plain, with_trace
-from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.trace import Trace, WayTaken
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
 from ghostfunc._trace.watch import gradients
@@ -131,15 +129,16 @@ def run(
     def use(model: TracedModel) -> RunResult:
         taken = _on_fresh_outputs(asked, model)
         followed = in_transform()
-        claim = Claim(
-            model,
-            taken.way,
-            taken.losses,
-            dots,
-            lambda again: read(asked(model) if again else taken, partial(asked, model)),
-            lambda: (kind_of(taken.readers), *options, followed),
-        )
-        prove(claim, check, program.randomness)
+
+        def what() -> Hashable:
+            return kind_of(taken.readers), *options, followed
+
+        def again(anew: bool) -> Read:
+            return read(asked(model) if anew else taken, partial(asked, model))
+
+        if check != "new" or not model.is_proved(taken.way, what()):
+            claim = Claim(model, taken.way, taken.losses, dots, again, what)
+            prove(claim, check, program.randomness)
         return taken
 
     model, taken = with_trace(use, program, batch)
@@ -448,7 +447,8 @@ def pull_back(
             )
         *cotangents, found = cotangents
         if not any(map(symbolic, guarded.leaves)):
-            _refuse_unseen(guarded, [g if bool(innermost(g).any()) else None for g in found])
+            reached = [g if bool(innermost(g).any()) else None for g in found]
+            refuse_unseen(guarded.spec, reached)
         return losses, cotangents, aux
     inputs = [[x.detach().requires_grad_() for x in group] for group in primals]
     guards = [x.detach().requires_grad_() for x in guarded.leaves]
@@ -457,17 +457,9 @@ def pull_back(
     flat = [x for group in inputs for x in group]
     with unrounded(losses):
         found = gradients(losses, [*flat, *guards], as_cotangent(losses, cotangent))
-    _refuse_unseen(guarded, found[len(flat) :])
+    refuse_unseen(guarded.spec, found[len(flat) :])
     rest = iter(found)
     return losses.detach(), [[next(rest) for _ in group] for group in inputs], aux
-
-
-def _refuse_unseen(guarded: TracedModel, cotangents: Sequence[Tensor | None]) -> None:
-    """Raise `UntrackedUseError` if a cotangent reached a parameter past the taps."""
-    pairs = zip(guarded.spec.names, cotangents, strict=True)
-    unseen = [name for name, g in pairs if g is not None]
-    if unseen:
-        raise unseen_use(unseen)
 
 
 def _by_leaf(grads: dict[int, Tensor | None], leaves: Sequence[Tensor]) -> list[Any]:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dense_gradients import give_dense
-from ghostfunc._base.finite import FiniteLosses
-from ghostfunc._base.purity import check_shape
+from ghostfunc._base.losses import FiniteLosses, check_shape, refuse_unseen
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
@@ -28,7 +27,6 @@ from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.tap import ANCHOR, Sinks, Use
 from ghostfunc._trace.fitting import TracedModel
-from ghostfunc._trace.probe import unseen_use
 from ghostfunc._trace.tracked import ReaderKey, constants
 from ghostfunc._trace.watch import gradients
 
@@ -104,7 +102,8 @@ def run_into_sinks(
         tracked[i].running = total
     for key, reader in readers.items():
         tracked[key[1]].readers[key] = (reader, reader)
-    taps, recut = {ANCHOR: anchor}, recut_of(model)
+    taps = {ANCHOR: anchor}
+    recut = None if model.packing is None else recut_of(model)
     mode = TapMode(
         model.trace, tracked, model.n, taps, {}, sinks=sinks, recut=recut, shapes=model.shapes
     )
@@ -122,11 +121,7 @@ def run_into_sinks(
         if sinks.straight is not None:
             sinks.straight.finish(sinks.add)
     finite.add(losses)
-    unseen = [
-        name for name, g in zip(spec.names, found[len(primals) : -1], strict=True) if g is not None
-    ]
-    if unseen:
-        raise unseen_use(unseen)
+    refuse_unseen(spec, found[len(primals) : -1])
     out: dict[int, Tensor | None] = dict.fromkeys(grads)
     out.update(zip(primals, found, strict=False))
     for i, total in running.items():

@@ -23,7 +23,7 @@ from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
-from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
+from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer, flat_positions
 from ghostfunc._quantities.readers import (
     DotReader,
     OneRunReader,
@@ -32,7 +32,7 @@ from ghostfunc._quantities.readers import (
     ValueReader,
     by_sample,
 )
-from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors, flat_positions
+from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
 from ghostfunc._taps.recut import Recut, in_rows, regrouped
 from ghostfunc._taps.steps import KnownUse
 from ghostfunc._taps.straight import Straight

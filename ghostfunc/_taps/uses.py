@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ghostfunc._base.compilable import known
 from ghostfunc._base.documents import packing_of
 from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory, shapes_key
+from ghostfunc._base.torch_private import known
 from ghostfunc._base.trees import take, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.cost import UseShape
@@ -42,8 +42,10 @@ class Looked:
     exact: Recent[Hashable, list[UseOutput]] = field(default_factory=lambda: Recent(LOOKS))
 
 
-def use_shapes(program: Program, batch: PyTree, *, exact: bool) -> list[list[UseShape]]:
-    """The uses of every parameter in a run on `batch`.
+def use_shapes(
+    program: Program, batch: PyTree, *, exact: bool
+) -> tuple[TracedModel, list[list[UseShape]]]:
+    """The program with its trace for `batch`, and the uses of every parameter in a run on it.
 
     Not `exact`, the positions may be those of a batch of another length, scaled to this one.
     """
@@ -64,7 +66,7 @@ def use_shapes(program: Program, batch: PyTree, *, exact: bool) -> list[list[Use
         for i, kind, shape, positions, direct in output.targets:
             scaled = known(positions) if ratio == 1 else max(1, round(positions * ratio))
             out[i].append(UseShape(kind, shape, model.n, scaled, direct))
-    return out
+    return model, out
 
 
 def _outputs(model: TracedModel) -> list[UseOutput]:

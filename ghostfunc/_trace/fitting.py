@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from ghostfunc._base.trees import batch_size, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.make import few_to_trace, trace_model
-from ghostfunc._trace.trace import Trace
+from ghostfunc._trace.trace import Trace, WayTaken
 
 T = TypeVar("T")
 
@@ -30,9 +31,24 @@ T = TypeVar("T")
 MAX_TRACES = 32
 """Traces of one structure that are remembered."""
 
+REMEMBERED = 4096
+"""Proofs that are remembered of a model function. The oldest are forgotten, and made again."""
+
 FAILED_TRACES = 2
 """How many traces are made of one batch, each of other samples, before the call is given up because
 they were disproved, or could not be made."""
+
+
+class Proofs(Recent[Hashable, bool]):
+    """What has been proved and disproved of one model function: see `_taps/proof.py`."""
+
+    def __init__(self) -> None:
+        super().__init__(REMEMBERED)
+        self._turns = itertools.count(1)
+
+    def turn(self) -> int:
+        """A number that nobody was given before."""
+        return next(self._turns)
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,9 @@ class Traces:
 
 @dataclass(frozen=True, eq=False)
 class TracedModel(Program):
-    """A program with its trace, ready to be run on one batch. Made by `with_trace`.
+    """A program with its trace, ready to be run on one batch. Made by `with_trace` and `traced`.
+
+    Whoever has one hands it on in place of the program: its trace is not looked up again.
 
     Attributes:
         packing: how the samples share rows, if they are documents.
@@ -77,30 +95,108 @@ class TracedModel(Program):
         """The exact shapes of the batch and of the parameters."""
         return shapes_key((self.batch, self.leaves))
 
+    @property
+    def proofs(self) -> Proofs:
+        return memory(self.model_fn, Proofs)
+
+    def proof_key(self, way: WayTaken) -> Hashable:
+        """What a proof of a run's gradients holds for."""
+        layout = None if self.packing is None else self.packing.layout
+        return self.trace, way, self.shapes, layout
+
+    def in_every_run(self, way: WayTaken) -> bool:
+        """Whether every run is proved. Programs that make numbers of several samples, or that may
+        reorder them by their values, are others at the same shapes where values are others. So may
+        be a way through the program with calls that no trace has seen."""
+        if self.trace.statistics:
+            return True
+        return self.n > 1 and (self.trace.reorders or not way.seen)
+
+    def is_proved(self, way: WayTaken, asked: Hashable) -> bool:
+        """Whether nothing is left to prove of a run, and of what was `asked` of it."""
+        proofs, key = self.proofs, self.proof_key(way)
+        known = proofs.get(key) and proofs.get((key, asked))
+        return bool(known) and not self.in_every_run(way)
+
 
 def with_trace(
     use: Callable[[TracedModel], T], program: Program, batch: PyTree
 ) -> tuple[TracedModel, T]:
-    """`use` a trace that fits this batch: one of those remembered, or a new one."""
+    """`use` a trace that fits this batch: one of those remembered, or a new one. Of a program that
+    has its trace for this very batch, from `with_trace` or `traced`, nothing is looked up."""
+    tried, unproved = None, ""
+    if isinstance(program, TracedModel) and program.batch is batch:
+        try:
+            return program, use(program)
+        except StaleLayout as stale:
+            tried, unproved = program.trace, _disproved(stale)
     program = plain(program)
     batch_size(batch)  # raises for what is no batch
-    remembered = memory(program.model_fn, Traces)
-    own = structure(program, batch)
-    traces = remembered.traces.made(own, list)
-    fitting, shapes = remembered.fitting, (own, shapes_key(batch))
-    first = fitting.get(shapes)
-    unproved = ""
-    for trace in [*([first] if first in traces else []), *(x for x in traces if x is not first)]:
+    known = _look_up(program, batch)
+    for trace in known.in_order():
+        if trace is tried:
+            continue
         model = TracedModel.on(program, batch, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
-            unproved = str(stale) if isinstance(stale, Disproved) else ""
+            unproved = _disproved(stale)
             continue  # control flow went another way: perhaps one that was traced before
-        _remember(traces, fitting, trace, shapes)
+        known.remember(trace)
         return model, result
     if any_symbolic(tensors_of(batch)):
         raise not_captured()
+    model, result = _with_new_trace(use, program, batch, unproved)
+    known.remember(model.trace)
+    return model, result
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The traces that are remembered of batches like one.
+
+    Attributes:
+        traces: of its structure, the latest first.
+        fitting: by structure and shapes, the one that fitted last.
+        shapes: its structure and shapes.
+    """
+
+    traces: list[Trace]
+    fitting: Recent[Hashable, Trace]
+    shapes: Hashable
+
+    @property
+    def fitted(self) -> Trace | None:
+        """The trace that fitted the last batch of these shapes; None if there was none."""
+        found = self.fitting.get(self.shapes)
+        return found if found in self.traces else None
+
+    def in_order(self) -> list[Trace]:
+        """The traces, the likeliest first."""
+        first = self.fitted
+        return list(self.traces) if first is None else [first, *_without(self.traces, first)]
+
+    def remember(self, trace: Trace) -> None:
+        """Put the trace of the last run first, and try it first at these shapes. Other threads may
+        do so at the same time."""
+        self.traces[:] = [trace, *_without(self.traces, trace)][:MAX_TRACES]
+        self.fitting.put(self.shapes, trace)
+
+
+def _without(traces: Sequence[Trace], one: Trace) -> list[Trace]:
+    return [x for x in list(traces) if x is not one]
+
+
+def _look_up(program: Program, batch: PyTree) -> _Known:
+    remembered, own = memory(program.model_fn, Traces), structure(program, batch)
+    traces = remembered.traces.made(own, list)
+    return _Known(traces, remembered.fitting, (own, shapes_key(batch)))
+
+
+def _with_new_trace(
+    use: Callable[[TracedModel], T], program: Program, batch: PyTree, unproved: str
+) -> tuple[TracedModel, T]:
+    """`with_trace` of a trace that is made now. `unproved` is what was wrong with a known one."""
     observed, refused = "", None
     for number, few in enumerate(few_to_trace(program, batch)):
         if (unproved or refused) and number >= FAILED_TRACES:
@@ -114,13 +210,9 @@ def with_trace(
             continue
         model = TracedModel.on(program, batch, trace)
         try:
-            result = use(model)
+            return model, use(model)
         except StaleLayout as stale:
-            observed = str(stale)
-            unproved = observed if isinstance(stale, Disproved) else ""
-            continue
-        _remember(traces, fitting, trace, shapes)
-        return model, result
+            observed, unproved = str(stale), _disproved(stale)
     prove_independent(program, batch)
     if refused is not None:
         raise refused
@@ -133,13 +225,8 @@ def with_trace(
     )
 
 
-def _remember(
-    traces: list[Trace], fitting: Recent[Hashable, Trace], trace: Trace, shapes: Hashable
-) -> None:
-    """Put the trace of the last run first, and try it first at these shapes. Other threads may do
-    so at the same time."""
-    traces[:] = [trace, *(x for x in list(traces) if x is not trace)][:MAX_TRACES]
-    fitting.put(shapes, trace)
+def _disproved(stale: StaleLayout) -> str:
+    return str(stale) if isinstance(stale, Disproved) else ""
 
 
 class Disproved(StaleLayout):
@@ -157,17 +244,14 @@ def not_proved(observed: str) -> SampleAxisError:
     )
 
 
-def trace_of(program: Program, batch: PyTree) -> Trace:
-    """A trace of the model, made now if there is none."""
-    return with_trace(lambda model: model.trace, program, batch)[1]
+def traced(program: Program, batch: PyTree) -> TracedModel:
+    """The program with a trace that fits this batch, made now if there is none."""
+    return with_trace(lambda model: None, program, batch)[0]
 
 
 def known_trace(program: Program, batch: PyTree) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
-    remembered = memory(program.model_fn, Traces)
-    own = structure(program, batch)
-    found = remembered.fitting.get((own, shapes_key(batch)))
-    return found if found in (remembered.traces.get(own) or ()) else None
+    return _look_up(program, batch).fitted
 
 
 def plain(program: Program) -> Program:

@@ -33,8 +33,9 @@ from ghostfunc._base.errors import (
     InPlaceError,
     SampleAxisError,
 )
+from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, close, coupled_samples, lend, prove_independent
+from ghostfunc._base.purity import coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree, Randomness

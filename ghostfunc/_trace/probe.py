@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from ghostfunc._base.definition import unwrapped_memory
-from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, TransformError, UntrackedUseError
+from ghostfunc._base.errors import WAYS_OUT, ControlFlowError, TransformError
+from ghostfunc._base.losses import refuse_unseen, unseen_use
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import lend, refuse_checkpoints
 from ghostfunc._base.refusals import op_name
@@ -108,9 +109,7 @@ def probe_uses(
         marks = []
         for c in _each(losses):
             cotangents, unseen = pullback(c, create_graph=False)
-            for name, g in zip(program.spec.names, unseen, strict=True):
-                if bool((g != 0).any()):
-                    raise unseen_use([name])
+            refuse_unseen(program.spec, [g if bool((g != 0).any()) else None for g in unseen])
             marks.append([_marked(g) for g in cotangents])
         return marks
     # Plain autograd also runs functions that transforms do not.
@@ -128,9 +127,7 @@ def probe_uses(
                 'mode="materialized" with vectorize=False.'
             ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
-        for name, g in zip(program.spec.names, flat[len(taps) :], strict=True):
-            if g is not None:
-                raise unseen_use([name])
+        refuse_unseen(program.spec, flat[len(taps) :])
         marks.append(
             [
                 torch.zeros_like(x, dtype=torch.bool) if g is None else _marked(g)
@@ -143,14 +140,6 @@ def probe_uses(
 def _marked(cotangent: Tensor) -> Tensor:
     """Where a cotangent is; NaN is what zero times infinity is."""
     return (cotangent != 0) & ~cotangent.isnan()
-
-
-def unseen_use(names: Sequence[str]) -> UntrackedUseError:
-    listed = ", ".join(map(repr, names))
-    return UntrackedUseError(
-        f"The losses depend on parameter {listed} on a path ghostfunc does not see: a custom "
-        f"autograd.Function, a write into a buffer, or code outside torch functions. {WAYS_OUT}"
-    )
 
 
 def _each(losses: Tensor) -> Tensor:

@@ -169,10 +169,10 @@ def explain(
     check_flags(grads=grads)
     program = Program.of(model_fn, params, randomness)
     n, m = batch_size(train, "train"), 0 if val is None else batch_size(val, "val")
-    ours = use_shapes(program, train, exact=True)
+    _, ours = use_shapes(program, train, exact=True)
     theirs: list[list[UseShape]] = [[] for _ in program.leaves]
     if val is not None:
-        theirs = use_shapes(program, val, exact=True)
+        _, theirs = use_shapes(program, val, exact=True)
     rows = []
     for name, leaf, mine, others in zip(
         program.spec.names, program.leaves, ours, theirs, strict=True

@@ -21,18 +21,19 @@ from ghostfunc._base import definition
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.losses import FiniteLosses, check_losses, refuse_not_finite
 from ghostfunc._base.options import CHECKS, check_flags, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import (
     gathered,
     in_step,
     of_all_ranks,
+    refuse_other_weights,
     summed_and_cut,
     together,
     whole_likes,
 )
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
@@ -41,8 +42,8 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, times
-from ghostfunc._taps.proof import Proofs
 from ghostfunc._taps.run import RunResult, run
+from ghostfunc._trace.fitting import Proofs
 from ghostfunc._transforms.kept_proof import KeptProof
 
 T = TypeVar("T")
@@ -341,6 +342,8 @@ class FactoredGrads:
         """
         with self._together("adding kept gradients up"):
             weights = check_weights(weights, len(self.losses))
+            if self._model_fn is not None:
+                refuse_other_weights(self._model_fn, weights)
             return self.param_sums([weights] * len(self.bundles))
 
     def _together(self, place: str) -> AbstractContextManager[None]:

@@ -22,9 +22,11 @@ from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
+from ghostfunc._quantities.quantity import kind_of
 from ghostfunc._taps.claim import FLOOR, NOISE, TOLERANCES, loss_sizes
-from ghostfunc._taps.proof import FEW, Proofs
-from ghostfunc._taps.readings import Numbers, Reading, kind_of, off_by
+from ghostfunc._taps.proof import FEW
+from ghostfunc._taps.readings import Numbers, Reading, off_by
+from ghostfunc._trace.fitting import Proofs
 
 Plain = Callable[[int, Tensor], Tensor]
 """A parameter's numbers by definition, from some samples' gradients `[s, *shape]`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from ghostfunc._base import batches
 from ghostfunc._base.compilable import compilable
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses
 from ghostfunc._base.options import (
     CHECKS,
     check_contract_dtype,

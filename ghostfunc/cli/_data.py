@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ghostfunc._base.types import PyTree
 from ghostfunc.cli._errors import CommandError
@@ -14,6 +14,7 @@ from ghostfunc.cli._options import Loading
 from ghostfunc.cli._say import say
 from ghostfunc.data import Encoded, Fault, Rows, batches, encode
 from ghostfunc.data._files import write_whole
+from ghostfunc.data._progress import Progress
 
 
 def read(
@@ -63,11 +64,16 @@ def batch_of(model: Loaded, samples: Encoded, count: int) -> PyTree:
     return {name: x.to(device) for name, x in batch.items()}
 
 
-def target_batches(model: Loaded, target: Encoded) -> Any:
-    """The batches of the target, on the model's device."""
+def target_batches(model: Loaded, target: Encoded, bar: Progress | None = None) -> Iterator[PyTree]:
+    """The batches of the target, on the model's device. A bar is told when the next one is asked
+    for."""
     device = next(iter(model.params.values())).device
-    made = batches(target, collate=model.collate, length=target.length)
-    return ({name: x.to(device) for name, x in batch.items()} for batch in made)
+    bar = Progress() if bar is None else bar
+    for batch in batches(target, collate=model.collate, length=target.length):
+        rows, longest = batch["input_ids"].shape
+        bar.begin(f"{rows} of up to {longest:,} tokens")
+        yield {name: x.to(device) for name, x in batch.items()}
+        bar.advance(rows, rows * longest)
 
 
 def content_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from ghostfunc.curvature import Likelihood
 from ghostfunc.data import padded
 from ghostfunc.data._batches import Collate
 from ghostfunc.hf import causal_lm, causal_lm_likelihood
+
+LOCAL = {"local_files_only": True}
+"""A folder is never looked for on the network."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,12 @@ class Loaded:
 
 
 def load(folder: Path, options: Loading) -> Loaded:
-    """The model of a folder, in evaluation mode.
+    """The model of a folder, or of a GGUF file, in evaluation mode.
 
     Raises:
         CommandError: the folder is not that of a causal language model with a fast tokenizer.
     """
-    config = _config(folder)
+    where = _gguf(folder) if folder.suffix == ".gguf" else _folder(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -52,10 +56,8 @@ def load(folder: Path, options: Loading) -> Loaded:
     device = _device(options.device)
     dtype: torch.dtype = getattr(torch, options.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=dtype
-        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CommandError(
             f"{folder}: transformers cannot load a causal language model and its tokenizer from "
@@ -65,17 +67,31 @@ def load(folder: Path, options: Loading) -> Loaded:
     _restrict(model, options.parameters)
     model_fn, params = causal_lm(model)
     pad = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
+    config = model.config.to_dict()
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     longest = options.max_length if positions is None else min(options.max_length, positions)
+    collate = padded(pad, max_length=longest)
     likelihood = causal_lm_likelihood(model)
-    return Loaded(folder, tokenizer, model_fn, params, padded(pad), longest, likelihood)
+    return Loaded(folder, tokenizer, model_fn, params, collate, longest, likelihood)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _gguf(path: Path) -> dict[str, Any]:
+    """What transformers is given for a GGUF file: its quantised weights become numbers of the
+    model's dtype."""
+    if not path.is_file():
+        raise CommandError(f"{path}: there is no such file.")
+    if importlib.util.find_spec("gguf") is None:
+        raise CommandError(f"{path}: GGUF files are read by a package: pip install gguf.")
+    folder = path.parent
+    return {"pretrained_model_name_or_path": folder, "gguf_file": path.name, **LOCAL}
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    """What transformers is given for a folder."""
     if not folder.is_dir():
         raise CommandError(
             f"{folder}: there is no such folder. Give the local folder of a Hugging Face model, as "
-            "save_pretrained or `hf download` makes it."
+            "save_pretrained or `hf download` makes it, or a .gguf file."
         )
     if (folder / "adapter_config.json").exists():
         raise CommandError(
@@ -89,7 +105,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CommandError(f"{path}: {_first_line(error)}. Expected a model's folder.") from error
     if not isinstance(config, dict):
         raise CommandError(f"{path}: expected a JSON object.")
-    return config
+    return {"pretrained_model_name_or_path": folder, **LOCAL}
 
 
 def _device(name: str) -> torch.device:

@@ -63,7 +63,7 @@ class Score:
     """
 
     model: Model
-    """Folder of a Hugging Face causal language model with its tokenizer."""
+    """Folder of a Hugging Face causal language model with its tokenizer, or a .gguf file."""
     pool: Path
     """Rows to choose from: .jsonl, .parquet, or a folder of datasets.save_to_disk. Columns:
     messages, prompt and completion, or text."""
@@ -123,7 +123,7 @@ class Verify:
     """Check scores of a few rows against gradients by definition, parameter by parameter."""
 
     model: Model
-    """Folder of a Hugging Face causal language model with its tokenizer."""
+    """Folder of a Hugging Face causal language model with its tokenizer, or a .gguf file."""
     pool: Path
     """Rows; as many as --count are used, from the first on."""
     count: int = 4
@@ -136,7 +136,7 @@ class Explain:
     """Print how each parameter's gradients would be contracted, and what it costs."""
 
     model: Model
-    """Folder of a Hugging Face causal language model with its tokenizer."""
+    """Folder of a Hugging Face causal language model with its tokenizer, or a .gguf file."""
     pool: Path
     """Rows; as many as --count are used, from the first on."""
     count: int = 4
@@ -166,7 +166,7 @@ class Project:
     """Write the projected gradient of every row of a pool to a store, to be asked later."""
 
     model: Model
-    """Folder of a Hugging Face causal language model with its tokenizer."""
+    """Folder of a Hugging Face causal language model with its tokenizer, or a .gguf file."""
     pool: Path
     """Rows: .jsonl, .parquet, or a folder of datasets.save_to_disk."""
     store: Path

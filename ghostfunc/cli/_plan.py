@@ -14,11 +14,13 @@ from ghostfunc.cli._curvature import Batches, chosen, made
 from ghostfunc.cli._data import target_batches
 from ghostfunc.cli._inputs import Inputs
 from ghostfunc.cli._options import Score
-from ghostfunc.cli._say import duration, size
+from ghostfunc.cli._say import size
 from ghostfunc.curvature import EKFAC
-from ghostfunc.data._batches import group
+from ghostfunc.data._batches import group, width
 from ghostfunc.data._chats import pieces_of
 from ghostfunc.data._columns import columns_of
+from ghostfunc.data._progress import duration, progress_bar
+from ghostfunc.data._score import in_parts
 from ghostfunc.report import Heat
 
 T = TypeVar("T")
@@ -27,7 +29,9 @@ T = TypeVar("T")
 def plan(inputs: Inputs, options: Score) -> str:
     """What would be done. One batch is timed, of middling length."""
     model, pool = inputs.model, inputs.pool
-    groups = group([len(x) for x in pool.tokens], inputs.token_budget, None)
+    lengths = [len(x) for x in pool.tokens]
+    groups = in_parts(lengths, inputs.token_budget)
+    shapes = [(len(at), width(max(lengths[i] for i in at))) for at in groups]
     batch = inputs.batch(groups[len(groups) // 2])
     u = direction(model.model_fn, model.params, target_batches(model, inputs.target))
     quantity = "cosine" if options.score == "cosine" else "dot"
@@ -35,8 +39,11 @@ def plan(inputs: Inputs, options: Score) -> str:
     def one_batch() -> object:
         return columns_of(model.model_fn, model.params, batch, {"": u}, (quantity, "loss"), "error")
 
-    one_batch()  # the first call traces
-    seconds = _timed(one_batch)[0] / batch["input_ids"].numel() * pool.total
+    first = _timed(one_batch)[0]  # traces, and proves the shape
+    warm = _timed(one_batch)[0]
+    tokens = sum(rows * longest for rows, longest in shapes)
+    seconds = warm * tokens / batch["input_ids"].numel()
+    seconds += max(0.0, first - warm) * len(set(shapes))
     held = _bytes(model.params)
     memory = f"{size(2 * held)} for parameters and direction; then a batch's activations"
     more = {}
@@ -51,7 +58,8 @@ def plan(inputs: Inputs, options: Score) -> str:
         "pool": f"{len(pool):,} rows, {pool.total:,} tokens",
         "target": f"{len(inputs.target):,} rows, {inputs.target.total:,} tokens",
         **more,
-        "batches": f"up to {inputs.token_budget:,} tokens",
+        "batches": f"{len(groups):,} of up to {inputs.token_budget:,} tokens; {len(set(shapes))} "
+        "shapes, the first batch of each is proved",
         "memory": memory,
         "time": f"about {duration(seconds)} on this machine",
         "would write": ", ".join(outputs),
@@ -97,16 +105,22 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, found
 
 
-def shares(inputs: Inputs, u: PyTree, rows: Sequence[int]) -> dict[int, Heat]:
+def shares(inputs: Inputs, u: PyTree, rows: Sequence[int], *, shown: bool) -> dict[int, Heat]:
     """Every token's share in the scores of some rows along a direction."""
-    model = inputs.model
-    sample_of = {row: i for i, row in enumerate(inputs.pool.rows)}
+    model, pool = inputs.model, inputs.pool
+    sample_of = {row: i for i, row in enumerate(pool.rows)}
+    lengths = [len(pool.tokens[sample_of[row]]) for row in rows]
     found = {}
-    for row in rows:
-        batch = inputs.batch([sample_of[row]])
-        (share,) = ghost_dot_prod(
-            model.model_fn, model.params, batch, direction=u, per_position=True
-        ).tolist()
-        pieces = pieces_of(inputs.rows, row, model.tokenizer, model.max_length)
-        found[row] = Heat(pieces, share)
+    with progress_bar(len(rows), "tokens' shares", shown=shown) as bar:
+        for at in group(lengths, inputs.token_budget, None):
+            longest = max(lengths[i] for i in at)
+            bar.begin(f"{len(at)} of up to {longest:,} tokens", (len(at), width(longest)))
+            batch = inputs.batch([sample_of[rows[i]] for i in at])
+            table = ghost_dot_prod(
+                model.model_fn, model.params, batch, direction=u, per_position=True
+            )
+            for i, share in zip(at, table.tolist(), strict=True):
+                pieces = pieces_of(inputs.rows, rows[i], model.tokenizer, model.max_length)
+                found[rows[i]] = Heat(pieces, share[: lengths[i]])
+            bar.advance(len(at), len(at) * longest)
     return found

@@ -10,15 +10,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def size(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "KiB", "MiB"):

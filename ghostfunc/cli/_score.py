@@ -24,6 +24,7 @@ from ghostfunc.curvature._errors import check_count, check_damping
 from ghostfunc.data import Scores, find_token_budget, score_dataset, write_rows
 from ghostfunc.data._files import write_whole
 from ghostfunc.data._parts import read_recipe
+from ghostfunc.data._progress import progress_bar
 from ghostfunc.report import Heat, write_report
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -138,8 +139,9 @@ def _verified(inputs: Inputs, count: int) -> bool:
 
 def _direction(inputs: Inputs, options: Score, folder: Path) -> PyTree:
     """What gradients are multiplied with."""
-    model = inputs.model
-    u = direction(model.model_fn, model.params, _data.target_batches(model, inputs.target))
+    model, target = inputs.model, inputs.target
+    with progress_bar(len(target), "gradient of the target", shown=not options.quiet) as bar:
+        u = direction(model.model_fn, model.params, _data.target_batches(model, target, bar))
     return influence_direction(inputs, options, u, folder) if options.score == "influence" else u
 
 
@@ -183,7 +185,8 @@ def _report(inputs: Inputs, scores: Scores, options: Score, u: PyTree) -> None:
     heat: dict[int, Heat] = {}
     if options.score != "cosine" and ends:
         try:
-            heat = shares(inputs, u, [int(str(row)) for row in dict.fromkeys(ends)])
+            rows = [int(str(row)) for row in dict.fromkeys(ends)]
+            heat = shares(inputs, u, rows, shown=not options.quiet)
         except PositionAxisError as error:
             say(f"the page shows no shares of tokens: {error}")
     write_report(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import refuse_not_finite
+from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.trees import ParamSpec, flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature._errors import ConvergenceError, check_count, check_damping
@@ -95,7 +95,7 @@ class CG:
         made = self.preconditioner
         if made is None:
             return lambda r: r
-        return lambda r: flatten_params(made.solve(spec.unflatten(r), damping))[0]
+        return lambda r: flatten_params(made.solve_about(spec.unflatten(r), damping))[0]
 
     def _iterate(
         self, u: Vector, product: Apply, preconditioned: Apply

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.fingerprint import fingerprint, frozen
 from ghostfunc._base.options import (
     check_chunk_size,
     check_flags,
@@ -96,7 +96,7 @@ def ekfac(
         identity: glob patterns of parameters that are left out: their C is the identity.
         chunk_size: the most samples to run at one time.
         checkpoint: a file to keep the state in, every `checkpoint_every` batches. A call with the
-            same arguments goes on from there; `batches` must come in the same order.
+            same arguments goes on from there; other batches, or another order, are refused.
         checkpoint_every: how many batches apart.
         progress: show a progress bar (needs tqdm).
         process_group: of `torch.distributed`: every process brings batches of its own, and all get
@@ -155,6 +155,7 @@ def ekfac(
         samples=state.samples,
         fisher=fisher,
         fingerprint=fingerprint(spec.names, leaves),
+        frozen=frozen(model_fn, params),
     )
 
 

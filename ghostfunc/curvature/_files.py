@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ghostfunc._base.errors import GhostError
+from ghostfunc._base.regular import check_regular
 from ghostfunc.curvature._errors import CurvatureError
 
 FORMAT = 1
@@ -35,6 +36,7 @@ def read(
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError, OptionError
+from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.options import one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
-from ghostfunc._base.purity import check_losses, close
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import check_count
@@ -81,13 +81,17 @@ class Gradients:
         scored = None if likelihood is None else Scored(likelihood)
         return Gradients(model_fn, likelihood, fisher, draws, seed, scored)
 
-    def runs(self, params: PyTree, batch: PyTree, number: int) -> Iterator[tuple[ModelFn, PyTree]]:
+    def runs(
+        self, params: PyTree, batch: PyTree, number: int, *, checked: bool = False
+    ) -> Iterator[tuple[ModelFn, PyTree]]:
         """Functions and batches, the sum of whose gradients' second moments is wanted, `draws`
-        times over."""
+        times over. `checked`: this batch has been looked at."""
         if self.likelihood is None or self.scored is None:
             yield self.model_fn, batch
             return
         z = _outputs(self.likelihood, params, batch)
+        if not checked:
+            self._compare(self.likelihood, z, params, batch)
         if self.fisher == "exact":
             for c in self.likelihood.columns(z, batch):
                 yield self.scored, (batch, c)
@@ -99,17 +103,26 @@ class Gradients:
 
     def check(self, params: PyTree, batch: PyTree) -> None:
         """Raise unless the likelihood makes the losses of `model_fn`."""
-        if self.likelihood is None:
-            return
+        if self.likelihood is not None:
+            z = _outputs(self.likelihood, params, batch)
+            self._compare(self.likelihood, z, params, batch)
+
+    def _compare(self, likelihood: Likelihood, z: Tensor, params: PyTree, batch: PyTree) -> None:
         with torch.no_grad():
             expected = check_losses(self.model_fn(params, batch), batch_size(batch))
-            found = self.likelihood.losses(_outputs(self.likelihood, params, batch), batch)
-        if found.shape != expected.shape or not close(found.to(expected.dtype), expected):
-            raise OptionError(
-                "likelihood is not that of model_fn: of the first samples, model_fn has losses "
-                f"{expected[:4].tolist()} and the likelihood {found.flatten()[:4].tolist()}. Its "
-                "outputs, labels and reduction must be those of the loss, or no label can be drawn."
-            )
+            found = likelihood.losses(z, batch)
+        if found.shape == expected.shape and close(found.to(expected.dtype), expected):
+            return
+        first = 0
+        if found.shape == expected.shape:
+            pairs = zip(found.to(expected.dtype), expected, strict=True)
+            first = next((i for i, (x, y) in enumerate(pairs) if not close(x, y)), 0)
+        raise OptionError(
+            "likelihood is not that of model_fn: samples from number "
+            f"{first} of a batch on have losses {expected[first : first + 4].tolist()}, and the "
+            f"likelihood {found.flatten()[first : first + 4].tolist()}. Its outputs, labels, "
+            "weights and reduction must be those of the loss, or no label can be drawn."
+        )
 
 
 def _outputs(likelihood: Likelihood, params: PyTree, batch: PyTree) -> Tensor:

@@ -14,14 +14,17 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import (
     ParamSpec,
     batch_size,
     flatten_like,
     flatten_params,
+    tensors_of,
     yields_batches,
 )
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -79,7 +82,8 @@ def influence(
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
         params: pytree of floating-point tensors, those that the curvature was made at.
         train: n samples, a pytree of tensors `[n, ...]`; or a data loader, any iterable of such
-            batches that is no pytree itself (a list is one). It is gone through several times.
+            batches that is no pytree itself (a list is one). It is gone through several times, in
+            the same order each: no shuffling.
         queries: m samples, likewise.
         curvature: what `gf.curvature.ekfac(...)`, `cg(...)`, `neumann(...)` or `lissa(...)` return,
             or anything with `solve(direction, damping)`. None: no curvature at all, `<g_i, q_j>`.
@@ -257,7 +261,7 @@ def _asked(
         )
     leaves, spec = flatten_params(params)
     if isinstance(curvature, EKFAC):
-        curvature.check(params)
+        curvature.check(params, model_fn)
     fewer = 0 if not per_position and _fewer(train, queries) else 1
     programs = [Program(f, leaves, spec, randomness) for f in (model_fn, query_fn or model_fn)]
     return _Asked(
@@ -272,6 +276,7 @@ def _by_directions(
     """`[other, fewer]`, of every parameter or in all: a few directions at a time."""
     fewer, other = asked.programs[asked.fewer], asked.programs[1 - asked.fewer]
     columns: list[list[Tensor]] = []
+    order = Order(asked.sides[1 - asked.fewer])
     for chunk in asked.parts(asked.fewer, asked.most):
         grads = run(fewer, chunk, [SampleGrad()])
         us = solve([x.detach() for x in grads.values[0]])
@@ -280,7 +285,7 @@ def _by_directions(
             for j in range(batch_size(chunk))
         }
         rows: list[list[Tensor]] = []
-        for others in asked.parts(1 - asked.fewer, asked.chunk_size):
+        for others in order.kept(asked.parts(1 - asked.fewer, asked.chunk_size)):
             scores = ghost_dot_prod(
                 other.model_fn,
                 asked.params,
@@ -294,6 +299,32 @@ def _by_directions(
             rows.append([torch.stack(x, 1) for x in zip(*leaves_of, strict=True)])
         columns.append(joined(rows))
     return joined(columns, axis=1)
+
+
+class Order:
+    """The order of a loader's batches, which has to be the same in every pass over them: what
+    several passes found is put side by side."""
+
+    def __init__(self, side: PyTree) -> None:
+        self._is_loader, self._seen = yields_batches(side), list[str]()
+
+    def kept(self, parts: Iterator[PyTree]) -> Iterator[PyTree]:
+        """The parts; `OptionError` for one that is not what it was in the first pass."""
+        before = len(self._seen)
+        for number, part in enumerate(parts):
+            if self._is_loader:
+                tensors = tensors_of(part)
+                self._seen.append(fingerprint([str(i) for i in range(len(tensors))], tensors))
+                if before and (
+                    number >= before or self._seen[before + number] != self._seen[number]
+                ):
+                    raise OptionError(
+                        "the loader's batches hold other samples, or come in another order, in its "
+                        "second pass: scores of different samples would stand in one row. Switch "
+                        "shuffling and augmentation off (DataLoader(shuffle=False))."
+                    )
+            yield part
+        del self._seen[before or len(self._seen) :]
 
 
 ROWS = 1 << 24
@@ -316,7 +347,8 @@ def _by_rows(asked: _Asked, rows: EigenRows) -> list[Tensor]:
     each = []
     for chunk in asked.parts(1 - fewer, most):
         found = of(1 - fewer, chunk)
-        each.append([found[:, at] @ held[:, at].mT for at in places])
+        with unrounded(found):
+            each.append([found[:, at] @ held[:, at].mT for at in places])
     return joined(each)
 
 

@@ -124,7 +124,8 @@ class _Softmax(Likelihood):
         if self._reduction == "mean":
             n = len(y)
             share = counted.reshape(n, -1).sum(1)
-            counted = counted / share.view(n, *[1] * (y.ndim - 1))
+            # A sample without any that counts has no loss, and no part in the curvature.
+            counted = counted / share.clamp(min=1).view(n, *[1] * (y.ndim - 1))
         return y, counted
 
 

@@ -19,6 +19,7 @@ from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import CurvatureError, check_batches
@@ -51,8 +52,12 @@ class DataOperator(Operator):
         leaves, self._spec = flatten_params(params)
         self._leaves = [x.detach() for x in leaves]
         self.batches, self._hvp, self._chunk_size = batches, hvp, chunk_size
+        self._looked_at = False
         if next(iter(batches), None) is None:
             raise OptionError("batches is empty: a curvature needs at least one batch.")
+
+    def _look_at(self, chunk: PyTree) -> None:
+        """Raise for data that the operator cannot be that of; the first product looks at all."""
 
     @abstractmethod
     def _product(self, chunk: PyTree, u: Leaves) -> list[Tensor]:
@@ -81,15 +86,19 @@ class DataOperator(Operator):
         return self._over([batch], direction)
 
     def _over(self, batches: Iterable[PyTree], direction: PyTree) -> PyTree:
+        looked_at = self._looked_at or batches is not self.batches
         us = flatten_like(direction, self._leaves, self._spec, "direction")
         us = [u.detach().to(x.dtype) for u, x in zip(us, self._leaves, strict=True)]
         sums, samples = [torch.zeros_like(wide(x)) for x in self._leaves], 0
         for batch in batches:
             for _, chunk in chunks(batch, self._chunk_size):
                 n = batch_size(chunk)
+                if not looked_at:
+                    self._look_at(chunk)
                 for out, x in zip(sums, self._product(chunk, us), strict=True):
                     out.add_(x, alpha=n)
                 samples += n
+        self._looked_at |= batches is self.batches
         return self._spec.unflatten([x / samples for x in sums])
 
 
@@ -119,12 +128,16 @@ class _GGN(DataOperator):
         self,
         params: PyTree,
         batches: Iterable[PyTree],
+        gradients: Gradients,
         likelihood: Likelihood,
         hvp: Hvp,
         chunk_size: int | None,
     ) -> None:
         super().__init__(params, batches, hvp, chunk_size)
-        self._likelihood = likelihood
+        self._gradients, self._likelihood = gradients, likelihood
+
+    def _look_at(self, chunk: PyTree) -> None:
+        self._gradients.check(self._spec.unflatten(self._leaves), chunk)
 
     def _product(self, chunk: PyTree, u: Leaves) -> list[Tensor]:
         z, tangent, pullback = linearized(
@@ -150,14 +163,16 @@ def linearized(
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         z, pull = torch.func.vjp(of_leaves, list(leaves))[:2]
         if hvp == "reverse":
-            twice = torch.func.vjp(lambda c: pull(c)[0], torch.zeros_like(z))[1]
-            tangent = twice(list(u))[0]
+            with unrounded(z):
+                twice = torch.func.vjp(lambda c: pull(c)[0], torch.zeros_like(z))[1]
+                tangent = twice(list(u))[0]
         else:
             with _forward_mode(), FORWARD_MODE, ReverseModeConstants():
                 tangent = torch.func.jvp(of_leaves, (list(leaves),), (list(u),))[1]
 
     def pullback(c: Tensor) -> list[Tensor]:
-        out: Any = pull(c, retain_graph=False, create_graph=False)
+        with unrounded(z):
+            out: Any = pull(c, retain_graph=False, create_graph=False)
         return list(out[0])
 
     return z.detach(), tangent.detach(), pullback
@@ -227,13 +242,14 @@ def ggn(
     Other arguments and what is returned are those of `hessian`.
 
     Raises:
-        OptionError: the likelihood is not that of `model_fn`.
+        OptionError: the likelihood is not that of `model_fn`; of the first batch at once, of the
+            others in the first product.
 
     Reference:
         Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020.
     """
     check_model_fn(model_fn)
     gradients = Gradients.of(model_fn, likelihood, "exact", 1, 0)
-    out = _GGN(params, batches, likelihood, hvp, chunk_size)
+    out = _GGN(params, batches, gradients, likelihood, hvp, chunk_size)
     gradients.check(params, next(iter(out.batches)))
     return out

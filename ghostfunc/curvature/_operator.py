@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import ParamsError
-from ghostfunc._base.fingerprint import fingerprint
-from ghostfunc._base.finite import refuse_not_finite
+from ghostfunc._base.errors import OptionError, ParamsError
+from ghostfunc._base.fingerprint import fingerprint, frozen
+from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.options import check_path
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import ParamSpec, flatten_params
-from ghostfunc._base.types import PyTree
+from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._errors import CurvatureError, check_damping
 from ghostfunc.curvature._rows import EigenRows, eigen_rows
+
+SURE = 1e-3
+"""The least damping, in units of the rounding of the largest eigenvalue. Less is refused."""
 
 
 class Operator(ABC):
@@ -110,6 +114,7 @@ class EKFAC(Operator):
         samples: how many samples it was made of.
         fisher: whose second moment it is.
         fingerprint: of the parameters it was made at.
+        frozen: of the frozen parameters and buffers of its module; "" if nobody can see any.
     """
 
     def __init__(
@@ -120,9 +125,11 @@ class EKFAC(Operator):
         samples: int,
         fisher: str,
         fingerprint: str,
+        frozen: str = "",
     ) -> None:
         self.blocks, self._bases = tuple(blocks), tuple(bases)
-        self.samples, self.fisher, self.fingerprint = samples, fisher, fingerprint
+        self.samples, self.fisher = samples, fisher
+        self.fingerprint, self.frozen = fingerprint, frozen
 
     def matvec(self, direction: PyTree) -> PyTree:
         """`C u`, a pytree like `direction`, float32 or wider."""
@@ -137,7 +144,8 @@ class EKFAC(Operator):
             relative: multiply the damping of every parameter by the mean of its eigenvalues.
 
         Raises:
-            OptionError: the damping is not positive.
+            OptionError: the damping is not positive, or too small or large for the eigenvalues'
+                dtype.
             CurvatureError: the direction is not one of these parameters; or a relative damping of a
                 parameter whose eigenvalues are all zero.
         """
@@ -189,14 +197,22 @@ class EKFAC(Operator):
             tuple(map(_report, self.blocks, self._bases)), self.samples, self.fisher
         )
 
-    def check(self, params: PyTree) -> None:
-        """Raise `CurvatureError` unless `params` are those that the curvature was made at."""
+    def check(self, params: PyTree, model_fn: ModelFn | None = None) -> None:
+        """Raise `CurvatureError` unless `params` are those that the curvature was made at, and
+        what the module of `model_fn` keeps frozen is what it was."""
         leaves, spec = flatten_params(params)
         self._check_names(spec, leaves)
         if fingerprint(spec.names, leaves) != self.fingerprint:
             raise CurvatureError(
                 "the curvature was made at other values of these parameters: a curvature belongs "
                 "to one checkpoint. Make it again at this one."
+            )
+        found = "" if model_fn is None else frozen(model_fn, params)
+        if found and self.frozen and found != self.frozen:
+            raise CurvatureError(
+                "the curvature was made with other frozen parameters or buffers of the module (the "
+                "base under an adapter, running averages): the same parameters have another "
+                "curvature there. Make it again with this module."
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -214,6 +230,7 @@ class EKFAC(Operator):
                 "samples": self.samples,
                 "fisher": self.fisher,
                 "params": self.fingerprint,
+                "frozen": self.frozen,
                 "blocks": [asdict(b) for b in self.blocks],
             },
         )
@@ -234,7 +251,18 @@ class EKFAC(Operator):
             samples=self.samples,
             fisher=self.fisher,
             fingerprint=self.fingerprint,
+            frozen=self.frozen,
         )
+
+    def solve_about(self, direction: PyTree, damping: float) -> PyTree:
+        """`solve`, or what is near it where `solve` would have no digit: a preconditioner."""
+
+        def f(eigenvalues: Tensor) -> Tensor:
+            info = torch.finfo(eigenvalues.dtype)
+            least = info.eps * eigenvalues.max()
+            return 1 / (eigenvalues + least.clamp(min=min(damping, info.max)))
+
+        return self._spectral(direction, f)
 
     def _damped(self, damping: float, relative: bool, power: float) -> Callable[[Tensor], Tensor]:
         damping = check_damping(damping)
@@ -250,7 +278,25 @@ class EKFAC(Operator):
                         f"parameter {block.path!r} has no curvature at all (it is {block.kind}), "
                         "so no damping relative to it. Use relative=False."
                     )
+        self._check_digits(damping, relative)
         return f
+
+    def _check_digits(self, damping: float, relative: bool) -> None:
+        """Raise for a damping beside which the eigenvalues' rounding has no digit, or which their
+        dtype does not hold."""
+        for block, (_, _, eigenvalues) in zip(self.blocks, self._bases, strict=True):
+            if not eigenvalues.numel():
+                continue
+            info, largest = torch.finfo(eigenvalues.dtype), float(eigenvalues.max())
+            by = damping * float(eigenvalues.mean()) if relative else damping
+            if not SURE * info.eps * largest <= by <= info.max or by < info.tiny:
+                raise OptionError(
+                    f"damping={damping!r}: beside eigenvalues of up to {largest:.3g} of parameter "
+                    f"{block.path!r}, {by:.3g} has no digits left in {eigenvalues.dtype}, and "
+                    "rounding errors would be all that is seen along directions that no sample has "
+                    "(or all would be zero). Use a damping nearer to the eigenvalues, which "
+                    "curvature.report() shows, or float64."
+                )
 
     def _spectral(self, direction: PyTree, f: Callable[[Tensor], Tensor]) -> PyTree:
         leaves, spec = flatten_params(direction, "direction")
@@ -310,6 +356,7 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> EKFAC:
         samples=about["samples"],
         fisher=about["fisher"],
         fingerprint=about["params"],
+        frozen=about.get("frozen", ""),
     )
     if params is None:
         return out
@@ -319,6 +366,13 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> EKFAC:
 
 def _through(u: Tensor, block: Block, basis: Basis, f: Callable[[Tensor], Tensor]) -> Tensor:
     """`U f(L) U^T u` of directions `[k, *shape]`."""
+    with unrounded(u):
+        return _rotated_through(u, block, basis, f)
+
+
+def _rotated_through(
+    u: Tensor, block: Block, basis: Basis, f: Callable[[Tensor], Tensor]
+) -> Tensor:
     left, right, eigenvalues = basis
     if u.device != eigenvalues.device:
         raise ParamsError(

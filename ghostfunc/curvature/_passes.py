@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.fingerprint import fingerprint, frozen
 from ghostfunc._base.program import Program
-from ghostfunc._base.trees import ParamSpec, batch_size, take
+from ghostfunc._base.torch_private import unrounded
+from ghostfunc._base.trees import ParamSpec, batch_size, take, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._quantities.quantity import Prepared, Quantity
 from ghostfunc._taps.run import run
@@ -52,6 +53,10 @@ class Data:
         return self.spec.unflatten(self.leaves)
 
 
+COUNTS = ("phase", "batches", "samples", "first", "seen")
+"""What a kept state says beside its tensors."""
+
+
 @dataclass
 class State:
     """How far a computation has come.
@@ -63,6 +68,7 @@ class State:
         sums: of this phase, by name, float64.
         bases: eigenbases by name, once they are known.
         first: samples of the first phase.
+        seen: a digest of those batches, where the state is kept.
     """
 
     phase: str = "bases"
@@ -71,6 +77,7 @@ class State:
     sums: dict[str, Tensor] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
     first: int = 0
+    seen: str = ""
 
     def add(self, name: str, x: Tensor) -> None:
         x = x.double()
@@ -109,15 +116,25 @@ class Keeper:
             for part in ("sums ", "bases ")
         )
         return State(
-            about["phase"], about["batches"], about["samples"], sums, bases, about["first"]
-        )
+            about["phase"], about["batches"], about["samples"], sums, bases, about["first"],
+            about["seen"],
+        )  # fmt: skip
+
+    def check_seen(self, state: State, seen: str) -> None:
+        """Raise unless the batches before are those that the state was made of."""
+        if seen != state.seen:
+            raise CurvatureError(
+                f"{os.fspath(self.path or '')!r} is the state of other batches: the first "
+                f"{state.batches} hold other numbers now, or come in another order. Give the "
+                "batches that it was begun with, or delete the file."
+            )
 
     def keep(self, state: State, *, now: bool = False) -> None:
         if self.path is None or not (now or state.batches % self.every == 0):
             return
         tensors = {f"sums {k}": x for k, x in state.sums.items()}
         tensors |= {f"bases {k}": x for k, x in state.bases.items()}
-        counts = {k: getattr(state, k) for k in ("phase", "batches", "samples", "first")}
+        counts = {k: getattr(state, k) for k in COUNTS}
         _files.write(self.path, tensors, {**self.about, **counts})
 
 
@@ -188,7 +205,7 @@ def find_bases(
         _broadcast(bases[name], data.group)
     state.bases = bases
     state.phase, state.first = "eigenvalues", state.samples
-    state.batches, state.samples, state.sums = 0, 0, {}
+    state.batches, state.samples, state.sums, state.seen = 0, 0, {}, ""
     keeper.keep(state, now=True)
 
 
@@ -233,14 +250,12 @@ def _pass(
     keeper: Keeper,
 ) -> None:
     """Add what is read in all batches that are left to the state."""
-    params = data.params
+    params, again = data.params, state.phase == "eigenvalues"
     with _bar(data, state) as advance:
-        for number, batch in enumerate(data.batches):
-            if number < state.batches:
-                continue
+        for number, batch in _from(state, data.batches, keeper):
             for _, chunk in chunks(batch, data.chunk_size):
                 # A chunk has draws of its own, by its place in the data set.
-                for model_fn, scored in gradients.runs(params, chunk, state.samples):
+                for model_fn, scored in gradients.runs(params, chunk, state.samples, checked=again):
                     program = Program(model_fn, data.leaves, data.spec, "error")
                     taken = run(program, scored, quantities)
                     for name, values in zip(names, taken.values, strict=True):
@@ -250,6 +265,22 @@ def _pass(
             keeper.keep(state)
             advance()
     _all_reduce(state, data.group)
+
+
+def _from(state: State, batches: Batches, keeper: Keeper) -> Iterator[tuple[int, PyTree]]:
+    """The batches that are left, by number; `CurvatureError` unless those before are the same."""
+    done, seen, number = state.batches, "", -1
+    for number, batch in enumerate(batches):
+        if keeper.path is not None:
+            tensors = tensors_of(batch)
+            seen = fingerprint([f"{seen} {i}" for i in range(len(tensors))], tensors)
+        if number + 1 == done:
+            keeper.check_seen(state, seen)
+        if number >= done:
+            state.seen = seen
+            yield number, batch
+    if number + 1 < done:
+        keeper.check_seen(state, seen)
 
 
 def _add(
@@ -269,7 +300,8 @@ def _add(
 
 def _eigenvectors(sums: Tensor) -> Tensor:
     """Eigenvectors in columns, for every group, of sums made exactly symmetric."""
-    return torch.linalg.eigh((sums + sums.mT) / 2).eigenvectors.contiguous()
+    with unrounded(sums):
+        return torch.linalg.eigh((sums + sums.mT) / 2).eigenvectors.contiguous()
 
 
 def _all_reduce(state: State, group: Any) -> None:
@@ -308,6 +340,7 @@ def about_of(gradients: Gradients, data: Data, limits: Limits, reduce: bool) -> 
     return {
         "kind": "state",
         "params": fingerprint(data.spec.names, data.leaves),
+        "frozen": frozen(gradients.model_fn, data.params),
         "fisher": gradients.fisher,
         "draws": gradients.draws,
         "seed": gradients.seed,

@@ -63,7 +63,7 @@ class Side:
 
     @staticmethod
     def of(program: Program, batch: PyTree) -> Side:
-        shapes = use_shapes(program, batch, exact=False)
+        _, shapes = use_shapes(program, batch, exact=False)
         one = [[UseShape(u.kind, u.shape, 1, u.positions, u.direct) for u in x] for x in shapes]
         return Side(batch_size(batch), one)
 

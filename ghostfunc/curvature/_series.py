@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import refuse_not_finite
+from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import PyTree
 from ghostfunc.curvature._cg import Solution, Vector, added, check_tolerance, norm

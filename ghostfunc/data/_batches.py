@@ -29,17 +29,31 @@ def group(lengths: Sequence[int], token_budget: int, batch_size: int | None) -> 
     """Indices of samples in groups of like length, of at most `token_budget` padded tokens each.
 
     The longest come first: what does not fit into memory fails at once. A sample that is longer
-    than the budget has a group of its own.
+    than the budget has a group of its own. Every shape of a batch is proved once, at the price of
+    several batches: the number of samples is a power of two, the same for all groups of a width.
     """
     groups: list[list[int]] = []
-    widest = 0
+    most = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        full = not groups or (batch_size is not None and len(groups[-1]) >= batch_size)
-        if full or (len(groups[-1]) + 1) * widest > token_budget:
+        if not groups or len(groups[-1]) >= most:
             groups.append([])
-            widest = lengths[i]
+            fitting = max(1, token_budget // width(lengths[i]))
+            most = 1 << fitting.bit_length() - 1
+            most = most if batch_size is None else min(most, batch_size)
         groups[-1].append(i)
     return groups
+
+
+def width(longest: int) -> int:
+    """One of few widths that holds so many tokens: 1, 2, 4, ..., 32, 64, 96, 128, 160, 192, 224,
+    256, 320, 384, ...; of 128 tokens and more at most a quarter above."""
+    power = 1 << (longest - 1).bit_length()  # the next power of two
+    step = power if power <= NARROW else max(NARROW, power // 8)
+    return -(-longest // step) * step
+
+
+NARROW = 32
+"""Tokens below which widths are powers of two."""
 
 
 def batches(
@@ -47,12 +61,15 @@ def batches(
     *,
     collate: Collate,
     length: Length | None = None,
-    token_budget: int = 4096,
+    token_budget: int = 1024,
     batch_size: int | None = None,
 ) -> Iterator[PyTree]:
     """The batches of a data set, for `gf.direction` and `score_dataset(val=...)`.
 
         samples of like length share a batch;  len(batch) * longest <= token_budget
+
+    Of samples of one width (`padded`), a power of two share a batch: few shapes of batches appear,
+    each of which is proved once.
 
     Args:
         dataset: map-style.
@@ -100,12 +117,16 @@ def check_limits(token_budget: object, batch_size: object) -> None:
             raise OptionError(f"{name}={value!r} must be a positive integer or None.")
 
 
-def padded(pad_id: int, *, label_pad: int = -100) -> Collate:
+def padded(pad_id: int, *, label_pad: int = -100, max_length: int | None = None) -> Collate:
     """A `collate` for token sequences of unequal lengths.
 
     Args:
         pad_id: what `input_ids` are padded with, on the right.
         label_pad: what `labels` are padded with.
+        max_length: the most tokens that the model takes. Batches are then padded to one of few
+            widths (..., 32, 64, 96, 128, 160, 192, 224, 256, 320, ...), none above this one:
+            batches of few shapes need few proofs, and a proof takes several times what a batch
+            takes. By default they are padded to their longest sample.
 
     Returns:
         A function from a list of samples, mappings of sequences of integers with `input_ids` among
@@ -114,14 +135,20 @@ def padded(pad_id: int, *, label_pad: int = -100) -> Collate:
 
     Raises:
         BatchError: (by the function) a sample has other keys than the first, no tokens, or
-            sequences of unequal lengths.
+            sequences of unequal lengths, or more tokens than `max_length`.
     """
 
     check_whole("pad_id", pad_id, 0)
     check_whole("label_pad", label_pad, -(1 << 62))
+    if max_length is not None:
+        check_whole("max_length", max_length)
 
     def collate(samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         longest = max(_length_of(sample, samples[0]) for sample in samples)
+        if max_length is not None:
+            if longest > max_length:
+                raise BatchError(f"a sample has {longest} tokens; max_length={max_length}.")
+            longest = min(width(longest), max_length)
         pads = {"input_ids": pad_id, "labels": label_pad}
         out = {
             key: torch.full((len(samples), longest), pads.get(key, 0), dtype=torch.long)

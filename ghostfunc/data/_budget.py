@@ -16,16 +16,20 @@ from ghostfunc._base.types import ModelFn, PyTree
 SHARE = 0.25
 """Of the device's memory for activations; the rest is for parameters, cotangents and others."""
 
-MOST = {"cpu": 4096}
-"""Tokens beyond which a batch gets no faster; caches of processors are small."""
+MOST, MOST_ELSEWHERE = 4096, 65536
+"""Tokens beyond which a batch gets no faster: on CPUs, whose caches are small, and elsewhere."""
 
-MOST_ELSEWHERE = 65536
+WORK, LEAST = 1 << 37, 256
+"""Parameters times tokens beyond which a batch gets no faster on CPUs, and tokens below which it
+gets slower whatever the model. The first batch of a shape is proved, which takes several times what
+a batch takes: smaller batches need shorter proofs."""
 
 
 def find_token_budget(model_fn: ModelFn, params: PyTree, batch: PyTree, *, tokens: int) -> int:
     """The most tokens of a batch, from what a few of them take.
 
-        budget = 2^floor(log2(share * memory of the device / bytes per token)), on CPUs <= 2^12
+        budget = 2^floor(log2(share * memory of the device / bytes per token)),
+        on CPUs at most 2^floor(log2(2^37 / parameters)) between 2^8 and 2^12
 
     The bytes are those of all tensors that autograd keeps for the backward pass, counted in one
     forward pass over `batch`, twice: cotangents come beside them. Nothing is timed, so the same
@@ -51,7 +55,11 @@ def find_token_budget(model_fn: ModelFn, params: PyTree, batch: PyTree, *, token
     device = leaves[0].device
     per_token = 2 * _kept_bytes(model_fn, params, batch) / tokens
     fitting = int(SHARE * _memory_of(device) / max(per_token, 1.0))
-    most = min(fitting, MOST.get(device.type, MOST_ELSEWHERE))
+    if device.type == "cpu":
+        work = WORK // max(1, sum(x.numel() for x in leaves))
+        most = min(fitting, max(LEAST, min(MOST, work)))
+    else:
+        most = min(fitting, MOST_ELSEWHERE)
     return 1 << max(most.bit_length() - 1, 4)
 
 

@@ -102,9 +102,9 @@ def encode(
         raise OptionError(f"max_length={max_length}: a sample needs at least 2 tokens.")
     found: list[Fault] = []
     tokens, counted, kept, truncated = [], [], [], 0
-    with progress_bar(len(rows), "reading", shown=progress) as advance:
+    with progress_bar(len(rows), "reading", shown=progress) as bar:
         for row in range(len(rows)):
-            advance(1, 0)
+            bar.advance(1, 0)
             try:
                 ids, labelled = _tokens(rows, row, tokenizer, max_length)
                 if not labelled[1:max_length].any():

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ghostfunc._base.module import ModuleFn
+from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.regular import check_regular
 from ghostfunc._base.trees import flatten_params
-from ghostfunc._base.types import ModelFn, PyTree
+from ghostfunc._base.types import PyTree
 from ghostfunc.data._errors import ResumeError
 from ghostfunc.data._files import write_whole
 
@@ -59,6 +58,7 @@ class Parts:
         if not path.exists():
             return None
         try:
+            check_regular(path)
             with np.load(path, allow_pickle=False) as file:  # checks its checksums
                 columns = {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
@@ -101,6 +101,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         with naming(path):
+            check_regular(path)
             recipe = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged ({error}). Choose another folder.") from error
@@ -112,22 +113,4 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 def digest(tree: PyTree) -> str:
     """SHA-256 of the names, shapes, dtypes and values of a pytree of tensors."""
     leaves, spec = flatten_params(tree)
-    return digest_of(dict(zip(spec.names, leaves, strict=True)))
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, in order of names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}\0{tuple(x.shape)}\0{x.dtype}\0".encode())
-        sha.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def closed_over(model_fn: ModelFn, params: PyTree) -> str:
-    """A digest of a module's frozen parameters and buffers; "" for other functions, whose constants
-    nobody can see."""
-    if not isinstance(model_fn, ModuleFn):
-        return ""
-    return digest_of(model_fn.closed_over(params))
+    return fingerprint(spec.names, leaves)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ghostfunc._base.regular import check_regular
 from ghostfunc.data._errors import Fault, RowsError
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class Rows(ABC):
             return _ArrowRows(path, _folder(path))
         if not path.exists():
             raise RowsError([Fault(str(path), -1, "there is no such file or folder.")])
+        try:
+            check_regular(path)
+        except OSError as error:
+            why = f"{error.strerror}: rows are read by place. Write them to a file first."
+            raise RowsError([Fault(str(path), -1, why)]) from error
         if path.suffix in JSON_LINES:
             return _JsonLines(path)
         if path.suffix == ".parquet":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ghostfunc._base.errors import BatchError, NonFiniteLossError, OptionError
+from ghostfunc._base.fingerprint import frozen
 from ghostfunc._base.options import (
     check_dataset,
     check_flags,
@@ -32,12 +33,20 @@ from ghostfunc._base.trees import (
 )
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._transforms.grads import direction as gradient_of
-from ghostfunc.data._batches import Collate, Dataset, Length, check_functions, check_limits, group
+from ghostfunc.data._batches import (
+    Collate,
+    Dataset,
+    Length,
+    check_functions,
+    check_limits,
+    group,
+    width,
+)
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
 from ghostfunc.data._errors import ResumeError
-from ghostfunc.data._parts import Columns, Parts, closed_over, digest, has_recipe, read_recipe
-from ghostfunc.data._progress import progress_bar
+from ghostfunc.data._parts import Columns, Parts, digest, has_recipe, read_recipe
+from ghostfunc.data._progress import Progress, progress_bar
 from ghostfunc.data._scores import Scores
 
 PART = 128
@@ -107,7 +116,9 @@ def score_dataset(
         dot_i = <g_i, u>,  cosine_i = dot_i / (||g_i|| ||u||),  u = mean_j d loss_val[j] / d params
 
     Samples of like length share a batch, within parts of 128 samples; the batches depend on the
-    data and the options alone. Only one batch is in memory at a time.
+    data and the options alone. Only one batch is in memory at a time. The first batch of every
+    shape is proved, and takes several times as long: `gf.data.padded(..., max_length=...)` makes
+    few shapes.
 
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses [n]`.
@@ -127,7 +138,8 @@ def score_dataset(
         resume: a folder. Parts that are done are written to it, and read from it by a later call
             with the same model, data and options: a run that was stopped gives the same bits.
         recipe: what else decides the numbers (a hash of the data), to be the same at a resumption.
-        progress: show a bar with tokens per second and the time left (needs tqdm).
+        progress: show a bar with what is under way, tokens per second and about how long it takes
+            yet (needs tqdm).
         randomness: "error" or "different".
 
     Returns:
@@ -182,10 +194,19 @@ def score_dataset(
     parts = None if folder is None else Parts(folder, _recipe(run, facts, recipe or {}))
     ranges = [range(start, min(start + PART, n)) for start in range(0, n, PART)]
     _compare(run, ranges, token_budget, parts)
-    with progress_bar(n, "scoring", shown=progress) as advance:
-        done = [_part(run, i, rows, token_budget, parts, advance) for i, rows in enumerate(ranges)]
+    with progress_bar(n, "scoring", shown=progress) as bar:
+        done = [_part(run, i, rows, token_budget, parts, bar) for i, rows in enumerate(ranges)]
     parts_of = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
     return Scores(ids, {name: torch.from_numpy(x) for name, x in parts_of.items()}, facts)
+
+
+def in_parts(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """The batches of a whole data set, in order: indices of samples."""
+    found: list[list[int]] = []
+    for start in range(0, len(lengths), PART):
+        own = group(lengths[start : start + PART], token_budget, None)
+        found += [[start + i for i in at] for at in own]
+    return found
 
 
 def _check_ids(ids: Any, n: int) -> None:
@@ -244,7 +265,7 @@ def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dic
         "batch_size": run.batch_size,
         "part": PART,
         "params": digest(run.params),
-        "frozen": closed_over(run.model_fn, run.params),
+        "frozen": frozen(run.model_fn, run.params),
         "directions": {name: digest(u) for name, u in run.directions.items()},
         **more,
     }
@@ -270,21 +291,22 @@ def _part(
     rows: range,
     token_budget: int,
     parts: Parts | None,
-    advance: Callable[[int, int], None],
+    bar: Progress,
 ) -> Columns:
-    lengths = run.lengths(rows)
-    groups = group(lengths, token_budget, run.batch_size)
     found = None if parts is None else parts.load(number)
     if found is not None:
-        advance(len(rows), 0)
+        bar.advance(len(rows), 0)
         return found
+    lengths = run.lengths(rows)
     columns: Columns = {}
-    for at in groups:
+    for at in group(lengths, token_budget, run.batch_size):
+        longest = max(lengths[i] for i in at)
+        bar.begin(f"{len(at)} of up to {longest:,} tokens", (len(at), width(longest)))
         for name, x in run.columns([rows[i] for i in at]).items():
             if name not in columns:
                 columns[name] = np.empty(len(rows), dtype=x.numpy().dtype)
             columns[name][at] = x.numpy()
-        advance(len(at), padded_tokens([lengths[i] for i in at]))
+        bar.advance(len(at), padded_tokens([lengths[i] for i in at]))
     if parts is not None:
         parts.save(number, columns)
     return columns

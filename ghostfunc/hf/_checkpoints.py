@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.regular import check_regular
 from ghostfunc.hf._state import STATE_FILE, load_state
 
 LAST_WRITTEN = "trainer_state.json"
@@ -22,7 +23,8 @@ WEIGHTS = (
     "adapter_model.bin",
 )
 BESIDE_WEIGHTS = ("optimizer.pt", "scheduler.pt")
-ZIPPED = (".pt", ".pth", ".bin")
+KNOWN = (".safetensors", ".pt", ".pth", ".bin")
+"""Files of torch and of safetensors, which say where they end."""
 
 
 def newest_whole(folder: Path, *, weights_alone: bool) -> tuple[Path | None, dict[str, str]]:
@@ -45,10 +47,13 @@ def newest_whole(folder: Path, *, weights_alone: bool) -> tuple[Path | None, dic
 def flaw_of(path: Path, *, weights_alone: bool) -> str | None:
     """What is missing from a checkpoint or torn in it; None for a whole one."""
     try:
+        check_regular(path / LAST_WRITTEN)
         state = json.loads((path / LAST_WRITTEN).read_text(encoding="utf-8"))
         step = int(state["global_step"])
     except FileNotFoundError:
         return f"{LAST_WRITTEN} is missing, which is written last"
+    except OSError as error:
+        return f"{LAST_WRITTEN} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError):
         return f"{LAST_WRITTEN} is torn"
     if not any((path / name).is_file() for name in WEIGHTS):
@@ -59,7 +64,7 @@ def flaw_of(path: Path, *, weights_alone: bool) -> str | None:
     torn = [file.name for file in sorted(path.iterdir()) if _torn(file)]
     if torn:
         return f"{torn[0]} is torn"
-    if (path / STATE_FILE).is_file():
+    if (path / STATE_FILE).exists():
         try:
             saved = load_state(path / STATE_FILE)
         except OptionError:
@@ -77,13 +82,17 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _torn(file: Path) -> bool:
-    """Whether a file lacks its end. Torch's files and safetensors say where they end."""
+    """Whether a file lacks its end, or is none."""
+    if file.suffix not in KNOWN or file.name == STATE_FILE:
+        return False
+    try:
+        check_regular(file)
+    except OSError:
+        return True
     if file.suffix == ".safetensors":
         try:
             with safe_open(str(file), framework="pt"):
                 return False
         except (SafetensorError, OSError):
             return True
-    if file.suffix in ZIPPED and file.name != STATE_FILE:
-        return not zipfile.is_zipfile(file)
-    return False
+    return not zipfile.is_zipfile(file)

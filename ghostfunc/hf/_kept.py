@@ -88,7 +88,7 @@ class KeptScores:
 
     def _take_over(self, folder: Path) -> None:
         path = folder / STATE_FILE
-        if path.is_file():
+        if path.exists():
             saved = load_state(path)
             check_recipe(saved, self.recipe, path)
             self.state = dict(saved.state)

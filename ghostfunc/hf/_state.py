@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.regular import open_regular
 from ghostfunc.hf._files import atomically
 
 STATE_FILE = "ghost_scores.bin"
@@ -55,7 +56,11 @@ def load_state(path: Path) -> Saved:
     Raises:
         OptionError: the file is damaged, or none of ours.
     """
-    content = path.read_bytes()
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
     payload = content[HEADER:]
     if not content.startswith(MAGIC):
         raise _damaged(path, "it does not begin as such a file does")

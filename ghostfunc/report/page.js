@@ -353,7 +353,8 @@
     const longest = Math.max(...kept.map((g) => g.name.length)) + 2 + whole(Math.max(...kept.map((g) => g.count))).length;
     const width = widthOf("groups"), left = Math.min(8 + 7 * longest, 190, Math.round(width * 0.45)), letters = Math.floor((left - 56) / 7);
     const low = Math.min(0, ...kept.map((g) => g.low)), high = Math.max(0, ...kept.map((g) => g.high)), span = high - low || 1;
-    const at = (x) => left + 18 + ((x - low) / span) * (width - left - 36);
+    const written = kept.map((g) => signed(g.mid)), right = 14 + 7 * Math.max(...written.map((text) => text.length));
+    const at = (x) => left + 18 + ((x - low) / span) * (width - left - right - 30);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${bottom + 22}`, role: "img", "aria-label": "Groups" });
     svg.append(draw("line", { x1: at(0), x2: at(0), y1: 0, y2: bottom, class: "axis" }));
     kept.forEach((g, k) => {
@@ -361,9 +362,10 @@
       const name = g.name.length > Math.max(letters, 4) && left < 8 + 7 * longest ? g.name.slice(0, letters - 1) + "…" : g.name;
       svg.append(draw("text", { x: left, y: y + 4, "text-anchor": "end" }, `${name} (${whole(g.count)})`),
         draw("line", { x1: at(g.low), x2: at(g.high), y1: y, y2: y, class: "range" }),
-        draw("circle", { cx: at(g.mid), cy: y, r: 5, class: "median" }));
+        draw("circle", { cx: at(g.mid), cy: y, r: 5, class: "median" }),
+        draw("text", { x: width, y: y + 4, "text-anchor": "end", class: "value" }, written[k]));
     });
-    across(svg, ticks(low, high, Math.floor((width - left) / 80)), at, bottom);
+    across(svg, ticks(low, high, Math.floor((width - left - right) / 80)), at, bottom);
     by("groups").querySelector("div").replaceChildren(svg);
   }
 
@@ -411,8 +413,8 @@
 
   if (Object.keys(data.heat).length) {
     by("legend").hidden = false;
-    by("legend").textContent = "Where tokens are coloured, each token's place has the colour of its share in the score: " +
-      "blue helps, orange hinders. The deepest colour of a sample is its largest share; the pointer shows the numbers.";
+    by("legend").append("Colours of tokens, their shares in the score: hinders", make("i", { class: "scale" }), "helps. " +
+      "The deepest colour of a sample is its largest share; the pointer shows numbers.");
   }
 
   // --- together ----------------------------------------------------------------------------------

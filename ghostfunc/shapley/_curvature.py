@@ -13,10 +13,10 @@ from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.dense_gradients import DenseGradients
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import one_of
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses
-from ghostfunc._base.torch_private import in_transform
+from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree
 
@@ -38,13 +38,21 @@ def grad_and_hvp(
     def mean_loss(p: list[Tensor]) -> Tensor:
         return check_losses(program.losses(p, val), m).mean()
 
+    def slope(p: list[Tensor]) -> list[Tensor]:
+        value, pull = torch.func.vjp(mean_loss, p)[:2]
+        with unrounded(value):
+            grads: list[Tensor] = pull(torch.ones_like(value))[0]
+        return grads
+
     primals, tangents = [x.detach() for x in program.leaves], list(along)
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         if how == "reverse":
-            return _reverse(mean_loss, primals, tangents)
+            if not in_transform():
+                return _by_autograd(mean_loss, [x.requires_grad_() for x in primals], tangents)
+            return _reverse(slope, primals, tangents)
         try:
             with FORWARD_MODE, ReverseModeConstants():
-                out: Any = torch.func.jvp(torch.func.grad(mean_loss), (primals,), (tangents,))
+                out: Any = torch.func.jvp(slope, (primals,), (tangents,))
         except (NotImplementedError, RuntimeError) as error:
             if not any(words in str(error) for words in _SAID):
                 raise
@@ -60,17 +68,15 @@ _SAID = ("forward AD", "forward mode AD", "same dtype", "scalar type")
 
 
 def _reverse(
-    mean_loss: Callable[[list[Tensor]], Tensor], primals: list[Tensor], along: list[Tensor]
+    slope: Callable[[list[Tensor]], list[Tensor]], primals: list[Tensor], along: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    if not in_transform():
-        return _by_autograd(mean_loss, [x.requires_grad_() for x in primals], along)
-
-    def slope(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        grads = torch.func.grad(mean_loss)(p)
+    def dot(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        grads = slope(p)
         dots = [(g * x).sum() for g, x in zip(grads, along, strict=True)]
         return torch.stack(dots).sum(), grads
 
-    products, grads = torch.func.grad(slope, has_aux=True)(primals)
+    with unrounded(primals[0]):
+        products, grads = torch.func.grad(dot, has_aux=True)(primals)
     return grads, products
 
 
@@ -83,11 +89,12 @@ def _by_autograd(
         loss = mean_loss(primals)
     if not loss.requires_grad:
         return [torch.zeros_like(x) for x in primals], [torch.zeros_like(x) for x in primals]
-    grads = torch.autograd.grad(loss, primals, create_graph=True, **options)
-    curved = [(g, x) for g, x in zip(grads, along, strict=True) if g.requires_grad]
-    out = [g.detach() for g in grads]
-    if not curved:
-        return out, [torch.zeros_like(x) for x in primals]
-    slopes, tangents = zip(*curved, strict=True)
-    products = torch.autograd.grad(slopes, primals, tangents, **options)
+    with unrounded(loss):
+        grads = torch.autograd.grad(loss, primals, create_graph=True, **options)
+        curved = [(g, x) for g, x in zip(grads, along, strict=True) if g.requires_grad]
+        out = [g.detach() for g in grads]
+        if not curved:
+            return out, [torch.zeros_like(x) for x in primals]
+        slopes, tangents = zip(*curved, strict=True)
+        products = torch.autograd.grad(slopes, primals, tangents, **options)
     return out, list(products)

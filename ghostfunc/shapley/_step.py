@@ -32,6 +32,7 @@ from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
 from ghostfunc._taps.run import run
+from ghostfunc._taps.uses import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores.validation import validation_readers
 from ghostfunc.shapley._curvature import Hvp, grad_and_hvp
@@ -236,8 +237,9 @@ def _one_pass(
             program.model_fn, params, val_sets, optimizer=optimizer, randomness=program.randomness
         )
         return [Dot(u) for u in us.values()], 1.0
+    _, uses = use_shapes(program, train, exact=False)
     rows = [
-        validation_readers(program, train, val, reduction="mean", grads=True, check=check)
+        validation_readers(program, uses, val, reduction="mean", grads=True, check=check)
         for val in val_sets.values()
     ]
     return [Prepared(readers, degree=1) for readers in rows], optimizer.gain

@@ -5,6 +5,7 @@ All writes of stores go through the functions of `os` that this file calls, or t
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from typing import Any
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_path, check_type
+from ghostfunc._base.regular import AT_ONCE, check_absent, check_mode, open_regular
 from ghostfunc.store._errors import StoreError
 
 try:
@@ -40,7 +42,7 @@ class Files(ABC):
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file. Anything else of its name counts: reading it says so."""
 
     @abstractmethod
     def names(self, folder: str) -> Iterator[str]:
@@ -85,7 +87,7 @@ class LocalFiles(Files):
     def read(self, key: str, most: int) -> bytearray | None:
         with self._told(key):
             try:
-                file = (self._root / key).open("rb", buffering=0)
+                file = open_regular(self._root / key)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             with file:
@@ -100,13 +102,16 @@ class LocalFiles(Files):
 
     def exists(self, key: str) -> bool:
         with self._told(key):
-            return (self._root / key).is_file()
+            return (self._root / key).exists()
 
     def names(self, folder: str) -> Iterator[str]:
         with self._told(folder):
             try:
                 entries = os.scandir(self._root / folder)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
+                return
+            except NotADirectoryError:
+                check_absent(self._root / folder)
                 return
             with entries:
                 for entry in entries:
@@ -134,11 +139,8 @@ class LocalFiles(Files):
             try:
                 _write_flushed(partial, data)
                 os.replace(partial, path)
-            except FileNotFoundError as error:
-                raise StoreError(
-                    f"{self}/{key} was written by another process at the same time. Give every "
-                    "process chunks of its own."
-                ) from error
+            except FileNotFoundError:  # the other process has taken it away
+                raise
             except OSError:
                 with suppress(OSError):
                     os.unlink(partial)
@@ -177,10 +179,18 @@ class LocalFiles(Files):
 
     @contextmanager
     def _told(self, key: str) -> Iterator[None]:
-        """`StoreError` with the file's name for what the operating system says."""
+        """`StoreError` with the file's name for what the operating system says. What is not there
+        to be read is no error, so a name that is missing was taken away in the meantime."""
         try:
             yield
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTEMPTY):
+                raise StoreError(
+                    f"{self}/{key} was changed by another process at the same time. One process "
+                    "creates a store, adds a checkpoint, removes one or appends, and the others "
+                    "open the store afterwards; several processes write rows, each to chunks of "
+                    "its own."
+                ) from error
             raise StoreError(f"{self}/{key}: {error.strerror or error}.") from error
 
 
@@ -191,8 +201,9 @@ def _at_most(size: int, most: int, name: str) -> int:
 
 
 def _write_flushed(path: Path, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | AT_ONCE, 0o666)
     try:
+        check_mode(os.fstat(handle).st_mode, path)
         view = memoryview(data)
         while view:
             view = view[os.write(handle, view) :]

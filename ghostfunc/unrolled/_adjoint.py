@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc.unrolled._training import State, Training
 
 Hvp: TypeAlias = Literal["forward", "reverse"]
@@ -91,14 +92,17 @@ def _second_order(
         # wrong derivative themselves.
         def first(p: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             values, pull = torch.func.vjp(losses, p)[:2]
-            return values, pull(share.to(values))[0]
+            with unrounded(values):
+                return values, pull(share.to(values))[0]
 
         dots, products = torch.func.jvp(first, (primals,), (list(u),))[1]
         return (dots, *products)
 
     def reverse(*u: Tensor) -> tuple[Tensor, ...]:
         def along(p: list[Tensor], s: Tensor) -> Tensor:
-            (grads,) = torch.func.vjp(losses, p)[1](s)
+            values, pull = torch.func.vjp(losses, p)[:2]
+            with unrounded(values):
+                (grads,) = pull(s.to(values))
             return torch.stack([(g * x).sum() for g, x in zip(grads, u, strict=True)]).sum()
 
         products, dots = torch.func.grad(along, argnums=(0, 1))(primals, share)

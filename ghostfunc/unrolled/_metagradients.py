@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,9 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ghostfunc._base.errors import RandomnessError
 from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import check_flags, check_model_fn, check_path, check_type, one_of
-from ghostfunc._base.purity import check_losses
+from ghostfunc._base.purity import Draws
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature import _files
@@ -20,6 +24,7 @@ from ghostfunc.shapley import Scores
 from ghostfunc.unrolled._adjoint import Adjoint, Hvp, step_back
 from ghostfunc.unrolled._errors import UnrolledError
 from ghostfunc.unrolled._train import Trained, bar
+from ghostfunc.unrolled._training import State, differing
 
 
 class StepValues(NamedTuple):
@@ -90,7 +95,9 @@ def metagradients(
         `Metagradients(losses, scores, steps, params)`.
 
     Raises:
-        UnrolledError: kept states or the checkpoint are those of another run, or cut short.
+        UnrolledError: kept states or the checkpoint are those of another run, or cut short; or a
+            replayed stretch does not end where it did in training.
+        RandomnessError: the final losses draw random numbers.
         GhostError: another of its children.
 
     Reference:
@@ -120,8 +127,8 @@ def metagradients(
             for t in range(start, step):
                 gradient = training.gradient(state, t)
                 replayed.append((state, gradient))
-                if t + 1 < step:
-                    state = training.after(state, gradient, t)
+                state = training.after(state, gradient, t)
+            _check_replayed(replayed[0][0], state, states.get(step), start, step)
             while step > start:
                 step -= 1
                 state, gradient = replayed.pop()
@@ -136,6 +143,26 @@ def metagradients(
     return Metagradients(losses, _summed(steps), steps, training.unflatten(adjoint.params))
 
 
+def _check_replayed(first: State, replayed: State, kept: State, start: int, step: int) -> None:
+    """Raise `UnrolledError` unless a stretch ends where it did when the model was trained."""
+    moved, off = (
+        math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in pairs))
+        for pairs in (
+            zip(kept.params, first.params, strict=True),
+            zip(kept.params, replayed.params, strict=True),
+        )
+    )
+    coarsest = max(torch.finfo(x.dtype).eps for x in kept.params)
+    if not off <= max(1e-3, 8 * coarsest) * moved:
+        raise UnrolledError(
+            f"steps {start} to {step - 1} do not lead to the state that was kept after them: "
+            f"parameters are {off:.3g} away from it, and these steps moved them by {moved:.3g}. "
+            "Something is not what it was when gf.unrolled.train ran: the data or the learning "
+            "rate of a step, the module's mode (train or eval), its frozen parameters or buffers, "
+            "autocast, or the loss. Call gf.unrolled.train again."
+        )
+
+
 def _final(
     trained: Trained, val: PyTree, val_fn: ModelFn, reduction: str
 ) -> tuple[Tensor, Adjoint]:
@@ -146,9 +173,17 @@ def _final(
         out = check_losses(val_fn(training.unflatten(p), val), m)
         return out.mean()[None] if reduction == "mean" else out
 
+    draws = Draws()
     with torch.enable_grad():
         params = [x.detach().requires_grad_() for x in trained.final.params]
-        out = losses(params)
+        with draws:
+            out = losses(params)
+    if draws.seen:
+        raise RandomnessError(
+            "the losses of val draw random numbers (dropout in training mode?), so they have no "
+            "derivative of their own. Pass val_fn=, the losses in evaluation mode."
+        )
+    with unrounded(out):
         rows = [
             torch.autograd.grad(
                 loss, params, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -195,11 +230,11 @@ def _resumed(
     if checkpoint is None or not Path(checkpoint).exists():
         return total, last, {}
     tensors, kept = _files.read(checkpoint, UnrolledError)
-    differing = [key for key, x in about.items() if kept.get(key) != x]
-    if differing:
+    wrong = differing(kept, about)
+    if wrong:
         raise UnrolledError(
             f"{os.fspath(checkpoint)!r} belongs to other metagradients: it differs in "
-            f"{', '.join(differing)}. Delete the file, or give another checkpoint path."
+            f"{', '.join(wrong)}. Delete the file, or give another checkpoint path."
         )
     device = last.params[0].device
     params, slots = (

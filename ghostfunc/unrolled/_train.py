@@ -16,7 +16,7 @@ from ghostfunc._base.types import PyTree
 from ghostfunc.curvature import _files
 from ghostfunc.curvature._errors import check_count
 from ghostfunc.unrolled._errors import UnrolledError
-from ghostfunc.unrolled._training import State, Training
+from ghostfunc.unrolled._training import State, Training, differing
 
 
 class States:
@@ -57,11 +57,11 @@ class States:
                 "Call gf.unrolled.train with this directory again."
             )
         tensors, about = _files.read(self.path(step), UnrolledError)
-        differing = [k for k, x in self._about.items() if about.get(k) != x]
-        if differing:
+        wrong = differing(about, self._about)
+        if wrong:
             raise UnrolledError(
                 f"{str(self.path(step))!r} belongs to another run: it differs in "
-                f"{', '.join(differing)}. Use another directory, or delete this one."
+                f"{', '.join(wrong)}. Use another directory, or delete this one."
             )
         tensors = {name: x.to(self._device) for name, x in tensors.items()}
         return State(_numbered(tensors, "params"), _numbered(tensors, "slots"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence, Sized
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,11 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._base.errors import BatchError, OptionError
-from ghostfunc._base.fingerprint import fingerprint
+from ghostfunc._base.fingerprint import fingerprint, frozen
+from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import check_model_fn, check_type
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, prove_independent
+from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc.unrolled._errors import UnrolledError
@@ -140,11 +144,11 @@ class Training:
     def shares(self, micros: Sequence[Micro]) -> list[Tensor]:
         """`c_i / N` of the samples of each micro-batch."""
         total = sum(len(m.ids) for m in micros)
-        like = self.leaves[0]
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in self.leaves), torch.float32)
         out = []
         for m in micros:
             c = torch.ones(len(m.ids)) if self.weights is None else self.weights[m.ids]
-            out.append(c.to(like) / total)
+            out.append(c.to(self.leaves[0].device, dtype) / total)
         return out
 
     def start(self) -> State:
@@ -165,7 +169,8 @@ class Training:
         for place, (micro, share) in enumerate(zip(micros, self.shares(micros), strict=True)):
             with torch.enable_grad():
                 loss = (self.losses(leaves, micro, step, place) * share).sum()
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            with unrounded(loss):
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             total = (
                 list(grads) if total is None else [x + g for x, g in zip(total, grads, strict=True)]
             )
@@ -174,7 +179,7 @@ class Training:
 
     def after(self, state: State, gradient: Sequence[Tensor], step: int) -> State:
         """The state after a step."""
-        with torch.no_grad():
+        with torch.no_grad(), unrounded(self.leaves[0]):
             out = State(*self.optimizer.update(gradient, state.slots, state.params, step))
         for name, x in zip(self.spec.names, out.params, strict=True):
             if not bool(x.isfinite().all()):
@@ -202,6 +207,8 @@ class Training:
         weights = [] if self.weights is None else [self.weights]
         ends = [m for t in (0, len(self) - 1) for m in self.micros(t)]
         data = [x for m in ends for x in (m.ids, *tensors_of(m.batch))]
+        with torch.no_grad():
+            first = self.losses(self.leaves, self.micros(0)[0], 0, 0)
         return {
             "params": fingerprint(self.spec.names, self.leaves),
             "optimizer": self.optimizer.settings(len(self)),
@@ -209,10 +216,21 @@ class Training:
             "seed": self.seed,
             "data": fingerprint([str(i) for i in range(len(data))], data),
             "weights": fingerprint(["weights"] * len(weights), weights),
+            "frozen": frozen(self.model_fn, self.spec.unflatten(self.leaves)),
+            "losses": float(first.double().mean()),
         }
 
     def unflatten(self, params: Sequence[Tensor]) -> PyTree:
         return self.spec.unflatten(list(params))
+
+
+def differing(kept: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    """In which entries a file belongs to another run. Losses are the same up to rounding, and are
+    told where they alone say that the loss is another."""
+    names = [key for key, x in about.items() if key != "losses" and kept.get(key) != x]
+    loss = kept.get("losses")
+    same = isinstance(loss, float) and math.isclose(loss, about["losses"], rel_tol=1e-2)
+    return names or ([] if same else ["losses"])
 
 
 def _micros(entry: object) -> list[Any]:

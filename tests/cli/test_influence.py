@@ -54,7 +54,7 @@ def test_python_gives_the_same_file(
     rows = Rows.open("pool.jsonl")
     pool = encode(rows, tokenizer, max_length=96)
     target = encode(Rows.open("target.jsonl"), tokenizer, max_length=96)
-    how: Any = {"collate": padded(tokenizer.eos_token_id), "length": pool.length}
+    how: Any = {"collate": padded(tokenizer.eos_token_id, max_length=96), "length": pool.length}
     some = [pool[i] for i in range(0, 40, 4 if "10" in more else 1)]
     if options.get("fisher") != "empirical":
         options["likelihood"] = gf.hf.causal_lm_likelihood(lm)
@@ -84,7 +84,7 @@ def test_scores_are_those_of_influence_functions(run: Run, files: Path, model: P
     pool, target = (
         encode(Rows.open(f"{name}.jsonl"), tokenizer, max_length=96) for name in ("pool", "target")
     )
-    how: Any = {"collate": padded(tokenizer.eos_token_id), "length": pool.length}
+    how: Any = {"collate": padded(tokenizer.eos_token_id, max_length=96), "length": pool.length}
     curvature = gf.curvature.ekfac(
         model_fn,
         params,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -258,3 +259,32 @@ def test_a_projected_pool_finds_what_the_gradients_find(run: Run, files: Path, m
     assert code == 2
     assert "made of other rows" in said
     assert _ask.CHECKPOINT in repr(list((files / "store").rglob("*")))
+
+
+def test_a_gguf_file_is_a_model(
+    run: Run, files: Path, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    """transformers is told which file of the folder it is, and what it makes is scored."""
+    made = files / "m.gguf"
+    line = f"explain {made} --pool pool.jsonl --count 2"
+    assert "there is no such file" in run(line)[1]
+    made.write_bytes(b"GGUF")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install gguf" in run(line)[1]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    asked: list[Path] = []
+
+    def reads(kind: Any) -> None:
+        found = kind.from_pretrained(model)
+
+        def read(*, pretrained_model_name_or_path: Path, gguf_file: str, **more: Any) -> Any:
+            asked.append(pretrained_model_name_or_path / gguf_file)
+            return found
+
+        monkeypatch.setattr(kind, "from_pretrained", read)
+
+    reads(transformers.AutoTokenizer)
+    reads(transformers.AutoModelForCausalLM)
+    code, said = run(line)
+    assert code == 0, said
+    assert asked == [made, made]

@@ -48,7 +48,7 @@ def test_ten_lines_of_python_give_the_same_file(run: Run, files: Path, model: Pa
     rows = Rows.open("pool.jsonl")
     pool = encode(rows, tokenizer, max_length=96)
     target = encode(Rows.open("target.jsonl"), tokenizer, max_length=96)
-    how: Any = {"collate": padded(tokenizer.eos_token_id), "length": pool.length}
+    how: Any = {"collate": padded(tokenizer.eos_token_id, max_length=96), "length": pool.length}
     scores = gf.score_dataset(model_fn, params, pool, val=batches(target, **how), **how)
     write_rows("python.jsonl", rows, scores.top(7))
     assert (files / "python.jsonl").read_bytes() == (files / "sel.jsonl").read_bytes()

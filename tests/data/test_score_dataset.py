@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 import ghostfunc as gf
+from ghostfunc._taps import proof
 from ghostfunc.data import _budget, _score, batches, find_token_budget, padded
+from ghostfunc.data._batches import width
 
 VOCABULARY = 11
 P = {
@@ -205,7 +208,7 @@ def test_samples_that_moved_after_the_first_part_are_noticed(
         ("file", "file/run.json: File exists"),
         ("file/below", "Not a directory"),
         ("x" * 300, "File name too long"),
-        ("folder", r"run\.json: Is a directory"),
+        ("folder", r"run\.json: it is a folder, and no file"),
         ("deep", r"run\.json is damaged"),
     ],
 )
@@ -303,6 +306,53 @@ def test_progress_says_tokens_per_second(capsys: pytest.CaptureFixture[str]) -> 
     assert "40/40" in said
 
 
+def test_progress_says_what_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(rows: list[Any]) -> Any:
+        said.append(capsys.readouterr().err)
+        return padded(0)(rows)
+
+    said: list[str] = []
+    options: dict[str, Any] = {**COMMON, "collate": told, "token_budget": 64, "progress": True}
+    gf.score_dataset(model_fn, P, POOL, direction=P, **options)
+    assert "0/40 samples" in said[0]
+    assert "now 8 of up to 8 tokens, the first of this shape: proved" in said[0]
+    rest = "".join(said)
+    assert rest.count("the first of this shape") < rest.count("now ")
+    assert re.search(r"tokens/s, about \d+ s left", rest)
+
+
+def test_five_hundred_chats_need_few_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths are rounded up and samples are powers of two: few shapes, each of which is proved."""
+    proofs, tokens = [], []
+    compare = proof.compare_gradients
+
+    def counted(claim: Any, *more: Any) -> Any:
+        proofs.append(claim.model.batch["input_ids"].shape)
+        return compare(claim, *more)
+
+    def watched(p: Any, batch: dict[str, Tensor]) -> Tensor:
+        tokens.append(batch["input_ids"].numel())
+        return model_fn(p, batch)
+
+    monkeypatch.setattr(proof, "compare_gradients", counted)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(VOCABULARY, size=t).tolist() for t in rng.integers(80, 201, size=500)]
+    pool = [{"input_ids": row, "labels": row} for row in rows]
+    options: dict[str, Any] = {"length": length, "token_budget": 512, "direction": P}
+    exact = gf.score_dataset(watched, P, pool, collate=padded(0), **options)
+    many, taken = len(proofs), sum(tokens)
+    proofs.clear()
+    tokens.clear()
+    few = gf.score_dataset(
+        lambda p, batch: watched(p, batch), P, pool, collate=padded(0, max_length=200), **options
+    )
+    assert len(proofs) == len(set(proofs)) <= 8 < many
+    assert all(t in (96, 128, 160, 192, 200) for _, t in proofs)
+    # Everything that the model is called for, proofs included, beside the samples themselves.
+    assert sum(tokens) < 1.4 * sum(map(len, rows)) < taken
+    torch.testing.assert_close(few["dot_higher_helps"], exact["dot_higher_helps"])
+
+
 # --- directions over loaders ------------------------------------------------------------------
 
 
@@ -367,6 +417,23 @@ def test_padding() -> None:
 def test_samples_that_cannot_be_padded(samples: Any, said: str) -> None:
     with pytest.raises(gf.BatchError, match=said):
         padded(0)(samples)
+
+
+def test_widths_are_few_and_near() -> None:
+    for longest in range(1, 5000):
+        found = width(longest)
+        assert longest <= found < 2 * longest or longest == found == 1
+        assert longest < 128 or found <= 1.25 * longest
+        assert width(found) == found  # on its own grid
+    assert len(set(map(width, range(1, 2049)))) == 25
+
+
+def test_padding_to_few_widths() -> None:
+    samples = [{"input_ids": [1] * t, "labels": [1] * t} for t in (97, 5)]
+    assert padded(0, max_length=2048)(samples)["labels"].shape == (2, 128)
+    assert padded(0, max_length=100)(samples)["labels"].shape == (2, 100)
+    with pytest.raises(gf.BatchError, match="a sample has 97 tokens; max_length=96"):
+        padded(0, max_length=96)(samples)
 
 
 def test_batches_hold_every_sample_once() -> None:

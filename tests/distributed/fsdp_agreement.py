@@ -91,6 +91,61 @@ def refused_on_one_rank(
     }
 
 
+class Heads(nn.Module):
+    """Takes what a plan has cut for `heads` heads."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.up, self.down = nn.LayerNorm(3), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.softmax(self.up(self.norm(x)).view(len(x), self.heads, -1), -1)
+        out: Tensor = self.down(parts.flatten(1))
+        return out
+
+
+def planned(mesh: Any, plain: Tensor, last: bool) -> dict[str, str]:
+    """What is said of a tensor parallel plan whose ranks differ, or whose code knows of it."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    def make(heads: int) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            net = Heads(2)
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(net, mesh, plan)
+        net.heads = heads
+        return net
+
+    # The module's own forward pass has one head on a rank of two, at whole parameters it has two.
+    reckons = gf.from_module(make(1), loss)
+    found = {"its code knows of the plan": outcome(lambda: gf.ghost_norm(*reckons, plain))}
+    other = make(1)
+    other.norm.bias.data += last
+    other_fn = gf.from_module(other, loss)
+    found["other replicated weights"] = outcome(lambda: gf.ghost_norm(*other_fn, plain))
+
+    def flat(module: nn.Module, batch: Tensor) -> Tensor:
+        out: Tensor = module.down(torch.tanh(module.up(module.norm(batch)))).square().mean(1)
+        return out
+
+    fn, params = gf.from_module(make(1), flat)
+    found["one batch"] = outcome(lambda: gf.ghost_norm(fn, params, plain))
+    found["two batches"] = outcome(lambda: gf.ghost_norm(fn, params, plain + last))
+    found["two validation batches"] = outcome(lambda: gf.direction(fn, params, plain + last))
+    kept = gf.factored_grads(fn, params, plain)
+    found["two weights"] = outcome(lambda: kept.weighted_sum(torch.ones(4) * (1 + last)))
+    found["random numbers"] = outcome(
+        lambda: gf.ghost_norm(fn, params, plain, randomness="different")
+    )
+    return found
+
+
 def main() -> None:
     rank, world, directory, what = (
         int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4],
@@ -104,7 +159,7 @@ def main() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     torch.manual_seed(0)
     net = Net()
     whole_fn, whole = gf.from_module(copy.deepcopy(net), loss)
@@ -144,6 +199,7 @@ def main() -> None:
             )
         )
         found["after other calls"] = right(plain)
+        found["planned"] = planned(mesh, plain, last)
         found |= refused_on_one_rank(model_fn, params, plain, last, right)
         found["a wrapped function"] = outcome(
             lambda: gf.ghost_norm(lambda p, b: model_fn(p, b), params, plain)

@@ -1,9 +1,10 @@
-"""Models that `fully_shard` shards, with batches of several ranks in unequal numbers."""
+"""Models that `fully_shard` and tensor parallel plans shard, with batches of several ranks in
+unequal numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Problem:
         units: the modules to shard by themselves, besides the whole.
         make: makes `(model_fn, params)` of it.
         train, val: batches, one per rank.
+        plan: the tensor parallel styles of parts, by name.
     """
 
     module: nn.Module
@@ -28,6 +30,7 @@ class Problem:
     make: Callable[[nn.Module], tuple[Any, dict[str, Tensor]]]
     train: list[Any]
     val: list[Any]
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Mlp(nn.Module):
@@ -68,6 +71,60 @@ def mlp(world: int) -> Problem:
     )
 
 
+class PlannedMlp(nn.Module):
+    """Parts that a plan cuts in uneven pieces, used twice; a frozen one, and others it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5)
+        self.frozen = nn.Linear(5, 4).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        out: Tensor = self.last(torch.tanh(self.frozen(x)) * self.scale)
+        return out
+
+
+def planned_mlp(world: int) -> Problem:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    net, like = PlannedMlp(), mlp(world)
+    plan = {
+        "up": ColwiseParallel(use_local_output=False),
+        "down": RowwiseParallel(),
+        "frozen": ColwiseParallel(output_layouts=Replicate()),
+    }
+    return Problem(net, [net.up, net.down], like.make, like.train, like.val, plan)
+
+
+def llama(world: int) -> Problem:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=32, max_position_embeddings=16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().double()
+    plan: dict[str, Any] = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    layer = "model.layers.*"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        plan[f"{layer}.{name}"] = ColwiseParallel()
+    plan |= {f"{layer}.mlp.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")}
+    plan |= {f"{layer}.{x}": RowwiseParallel() for x in ("self_attn.o_proj", "mlp.down_proj")}
+    batches = _tokens(world, 3, 6), _tokens(world, 2, 5)
+    return Problem(model, list(model.model.layers), gf.hf.causal_lm, *batches, plan)
+
+
 def _tokens(world: int, start: int, length: int) -> list[Any]:
     return [{"input_ids": torch.randint(0, 31, (start + r % 2, length))} for r in range(world)]
 
@@ -95,7 +152,7 @@ def llama_lora(world: int) -> Problem:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=31, max_position_embeddings=16,
     )  # fmt: skip
     lora = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
@@ -111,13 +168,23 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "mlp": mlp,
     "gpt2": gpt2,
     "llama_lora": llama_lora,
+    "planned_mlp": planned_mlp,
+    "llama": llama,
 }
 
 
 def sharded(problem: Problem, mesh: Any) -> nn.Module:
-    """The module, sharded as it is."""
+    """The module, sharded as it is: by its plan over the dimension "tp", and by `fully_shard` over
+    the others."""
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
 
+    names = mesh.mesh_dim_names or ()
+    if "tp" in names:
+        parallelize_module(problem.module, mesh["tp"], dict(problem.plan))
+        if len(names) == 1:
+            return problem.module
+        mesh = mesh[names[:-1]]
     for unit in problem.units:
         fully_shard(unit, mesh=mesh)
     fully_shard(problem.module, mesh=mesh)

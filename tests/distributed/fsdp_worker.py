@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fsdp_problems import PROBLEMS, Problem, joined, sharded
-from torch import Tensor
+from torch import Tensor, nn
 
 import ghostfunc as gf
 
@@ -34,16 +34,33 @@ def error(got: Any, expected: Any) -> float:
     return worst
 
 
-def pieces(whole: dict[str, Tensor], like: dict[str, Tensor], rank: int, world: int) -> Any:
-    """This rank's rows of whole tensors."""
+def pieces(whole: dict[str, Tensor], module: nn.Module, mesh: Any) -> Any:
+    """This rank's pieces of whole tensors: what the plan has cut, and of that the rows."""
+    from torch.distributed.tensor import DTensor
+
+    names, own = mesh.mesh_dim_names or (None,), dict(module.named_parameters())
     out = {}
     for name, x in whole.items():
-        most = -(-len(x) // world)
-        out[name] = x[rank * most : rank * most + len(like[name])]
+        placed: Any = own[name]
+        cuts = placed.device_mesh.mesh_dim_names or (None,) if isinstance(placed, DTensor) else ()
+        if "tp" in cuts and placed.placements[-1].is_shard():
+            x = part_of(x, mesh, names.index("tp"), placed.placements[-1].dim)
+        if cuts not in ((), ("tp",)):
+            x = part_of(x, mesh, len(names) - 1 - ("tp" in names), 0)
+        out[name] = x
     return out
 
 
-def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Results:
+def part_of(x: Tensor, mesh: Any, which: int, dim: int) -> Tensor:
+    """One of the parts that `torch.chunk` makes, of this rank along a dimension of the mesh."""
+    length, count, rank = x.shape[dim], mesh.size(which), mesh.get_local_rank(which)
+    most = -(-length // count)
+    start = min(rank * most, length)
+    return x.narrow(dim, start, min(most, length - start))
+
+
+def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
+    """`rank`: whose samples this one has."""
     whole_fn, whole = problem.make(copy.deepcopy(problem.module))
     model_fn, params = problem.make(sharded(problem, mesh))
     train, val = joined(problem.train), joined(problem.val)
@@ -51,10 +68,8 @@ def every_quantity(problem: Problem, rank: int, world: int, mesh: Any) -> Result
     start = sum(len(next(iter(b.values()))) for b in problem.train[:rank])
     rows = slice(start, start + len(next(iter(mine.values()))))
 
-    piece, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-
     def cut(tree: dict[str, Tensor]) -> Any:
-        return pieces(tree, params, piece, count)
+        return pieces(tree, problem.module, mesh)
 
     found: Results = {}
     assert params.keys() == whole.keys()
@@ -143,8 +158,10 @@ def in_run_values(
     found: Results = {}
     module = model_fn.module
     copied = whole_fn.module
+    # Of a first step eps alone is left where g / |g| cancels: torch's 1e-8 leaves few digits.
+    options: dict[str, Any] = {"eps": 1e-2, "foreach": False}
     optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2, **options)
         for m in (copied, module)
     ]
     for number in range(2):
@@ -184,12 +201,14 @@ def main() -> None:
         torch.manual_seed(0)
         kind, _, dtype = name.partition(":")
         torch.set_default_dtype(getattr(torch, dtype or "float64"))
-        kind, _, hybrid = kind.partition("@")
-        mesh = flat
-        if hybrid:
-            mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
-        problem = PROBLEMS[kind](world)
-        found[name] = every_quantity(problem, rank, world, mesh)
+        kind, _, names = kind.partition("@")
+        mesh, alike = flat, 1
+        if names:
+            dims = tuple(names.split("+"))
+            shape = (world,) if len(dims) == 1 else (world // 2, 2)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=dims)
+            alike = mesh["tp"].size() if "tp" in dims else 1
+        found[name] = every_quantity(PROBLEMS[kind](world // alike), rank // alike, mesh)
     (directory / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

@@ -60,8 +60,8 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
         ),
         (
             "a wrapped function",
-            "TransformError: model_fn of a module that fully_shard has sharded",
-            "TransformError: model_fn of a module that fully_shard has sharded",
+            "TransformError: model_fn of a sharded module",
+            "TransformError: model_fn of a sharded module",
         ),
         (
             "by itself",
@@ -70,13 +70,13 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
         ),
         (
             "other modes",
-            "OptionError: mode='materialized' is not for modules that fully_shard has sharded",
-            "OptionError: mode='materialized' is not for modules that fully_shard has sharded",
+            "OptionError: mode='materialized' is not for sharded modules",
+            "OptionError: mode='materialized' is not for sharded modules",
         ),
         (
             "verify",
-            "OptionError: gf.verify is not for modules that fully_shard has sharded",
-            "OptionError: gf.verify is not for modules that fully_shard has sharded",
+            "OptionError: gf.verify is not for sharded modules",
+            "OptionError: gf.verify is not for sharded modules",
         ),
         (
             "whole params",
@@ -90,6 +90,18 @@ def test_errors_name_the_rank_and_the_place(
 ) -> None:
     assert first in differ[0][what]
     assert last in differ[1][what]
+
+
+def test_the_ranks_of_a_plan_have_to_be_alike(differ: list[dict[str, Any]]) -> None:
+    for said in (found["planned"] for found in differ):
+        assert said["one batch"] == "no error"
+        for name in ("two batches", "two validation batches"):
+            assert re.search(r"RankError: .*rank 0, rank 1 have batches that differ", said[name])
+        assert "rank 0, rank 1 have weights of samples that differ" in said["two weights"]
+        assert "rank 0, rank 1 have other weights" in said["other replicated weights"]
+        assert "OptionError: randomness='different' is not" in said["random numbers"]
+        known = said["its code knows of the plan"]
+        assert re.search(r"ParamsError: Heads has losses .*\(n_heads // ranks\)", known), known
 
 
 def test_an_argument_that_one_rank_is_refused_ends_the_call_on_all(

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import resource
 import shutil
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -169,6 +171,23 @@ def a_folder(path: Path, chance: random.Random) -> None:
     path.mkdir()
 
 
+def a_fifo(path: Path, chance: random.Random) -> None:
+    """Whoever opens it for reading waits for a writer, unless told not to."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_socket(path: Path, chance: random.Random) -> None:
+    path.unlink()
+    os.mknod(path, 0o600 | stat.S_IFSOCK)
+
+
+def a_device(path: Path, chance: random.Random) -> None:
+    """Zeros without end."""
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 VALUES: list[Any] = [
     *(None, True, -1, 0, 1, 7, 2**31, 10**12, 2**63, 10**400, 0.5, 1e308, "", "x", "NaN"),
     *([], [0], [[]], {}, {"format": 1}, [10**9, 10**9], "float64", ["gzip"], "../../x"),
@@ -223,7 +242,7 @@ def deep(path: Path, chance: random.Random) -> None:
     path.write_text('{"attributes":' * 100_000)
 
 
-ANY = (flip, truncate, zeros, garbage, delete, huge, a_folder)
+ANY = (flip, truncate, zeros, garbage, delete, huge, a_folder, a_fifo, a_socket, a_device)
 DOCUMENTS = (value, value, unsigned, deep)
 
 

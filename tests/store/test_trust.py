@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import stat
+import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from ghostfunc.store._files import LocalFiles
 from ghostfunc.store._stored import StoredChunks
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/guarantees.md"
 K = make_projection().k
 
 
@@ -282,17 +287,144 @@ def test_two_processes_that_write_one_file_at_once_are_told(tmp_path: Path, stor
     at = number.done.index("replace")
     with (
         through(Faulty(at, "before", partial.unlink)),
-        pytest.raises(StoreError, match=r"rows/c\.0\.0 was written by another process"),
+        pytest.raises(StoreError, match=r"rows/c\.0\.0 was changed by another process"),
     ):
         store.write(range(8), rows_of(8), "final")
+
+
+def created(at: Path) -> Store:
+    return Store.create(at, projection=make_projection(), n_samples=12, dtype="float32")
+
+
+@pytest.mark.parametrize("call", ["create", "add_checkpoint"])
+def test_the_loser_of_a_race_is_told_the_truth(tmp_path: Path, call: str) -> None:
+    """At each rename of a file the other process has been quicker."""
+
+    def act(path: Path) -> None:
+        if call == "create":
+            created(path)
+        else:
+            Store.open(path, writable=True).add_checkpoint("final", make_params())
+
+    def folder(number: int) -> Path:
+        if call == "add_checkpoint":
+            created(tmp_path / str(number))
+        return tmp_path / str(number)
+
+    counted = Faulty()
+    first = folder(0)
+    with through(counted):
+        act(first)
+    renames = [i for i, name in enumerate(counted.done) if name == "replace"]
+    assert len(renames) == {"create": 2, "add_checkpoint": 3}[call]
+    for at in renames:
+        path = folder(at)
+
+        def quicker(path: Path = path) -> None:
+            (partial,) = path.rglob("*.partial")
+            partial.unlink()
+
+        said = r"zarr\.json was changed by another process.*One process creates a store"
+        with through(Faulty(at, "before", quicker)), pytest.raises(StoreError, match=said):
+            act(path)
+
+
+def test_threads_that_create_one_store_make_it_or_are_told(tmp_path: Path) -> None:
+    told = "there is a (store|checkpoint)|changed by another process|holds the checkpoints"
+
+    def attempt(number: int) -> str:
+        try:
+            created(tmp_path / str(number)).add_checkpoint("final", make_params())
+        except StoreError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(attempt, [n for n in range(10) for _ in range(2)]))
+    assert [text for text in said if text and not re.search(told, text)] == []
+
+
+# --- files that are none ----------------------------------------------------------------------
+
+
+def put(path: Path, kind: str) -> None:
+    """Something else in a file's or a folder's place."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mknod(path, 0o600 | (stat.S_IFIFO if kind == "a FIFO" else stat.S_IFSOCK))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
+@pytest.mark.parametrize(
+    "key",
+    ["zarr.json", "checkpoints/final/zarr.json", "checkpoints/final/marks/zarr.json",
+     "checkpoints/final/rows/c.0.0", "checkpoints/final/marks/c.0.0"],
+)  # fmt: skip
+def test_what_is_no_file_is_named_at_once(
+    tmp_path: Path, store: Store, key: str, kind: str
+) -> None:
+    store.write(range(12), rows_of(12), "final")
+    put(tmp_path / "s" / key, kind)
+
+    def read_all() -> None:
+        again = Store.open(tmp_path / "s", writable=True)
+        again.read(range(12), "final")
+        again.append(1)  # reads the documents of arrays
+
+    with pytest.raises(StoreError, match=rf"{re.escape(key)}: it is {kind}, and no file"):
+        read_all()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("key", ["checkpoints", "checkpoints/final/marks"])
+def test_what_is_no_folder_is_named(tmp_path: Path, store: Store, key: str) -> None:
+    store.write(range(12), rows_of(12), "final")
+    put(tmp_path / "s" / key, "a FIFO")
+    again = Store.open(tmp_path / "s")
+    with pytest.raises(StoreError, match=f"{key}: it is no folder|{key}/zarr.json is not there"):
+        again.missing("final") if "marks" in key else again.checkpoint_names
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
+def test_nothing_is_written_into_what_is_no_file(tmp_path: Path, store: Store, kind: str) -> None:
+    """What a killed process left is written over, but not what is no file."""
+    put(tmp_path / "s/checkpoints/final/rows/c.0.0.partial", kind)
+    with pytest.raises(StoreError, match=r"rows/c\.0\.0"):
+        store.write(range(8), rows_of(8), "final")
+    store.write(range(8), rows_of(8), "final")  # it was removed
+    assert torch.equal(store.read(range(8), "final"), rows_of(8))
 
 
 # --- the page ---------------------------------------------------------------------------------
 
 
 def test_every_test_that_the_guarantees_name_is_there() -> None:
-    page = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", page)
     assert len(named) > 15
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_every_promise_names_its_test() -> None:
+    """Points and rows of tables outside the limits; rows may leave it to the line below."""
+    text = PAGE.read_text(encoding="utf-8")
+    lacking = []
+    for part in re.split(r"\n(?=#)", text):
+        if part.startswith("### Limits"):
+            continue
+        for point in re.findall(r"^- .*(?:\n  .*)*", part, re.M):
+            if "::test_" not in point:
+                lacking.append(point)
+        for table in re.findall(r"(?:^\|.*\n)+", part, re.M):
+            rows = table.splitlines()[2:]
+            below = part[part.index(table) + len(table) :]
+            if not ("Held by" in below or "::test_" in part[: part.index(table)]):
+                lacking += [
+                    row for row in rows if "::test_" not in row and "the same test" not in row
+                ]
+    assert not lacking, "\n".join(lacking)

@@ -364,6 +364,97 @@ def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
             gf.unrolled.train(training, **options)
 
 
+def test_states_of_another_loss_are_refused(tmp_path: Path) -> None:
+    """Also where only their values tell: of functions nobody can see what they close over."""
+    params, steps = draw_params(), draw_steps(draw(SAMPLES), 4)
+    options: Any = {"keep_every": 2, "directory": tmp_path}
+    gf.unrolled.train(Training(model, params, steps, optimizer=OPTIMIZERS["adam"]), **options)
+
+    def other(p: Params, b: Any) -> Tensor:
+        return 2 * model(p, b)
+
+    with pytest.raises(UnrolledError, match="belongs to another run: it differs in losses"):
+        gf.unrolled.train(Training(other, params, steps, optimizer=OPTIMIZERS["adam"]), **options)
+
+
+def test_a_replay_leads_where_training_went() -> None:
+    """What changed in between is told, not differentiated."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 3)).double()
+    net.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def losses(module: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(module(b["x"]) * module.scale, b["y"], reduction="none")
+
+    fn, params = gf.from_module(net, losses)
+    data, val = draw(SAMPLES), draw(6)
+    steps, rate = draw_steps(data, 6), [0.1]
+    training = Training(
+        fn, params, steps, optimizer=gf.unrolled.sgd(lr=lambda t: rate[0], momentum=0.5), seed=1
+    )
+    trained = gf.unrolled.train(training, keep_every=4)
+    ask = gf.unrolled.metagradients
+    with pytest.raises(gf.RandomnessError, match="losses of val draw random numbers"):
+        ask(trained, val)
+    steady: Any = {"val_fn": model_like(params)}
+    expected = ask(trained, val, **steady).scores.values
+    said = "do not lead to the state that was kept after them"
+    for change, back in (
+        (net.eval, net.train),
+        (lambda: net.scale.mul_(2), lambda: net.scale.div_(2)),
+        (lambda: rate.__setitem__(0, 0.2), lambda: rate.__setitem__(0, 0.1)),
+        (lambda: steps.reverse(), lambda: steps.reverse()),
+    ):
+        change()
+        with pytest.raises(UnrolledError, match=said):
+            ask(trained, val, **steady)
+        back()
+    assert torch.equal(ask(trained, val, **steady).scores.values, expected)
+
+
+def model_like(params: Params) -> Any:
+    """The network of that test by hand, without dropout."""
+
+    def losses(p: Params, b: Any) -> Tensor:
+        h = torch.tanh(F.linear(b["x"], p["0.weight"], p["0.bias"]))
+        z = F.linear(h, p["3.weight"], p["3.bias"])
+        return F.cross_entropy(z, b["y"], reduction="none")
+
+    return losses
+
+
+def test_autocast_in_training_alone_is_told() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def losses(module: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(module(b["x"].float()), b["y"], reduction="none")
+
+    fn, params = gf.from_module(net, losses)
+    steps, val = draw_steps(draw(SAMPLES), 6), draw(6)
+    training = Training(fn, params, steps, optimizer=gf.unrolled.sgd(lr=0.5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = gf.unrolled.train(training, keep_every=4)
+        gf.unrolled.metagradients(trained, val)
+    with pytest.raises(UnrolledError, match="autocast"):
+        gf.unrolled.metagradients(trained, val)
+
+
+def test_weights_are_not_rounded_to_a_parameters_dtype() -> None:
+    params = {"a": torch.zeros(3, dtype=torch.bfloat16), "w": torch.randn(3, 5)}
+
+    def losses(p: Params, b: Any) -> Tensor:
+        z = F.linear(b["x"].float(), p["w"]) + p["a"].float()
+        return F.cross_entropy(z, b["y"], reduction="none")
+
+    steps, weights = draw_steps(draw(SAMPLES), 2), torch.rand(SAMPLES)
+    training = Training(losses, params, steps, optimizer=OPTIMIZERS["sgd"], weights=weights)
+    (shares,) = training.shares(training.micros(0))
+    assert torch.equal(shares, weights[steps[0].ids] / BATCH)
+    trained = gf.unrolled.train(training, keep_every=2)
+    for hvp in ("forward", "reverse"):
+        made = gf.unrolled.metagradients(trained, draw(4), hvp=hvp)
+        assert bool(made.scores.values.isfinite().all())
+
+
 def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
     steps = draw_steps(draw(SAMPLES), 4)
     training = Training(model, draw_params(), steps, optimizer=OPTIMIZERS["adam"])

@@ -69,12 +69,12 @@ class InStep:
         """The numbers of all ranks."""
         return self._meet(place, number=number).numbers
 
-    def add_up(self, place: str, x: Tensor, group: Any) -> Tensor:
-        """The sum of the tensors of some of the ranks."""
+    def add_up(self, place: str, x: Tensor) -> Tensor:
+        """The sum of the tensors of all ranks."""
         out = x.detach().clone()
         self.meet(place)
         try:
-            torch.distributed.all_reduce(out, group=group)
+            torch.distributed.all_reduce(out, group=self.group)
         except RuntimeError as error:
             raise self.lost(place, error) from error
         return out
@@ -92,6 +92,10 @@ class InStep:
             self._stop(place, told, state)
         return told
 
+    def named(self, rank: int) -> str:
+        """A rank, as the whole program knows it."""
+        return self._ranks.named(rank)
+
     def lost(self, place: str, error: RuntimeError) -> RankError:
         """What is said where the connection to another rank breaks or times out."""
         return self._ranks.lost(place, error)
@@ -105,14 +109,13 @@ class InStep:
         if state != _RUNS and (state == _STOPPED or not stopped):
             return  # whoever says so has an error of its own
         if stopped:
-            listed = "; ".join(f"{self._ranks.named(r)} failed with {texts[r]}" for r in stopped)
+            listed = "; ".join(f"{self.named(r)} failed with {texts[r]}" for r in stopped)
             raise RankError(
-                f"{self._ranks.named(self.rank)} stopped while {place}, since another rank did: "
-                + listed
+                f"{self.named(self.rank)} stopped while {place}, since another rank did: " + listed
             )
         if any(told.states):
             raise OtherRankRetries
-        listed = "; ".join(f"{self._ranks.named(r)} is {x}" for r, x in enumerate(texts))
+        listed = "; ".join(f"{self.named(r)} is {x}" for r, x in enumerate(texts))
         raise RankError(
             f"The ranks are at several places of the program: {listed}. Every rank has to make the "
             "same calls of ghostfunc in the same order, with as many chunks of batches of its own, "

@@ -10,7 +10,6 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from ghostfunc._base.errors import BatchError, OptionError, TransformError
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.options import check_chunk_size
 from ghostfunc._base.processes.in_step import InStep
+from ghostfunc._base.processes.plans import check_alike, check_randomness, hold_against_plan
 from ghostfunc._base.processes.sharding import Sharding
 from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import in_transform
@@ -61,7 +61,7 @@ def of_all_ranks(name: str) -> Callable[[F], F]:
                 return function(model_fn, *args, **kwargs)
             if in_transform():
                 raise TransformError(
-                    f"{name} got a module that fully_shard has sharded inside a transform of "
+                    f"{name} got a sharded module inside a transform of "
                     "torch.func, which cannot follow what its ranks exchange. Call it outside."
                 )
             ranks.meet(place)
@@ -81,8 +81,10 @@ def on_any_rank(model_fn: ModelFn, place: str, *, flag: bool) -> bool:
 
 def samples_of_all(model_fn: ModelFn, n: int) -> int:
     """How many samples there are on all ranks."""
-    ranks = in_step(model_fn)
-    return n if ranks is None else sum(ranks.all("counting samples", n))
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return n
+    return sum(sharding.ranks.all("counting samples", n)) // sharding.copies_of_samples
 
 
 def chunks_of_all(model_fn: ModelFn, batch: PyTree, chunk_size: int | None) -> int:
@@ -107,7 +109,7 @@ def refuse_pieces(model_fn: ModelFn, what: str) -> None:
     """Raise for a function that is not for sharded modules."""
     if in_step(model_fn) is not None:
         raise OptionError(
-            f"{what} is not for modules that fully_shard has sharded. Use it on one process with "
+            f"{what} is not for sharded modules. Use it on one process with "
             "the whole model; gf.ghost_dot_prod, ghost_value_and_grad, ghost_cosine, direction, "
             "ghost_norm, ghost_gram, ghost_clipped_grad, ghost_project, ghost_vjp and "
             "factored_grads take sharded ones."
@@ -118,22 +120,39 @@ def refuse_group(model_fn: ModelFn, call: str) -> None:
     """Raise for a group beside a sharded module: gradients would be added up twice."""
     if in_step(model_fn) is not None:
         raise OptionError(
-            f"{call} got a group and a module that fully_shard has sharded, whose gradients are "
+            f"{call} got a group and a sharded module, whose gradients are "
             "those of all its ranks' samples already: leave out group=."
         )
 
 
-def held_whole(program: Program) -> Program:
-    """The program at whole parameters, in place of one at pieces: for what a rank does by itself.
-    All ranks gather them."""
+def held_whole(program: Program, batch: PyTree) -> Program:
+    """The program at whole parameters, in place of one at pieces: for what a rank does by itself
+    with a batch. All ranks gather them."""
     sharding = _in_pieces(program.model_fn)
     if sharding is None:
         return program
     assert isinstance(program.model_fn, ModuleFn)
+    hold_against_plan(sharding, program.model_fn, batch)
     other = copy.copy(program.model_fn)
     with sharding.ranks.in_step("making parameters whole"):
         other.sharding, wholes = sharding.gathered(program.spec.names, program.leaves)
-    return replace(program, model_fn=other, leaves=wholes)
+    return Program(other, wholes, program.spec, program.randomness)
+
+
+def refuse_other_samples(program: Program, batch: PyTree) -> None:
+    """Raise unless ranks that have to have the same samples do."""
+    sharding = _in_pieces(program.model_fn)
+    if sharding is not None:
+        with sharding.ranks.apart("reading randomness="):
+            check_randomness(sharding, program.randomness)
+        check_alike(sharding, batch, "batches")
+
+
+def refuse_other_weights(model_fn: ModelFn, weights: Tensor) -> None:
+    """Raise unless ranks that have the same samples give them the same weights."""
+    sharding = _in_pieces(model_fn)
+    if sharding is not None:
+        check_alike(sharding, weights, "weights of samples")
 
 
 def whole_likes(program: Program) -> Sequence[Tensor]:
@@ -154,13 +173,14 @@ def gathered(model_fn: ModelFn, pieces: Sequence[Tensor], spec: ParamSpec) -> Se
     return [shards[name].all_gather(x) for name, x in zip(spec.names, pieces, strict=True)]
 
 
-def lengths_of_whole(model_fn: ModelFn, lengths: Tensor) -> Tensor:
-    """Lengths of whole tensors, of those of this rank's pieces."""
+def lengths_of_whole(model_fn: ModelFn, names: Sequence[str], lengths: Tensor) -> Tensor:
+    """Lengths of whole tensors, a row per parameter, of those of this rank's pieces."""
     sharding = _in_pieces(model_fn)
     if sharding is None:
         return lengths
-    squares = sharding.ranks.add_up("adding up a length", lengths.square(), sharding.cut.group)
-    return squares.sqrt()
+    holders = lengths.new_tensor([sharding.shards[name].holders for name in names])
+    shares = lengths.square() / holders.view(-1, *[1] * (lengths.ndim - 1))
+    return sharding.ranks.add_up("adding up a length", shares).sqrt()
 
 
 def summed_and_cut(model_fn: ModelFn, name: str, x: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ def said_of_weights(model_fn: ModelFn, names: Sequence[str], leaves: Sequence[Te
     """What ranks with the same weights say alike; `count_call` says when to go on to the next."""
     call = memory(model_fn, _Calls).made.get(len(leaves))
     if call is None:
-        return f"weights {_number(leaves):x}"
+        return f"weights {number_of(leaves):x}"
     i = call % len(leaves)
-    return f"weights {names[i]!r} {_number([leaves[i]]):x}"
+    return f"weights {names[i]!r} {number_of([leaves[i]]):x}"
 
 
 def count_call(model_fn: ModelFn, leaves: Sequence[Tensor]) -> None:
@@ -46,13 +46,16 @@ def count_call(model_fn: ModelFn, leaves: Sequence[Tensor]) -> None:
     made.put(len(leaves), 0 if call is None else call + 1)
 
 
-def _number(leaves: Sequence[Tensor]) -> int:
-    """A number of tensors' bits and of their places."""
-    sums = torch.stack([_sum(x.detach()).to(leaves[0].device) for x in leaves])
-    return int(_weighted(sums)) % 2**64
+def number_of(tensors: Sequence[Tensor]) -> int:
+    """A number of tensors' bits and of their places, below 2^63."""
+    sums = [_sum(x.detach()).cpu() for x in tensors]
+    return int(_weighted(torch.stack(sums))) % 2**63 if sums else 0
 
 
 def _sum(x: Tensor) -> Tensor:
+    if x.layout != torch.strided:
+        x = x.to_dense()
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     bits = x.contiguous().flatten().view(_BITS[x.element_size()])
     sums = [_weighted(block.to(torch.int64)) for block in bits.split(_BLOCK)]
     return _weighted(torch.stack(sums))
@@ -60,5 +63,5 @@ def _sum(x: Tensor) -> Tensor:
 
 def _weighted(x: Tensor) -> Tensor:
     """`sum_k (2 k + 1) x_k`, modulo 2^64."""
-    places = torch.arange(1, 2 * len(x), 2, device=x.device)
+    places = 2 * torch.arange(len(x), device=x.device) + 1
     return (x * places).sum()

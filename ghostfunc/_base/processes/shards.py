@@ -4,6 +4,9 @@
     pushed:    u = [u_1; ...; u_R]                 a direction, sharded like it, is gathered
     pulled:    dL/dW_r = sum_ranks (dL/dW)[r]      a gradient is summed over ranks, and scattered
 
+A tensor parallel plan cuts as well, and its ranks have the same samples: there a gradient is cut,
+and not summed.
+
 `gather` is an op of the program as torch functions see it, and linear: what it makes of a parameter
 is an ordinary derived tensor. A sample's gradient is one of the whole parameter, and its rank alone
 knows it: factors are handed on as a cast hands them on.
@@ -11,9 +14,11 @@ knows it: factors are handed on as a cast hands them on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,21 +33,70 @@ from ghostfunc._base.torch_private import (
     without_torch_functions,
 )
 
+Exchange: TypeAlias = Callable[[Callable[[], Any]], None]
+"""Makes a collective, once all ranks have come to it."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Cut:
-    """How parameters are cut, as this rank sees it.
+    """One cut of a tensor along an axis, as this rank sees it.
 
     Attributes:
-        group: the ranks that hold the pieces of one copy of the model.
+        shape: of what is cut.
+        dim: the axis, in pieces as `torch.chunk` makes them: the last may be smaller, or empty.
+        group: the ranks that hold the pieces.
         rank, size: of this process in it, and how many pieces there are.
-        copies: the ranks that hold this rank's piece in other copies; None if there is one copy.
+        summed: whether these ranks have samples of their own, so that a gradient is summed over
+            them. Those of a tensor parallel plan have the same samples, and the same gradient.
+        copies: the ranks that hold this rank's piece for other samples; None if there is one copy.
     """
 
+    shape: tuple[int, ...]
+    dim: int
     group: Any
     rank: int
     size: int
+    summed: bool = True
     copies: Any = None
+
+    @property
+    def most(self) -> int:
+        """Rows of the largest piece."""
+        return -(-self.shape[self.dim] // self.size)
+
+    @property
+    def start(self) -> int:
+        """The first row of this rank's piece."""
+        return min(self.rank * self.most, self.shape[self.dim])
+
+    @property
+    def rows(self) -> int:
+        """Rows of this rank's piece."""
+        return min(self.most, self.shape[self.dim] - self.start)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of this rank's piece."""
+        return (*self.shape[: self.dim], self.rows, *self.shape[self.dim + 1 :])
+
+    def put_together(self, x: Tensor, exchange: Exchange) -> Tensor:
+        """What was cut, of every rank's piece."""
+        rest = [*self.shape[: self.dim], *self.shape[self.dim + 1 :]]
+        padded = _padded(x.movedim(self.dim, 0), self.most)
+        out = x.new_empty(self.size * self.most, *rest)
+        exchange(lambda: all_gather(out, padded, group=self.group))
+        return out[: self.shape[self.dim]].movedim(0, self.dim).contiguous()
+
+    def cut(self, g: Tensor, exchange: Exchange) -> Tensor:
+        """This rank's piece of a gradient: of its sum, where ranks have samples of their own."""
+        if not self.summed:
+            return g.narrow(self.dim, self.start, self.rows).contiguous()
+        padded = _padded(g.movedim(self.dim, 0), self.size * self.most)
+        out = g.new_empty(self.most, *padded.shape[1:])
+        exchange(lambda: reduce_scatter(out, padded, group=self.group))
+        if self.copies is not None:
+            exchange(lambda: torch.distributed.all_reduce(out, group=self.copies))
+        return out[: self.rows].movedim(0, self.dim).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +106,15 @@ class Shards:
     Attributes:
         name: the parameter's.
         shape: of the whole.
-        dim: the axis it is cut along, in pieces as `torch.chunk` makes them: the last ones may be
-            smaller, or empty.
+        cuts: from the whole to a rank's piece, one after the other.
         ranks: all that hold a piece, of any copy.
-        whole: whether every rank has all of it for now, so that there is nothing to gather.
+        whole: whether every rank has all of it, for now or always: there is nothing to gather.
     """
 
     name: str
     shape: tuple[int, ...]
-    dim: int
+    cuts: tuple[Cut, ...]
     ranks: InStep
-    cut: Cut
     whole: bool = False
 
     def held_whole(self) -> Shards:
@@ -70,21 +122,14 @@ class Shards:
         return replace(self, whole=True)
 
     @property
-    def _most(self) -> int:
-        """Rows of the largest piece."""
-        return -(-self.shape[self.dim] // self.cut.size)
-
-    def rows(self, rank: int) -> int:
-        """Rows of one rank's piece."""
-        start = min(rank * self._most, self.shape[self.dim])
-        return min(self._most, self.shape[self.dim] - start)
-
-    @property
     def local_shape(self) -> tuple[int, ...]:
         """Of this rank's piece."""
-        shape = list(self.shape)
-        shape[self.dim] = self.rows(self.cut.rank)
-        return tuple(shape)
+        return self.cuts[-1].local_shape if self.cuts else self.shape
+
+    @property
+    def holders(self) -> int:
+        """How many of the ranks hold this rank's very piece."""
+        return self.ranks.size // math.prod(cut.size for cut in self.cuts)
 
     def like(self, x: Tensor) -> Tensor:
         """A tensor of zeros like the whole, without its memory."""
@@ -92,33 +137,28 @@ class Shards:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """The whole, of every rank's piece."""
-        rest = [*self.shape[: self.dim], *self.shape[self.dim + 1 :]]
         with without_torch_functions():  # what is done here is no op of the program
-            padded = _padded(x.detach().movedim(self.dim, 0), self._most)
-            out = x.new_empty(self.cut.size * self._most, *rest)
-            self._communicate("gathering", all_gather, out, padded)
-            return out[: self.shape[self.dim]].movedim(0, self.dim).contiguous()
+            x = x.detach()
+            exchange = partial(self._exchange, f"gathering {self.name!r}", x.dtype)
+            for cut in reversed(self.cuts):
+                x = cut.put_together(x, exchange)
+            return x
 
     def reduce_scatter(self, g: Tensor) -> Tensor:
         """This rank's piece of the sum over ranks."""
         with without_torch_functions():
-            padded = _padded(g.detach().movedim(self.dim, 0), self.cut.size * self._most)
-            out = g.new_empty(self._most, *padded.shape[1:])
-            self._communicate("reducing", reduce_scatter, out, padded)
-            copies = self.cut.copies
-            if copies is not None:
-                self._guarded("reducing", lambda: torch.distributed.all_reduce(out, group=copies))
-            return out[: self.rows(self.cut.rank)].movedim(0, self.dim).contiguous()
+            g = g.detach()
+            exchange = partial(self._exchange, f"reducing {self.name!r}", g.dtype)
+            for cut in self.cuts:
+                g = cut.cut(g, exchange)
+            return g
 
-    def _communicate(self, what: str, collective: Callable[..., Any], *tensors: Tensor) -> None:
-        self.ranks.meet(f"{what} {self.name!r} ({tensors[0].dtype})")
-        self._guarded(what, lambda: collective(*tensors, group=self.cut.group))
-
-    def _guarded(self, what: str, collective: Callable[[], Any]) -> None:
+    def _exchange(self, what: str, dtype: torch.dtype, collective: Callable[[], Any]) -> None:
+        self.ranks.meet(f"{what} ({dtype})")
         try:
             collective()
         except RuntimeError as error:
-            raise self.ranks.lost(f"{what} {self.name!r}", error) from error
+            raise self.ranks.lost(what, error) from error
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

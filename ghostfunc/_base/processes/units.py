@@ -28,7 +28,7 @@ class Unit:
     """A part of a module, and the parameters that nobody else in it has.
 
     Attributes:
-        part: the module that `fully_shard` was called with.
+        part: the module that `fully_shard` was called with, or whose parameters a plan has cut.
         places: where its parameters lie in it, by their names in the whole module.
     """
 

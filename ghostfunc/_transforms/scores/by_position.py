@@ -27,11 +27,8 @@ from torch import Tensor
 from ghostfunc._base.documents import packing_of
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import PositionAxisError, SampleAxisError
+from ghostfunc._base.losses import check_finite, check_shape
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import (
-    check_finite,
-    check_shape,
-)
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.torch_private import in_transform, symbolic

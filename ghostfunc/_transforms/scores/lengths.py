@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses
 from ghostfunc._base.processes.pieces import on_any_rank
 from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import symbolic

@@ -14,16 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._base.compilable import known, same_size
 from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_losses, close, lend
+from ghostfunc._base.purity import lend
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import SHAPES, Recent, memory, shapes_key, structure
-from ghostfunc._base.torch_private import divide_all, in_transform, symbolic
+from ghostfunc._base.torch_private import divide_all, in_transform, known, same_size, symbolic
 from ghostfunc._base.trees import batch_size, flatten, tensors_of, unflatten
 from ghostfunc._base.types import Check, ContractDtype, PyTree
 from ghostfunc._factors import bundles
@@ -36,7 +35,6 @@ from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, OneRunReader
 from ghostfunc._taps.run import run
 from ghostfunc._taps.uses import use_shapes
-from ghostfunc._trace.fitting import trace_of
 from ghostfunc._trace.trace import Trace
 
 TRAIN_PER_VAL = 4
@@ -55,12 +53,11 @@ class OneRuns:
     """Which batches share a run.
 
     Attributes:
-        shared: by structures and shapes, of batches that do: the parameters with several uses.
-        apart: by shapes, of batches that do not: why.
+        found: by structure and shapes: of batches that do the parameters with several uses, of
+            others why they do not.
     """
 
-    shared: Recent[Hashable, list[int]] = field(default_factory=lambda: Recent(SHAPES))
-    apart: Recent[Hashable, str] = field(default_factory=lambda: Recent(SHAPES))
+    found: Recent[Hashable, list[int] | str] = field(default_factory=lambda: Recent(SHAPES))
 
 
 class OneRunResult(NamedTuple):
@@ -78,31 +75,39 @@ def reason_for_two_runs(program: Program, train: PyTree, val: PyTree) -> str | N
     Two runs are needed when a sample's computation may depend on which other samples are in its
     batch, and when one run would take more memory than a training step over all rows.
     """
+    if in_transform():
+        return "a torch.func transform is active"
+    if (difference := _difference(train, val)) is not None:
+        return f"the batches differ in {difference}"
+    found = memory(program.model_fn, OneRuns).found.get(_key(program, train, val))
+    found = _shared_or_why_not(program, train, val) if found is None else found
+    return found if isinstance(found, str) else None
+
+
+def _key(program: Program, train: PyTree, val: PyTree) -> Hashable:
+    """What tells two batches that differ in size alone from others."""
+    return structure(program, train), shapes_key((train, val, program.leaves))
+
+
+def _shared_or_why_not(program: Program, train: PyTree, val: PyTree) -> list[int] | str:
+    """The parameters with several uses, of batches that share a run; of others why they do not."""
     n, m = batch_size(train), batch_size(val)
     if n < TRAIN_PER_VAL * m:
         return f"one run is for at least {TRAIN_PER_VAL} train samples per validation sample"
     if program.randomness != "error":
         return "samples draw random numbers"
-    if in_transform():
-        return "a torch.func transform is active"
     if any(wide(x).dtype != x.dtype for x in program.leaves):
         return "parameters in half precision have their validation gradient added up in float32"
-    if (difference := _difference(train, val)) is not None:
-        return f"the batches differ in {difference}"
     copied = sum(known(x.numel()) for x in tensors_of(train))
     if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in program.leaves)):
         return "one run would copy batches that are larger than the model"
-    apart = memory(program.model_fn, OneRuns).apart.get(shapes_key((train, val, program.leaves)))
-    if apart is not None:
-        return apart
-    trace = trace_of(program, train)
-    if (company := _company(trace)) is not None:
+    model, uses = use_shapes(program, train, exact=False)
+    if (company := _company(model.trace)) is not None:
         return company
-    uses = use_shapes(program, train, exact=False)
     for name, met in zip(program.spec.names, uses, strict=True):
         if not _needs_no_waiting(met):
             return f"parameter {name!r} has several uses whose factors would wait for each other"
-    return None
+    return [i for i, met in enumerate(uses) if len(met) > 1]
 
 
 def in_one_run(
@@ -121,22 +126,16 @@ def in_one_run(
     for two."""
     if in_transform() or _difference(train, val) is not None:
         return None
-    remembered = memory(program.model_fn, OneRuns)
+    found_before, key = memory(program.model_fn, OneRuns).found, _key(program, train, val)
     n, m = batch_size(train), batch_size(val)
-    key = (
-        structure(program, train),  # the batches differ in size alone
-        shapes_key((train, val, program.leaves)),
-    )
     alone: Tensor | None = None
-    shared = remembered.shared.get(key)
+    shared = found_before.get(key)
     if shared is None:
-        if reason_for_two_runs(program, train, val) is not None:
-            return None
-        uses = use_shapes(program, train, exact=False)
-        if m == 1 and check == "never":  # else the proof runs it by itself
+        shared = found_before.put(key, _shared_or_why_not(program, train, val))
+        if isinstance(shared, list) and m == 1 and check == "never":  # else the proof runs it
             alone = _losses(program, val)  # code may treat one in its own way
-        several = [i for i, met in enumerate(uses) if len(met) > 1]
-        shared = remembered.shared.put(key, several)
+    if isinstance(shared, str):
+        return None
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
     weights = _weights(n, m, scales, program.leaves[0].device)
     try:
@@ -158,8 +157,7 @@ def in_one_run(
         company = "the validation sample has another loss by itself"
     if company is not None:
         # The joined batch took another way than either batch by itself.
-        remembered.apart.put(shapes_key((train, val, program.leaves)), company)
-        remembered.shared.drop(key)
+        found_before.put(key, company)
         return None
     dots = found.dots if per_param else [add_up(found.dots)]
     unscaled = dots if scales[0] == 1 else divide_all(dots, scales[0])

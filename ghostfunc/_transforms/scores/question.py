@@ -16,7 +16,7 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.finite import FiniteLosses, refuse_not_finite
+from ghostfunc._base.losses import FiniteLosses, check_finite, refuse_not_finite
 from ghostfunc._base.options import (
     CHECKS,
     check_chunk_size,
@@ -32,17 +32,19 @@ from ghostfunc._base.processes.pieces import (
     samples_of_all,
 )
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_finite, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import Check, ContractDtype, Mode, ModelFn, PyTree, Randomness, Reduction
 from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
+from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.factor import Dense
 from ghostfunc._factors.matmul import product
 from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
 from ghostfunc._taps.sinks import Ready
+from ghostfunc._taps.uses import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
@@ -122,7 +124,7 @@ class Question:
                 raise OptionError(f"per_position=True needs {option}={needed!r}; got {given!r}.")
         if in_step(self.program.model_fn) is not None:
             raise OptionError(
-                "per_position=True is not for modules that fully_shard has sharded. Ask for scores "
+                "per_position=True is not for sharded modules. Ask for scores "
                 "of whole samples, or on one process with the whole model."
             )
         several = self.targets.vals or any(
@@ -203,14 +205,18 @@ class Question:
             return at_once
         finite = FiniteLosses(self.check_finite)
         n = samples_of_all(self.program.model_fn, batch_size(self.train)) if grads else 0
-        readers = [self._readers(piece, finite, grads=grads) for piece in pieces]
+        program: Program = self.program
+        ours: list[list[UseShape]] = []
+        if any(piece.u is None for piece in pieces):
+            program, ours = use_shapes(program, self.train, exact=False)
+        readers = [self._readers(piece, ours, finite, grads=grads) for piece in pieces]
         quantities: list[Quantity] = [Prepared(r, degree=1) for r in readers]
         if self.normalize:
             quantities.append(SqNorm().contracting(self.contract_dtype))
 
         def of_chunk(train: PyTree) -> _Step:
             taken = run(
-                self.program,
+                program,
                 train,
                 quantities,
                 grads=range(len(self.program.leaves)) if grads else (),
@@ -244,7 +250,7 @@ class Question:
     def _lengths(self, readers: _Readers, rows: Tensor) -> Tensor:
         """`||u||`, one row per parameter; of a direction's pieces, that of the whole."""
         found = torch.stack([lengths.length(r, rows) for r in readers])
-        return lengths_of_whole(self.program.model_fn, found)
+        return lengths_of_whole(self.program.model_fn, self.program.spec.names, found)
 
     def _doubt(self, finite: FiniteLosses, piece: _Piece, columns: Sequence[Tensor]) -> None:
         """Have a direction that was given looked at if what is made of it is not finite."""
@@ -277,13 +283,16 @@ class Question:
             return None
         return _Step(found.losses, found.grads, [self._summed(found.dots)])
 
-    def _readers(self, piece: _Piece, finite: FiniteLosses, *, grads: bool) -> _Readers:
+    def _readers(
+        self, piece: _Piece, ours: list[list[UseShape]], finite: FiniteLosses, *, grads: bool
+    ) -> _Readers:
+        """What reads the scores of one piece; `ours` are the uses in the run of `train`."""
         if piece.u is not None:
             return [DotReader(u, self.contract_dtype) for u in piece.u]
         if piece.kept is not None:
             return kept_readers(
                 self.program,
-                self.train,
+                ours,
                 piece.kept,
                 reduction=self.reduction,
                 grads=grads,
@@ -291,7 +300,7 @@ class Question:
             )
         return validation_readers(
             self.program,
-            self.train,
+            ours,
             piece.val,
             finite=finite,
             reduction=self.reduction,
@@ -479,12 +488,12 @@ def _check_in_step(mode: Mode, reduction: Reduction, targets: Targets) -> None:
     """Raise for what is not for sharded modules."""
     if mode != "ghost":
         raise OptionError(
-            f'mode={mode!r} is not for modules that fully_shard has sharded: use mode="ghost", '
+            f'mode={mode!r} is not for sharded modules: use mode="ghost", '
             "or one process with the whole model."
         )
     if reduction == "none":
         raise OptionError(
-            'reduction="none" is not for modules that fully_shard has sharded, whose validation '
+            'reduction="none" is not for sharded modules, whose validation '
             "gradient is one of all ranks' samples. gf.ghost_gram(model_fn, params, train, val) "
             "has the products of a rank's own samples."
         )

@@ -16,10 +16,10 @@ from torch import Tensor
 from ghostfunc._base import batches, definition
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
-from ghostfunc._base.finite import FiniteLosses
+from ghostfunc._base.losses import FiniteLosses, check_finite
 from ghostfunc._base.processes.pieces import chunks_of_all, samples_of_all
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import check_finite, prove_independent
+from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, PyTree, Reduction
 from ghostfunc._factors import bundles, cost
@@ -40,7 +40,7 @@ from ghostfunc._transforms.factored import FactoredGrads
 
 def validation_readers(
     program: Program,
-    train: PyTree,
+    ours: Sequence[Sequence[UseShape]],
     val: PyTree,
     *,
     reduction: Reduction,
@@ -51,12 +51,13 @@ def validation_readers(
 ) -> list[Any]:
     """One reader of `<g_i, u>` per parameter; `u` is dense or factored, whichever is cheaper.
 
-    `grads` says whether the training gradient will be formed in the same backward pass.
+    Args:
+        ours: the uses of every parameter in the run of the train samples.
+        grads: whether the training gradient will be formed in the same backward pass.
     """
     m = batch_size(val, "val")
     each = reduction == "none"
-    ours = use_shapes(program, train, exact=False)
-    theirs = use_shapes(program, val, exact=True)
+    program, theirs = use_shapes(program, val, exact=True)
     forms = _Forms.of(
         program.leaves, ours, theirs, each=each, grads=grads, contract_dtype=contract_dtype
     )
@@ -145,7 +146,7 @@ class _Forms:
 
 def kept_readers(
     program: Program,
-    train: PyTree,
+    ours: Sequence[Sequence[UseShape]],
     kept: FactoredGrads,
     *,
     reduction: Reduction,
@@ -156,7 +157,6 @@ def kept_readers(
     m = len(kept.losses)
     each = reduction == "none"
     c = 1 / m if reduction == "mean" else 1.0
-    ours = use_shapes(program, train, exact=False)
 
     def reader(i: int) -> DotReader | PairReader:
         theirs = [bundles.use_shape(f) for f in kept.bundles[i]]
