@@ -220,27 +220,23 @@ def _run(
     readers = [q.readers(leaves if q.of_directions else wholes, spec) for q in quantities]
     keys, met = _use_by_use(quantities, readers, model.trace)
     kept = {*collect, *(i for _, i in met)}
-    # Read with all uses at hand, a quantity may have the gradient of their sum, too.
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any_symbolic((*leaves, *tensors_of(model.batch)))
     by_autograd = by_autograd and not followed
-    giving = {i: (q, i) for q, i in met if i in grads and _gives_total(readers[q][i])}
-    giving = {} if by_autograd else giving
+    # Read with all uses at hand, a quantity may have the gradient of their sum, too.
+    totals = set() if by_autograd else set(grads)
+    giving = {i: (q, i) for q, i in met if i in totals and _gives_total(readers[q][i])}
     asked = [i for i in grads if i not in giving]
     look_at = finite or FiniteLosses()
     if followed:
         taken = _by_cotangents(model, own, asked, kept, scale, refresh=refresh)
     else:
-        taken = _by_sinks(
-            model, own, asked, kept, scale, summed, look_at, ready, by_autograd=by_autograd
-        )
+        taken = _by_sinks(model, own, asked, kept, scale, summed, look_at, ready, totals)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
-    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
-    for (q, i), value in taken.values.items():
-        values[q][i] = value
+    values = [[taken.values.get((q, i)) for i in range(len(leaves))] for q in range(len(readers))]
     out_grads = _by_leaf(taken.grads, leaves)
     at_once: list[tuple[Tracked, Factor]] = []
     later: list[tuple[Tracked, Factor]] = []
@@ -311,13 +307,11 @@ def _by_sinks(
     summed: Collection[int],
     finite: FiniteLosses,
     ready: Ready | None,
-    *,
-    by_autograd: bool,
+    totals: Collection[int],
 ) -> _Taken:
-    """Elsewhere: taps add up what they read themselves."""
+    """Elsewhere: taps add up what they read themselves, gradients of `totals` too."""
     leaves, n = model.leaves, model.n
-    summed_here = [] if by_autograd else [i for i in grads if _in_own_dtype(leaves[i])]
-    running = {i: RunningTotal() for i in summed_here}
+    running = {i: RunningTotal() for i in grads if i in totals and _in_own_dtype(leaves[i])}
     sunk = run_into_sinks(
         model,
         readers,
@@ -328,7 +322,7 @@ def _by_sinks(
         summed=summed,
         finite=finite,
         ready=ready,
-        by_autograd=by_autograd,
+        by_autograd=not totals,
     )
     values, pieces = sunk.sinks.values, sunk.sinks.pieces
     for key, reader in readers.items():
