@@ -6,6 +6,7 @@ second document of a row, so that each of them is without its neighbours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,23 +20,60 @@ class Part(NamedTuple):
     own: list[bool]
 
 
-def halves(samples: Iterable[int], packing: Packing | None) -> list[Part]:
-    """Every sample once, in two parts of two samples at least: code may treat a batch of one in its
-    own way. A document has a copy of itself for company, as another may be its neighbour."""
-    order = list(samples)
-    n = len(order)
+PARTS = 4
+"""Parts that a batch is cut into: two samples are seldom in the same one."""
+
+
+def in_parts(
+    samples: Iterable[int],
+    packing: Packing | None,
+    first: Sequence[int] = (),
+    apart: Sequence[int] = (),
+) -> list[Part]:
+    """Every sample once, in parts that are cut from this order. The samples `first` are in parts
+    without others, as far as there are parts enough; those `apart` are by themselves.
+
+    A part of one sample has a copy of it for company: code may treat a batch of one in its own way.
+    Samples of a part stay in the order of the batch, which some programs have sorted.
+    """
+    every = list(samples)
+    rest = [i for i in every if i not in (*first, *apart)]
+    first = [i for i in first if i not in apart]
+    if len(every) == 1:
+        return [Part(every, [True])]
     if packing is not None:
-        of_row = _by_row(order, packing)
-        order = [i for row in of_row for i in row]
-        order = [*order[1::2], *order[::2]]
-    if n == 1:
-        return [Part(order, [True])]
-    parts = []
-    for own, rest in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
-        others = (own if packing is not None or n == 2 else rest)[: max(0, 2 - len(own))]
-        pairs = sorted([*((i, 0) for i in own), *((i, 1) for i in others)])
-        parts.append(Part([i for i, _ in pairs], [other == 0 for _, other in pairs]))
-    return parts
+        groups = _of_documents([*first, *rest], packing, first)
+    elif len(first) + len(rest) >= 2 * PARTS and len(first) > 1:
+        groups = [list(first), *_cut(rest, PARTS - 1)]
+    else:
+        groups = _cut([*first, *rest], PARTS)
+    return [_filled(sorted(group)) for group in (*([i] for i in apart), *groups)]
+
+
+def _cut(order: Sequence[int], parts: int) -> list[list[int]]:
+    """Pieces of about the same size, the smaller ones first."""
+    n, parts = len(order), min(parts, len(order))
+    ends = [n * k // max(parts, 1) for k in range(parts + 1)]
+    return [list(order[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def _of_documents(order: Sequence[int], packing: Packing, first: Sequence[int]) -> list[list[int]]:
+    """Every second document of a row is in another part than the others of it."""
+    own: list[list[int]] = []
+    others: list[list[int]] = [[], []]
+    for number, row in enumerate(_by_row(order, packing)):
+        for parity in (0, 1):
+            group = row[parity::2]
+            if any(i in first for i in group):
+                own.append(group)
+            else:
+                others[(number + parity) % 2] += group
+    return [group for group in (*own, *others) if group]
+
+
+def _filled(group: list[int]) -> Part:
+    alone = len(group) == 1
+    return Part(group * 2 if alone else group, [True, False] if alone else [True] * len(group))
 
 
 def beside_others(

@@ -56,35 +56,59 @@ def weighted_gradient(
     """The losses, and the gradient of `sum_i weights_i losses_i`, by reverse mode alone. `look`
     gets the losses when all is queued; `ready` gets every parameter's gradient as it comes up, by
     number, outside transforms."""
-    n = batch_size(batch)
+    found: list[list[Tensor]] = []
+    losses = weighted_gradients(program, batch, [weights], found.append, look, ready)
+    return losses, found[0]
+
+
+def weighted_gradients(
+    program: Program,
+    batch: PyTree,
+    weights: Sequence[Tensor],
+    use: Callable[[list[Tensor]], None],
+    look: Callable[[Tensor], None] = check_finite,
+    ready: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The losses of one forward pass. `use` gets the gradients of several weighted sums of them in
+    turn, one backward pass each; `look` and `ready` are those of `weighted_gradient`."""
+    n, last = batch_size(batch), len(weights) - 1
     ranks = in_step(program.model_fn)
     if ranks is not None and not ranks.together:
         refuse_other_samples(program, batch)
         with ranks.in_step("computing a gradient"):
-            return weighted_gradient(program, batch, weights, look, ready)
+            return weighted_gradients(program, batch, weights, use, look, ready)
     if in_transform():
         losses, pullback = _vjp(program, batch, n)
-        with unrounded(losses):
-            (grads,) = pullback(weights.to(losses), retain_graph=False, create_graph=False)
+        for k, w in enumerate(weights):
+            with unrounded(losses):
+                (grads,) = pullback(w.to(losses), retain_graph=k < last, create_graph=False)
+            use(list(map(dense, grads)))
         look(losses)
-        return losses, list(map(dense, grads))
+        return losses
     inputs = [x.detach().requires_grad_() for x in program.leaves]
     if ready is not None:
         for i, x in enumerate(inputs):
             x.register_hook(partial(give_dense, ready, i))
 
-    def gradient(losses_of: Callable[[PyTree], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def gradient(losses_of: Callable[[PyTree], Tensor]) -> Tensor:
         with torch.enable_grad(), DenseGradients():
             losses = check_shape(losses_of(batch), n)
-        if not losses.requires_grad:
-            look(losses)
-            return losses, [torch.zeros_like(x) for x in program.leaves]
-        with unrounded(losses):
-            grads = torch.autograd.grad(
-                losses, inputs, weights.to(losses), allow_unused=True, materialize_grads=True
-            )
+        for k, w in enumerate(weights):
+            if not losses.requires_grad:
+                use([torch.zeros_like(x) for x in program.leaves])
+                continue
+            with unrounded(losses):
+                grads = torch.autograd.grad(
+                    losses,
+                    inputs,
+                    w.to(losses),
+                    retain_graph=k < last,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            use(list(map(dense, grads)))
         look(losses.detach())
-        return losses.detach(), list(map(dense, grads))
+        return losses.detach()
 
     params = program.spec.unflatten(inputs)
     if isinstance(program.model_fn, ModuleFn):

@@ -31,6 +31,10 @@ class UnsupportedOpError(GhostError, NotImplementedError):
     """A parameter meets samples in an op that has no ghost rule."""
 
 
+class UnsupportedAlwaysError(UnsupportedOpError):
+    """Such an op that no trace gets past, of whatever samples it is made."""
+
+
 class UntrackedUseError(GhostError, RuntimeError):
     """The losses depend on a parameter on a path that was not seen."""
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.company import halves
+from ghostfunc._base.company import in_parts
 from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.errors import (
@@ -19,7 +20,7 @@ from ghostfunc._base.errors import (
     InPlaceError,
     RandomnessError,
     TransformError,
-    UnsupportedOpError,
+    UnsupportedAlwaysError,
     UntrackedUseError,
 )
 from ghostfunc._base.losses import check_losses, close
@@ -48,12 +49,12 @@ def prove_independent(
     other, beside copies of themselves and in the whole batch, and all of them in half of the batch.
 
     Remembered by structure. Where it is asked `anew`, what is remembered is proved of this batch by
-    its halves alone. Where all samples are the same, another is made of them, and nothing is
+    parts alone. Where all samples are the same, another is made of them, and nothing is
     remembered.
 
     Whoever traces and proves the model next gives a `log` that watches the run of the two samples.
     What those runs compare themselves is left to them: two samples beside a third one, the whole
-    batch and its halves. Returned are, if the two samples were run, the second one and both losses.
+    batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
     _refuse_batched(program.leaves, batch)
@@ -85,7 +86,7 @@ def prove_independent(
     if known:
         if program.randomness == "error" and n > 1:
             every = company.whole()
-            company.compare({"in a half of the batch": (company.in_halves(), every)})
+            company.compare({"in a part of the batch": (company.in_parts(), every)})
         return None
     pair = company.of_two(log)
     if program.randomness == "error" and other is None:
@@ -122,7 +123,7 @@ class _Company:
         except NotImplementedError as error:
             if "HigherOrderOperator" not in str(error):
                 raise
-            raise UnsupportedOpError(
+            raise UnsupportedAlwaysError(
                 "model_fn calls torch.cond, while_loop or another operator that takes functions, "
                 "which no mode sees into. Write it with if and while, or with torch.where."
             ) from error
@@ -135,10 +136,11 @@ class _Company:
         """All losses, from one run."""
         return self.losses(self.batch)
 
-    def in_halves(self) -> Tensor:
-        """All losses, from two batches of two samples at least."""
+    def in_parts(self) -> Tensor:
+        """All losses, from parts of the batch that are drawn at random."""
         found: list[tuple[int, Tensor]] = []
-        for part in halves(range(self.n), packing_of(self.batch)):
+        order = np.random.default_rng(self.n).permutation(self.n).tolist()
+        for part in in_parts(order, packing_of(self.batch)):
             losses = self.losses(take(self.batch, part.rows))
             found += [(i, x) for i, own, x in zip(*part, losses, strict=True) if own]
         return torch.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
@@ -181,13 +183,13 @@ class _Company:
             three = self.losses(take(batch, [*two, two[0]]))[:2]
             company["with a copy of sample 0 added"] = three, pair
         if every is not None and self.n > 2:
-            company["in a half of the batch"] = self.in_halves(), every
+            company["in a part of the batch"] = self.in_parts(), every
         self.compare(company)
         return pair
 
 
 def were_compared(program: Program, batch: PyTree) -> None:
-    """Note that a proof has compared the losses of a whole batch with those of its halves, which
+    """Note that a proof has compared the losses of a whole batch with those of its parts, which
     `prove_independent` left to it."""
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)

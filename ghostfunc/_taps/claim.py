@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._base.definition import weighted_gradient
+from ghostfunc._base.company import Part
+from ghostfunc._base.definition import weighted_gradients
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.losses import close
@@ -28,9 +29,6 @@ TOLERANCES = {
     torch.float16: 0.1,
 }
 """Relative errors that are rounding, by the coarsest dtype of a run."""
-
-NOISE = 16
-"""Units in the last place of a loss, or of one, that a derivative of it may be rounded by."""
 
 FLOOR = 0.02
 """Share of the largest parameter's numbers below which a parameter's may be rounding noise."""
@@ -92,6 +90,17 @@ class Claim:
         return self.read(True)
 
 
+class Coupling(NamedTuple):
+    """Samples that have another loss in other company."""
+
+    samples: list[int]
+    error: CoupledSamplesError
+
+
+Use = Callable[[list[Tensor]], None]
+"""Takes what a backward pass made, parameter by parameter."""
+
+
 @dataclass(frozen=True)
 class Alone:
     """Plain autograd on some samples of a run.
@@ -105,31 +114,36 @@ class Alone:
     randomness: Randomness
     seed: int
 
-    def gradient(
-        self, rows: list[int], weights: Tensor, own: list[bool] | None = None
-    ) -> list[Tensor] | CoupledSamplesError:
-        """`sum_i w_i g_i` of some rows, and whether the losses of those that are their `own` are
-        the run's. Models that draw random numbers draw the same for all rows alone."""
+    def run(self, part: Part, passes: Sequence[tuple[Tensor, Use]]) -> Coupling | None:
+        """One forward pass of a part's samples, and backward passes of weighted sums of their
+        losses; whether the losses of those that are its own are the run's. Models that draw random
+        numbers draw the same for all samples alone."""
         model = self.model
         if self.randomness == "different":
             torch.manual_seed(self.seed)
+        rows = part.rows
         batch = model.batch if rows == list(range(model.n)) else take(model.batch, rows)
-        losses, grads = weighted_gradient(model, batch, weights)
-        expected = self.losses[rows].detach()
-        mask = torch.tensor(own or [True] * len(rows), device=losses.device)
-        same = close(losses[mask], expected[mask], coarsest(model))
-        if self.randomness == "error" and not same:
-            return coupled_samples(
-                f"in the batch, some samples have losses {expected[mask][:8].tolist()}; beside "
-                f"other samples, they have {losses[mask][:8].tolist()}",
-                model.batch,
-            )
-        return grads
+        weights = [w for w, _ in passes]
+        uses = iter([use for _, use in passes])
+        losses = weighted_gradients(model, batch, weights, lambda grads: next(uses)(grads))
+        own = [k for k, counts in enumerate(part.own) if counts]
+        found, expected = losses[own], self.losses[rows].detach()[own]
+        dtype = coarsest(model)
+        if self.randomness != "error" or close(found, expected, dtype):
+            return None
+        pairs = enumerate(zip(found.split(1), expected.split(1), strict=True))
+        off = [k for k, (x, y) in pairs if not close(x, y, dtype)]
+        error = coupled_samples(
+            f"in the batch, some samples have losses {expected[:8].tolist()}; beside "
+            f"other samples, they have {found[:8].tolist()}",
+            model.batch,
+        )
+        return Coupling([rows[own[k]] for k in off or range(len(own))], error)
 
-
-def loss_sizes(losses: Tensor) -> Tensor:
-    """What derivatives of losses are rounded by is in proportion to these."""
-    return losses.detach().abs().clamp_min(1).double().cpu()
+    def gradient(self, part: Part, weights: Tensor) -> list[Tensor] | Coupling:
+        """`sum_i w_i g_i` of a part's samples."""
+        found: list[list[Tensor]] = []
+        return self.run(part, [(weights, found.append)]) or found[0]
 
 
 def coarsest(model: TracedModel) -> torch.dtype:

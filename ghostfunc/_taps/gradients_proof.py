@@ -18,24 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.company import Part, halves
+from ghostfunc._base.company import Part
 from ghostfunc._base.dtypes import squared_norms, wide
-from ghostfunc._base.errors import CoupledSamplesError
-from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
+from ghostfunc._taps import rounding
 from ghostfunc._taps.claim import (
     FLOOR,
-    NOISE,
     NOT_THEIRS,
     Alone,
     Claim,
+    Coupling,
     Dots,
     coarsest,
-    loss_sizes,
     tolerance_of,
 )
-from ghostfunc._taps.readings import Sum
+from ghostfunc._taps.readings import Read
 from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.layout import StaleLayout
 
@@ -45,51 +43,95 @@ ZEROS = 0.02
 NOISY = 4
 """Samples that rounding noise is looked at with."""
 
-NOISE_MARGIN = 100.0
-"""How much larger than the noise that was seen a difference may be."""
 
+@dataclass
+class AlongOneDirection:
+    """A run's gradients along one random direction, and what plain autograd has of them as parts
+    of the batch come up.
 
-def compare_gradients(
-    claim: Claim, seed: int, randomness: Randomness
-) -> CoupledSamplesError | Disproved | None:
-    """What is wrong with the claim, seen along one direction."""
-    model = claim.model
-    generator = np.random.default_rng([seed, model.n])
-    # numpy's numbers: torch draws none inside vmap.
-    v = [_normal(generator, x) for x in model.leaves]
-    given = claim.dots_by(claim.model, v, seed, randomness)
-    model, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
-    table = found.table
-    index = table.isfinite().all(0).nonzero().flatten().tolist()
-    if not index:  # losses are all there is to compare
-        prove_independent(model, model.batch)
+    Attributes:
+        alone: plain autograd on samples of the run, or of one with numbers in place of zeros.
+        v: the direction.
+        given: what the run's trace reads along it; found: the same with numbers in place of zeros.
+        weights: the samples' weights, `[n]`; those whose numbers are not finite have none.
+    """
+
+    claim: Claim
+    alone: Alone
+    v: list[Tensor]
+    given: Dots
+    found: Dots
+    weights: Tensor
+    _totals: Tensor
+    _sizes: Tensor
+
+    @staticmethod
+    def of(claim: Claim, seed: int, randomness: Randomness) -> AlongOneDirection | None:
+        """None if nothing is finite."""
+        model = claim.model
+        generator = np.random.default_rng([seed, model.n])
+        # numpy's numbers: torch draws none inside vmap.
+        v = [_normal(generator, x) for x in model.leaves]
+        given = claim.dots_by(model, v, seed, randomness)
+        other, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
+        table = found.table
+        index = table.isfinite().all(0).nonzero().flatten()
+        if not len(index):
+            return None
+        weights = table.new_zeros(model.n)
+        weights = weights.index_copy(0, index, _weights(table[:, index], generator))
+        alone = Alone(other, found.losses, randomness, seed)
+        zeros = table.new_zeros(len(v)), table.new_zeros(len(v))
+        return AlongOneDirection(claim, alone, v, given, found, weights, *zeros)
+
+    @property
+    def filled(self) -> bool:
+        """Whether it is of a model with numbers in place of zeros."""
+        return self.alone.model is not self.claim.model
+
+    @property
+    def finite(self) -> list[int]:
+        """The samples that are compared."""
+        return self.found.table.isfinite().all(0).nonzero().flatten().tolist()
+
+    def add(self, grads: Sequence[Tensor], weight: float = 1.0) -> None:
+        """Take a part's gradient, of losses that were weighted already but for this `weight`."""
+        with unrounded(self.found.losses):
+            pairs = [_beside(g, u) for g, u in zip(grads, self.v, strict=True)]
+        dots, norms = zip(*pairs, strict=True)
+        self._totals = self._totals + weight * torch.stack(dots)
+        self._sizes = self._sizes + abs(weight) * torch.stack(norms)
+
+    def wrong(self) -> Coupling | Disproved | None:
+        """What is wrong, when all parts are there."""
+        model, index = self.alone.model, self.finite
+        weights = self.weights[index]
+        terms = weights * self.found.table[:, index]
+        params = list(range(len(self.v)))
+        noise = _noise(model, self.found.losses[index], weights)
+        compared = _Compared(params, terms, self._totals, self._sizes, *noise)
+        return _wrong(compared, self.alone, index, weights, None)
+
+    def wrong_sums(self, read: Read, alone: Alone) -> Coupling | Disproved | None:
+        """What is wrong with sums over all samples, training gradients above all: their products
+        with the direction are sums of those that were proved."""
+        table, losses = self.given.table, self.claim.losses
+        if not bool(table.isfinite().all()):
+            return None
+        for one in read.sums:
+            weights = (
+                torch.as_tensor(one.scale, dtype=torch.float64).detach().cpu().expand(len(losses))
+            )
+            with unrounded(one.value):
+                total, size = _beside(one.value, self.v[one.param])
+            if not bool(total.isfinite()):
+                continue
+            terms, noise = table[one.param] * weights, _noise(alone.model, losses, weights)
+            compared = _Compared([one.param], terms[None], total[None], size[None], *noise)
+            wrong = _wrong(compared, alone, list(range(len(losses))), weights, one.contract_dtype)
+            if wrong is not None:
+                return wrong
         return None
-    alone = Alone(model, found.losses, randomness, seed)
-    weights = _weights(table[:, index], generator)
-    totals, sizes = table.new_zeros(len(v)), table.new_zeros(len(v))
-    of_all = table.new_zeros(model.n).index_copy(0, torch.tensor(index), weights)
-    parts = [Part(index, [True] * len(index))]
-    if randomness == "error":
-        parts = halves(generator.permutation(index).tolist(), model.packing)
-    for part in parts:
-        c = torch.where(torch.tensor(part.own), of_all[part.rows], 0)
-        grads = alone.gradient(part.rows, c, part.own)
-        if isinstance(grads, CoupledSamplesError):
-            return grads
-        with unrounded(found.losses):
-            dots, norms = zip(*(_beside(g, u) for g, u in zip(grads, v, strict=True)), strict=True)
-        totals, sizes = totals + torch.stack(dots), sizes + torch.stack(norms)
-        del grads  # before those of the next part are there
-    size = loss_sizes(found.losses[index])
-    noise = NOISE * torch.finfo(coarsest(model)).eps * float((weights * size).norm())
-    terms = weights * table[:, index]
-    compared = _Compared(list(range(len(v))), terms, totals, sizes, noise)
-    wrong: CoupledSamplesError | Disproved | None = compared.wrong(model, None)
-    if wrong is None and compared.doubtful(model):
-        wrong = _beyond_noise(compared, alone, index, weights)
-    if wrong is None and bool(given.table.isfinite().all()):
-        wrong = _compare_sums(claim, v, given.table, seed, randomness)
-    return wrong
 
 
 def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
@@ -135,7 +177,7 @@ class _Compared:
     Attributes:
         params: which parameters.
         terms: `c_i s_ip`, `[P, n]`; totals: `t_p`; sizes: how large the gradients are.
-        noise: what is rounding noise of the losses.
+        noise: what is rounding noise of the losses; what it is at most.
     """
 
     params: list[int]
@@ -143,6 +185,7 @@ class _Compared:
     totals: Tensor
     sizes: Tensor
     noise: float
+    most: float
 
     @property
     def scales(self) -> Tensor:
@@ -166,64 +209,51 @@ class _Compared:
         worst = max(float(errors[p] / scales[p].clamp_min(1e-300)) for p in bad)
         return Disproved(f"{NOT_THEIRS} at parameter {listed} (off by {worst:.1e})")
 
-    def doubtful(self, model: TracedModel) -> bool:
+    def doubtful(self, model: TracedModel, contract_dtype: ContractDtype) -> bool:
         """Whether something is off by more than its own scale allows."""
-        return self.wrong(model, None, floor=0.0) is not None
+        return self.wrong(model, contract_dtype, floor=0.0) is not None
+
+
+def _noise(model: TracedModel, losses: Tensor, weights: Tensor) -> list[float]:
+    """What is rounding noise of weighted losses; what it is at most."""
+    unit = rounding.NOISE * torch.finfo(coarsest(model)).eps
+    sizes = [rounding.loss_sizes(losses, at_most=x) for x in (False, True)]
+    return [unit * float((weights * size).norm()) for size in sizes]
+
+
+def _wrong(
+    compared: _Compared,
+    alone: Alone,
+    index: list[int],
+    weights: Tensor,
+    contract_dtype: ContractDtype,
+) -> Coupling | Disproved | None:
+    """What is off by more than rounding noise, which is looked at in case of doubt."""
+    wrong = replace(compared, noise=compared.most).wrong(alone.model, contract_dtype)
+    if wrong is None and compared.doubtful(alone.model, contract_dtype):
+        return _beyond_noise(compared, alone, index, weights, contract_dtype)
+    return wrong
 
 
 def _beyond_noise(
-    compared: _Compared, alone: Alone, index: list[int], weights: Tensor
-) -> CoupledSamplesError | Disproved | None:
+    compared: _Compared,
+    alone: Alone,
+    index: list[int],
+    weights: Tensor,
+    contract_dtype: ContractDtype,
+) -> Coupling | Disproved | None:
     """What is off by more than rounding noise, which is seen in a few samples: parameters are moved
     by units in their last place."""
     model = alone.model
     few = list(range(min(NOISY, len(index))))
-    rows, c = [index[i] for i in few], weights[few]
-    eps = 2 * torch.finfo(coarsest(model)).eps
-    moved = [x * (1 + eps * _signs(x)) for x in model.leaves]
-    found = []
-    for leaves in (model.leaves, moved):
-        own = [leaves is model.leaves] * len(rows)  # the others' losses are not quite the run's
-        grads = replace(alone, model=replace(model, leaves=leaves)).gradient(rows, c, own)
-        if isinstance(grads, CoupledSamplesError):
-            return grads
-        found.append(grads)
-    noise = [float((wide(x) - wide(y)).norm()) for x, y in zip(*found, strict=True)]
-    seen = torch.tensor(noise, dtype=torch.float64) * (len(index) / len(few)) ** 0.5
-    scales = torch.maximum(compared.scales, seen * NOISE_MARGIN / tolerance_of(model, None))
+    rows = [index[i] for i in few]
+    noise = rounding.seen(alone, Part(rows, [True] * len(rows)), weights[few])
+    if isinstance(noise, Coupling):
+        return noise
+    noise = noise[compared.params] * (len(index) / len(few)) ** 0.5
+    scales = torch.maximum(compared.scales, noise / tolerance_of(model, contract_dtype))
     sizes = scales - compared.terms.square().sum(1).sqrt()
-    return replace(compared, sizes=sizes).wrong(model, None, floor=0.0)
-
-
-def _signs(x: Tensor) -> Tensor:
-    """1 and -1, as good as random."""
-    turns = torch.arange(x.numel(), dtype=torch.float64, device=x.device) + 1
-    return torch.sin(turns * turns * 0.7548776662).sign().to(x.dtype).view(x.shape)
-
-
-def _compare_sums(
-    claim: Claim, v: Sequence[Tensor], table: Tensor, seed: int, randomness: Randomness
-) -> Disproved | None:
-    """What is wrong with sums over all samples, training gradients above all: their products with
-    the direction are sums of those that were proved."""
-    model = claim.model
-    for one in claim.read_by(seed, randomness).sums:
-        compared = _of_sum(one, v[one.param], table[one.param], claim)
-        if compared is not None and (wrong := compared.wrong(model, one.contract_dtype)):
-            return wrong
-    return None
-
-
-def _of_sum(one: Sum, v: Tensor, dots: Tensor, claim: Claim) -> _Compared | None:
-    scale = one.scale
-    weights = scale.detach().double().cpu() if isinstance(scale, Tensor) else scale
-    with unrounded(one.value):
-        total, size = _beside(one.value, v)
-    if not bool(total.isfinite()):
-        return None
-    noise = NOISE * torch.finfo(coarsest(claim.model)).eps
-    noise *= float((loss_sizes(claim.losses) * weights).norm())
-    return _Compared([one.param], (dots * weights)[None], total[None], size[None], noise)
+    return replace(compared, sizes=sizes).wrong(model, contract_dtype, floor=0.0)
 
 
 def _weights(table: Tensor, generator: np.random.Generator) -> Tensor:

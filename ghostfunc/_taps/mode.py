@@ -22,16 +22,8 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
 from ghostfunc._taps.recut import Recut
 from ghostfunc._taps.steps import KnownUse, Step, known_use, last, remember
-from ghostfunc._taps.tap import (
-    ANCHOR,
-    Beside,
-    Sinks,
-    StaleOutputs,
-    Use,
-    UseOutput,
-    output_of,
-    split_tensors,
-)
+from ghostfunc._taps.tap import ANCHOR, Beside, ReturningTap, Sinks, SinkTap
+from ghostfunc._taps.use import StaleOutputs, Use, UseOutput, output_of, split_tensors
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
 from ghostfunc._trace.tracked import CallArgs, ReaderKey, Tracked
@@ -130,8 +122,7 @@ class TapMode(TrackingMode):
             if key in before._tracked or key in held or not t.made_whole
         }
         for use in self.uses[len(before.uses) :]:
-            collected = use.collecting is not None or use.collect_tap is not None
-            if not collected and any(target.made_whole for _, target in use.targets):
+            if not use.collected and any(target.made_whole for _, target in use.targets):
                 use.targets = []
 
     @contextmanager
@@ -197,10 +188,7 @@ class TapMode(TrackingMode):
         self._n_calls += 1
         self._step = step.next
         targets = list(zip(known.call.names, met, strict=True))
-        number = len(self.uses)
-        use = Use(known.call, self._n, targets, tensors, known.call.out.axis, number=number)
-        use.known, use.sinks = known, self.sinks
-        return self._tapped(y, use)
+        return self._tapped(y, known.call, targets, tensors, known.call.out.axis, known=known)
 
     def _raised(self, step: Step, error: Exception) -> None:
         """A known call has raised an error, which the program may catch."""
@@ -319,33 +307,43 @@ class TapMode(TrackingMode):
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
         self._way = hash((self._way, tuple(map(known, y.shape))))
-        tap = self.collect.get(len(self.uses))
-        if tap is not None and tap.shape != y.shape:
-            raise StaleOutputs
-        number = len(self.uses)
         tensors, rest = split_tensors(args)
-        use = Use(
-            call, self._samples, targets, tensors, axis, rest, treedef, tap, number, self.sinks,
-            recut=self._recut, place=self._n_calls - 1,
+        return self._tapped(
+            y, call, targets, tensors, axis, rest=rest, treedef=treedef, recut=self._recut,
+            place=self._n_calls - 1,
         )  # fmt: skip
-        return self._tapped(y, use)
 
-    def _tapped(self, y: Tensor, use: Use) -> Tensor:
-        """The output of a use with its tap beside it."""
-        if self.sinks is not None and self.sinks.collects(use.targets):
-            use.collecting = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
+    def _tapped(
+        self,
+        y: Tensor,
+        call: CallTrace,
+        targets: list[tuple[ArgName, Tracked]],
+        tensors: list[Tensor],
+        axis: int,
+        **how: Any,
+    ) -> Tensor:
+        """The output of a use with its tap beside it; `how` its arguments are told."""
+        number = len(self.uses)
+        facts = call, self._samples, targets, tensors, axis, number
+        use: SinkTap | ReturningTap
+        if self.sinks is not None:
+            use = SinkTap(*facts, **how, sinks=self.sinks)
+            if self.sinks.collects(targets):
+                use.collected = True
+                use.blank = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
+        else:
+            tap = self.collect.get(number)
+            if tap is not None and tap.shape != y.shape:
+                raise StaleOutputs
+            use = ReturningTap(*facts, **how, collect_tap=tap)
         self.uses.append(use)
         if self._note_outputs:
             self.outputs.append(output_of(use, y, use.axis, self._n))
         if self._tapping:
             y = use.tap(y, self.taps)
-        if use.collect_tap is None and use.collecting is None:
+        if not use.collected:
             use.release()
         return y
-
-    def _operands(self, tracked: Sequence[Tracked]) -> list[Tensor]:
-        """What an op runs on: constants where taps read the training gradient, or nothing does."""
-        return [t.grad if self._tapping and t.by_autograd else t.const for t in tracked]
 
     def tap_keys(self, uses: Iterable[Use]) -> list[ReaderKey]:
         """Which of the taps some uses have."""
@@ -379,9 +377,9 @@ class TapMode(TrackingMode):
             return self._apart(func, call, expected)
         args = unfold_all(call, expected, self._n)
         beside = self._beside(func, call, args)
-        operands = self._operands(call.tracked)
+        operands = call.consts() if beside else self._operands(call.tracked)
         for i, tracked, operand in zip(call.hits, call.tracked, operands, strict=True):
-            padded = layout.pad(tracked.const if beside else operand, expected.ndim)
+            padded = layout.pad(operand, expected.ndim)
             shape = list(padded.shape)
             shape[layout.sample_axis] = self._n
             if self._recut is not None:
@@ -407,6 +405,10 @@ class TapMode(TrackingMode):
         for i, x in enumerate(args):
             args[i] = x.detach() if isinstance(x, Tensor) else x
         return True
+
+    def _operands(self, tracked: Sequence[Tracked]) -> list[Tensor]:
+        """What an op runs on: constants where taps read the training gradient, or nothing does."""
+        return [t.grad if self._tapping and t.by_autograd else t.const for t in tracked]
 
     def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         """The op on every sample by itself, samples first."""

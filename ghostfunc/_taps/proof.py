@@ -10,12 +10,12 @@ arguments of its ops, the values that Python reads, or the shapes.
     proved:           sum_i c_i s_ip = t_p              for every parameter p
 
 `v` is a random direction. The weights `c_i` are random too, and as large as `1 / |s_i|`, so that a
-sample with a large gradient hides no other. Plain autograd runs the samples in two random halves:
-their losses are compared in another company at the same time.
+sample with a large gradient hides no other. Plain autograd runs the samples in random parts,
+so their losses are compared in other company at the same time.
 
 What is read off the gradients is proved for two samples (`readings`): the run's own norms, scores,
-projections and kept factors against those of whole gradients, as plain autograd has them. A new
-shape costs two more passes for the gradients and two of two samples for the numbers.
+projections and kept factors against those of whole gradients, as plain autograd has them. These
+two are one of the parts, so a new shape costs two more passes over its samples (`comparison`).
 
 `check="always"` proves every call. What is known already is proved with one sample, drawn at
 random: sooner or later every sample of a training set is. What may reorder samples by their values
@@ -30,7 +30,8 @@ What a proof does not see:
 - What this batch does not show: an op whose rows are exchanged while their values are equal; a
   branch that is not taken, or that reads values behind torch's back (through a pointer). Values
   that torch hands to Python are part of what is proved.
-- Coupling that is the same in both halves as in the whole.
+- Coupling that is the same in every part as in the whole: that of two samples in one part, where no
+  other sample is coupled. Another proof draws other parts.
 - What is no function of a sample's gradient: the shares of single positions (their sum is proved),
   and the sums over positions whose eigenvectors are the bases of a curvature (its second moments
   in these bases are proved). Numbers that vmap has several of.
@@ -40,21 +41,17 @@ What a proof does not see:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Iterator
 
 import torch
 
-from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.losses import check_finite
 from ghostfunc._base.purity import distinct, prove_independent, were_compared
 from ghostfunc._base.torch_private import any_symbolic
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import Check, Randomness
-from ghostfunc._taps.claim import NOT_THEIRS, Claim
-from ghostfunc._taps.gradients_proof import compare_gradients
-from ghostfunc._taps.numbers_proof import compare_numbers
+from ghostfunc._taps.claim import NOT_THEIRS, Claim, Coupling
+from ghostfunc._taps.comparison import Asked, Wrong, compare
 from ghostfunc._trace.fitting import Disproved, TracedModel
 from ghostfunc._trace.trace import WayTaken
 
@@ -99,15 +96,12 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     few = FEW if numbers is None else int(check == "always")
     whole = gradients is None or by_values or (numbers is None and bool(read.sums))
     whole |= check == "always" and not read.readings
-    turn = proofs.turn() if check == "always" else 0
     differ = model.n == 1 or distinct(model.batch)  # equal samples prove nothing
-    questions = [(keys[0], compare_gradients)] if whole else []
-    questions += [(keys[1], partial(compare_numbers, few=few, turn=turn))] if few else []
-    for key, compare in questions:
-        error = _mismatch(claim, compare, randomness)
-        if isinstance(error, CoupledSamplesError):
-            raise error
-        if error is not None or differ:
+    found = _compared(claim, Asked(whole, few, proofs.turn()), randomness)
+    if isinstance(found, Coupling):
+        raise found.error
+    for key, asked, error in zip(keys, (whole, few > 0), found, strict=True):
+        if asked and (error is not None or differ):
             proofs.put(key, error is None)
         if error is not None:
             raise error
@@ -115,20 +109,24 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
         were_compared(model, model.batch)
 
 
-Compare: TypeAlias = Callable[[Claim, int, Randomness], CoupledSamplesError | Disproved | None]
-"""Holds a claim against plain autograd, with random numbers of a seed."""
-
-
-def _mismatch(
-    claim: Claim, compare: Compare, randomness: Randomness
-) -> CoupledSamplesError | Disproved | None:
-    error = None
+def _compared(claim: Claim, asked: Asked, randomness: Randomness) -> Coupling | Wrong:
+    """What is wrong with a claim, and was so with the random numbers of every seed. Samples that
+    were found to be coupled are looked at again by themselves."""
+    found: Coupling | Wrong = Wrong(None, None)
     for seed in SEEDS:
         with _draws(randomness, seed):
-            error = compare(claim, seed, randomness)
-        if error is None:
-            return None
-    return error
+            found = compare(claim, seed, randomness, asked)
+        if isinstance(found, Coupling):
+            asked = asked._replace(apart=tuple(found.samples[:FEW]))
+            continue
+        asked = Asked(
+            found.gradients is not None,
+            asked.few if found.numbers is not None else 0,
+            asked.turn,
+        )
+        if not asked.gradients and not asked.few:
+            break
+    return found
 
 
 @contextlib.contextmanager

@@ -41,8 +41,9 @@ from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import Read, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
-from ghostfunc._taps.tap import StaleOutputs, Use
-from ghostfunc._taps.uses import collecting_outputs
+from ghostfunc._taps.tap import SinkTap
+from ghostfunc._taps.use import StaleOutputs, Use
+from ghostfunc._taps.use_shapes import collecting_outputs
 from ghostfunc._trace.fitting import TracedModel, plain, with_trace
 from ghostfunc._trace.trace import Trace, WayTaken
 from ghostfunc._trace.tracked import ReaderKey, Tracked, at_leaves, constants, gradient_at
@@ -293,7 +294,7 @@ class _Taken:
     values: dict[ReaderKey, Tensor]
     pieces: dict[int, list[Tensor]]
     grads: dict[int, Tensor | None]
-    kept: list[tuple[Use, Tensor, list[Tensor]]]
+    kept: Sequence[tuple[Use, Tensor, list[Tensor]]]
     untapped: list[Tensor]
     way: WayTaken
 
@@ -328,7 +329,7 @@ def _by_sinks(
     for key, reader in readers.items():
         if key not in values and key[0] not in pieces:
             values[key] = torch.zeros_like(reader.tap(leaves[key[1]], n))
-    uses = [use for use in sunk.mode.uses if use.collecting is not None]
+    uses = [use for use in sunk.mode.uses if isinstance(use, SinkTap) and use.collected]
     kept = [(use, sunk.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
     untapped = [x for use in uses for x in use.arg_tensors if not x.requires_grad]
     return _Taken(sunk.losses, values, pieces, sunk.grads, kept, untapped, sunk.mode.way)

@@ -25,7 +25,8 @@ from ghostfunc._quantities.readers import PositionsReader
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.straight import Straight
-from ghostfunc._taps.tap import ANCHOR, Sinks, Use
+from ghostfunc._taps.tap import ANCHOR, Sinks, SinkTap
+from ghostfunc._taps.use import Use
 from ghostfunc._trace.fitting import TracedModel
 from ghostfunc._trace.tracked import ReaderKey, constants
 from ghostfunc._trace.watch import gradients
@@ -50,11 +51,11 @@ class SinkRun:
     mode: TapMode
     sinks: Sinks
 
-    def cotangent(self, use: Use) -> Tensor:
+    def cotangent(self, use: SinkTap) -> Tensor:
         """That of a collected use's output; zero where the losses do not depend on it."""
         b = self.sinks.cotangents.get(use.number)
-        assert use.collecting is not None
-        return use.collecting() if b is None else b
+        assert use.blank is not None
+        return use.blank() if b is None else b
 
 
 def run_into_sinks(

@@ -62,7 +62,7 @@ class Straight:
 
     def read(self, call: CallTrace, target: Tracked, factor: Factor, add: Add) -> bool:
         """Read one use of a parameter, now or later; False if that is left to its readers."""
-        if target.leaf is None or target.pulls_grad or len(target.readers) != 1:
+        if target.leaf is None or target.grad_is_autograds or len(target.readers) != 1:
             return False
         ((key, (reader, _)),) = target.readers.items()
         if isinstance(factor, Outer):

@@ -13,6 +13,7 @@ from ghostfunc._base.errors import (
     WAYS_OUT,
     ControlFlowError,
     SampleAxisError,
+    UnsupportedAlwaysError,
     UnsupportedOpError,
 )
 from ghostfunc._base.program import Program
@@ -203,9 +204,9 @@ def _with_new_trace(
             break
         try:
             trace = trace_model(program, batch, few)
+        except UnsupportedAlwaysError:
+            raise
         except (ControlFlowError, SampleAxisError, UnsupportedOpError) as error:
-            if error.__cause__ is not None:
-                raise  # torch raised first: an operator that no mode sees into, in any number
             refused = refused or error  # other samples may go another way, and the batch's own
             continue
         model = TracedModel.on(program, batch, trace)

@@ -17,6 +17,7 @@ from ghostfunc._base.errors import (
     GhostError,
     RandomnessError,
     SampleAxisError,
+    UnsupportedAlwaysError,
     UnsupportedOpError,
 )
 from ghostfunc._base.purity import Draws
@@ -389,7 +390,7 @@ class Recorder(TrackingMode):
         except GhostError:
             raise
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
-            raise UnsupportedOpError(
+            raise UnsupportedAlwaysError(
                 f"{what}: its rule cannot take this call ({type(error).__name__}: {error}). "
                 + WAYS_OUT
             ) from error

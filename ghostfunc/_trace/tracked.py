@@ -97,18 +97,23 @@ class Tracked:
 
     @property
     def wants_grad(self) -> bool:
-        """Whether the training gradient is wanted of this."""
-        return self.running is not None or self.grad is not self.const
+        """Whether the training gradient is to be read here."""
+        return self.running is not None or self.grad_is_autograds
 
     @property
-    def reads_grad(self) -> bool:
-        """Whether taps read the training gradient here."""
-        return self.wants_grad and not self.by_autograd
-
-    @property
-    def pulls_grad(self) -> bool:
-        """Whether what taps read of the training gradient is autograd's to add up."""
+    def grad_is_autograds(self) -> bool:
+        """Whether what is read here of the training gradient, or a part, is autograd's to add up."""
         return self.grad is not self.const and not self.by_autograd
+
+    @property
+    def connected(self) -> bool:
+        """Whether anybody wants its training gradient."""
+        return self.wants_grad or self.by_autograd
+
+    def own_readers(self) -> list[Reader]:
+        """What reads this tensor's factors: of every tap the reader made for it, or the parameter's
+        where they have to be pulled back to the parameter first."""
+        return [root if own is None else own for own, root in self.readers.values()]
 
     def direct(self, factor: Factor) -> bool:
         """Whether this is a parameter, or a mere transpose or cast of one, and its factor one at

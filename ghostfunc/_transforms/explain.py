@@ -17,7 +17,7 @@ from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import cost
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.matmul import speed
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.scores.one_run import reason_for_two_runs
 
 PlannedQuantity: TypeAlias = Literal["dot_prod", "norm", "gram", "clipped_grad"]

@@ -2,7 +2,8 @@
 
 The run has proved that the factors of two samples are their gradients. What is contracted of them
 later (norms, products, sums) is held against plain products of the gradients that they add up to,
-once for every kind of factors: no pass through the model, and two gradients in memory.
+once for every kind of factors: no pass through the model, and two gradients in memory. `"always"`
+holds the numbers of one sample in every other call.
 
     norms, products, Gram matrices    of two samples drawn at random
     weighted sums                     <sum_i w_i g_i, v> = sum_i w_i <g_i, v> for a random v
@@ -17,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
 from ghostfunc._quantities.quantity import kind_of
-from ghostfunc._taps.claim import FLOOR, NOISE, TOLERANCES, loss_sizes
+from ghostfunc._taps.claim import FLOOR, TOLERANCES
 from ghostfunc._taps.proof import FEW
-from ghostfunc._taps.readings import Numbers, Reading, off_by
+from ghostfunc._taps.readings import PERIOD, Numbers, Reading, off_by
+from ghostfunc._taps.rounding import NOISE
 from ghostfunc._trace.fitting import Proofs
 
 Plain = Callable[[int, Tensor], Tensor]
@@ -61,7 +63,9 @@ class KeptProof:
         if not self._asks(key, losses):
             return
         found = losses.detach().isfinite().nonzero().flatten().tolist()
-        few = sorted(np.random.default_rng(len(losses)).permutation(found)[:FEW].astype(int))
+        count = FEW if self.proofs.get(key) is None else 1
+        drawn = np.random.default_rng([len(losses), self.proofs.turn()]).permutation(found)
+        few = sorted(drawn[:count].astype(int))
         index = torch.tensor([int(i) for i in few], device=losses.device, dtype=torch.long)
         if not few:
             return
@@ -73,7 +77,7 @@ class KeptProof:
             dtype = _coarsest(kept, leaves)
             norms = torch.stack([torch.stack(list(map(extreme_norms.length, g))) for g in grads])
             reach = TOLERANCES[dtype] * torch.maximum(norms, FLOOR * norms.max(0).values)
-            noise = NOISE * torch.finfo(dtype).eps * loss_sizes(losses[index])
+            noise = NOISE * torch.finfo(dtype).eps * torch.stack([_terms(x, index) for x in kept])
             reading = Reading(
                 what,
                 degree,
@@ -101,14 +105,16 @@ class KeptProof:
         values: Sequence[Tensor],
         weights: Sequence[Tensor],
     ) -> None:
-        """Raise `VerificationError` unless `values` are `sum_i w_i g_i`."""
+        """Raise `VerificationError` unless `values` are `sum_i w_i g_i`. They are of all samples,
+        so they are proved once even where others always are."""
         key = "kept", "weighted sums", kind_of(kept)
-        if not self._asks(key, losses):
+        if self.proofs.get(key) is not None or not self._asks(key, losses):
             return
-        generator = np.random.default_rng(len(losses))
+        drawn = np.random.default_rng([len(losses), self.proofs.turn()]).standard_normal(PERIOD)
+        numbers = torch.from_numpy(drawn)
         off, limits = [], []
         for bundle, x, total, w in zip(kept, leaves, values, weights, strict=True):
-            v = torch.from_numpy(generator.standard_normal(x.shape)).to(wide(x))
+            v = numbers.repeat(-(-x.numel() // PERIOD))[: x.numel()].view(x.shape).to(wide(x))
             with unrounded(v):
                 dots = contract.add_up([bundles.dot(f, v) for f in bundle]).double()
                 terms = torch.where(w == 0, 0, dots * w.double())
@@ -137,6 +143,17 @@ def _numbers(i: int, value: Tensor, define: Plain, *, pairs: bool) -> Numbers:
         return value[index][:, index] if pairs else value[index]
 
     return Numbers(lambda g, _: define(i, g), pick)
+
+
+def _terms(bundle: bundles.Bundle, index: Tensor) -> Tensor:
+    """How large the terms are, at most, that some samples' gradients are sums of, `[s]`."""
+    sizes = torch.zeros(len(index), dtype=torch.float64, device=index.device)
+    for factor in (bundles.take(f, index) for f in bundle):
+        size = torch.ones_like(sizes)
+        for x in (x for x in factor if isinstance(x, Tensor) and x.is_floating_point()):
+            size = size * squared_norms(x).sqrt()
+        sizes = sizes + size
+    return sizes
 
 
 def _whole(bundle: bundles.Bundle, index: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors import cost
 from ghostfunc._factors.cost import UseShape
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._operator import EKFAC
 

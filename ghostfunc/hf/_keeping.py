@@ -50,9 +50,9 @@ class RunState:
     """Of the step whose micro-batches come now; None before the first."""
 
     def begin_step(self, scoring: Scoring) -> bool:
-        """Whether a micro-batch is scored as the first of its step was."""
+        """Whether a micro-batch trains the parameters that the first of its step trained."""
         self.scoring = self.scoring or scoring
-        return self.scoring is scoring
+        return self.scoring.params.keys() == scoring.params.keys()
 
     def drop_step(self) -> None:
         """Forget the micro-batches of a step that the optimizer will not take."""

@@ -139,9 +139,8 @@ class GhostMixin(ScoreKeeper):
         scoring = self._scoring_of(module, given, inputs, len(ids), num_items_in_batch, pieces)
         if not self._run.begin_step(scoring):
             raise OptionError(
-                "Parameters were frozen or unfrozen, or checkpoints or hooks put on or taken off, "
-                "between two micro-batches of one step: what is scored would be two models'. Let "
-                "callbacks do that in on_step_begin."
+                "Parameters were frozen or unfrozen between two micro-batches of one step, and "
+                "values are of the step as a whole. Let callbacks do that in on_step_begin."
             )
         batch = scoring.training_batch(
             given, len(ids), num_items_in_batch, self.current_gradient_accumulation_steps, scale

@@ -12,7 +12,7 @@ from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import structure
 from ghostfunc._base.types import ModelFn
 from ghostfunc._quantities.quantity import Quantity
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.factored import kept_and_gradient
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 

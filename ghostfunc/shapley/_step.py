@@ -32,7 +32,7 @@ from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
 from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
 from ghostfunc._taps.run import run
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores.validation import validation_readers
 from ghostfunc.shapley._curvature import Hvp, grad_and_hvp

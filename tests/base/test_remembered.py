@@ -16,7 +16,7 @@ import ghostfunc as gf
 from ghostfunc._base import remembered
 from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.remembered import Recent
-from ghostfunc._taps import uses
+from ghostfunc._taps import use_shapes
 from ghostfunc._trace import fitting
 
 PASSES_PER_SHAPE = 6
@@ -115,7 +115,7 @@ def test_what_is_forgotten_is_found_again(net: Counted, monkeypatch: pytest.Monk
     expected = [gf.ghost_norm(model_fn, params, batch(t)) for t in range(2, 20)]
     for module, names in {
         remembered: ["SHAPES", "STRUCTURES"],
-        uses: ["STRUCTURES", "LOOKS"],
+        use_shapes: ["STRUCTURES", "LOOKS"],
         fitting: ["REMEMBERED"],
     }.items():
         for name in names:

@@ -57,11 +57,15 @@ def test_what_is_known_costs_nothing() -> None:
     counted, problem = problem_of(linear)
     norm(problem, 4, 3)()
     assert counted.during(norm(problem, 4, 3)) == [4]
-    # Two passes more, and two of two samples each.
-    assert counted.during(norm(problem, 6, 3)) == [6, 6, 3, 3, 2, 2]
-    assert counted.during(norm(problem, 6, 3)) == [6]
-    assert counted.during(norm(problem, 6, 5)) == [6, 6, 3, 3, 2, 2]
-    assert counted.during(norm(problem, 6, 3)) == [6]
+    # Two passes more, the second in parts.
+    assert counted.during(norm(problem, 8, 3)) == [8, 8, 2, 2, 2, 2]
+    assert counted.during(norm(problem, 8, 3)) == [8]
+    assert counted.during(norm(problem, 13, 5)) == [13, 13, 2, 3, 4, 4]
+    assert counted.during(norm(problem, 8, 3)) == [8]
+    # Of fewer samples, those that would be alone have a copy for company.
+    assert counted.during(norm(problem, 6, 3)) == [6, 6, 2, 2, 2, 2]
+    assert counted.during(norm(problem, 3, 3)) == [3, 3, 2, 2, 2]
+    assert counted.during(norm(problem, 2, 3)) == [2, 2, 2, 2]
 
 
 def test_always_and_never() -> None:
@@ -72,6 +76,19 @@ def test_always_and_never() -> None:
         assert counted.during(norm(problem, 5, 3, check="never")) == [5]
     with pytest.raises(gf.OptionError, match="check='sometimes'"):
         norm(problem, 4, 3, check="sometimes")()
+
+
+def test_always_beside_a_validation_batch_in_the_same_run() -> None:
+    """The company of the sample that is looked at is any other one, of either batch."""
+    counted, problem = problem_of(linear)
+    train, val = problem.batch(8, 3), problem.batch(2, 3, seed=1)
+
+    def ask() -> None:
+        gf.ghost_dot_prod(counted, problem.params, train, val, check="always")
+
+    ask()
+    for _ in range(12):
+        assert counted.during(ask) == [10, 2, 2]
 
 
 def test_passes_are_bounded_by_the_number_of_shapes() -> None:
@@ -87,7 +104,7 @@ def test_what_may_reorder_is_proved_every_time() -> None:
     counted, problem = problem_of(choosing)
     norm(problem, 4, 3)()
     for _ in range(2):
-        assert counted.during(norm(problem, 4, 3)) == [4, 4, 2, 2]
+        assert counted.during(norm(problem, 4, 3)) == [4, 4, 2, 2, 2, 2]
 
 
 def exact(f: Callable[[Any, Any], Tensor], first: tuple[int, int], then: tuple[int, int]) -> None:
@@ -224,7 +241,7 @@ def test_zeros_cost_a_pass_where_they_hide_something() -> None:
     ask = norm(Problem(counted, params, sequences(4)), 4, 3)
     ask()
     more = norm(Problem(counted, params, sequences(4)), 6, 3)
-    assert counted.during(more) == [6, 6, 3, 3, 2, 2]  # zeros that hide nothing
+    assert counted.during(more) == [6, 6, 2, 2, 2, 2]  # zeros that hide nothing
     params["b"] = torch.zeros_like(params["b"])
     more = norm(Problem(counted, params, sequences(4)), 6, 5)
-    assert counted.during(more) == [6, 6, 6, 3, 3, 2, 2]
+    assert counted.during(more) == [6, 6, 6, 2, 2, 2, 2, 2]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ghostfunc as gf
 from ghostfunc._base import program as programs
 from ghostfunc._taps import mode, steps
-from ghostfunc._trace.fitting import trace_of
+from ghostfunc._trace.fitting import traced
 from ghostfunc._trace.trace import Trace
 from ghostfunc._trace.watch import told
 
@@ -167,7 +167,7 @@ def test_what_calls_are_told_is_proved(
 
 
 def only_trace(model_fn: Any, params: Any, x: Tensor) -> Trace:
-    return trace_of(programs.Program.of(model_fn, params), x)
+    return traced(programs.Program.of(model_fn, params), x).trace
 
 
 def test_a_run_is_compared_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,14 +37,12 @@ def test_the_table_is_that_of_today(passes: ModuleType) -> None:
 
 
 def test_few_runs_of_few_samples(passes: ModuleType) -> None:
-    """Six at most; one run of the batch; two passes of the proof over it, and a few samples."""
+    """Six at most; one run of the batch; two passes of the proof over it."""
     for name, ask in passes.functions().items():
         found = passes.first_call(ask)
         assert len(found.few) <= 6, name
         assert len(found.batch) == 1, name
-        large = [size for size in found.proof if size > passes.FEW]
-        assert sum(large) == 2 * found.batch[0], name
-        assert len(found.proof) - len(large) <= 3, name
+        assert sum(found.proof) == 2 * found.batch[0], name
         assert found.warm == found.batch, name
 
 
@@ -56,8 +54,8 @@ def linear(p: Any, x: Tensor) -> Tensor:
     ("n", "m", "cold", "other_shape"),
     [
         # pair, copies, tracing, uses; batch; proof
-        (8, 1, [2, 2, 2, 3, 3, 2, 9, 9, 4, 5, 1, 2, 2], [10, 10, 5, 5, 1, 2, 2]),
-        (8, 2, [2, 2, 2, 3, 3, 2, 10, 10, 5, 5, 2, 2, 2], [11, 11, 5, 6, 2, 2, 2]),
+        (8, 1, [2, 2, 2, 3, 3, 2, 9, 9, 1, 2, 2, 2, 2], [10, 10, 1, 2, 2, 2, 3]),
+        (8, 2, [2, 2, 2, 3, 3, 2, 10, 10, 2, 2, 2, 2, 2], [11, 11, 2, 2, 2, 2, 3]),
     ],
 )
 def test_a_small_model(n: int, m: int, cold: list[int], other_shape: list[int]) -> None:
@@ -82,7 +80,7 @@ def test_a_small_model(n: int, m: int, cold: list[int], other_shape: list[int]) 
 
 
 def test_without_a_proof_the_batch_is_looked_at_once() -> None:
-    """In the whole and in halves, for samples that depend on each other."""
+    """In the whole and in parts, for samples that depend on each other."""
     runs: list[int] = []
 
     def model_fn(p: Any, x: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ def test_without_a_proof_the_batch_is_looked_at_once() -> None:
 
     params, x = weights(w=(4, 3)), features(4)(8, 1, torch.Generator().manual_seed(0))
     gf.ghost_norm(model_fn, params, x, check="never")
-    assert runs == [2, 2, 2, 3, 3, 8, 2, 2, 2, 8, 3, 4, 4]
+    assert runs == [2, 2, 2, 3, 3, 8, 2, 2, 2, 8, 3, 2, 2, 2, 2]
     runs.clear()
     gf.ghost_norm(model_fn, params, x, check="never")
     assert runs == [8]

@@ -571,8 +571,8 @@ def test_batches_of_other_numbers_of_documents_are_not_proved_anew(
     model_fn, params = gf.hf.causal_lm(model("GPT-2"))
     gf.ghost_norm(model_fn, params, by_segments(*draw([[5, 4, 3], [7, 5], [2, 10]], 1)))
     made: list[int] = []
-    compare = claim.weighted_gradient  # what a proof takes from plain autograd
-    monkeypatch.setattr(claim, "weighted_gradient", lambda *args: made.append(1) or compare(*args))
+    compare = claim.weighted_gradients  # what a proof takes from plain autograd
+    monkeypatch.setattr(claim, "weighted_gradients", lambda *args: made.append(1) or compare(*args))
     gf.ghost_norm(model_fn, params, by_segments(*draw([[3, 3, 3, 3], [6, 6], [12]], 2)))
     assert not made
     gf.ghost_norm(model_fn, params, by_segments(*draw([[3, 3, 3], [6, 3], [9]], 2)))

@@ -208,6 +208,89 @@ def test_only_where_samples_are_long() -> None:
     refused(model, draw(4), torch.randn(4, 5, 4, generator=generator, dtype=torch.float64))
 
 
+def _with_the_previous(y: Tensor) -> Tensor:
+    return y - 0.5 * y.roll(1, 0)
+
+
+def _with_the_last(y: Tensor) -> Tensor:
+    return y - 0.5 * y[-1:]
+
+
+def _with_the_opposite(y: Tensor) -> Tensor:
+    return y - 0.5 * y.flip(0)
+
+
+def _with_the_neighbour(y: Tensor) -> Tensor:
+    """Rows 2k and 2k + 1 are two views of one thing."""
+    k = len(y) // 2 * 2
+    pairs = y[:k].unflatten(0, (-1, 2))
+    return torch.cat([y[:k] - 0.5 * pairs.flip(1).flatten(0, 1), y[k:]])
+
+
+def _with_the_other_half(y: Tensor) -> Tensor:
+    """So are rows k and k + n / 2."""
+    k = len(y) // 2
+    return torch.cat([y[:k] - 0.5 * y[k : 2 * k], y[k : 2 * k] - 0.5 * y[:k], y[2 * k :]])
+
+
+def _in_gradients(y: Tensor) -> Tensor:
+    mean = y.mean(0)
+    return y - mean + mean.detach()
+
+
+def _by_place(y: Tensor) -> Tensor:
+    return y * torch.arange(1.0, len(y) + 1).to(y)[:, None, None]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize(
+    "couple",
+    [
+        lambda y: y - 0.5 * y.mean(0),
+        _with_the_previous,
+        _with_the_last,
+        _with_the_opposite,
+        _with_the_neighbour,
+        _with_the_other_half,
+        _in_gradients,
+        _by_place,
+    ],
+)
+def test_every_kind_of_coupling_at_a_new_shape(couple: Callable[[Tensor], Tensor], n: int) -> None:
+    """The function was known and harmless: only the proof of the new shape sees it."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ p["w"])
+        return energy(couple(y) if x.shape[1] > 3 else y)
+
+    params, generator = weights(w=(4, 6)), Generator().manual_seed(5)
+    gf.ghost_norm(model, params, draw(n))
+    long = torch.randn(n, 5, 4, generator=generator, dtype=torch.float64)
+    with pytest.raises((gf.CoupledSamplesError, gf.SampleAxisError)):
+        gf.ghost_norm(model, params, long)
+
+
+def test_two_coupled_samples_of_many_are_parted_at_some_shape() -> None:
+    """Parts are drawn anew in every proof: what one of them misses, the next ones do not."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ p["w"])
+        this, other = (x[:, 0, k] == 7 for k in range(2))
+        seen = y[other].sum(0) if x.shape[1] > 3 else 0
+        return energy(y + 0.5 * this[:, None, None] * seen)
+
+    params, refusals = weights(w=(4, 6)), 0
+    gf.ghost_norm(model, params, draw(9))
+    for t in range(4, 10):
+        x = torch.randn(9, t, 4, generator=Generator().manual_seed(t), dtype=torch.float64)
+        x[2, 0, 0] = x[5, 0, 1] = 7
+        try:
+            gf.ghost_norm(model, params, x)
+        except gf.CoupledSamplesError:
+            refusals += 1
+    assert refusals >= 4
+
+
 def test_batch_norm_in_a_closure() -> None:
     """A module that a plain function closes over is put into training mode."""
     norm = nn.BatchNorm1d(6).double().eval()

@@ -34,7 +34,7 @@ from ghostfunc._factors.factor import OneHot
 from ghostfunc._quantities.quantity import Prepared
 from ghostfunc._quantities.readers import DotReader, OneRunReader
 from ghostfunc._taps.run import run
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._trace.trace import Trace
 
 TRAIN_PER_VAL = 4

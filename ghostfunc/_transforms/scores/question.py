@@ -44,7 +44,7 @@ from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
 from ghostfunc._taps.sinks import Ready
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots

@@ -34,7 +34,7 @@ from ghostfunc._quantities.readers import (
     TotalReader,
 )
 from ghostfunc._taps.run import run
-from ghostfunc._taps.uses import use_shapes
+from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 
 

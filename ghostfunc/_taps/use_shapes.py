@@ -16,7 +16,7 @@ from ghostfunc._base.types import PyTree
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
-from ghostfunc._taps.tap import UseOutput
+from ghostfunc._taps.use import UseOutput
 from ghostfunc._trace.fitting import TracedModel, with_trace
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.tracked import constants

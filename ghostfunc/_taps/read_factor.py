@@ -1,0 +1,123 @@
+"""What readers read off the factor of one use, and the training gradient beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ghostfunc._base.documents import Packing
+from ghostfunc._factors import bundles, contract
+from ghostfunc._factors.beside_total import dots_and_total
+from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer, flat_positions
+from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader, ValueReader
+from ghostfunc._trace.tracked import Tracked, at_leaves, shaped
+
+
+def as_param_shape(factor: Factor, target: Tracked) -> Factor:
+    """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
+    matrix, which may be transposed; otherwise one with the same elements in the same order. All
+    positions of a sample are on one axis."""
+    shape = tuple(target.const.shape)
+    match factor:
+        case Outer(left, right) if left.ndim != 3:
+            factor = Outer(flat_positions(left), flat_positions(right))
+        case OneHot(ids, b, n_rows) if ids.ndim != 2:
+            factor = OneHot(ids[:, None].flatten(1), flat_positions(b), n_rows)
+    if factor.shape == shape or (not isinstance(factor, Dense) and len(shape) != 2):
+        return factor
+    g = contract.materialize(factor)
+    return Dense(g.reshape(len(g), *shape))
+
+
+def read_all(
+    factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None = None
+) -> list[Tensor | None]:
+    """What every reader of a target reads, and last the cotangent of its training gradient's input
+    if there is one: None if the gradient was added to a running total. With a `packing`, the factor
+    is one of packed rows, and all readers are `DotReader`s."""
+    own = [reader is not None for reader, _ in target.readers.values()]
+    pulled = {} if all(own) else leaf_factors(target, factor)
+    at_leaf = [
+        None if here else reader.read(pulled[i])
+        for (_, i), here, reader in zip(target.readers, own, readers, strict=True)
+    ]
+    readers = [reader for here, reader in zip(own, readers, strict=True) if here]
+    beside = [root for _, root in target.readers.values() if isinstance(root, OneRunReader)]
+    if beside:  # if one reader is a `OneRunReader`, all are
+        leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
+        readers = _readers_for_train_rows(factor, target, leaves, readers)
+        factor = bundles.take(factor, slice(beside[0].n))
+    read, grad = _read_with_total(factor, target, readers, packing)
+    here = iter(read)
+    out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
+    if target.wants_grad:
+        out.append(None if grad is None else shaped(grad, target.const))
+    return out
+
+
+def _read_with_total(
+    factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """What readers at hand read, and the training gradient, formed beside them where it is wanted:
+    None if it was added to a running total."""
+    directions = [r for r in readers if isinstance(r, DotReader)]
+    us = [r.u.reshape(factor.shape) for r in directions]
+    contract_dtype = directions[0].contract_dtype if us else None  # one call has one
+    giving = next((r for r in readers if isinstance(r, ValueReader) and r.gives_total), None)
+    value: Tensor | None = None
+    grad: Tensor | None = None
+    if giving is not None and target.wants_grad:
+        value, grad = giving.read_with_total([factor])
+        dots, _ = dots_and_total(
+            factor, us, with_total=False, contract_dtype=contract_dtype, packing=packing
+        )
+        if target.running is not None:
+            target.running.put(grad)
+            grad = None
+    elif target.running is not None:
+        dots = target.running.add(factor, us, contract_dtype, packing)
+    else:
+        dots, grad = dots_and_total(
+            factor,
+            us,
+            with_total=target.wants_grad,
+            contract_dtype=contract_dtype,
+            packing=packing,
+        )
+    read: list[Tensor] = []
+    dotted = iter(dots)
+    for r in readers:
+        if isinstance(r, DotReader):
+            read.append(next(dotted))
+        else:
+            read.append(value if r is giving and value is not None else r.read(factor))
+    return read, grad
+
+
+def _readers_for_train_rows(
+    factor: Factor, target: Tracked, leaves: Sequence[int], readers: Sequence[Any]
+) -> list[Reader]:
+    """Readers of the train samples, which come first, made of the validation samples' factors."""
+
+    def at_parameter(i: int, total: Tensor) -> Tensor:
+        (g,) = contract.materialize(leaf_factors(target, Dense(total[None]))[i])
+        return g
+
+    return [
+        reader.for_train_rows([factor], grads=target.wants_grad, pull=partial(at_parameter, i))
+        for i, reader in zip(leaves, readers, strict=True)
+    ]
+
+
+def leaf_factors(target: Tracked, factor: Factor) -> dict[int, Factor]:
+    """One factor per parameter that `target` derives from."""
+    out: dict[int, Factor] = {}
+    for leaf, factors in at_leaves([(target, factor)]).items():
+        out[leaf] = factors[0]
+        if len(factors) > 1:
+            whole = list(map(contract.materialize, factors))
+            out[leaf] = Dense(contract.add_up([x.reshape(whole[0].shape) for x in whole]))
+    return out
