@@ -102,7 +102,7 @@ class Tracked:
 
     @property
     def grad_is_autograds(self) -> bool:
-        """Whether what is read here of the training gradient, or a part, is autograd's to add up."""
+        """Whether what is read of the training gradient, or a part, is autograd's to add up."""
         return self.grad is not self.const and not self.by_autograd
 
     @property

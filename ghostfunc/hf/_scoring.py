@@ -20,6 +20,7 @@ from ghostfunc._base.types import ModelFn
 from ghostfunc._factors.spread import spread
 from ghostfunc._quantities.quantity import Dot, Quantity, Spread, SqNorm
 from ghostfunc._transforms.factored import FactoredGrads, kept_of
+from ghostfunc._transforms.health import underflows
 from ghostfunc.hf._divisor import Divisor, compare
 from ghostfunc.hf._trained import SampleLoss
 from ghostfunc.hf._warm import keep_pass, look_first, one_pass
@@ -203,7 +204,7 @@ class Scoring:
         share = scale * self.processes
         table = None if tables is None else torch.stack(list(tables.values()), dim=1) / share**2
         sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
-        norms = sums.pop(NORMS).sqrt() / share if self.norms else None
+        norms = _roots(sums.pop(NORMS), out.grads or {}) / share if self.norms else None
         columns = torch.stack(list(sums.values()), dim=1) / share
         return out.losses, Values(ids, columns, norms, table)
 
@@ -272,6 +273,15 @@ class Scoring:
             before = total.get(name)
             total[name] = u if before is None else {k: before[k] + x for k, x in u.items()}
         return total
+
+
+def _roots(squares: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
+    """Norms; NaN where squares underflow, as `gf.ghost_health` refuses them."""
+    n = len(squares)
+    lost = underflows(squares.double() * n**2, squares.dtype)
+    if lost and (bool(squares.any()) or any(bool(g.any()) for g in grads.values())):
+        return torch.full_like(squares, torch.nan)
+    return squares.sqrt()
 
 
 def _another(f: Any) -> Callable[..., Any]:

@@ -202,3 +202,25 @@ def test_training_rows_without_input(row: Callable[[Any], Any], tmp_path: Path) 
     short = [row(x) for x in texts(8, 0)]
     with pytest.raises(gf.BatchError, match=r"training batch has no 'input_ids'"):
         ghost(tmp_path, train_dataset=short).train()
+
+
+def tiny_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = module(input_ids=batch["input_ids"]).logits
+    return logits.logsumexp(-1).mean(1) * module.tiny
+
+
+class OwnLoss(gf.hf.GhostTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        return tiny_losses(model, inputs).mean()
+
+
+@pytest.mark.parametrize(("tiny", "logged"), [(1e-22, False), (1e-3, True)])
+def test_norms_that_underflow_are_not_logged(tiny: float, logged: bool, tmp_path: Path) -> None:
+    model: Any = gpt2()
+    model.tiny = tiny
+    args = arguments(tmp_path, max_steps=1, logging_steps=1)
+    trainer = OwnLoss(model=model, args=args, **DATA, sample_loss=tiny_losses, log_gradients=True)
+    trainer.train()
+    (log,) = (x for x in trainer.state.log_history if "loss" in x)
+    assert ("ghost/norm_q50" in log) == logged
+    assert log.get("ghost/norm_q50", 1.0) > 0
