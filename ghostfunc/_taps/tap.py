@@ -169,11 +169,13 @@ class SinkTap(Use):
     Attributes:
         blank: makes a zero cotangent of the output, where the cotangent is kept.
         reading: whether something is read.
+        once: whether it is read once, so that what was made whole for it may go then.
     """
 
     sinks: Sinks
     blank: Blank | None = None
     reading: bool = False
+    once: bool = False
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
         """`y` with a tap beside it whose inputs are the anchor, and what training gradients are
@@ -190,6 +192,13 @@ class SinkTap(Use):
     def read(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
         """Put what is read into the sinks. Returns the training gradients that are autograd's to
         add up."""
+        try:
+            return self._read_into_sinks(b, args)
+        finally:
+            if self.once and not self.collected:
+                self.targets = []
+
+    def _read_into_sinks(self, b: Tensor, args: Sequence[Tensor]) -> list[Tensor | None]:
         sinks = self.sinks
         out: list[Tensor | None] = []
         if not sinks.open:

@@ -41,6 +41,7 @@ from ghostfunc._taps.remat.stand_ins import (
     hidden_tensor,
     standing_in,
 )
+from ghostfunc._taps.tap import SinkTap
 from ghostfunc._trace.tracked import ReaderKey, differentiable
 from ghostfunc._trace.watch import TrackingMode
 
@@ -230,6 +231,9 @@ class _Again:
         )
         with self.surroundings.restored(), mode, free:
             leaves = flatten(self.region.again(*inputs))[0]
+        for use in mode.uses[len(self.start.uses) :]:
+            if isinstance(use, SinkTap):
+                use.once = True
         return [leaves[i] for i in self.moving]
 
 
