@@ -1,77 +1,89 @@
 """The public names, by room. `__init__.py` imports them when the first is asked for."""
 
-from ghostfunc import curvature as curvature
-from ghostfunc import data as data
-from ghostfunc import distributed as distributed
-from ghostfunc import hf as hf
-from ghostfunc import projection as projection
-from ghostfunc import select as select
-from ghostfunc import shapley as shapley
-from ghostfunc import testing as testing
-from ghostfunc import unrolled as unrolled
+from ghostfunc import (
+    curvature as curvature,
+    data as data,
+    distributed as distributed,
+    hf as hf,
+    projection as projection,
+    select as select,
+    shapley as shapley,
+    testing as testing,
+    unrolled as unrolled,
+)
 from ghostfunc._base.documents import Documents as Documents
-from ghostfunc._base.errors import BatchError as BatchError
-from ghostfunc._base.errors import ControlFlowError as ControlFlowError
-from ghostfunc._base.errors import CoupledSamplesError as CoupledSamplesError
-from ghostfunc._base.errors import GhostError as GhostError
-from ghostfunc._base.errors import InPlaceError as InPlaceError
-from ghostfunc._base.errors import LossShapeError as LossShapeError
-from ghostfunc._base.errors import NonFiniteLossError as NonFiniteLossError
-from ghostfunc._base.errors import OptionError as OptionError
-from ghostfunc._base.errors import ParamsError as ParamsError
-from ghostfunc._base.errors import PositionAxisError as PositionAxisError
-from ghostfunc._base.errors import RandomnessError as RandomnessError
-from ghostfunc._base.errors import RankError as RankError
-from ghostfunc._base.errors import SampleAxisError as SampleAxisError
-from ghostfunc._base.errors import TransformError as TransformError
-from ghostfunc._base.errors import UnsupportedOpError as UnsupportedOpError
-from ghostfunc._base.errors import UntrackedUseError as UntrackedUseError
-from ghostfunc._base.errors import VerificationError as VerificationError
+from ghostfunc._base.errors import (
+    BatchError as BatchError,
+    ControlFlowError as ControlFlowError,
+    CoupledSamplesError as CoupledSamplesError,
+    GhostError as GhostError,
+    InPlaceError as InPlaceError,
+    LossShapeError as LossShapeError,
+    NonFiniteLossError as NonFiniteLossError,
+    OptionError as OptionError,
+    ParamsError as ParamsError,
+    PositionAxisError as PositionAxisError,
+    RandomnessError as RandomnessError,
+    RankError as RankError,
+    SampleAxisError as SampleAxisError,
+    TransformError as TransformError,
+    UnsupportedOpError as UnsupportedOpError,
+    UntrackedUseError as UntrackedUseError,
+    VerificationError as VerificationError,
+)
 from ghostfunc._base.evaluating import evaluating as evaluating
-from ghostfunc._base.module import accumulate_grads as accumulate_grads
-from ghostfunc._base.module import from_module as from_module
+from ghostfunc._base.module import accumulate_grads as accumulate_grads, from_module as from_module
 from ghostfunc._base.segments import documents as documents
 from ghostfunc._factors.contract import materialize as materialize
-from ghostfunc._factors.factor import Dense as Dense
-from ghostfunc._factors.factor import Grouped as Grouped
-from ghostfunc._factors.factor import OneHot as OneHot
-from ghostfunc._factors.factor import Outer as Outer
-from ghostfunc._quantities.quantity import Dot as Dot
-from ghostfunc._quantities.quantity import Gram as Gram
-from ghostfunc._quantities.quantity import Quantity as Quantity
-from ghostfunc._quantities.quantity import SampleGrad as SampleGrad
-from ghostfunc._quantities.quantity import Spread as Spread
-from ghostfunc._quantities.quantity import SqNorm as SqNorm
+from ghostfunc._factors.factor import (
+    Dense as Dense,
+    Grouped as Grouped,
+    OneHot as OneHot,
+    Outer as Outer,
+)
+from ghostfunc._quantities.quantity import (
+    Dot as Dot,
+    Gram as Gram,
+    Quantity as Quantity,
+    SampleGrad as SampleGrad,
+    Spread as Spread,
+    SqNorm as SqNorm,
+)
 from ghostfunc._rules.registry import register_rule as register_rule
 from ghostfunc._taps.remat.remat import remat as remat
-from ghostfunc._transforms.clipping import ClippedGrad as ClippedGrad
-from ghostfunc._transforms.clipping import ghost_clipped_grad as ghost_clipped_grad
-from ghostfunc._transforms.dot_prods import GhostStep as GhostStep
-from ghostfunc._transforms.dot_prods import ghost_cosine as ghost_cosine
-from ghostfunc._transforms.dot_prods import ghost_dot_prod as ghost_dot_prod
-from ghostfunc._transforms.dot_prods import ghost_value_and_grad as ghost_value_and_grad
-from ghostfunc._transforms.explain import Plan as Plan
-from ghostfunc._transforms.explain import explain as explain
-from ghostfunc._transforms.factored import FactoredGrads as FactoredGrads
-from ghostfunc._transforms.factored import factored_grads as factored_grads
-from ghostfunc._transforms.grads import direction as direction
-from ghostfunc._transforms.grads import per_sample_grads as per_sample_grads
+from ghostfunc._transforms.clipping import (
+    ClippedGrad as ClippedGrad,
+    ghost_clipped_grad as ghost_clipped_grad,
+)
+from ghostfunc._transforms.dot_prods import (
+    GhostStep as GhostStep,
+    ghost_cosine as ghost_cosine,
+    ghost_dot_prod as ghost_dot_prod,
+    ghost_value_and_grad as ghost_value_and_grad,
+)
+from ghostfunc._transforms.explain import Plan as Plan, explain as explain
+from ghostfunc._transforms.factored import (
+    FactoredGrads as FactoredGrads,
+    factored_grads as factored_grads,
+)
+from ghostfunc._transforms.grads import direction as direction, per_sample_grads as per_sample_grads
 from ghostfunc._transforms.gram import ghost_gram as ghost_gram
-from ghostfunc._transforms.health import Health as Health
-from ghostfunc._transforms.health import HealthStep as HealthStep
-from ghostfunc._transforms.health import ghost_health as ghost_health
-from ghostfunc._transforms.health import health as health
+from ghostfunc._transforms.health import (
+    Health as Health,
+    HealthStep as HealthStep,
+    ghost_health as ghost_health,
+    health as health,
+)
 from ghostfunc._transforms.norms import ghost_norm as ghost_norm
-from ghostfunc._transforms.verify import Report as Report
-from ghostfunc._transforms.verify import verify as verify
-from ghostfunc._transforms.vjp import GhostVjp as GhostVjp
-from ghostfunc._transforms.vjp import ghost_vjp as ghost_vjp
+from ghostfunc._transforms.verify import Report as Report, verify as verify
+from ghostfunc._transforms.vjp import GhostVjp as GhostVjp, ghost_vjp as ghost_vjp
 from ghostfunc.curvature import influence as influence
-from ghostfunc.data import Scores as Scores
-from ghostfunc.data import score_dataset as score_dataset
-from ghostfunc.projection import Project as Project
-from ghostfunc.projection import Projection as Projection
-from ghostfunc.projection import ghost_project as ghost_project
-from ghostfunc.projection import kronecker_projection as kronecker_projection
+from ghostfunc.data import Scores as Scores, score_dataset as score_dataset
+from ghostfunc.projection import (
+    Project as Project,
+    Projection as Projection,
+    ghost_project as ghost_project,
+    kronecker_projection as kronecker_projection,
+)
 
 __version__: str

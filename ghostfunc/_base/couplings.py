@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ghostfunc._base.torch_private import TorchDispatchMode
+from ghostfunc._base.modes import DispatchMode
 from ghostfunc._base.trees import take, tensors_of
 from ghostfunc._base.types import PyTree
 
@@ -32,21 +32,15 @@ class _Call(NamedTuple):
     takes_rows: bool
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(DispatchMode):
     """Notes the calls of a run that make a tensor of tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         given = tensors_of(args[:1])
         if isinstance(out, Tensor) and given:
             name = func.overloadpacket.__name__

@@ -1,4 +1,4 @@
-"""Modes: they see every torch function that is called while they are active."""
+"""Modes: they see every torch function, or every op that it comes to, while they are active."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
+
+from ghostfunc._base.torch_private import TorchDispatchMode
 
 
 class Mode(TorchFunctionMode):
@@ -26,4 +28,21 @@ class Mode(TorchFunctionMode):
 
     @abstractmethod
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func` returns, seen or changed."""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that says what becomes of each op."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.call(func, args, kwargs or {})
+
+    @abstractmethod
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `func` returns, seen or changed."""

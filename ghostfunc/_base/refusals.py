@@ -1,16 +1,18 @@
-"""Calls that have no per-sample meaning, and the mode that refuses them."""
+"""Calls that have no per-sample meaning, and the mode that refuses them. Those of single ops stand
+with the ops' rules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from torch.overrides import (
-    resolve_name,
-)
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
 
-from ghostfunc._base.errors import CoupledSamplesError
+from ghostfunc._base.errors import CoupledSamplesError, TransformError
 from ghostfunc._base.modes import Mode
 
 COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
@@ -58,3 +60,29 @@ class Refusals(Mode):
         if func in REFUSED:
             REFUSED[func](*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@refuse(Tensor.register_hook)
+def check_hook(input: Tensor, hook: Any) -> None:
+    raise TransformError(
+        "model_fn registers a hook on a tensor, which may change gradients where no transform sees "
+        "it. Register no hook in model_fn; write a change of gradients as a function, such as "
+        "x * c + (x * (1 - c)).detach()."
+    )
+
+
+def check_collective(name: str, *args: Any, **kwargs: Any) -> None:
+    refuse_collective(f"torch.distributed.{name}")
+
+
+_COLLECTIVES = (
+    "all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "gather",
+    "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single",
+    "send", "recv", "isend", "irecv",
+)  # fmt: skip
+"""First runs see their ops; later ones, whose way may have changed, see the functions."""
+
+if torch.distributed.is_available():
+    REFUSED.update(
+        {getattr(torch.distributed, name): partial(check_collective, name) for name in _COLLECTIVES}
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from ghostfunc._base.documents import Documents, packing_of
@@ -101,14 +102,13 @@ def memory(model_fn: ModelFn, kind: type[M]) -> M:
 def structure(program: Program, batch: PyTree) -> Hashable:
     """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
     batch_leaves, batch_def = flatten(batch)
-    packing = packing_of(batch)
     return (
         program.spec.treedef,
         tuple([(x.ndim, x.dtype) for x in program.leaves]),
         batch_def,
         tuple([(x.ndim, x.dtype) for x in batch_leaves]),
         len(batch_leaves[0]) > 1,  # a batch of one proves nothing of others
-        packing is not None and packing.several,  # nor does a document in a row of its own
+        isinstance(batch, Documents) and batch.packing.several,  # nor a document in its own row
         program.randomness,
         training_flags(program.model_fn),
     )
@@ -129,16 +129,15 @@ def shapes_key(batch: PyTree) -> Hashable:
         packing = batch.packing
         sizes = tuple(tuple(x.shape[2:]) for x in batch.tensors.values())
         return packing.rows, packing.width, packing.several, len(batch) > 1, sizes
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple) and any(isinstance(x, Documents) for x in batch):
         return tuple([shapes_key(x) for x in batch])
-    return tuple([_known_shape(x.shape) for x in tensors_of(batch)])
+    shapes = [x.shape for x in tensors_of(batch)]
+    if _INT.issuperset(map(type, chain.from_iterable(shapes))):
+        return tuple(shapes)
+    return tuple([tuple(map(known, shape)) for shape in shapes])
 
 
 def layout_key(batch: PyTree) -> Hashable:
     """What a proof of documents holds for besides: rows of one shape hold few or many of them."""
     packing = packing_of(batch)
     return None if packing is None else packing.layout
-
-
-def _known_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if _INT.issuperset(map(type, shape)) else tuple(map(known, shape))

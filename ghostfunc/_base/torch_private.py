@@ -15,8 +15,10 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef as CustomOpDef  # ops of torch.library
-from torch._ops import HigherOrderOperator as HigherOrderOperator  # torch.cond and its kin
-from torch._ops import OpOverload as OpOverload  # one overload of such an op
+from torch._ops import (
+    HigherOrderOperator as HigherOrderOperator,  # torch.cond and its kin
+    OpOverload as OpOverload,  # one overload of such an op
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad

@@ -20,7 +20,7 @@ from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
 from ghostfunc._factors.contract import add_total, add_up, dot, position_dots, total
 from ghostfunc._factors.factor import Factor, Outer
-from ghostfunc._factors.matmul import by_onednn, matmul, product, speed
+from ghostfunc._factors.matmul import add_product, by_onednn, matmul, product, speed
 
 
 class RunningTotal:
@@ -37,7 +37,7 @@ class RunningTotal:
         self.to_come = 0
         self.whole: Callable[[Tensor], None] | None = None
 
-    def added(self) -> None:
+    def _added(self) -> None:
         """One more use is in the value."""
         self.to_come -= 1
         if self.whole is not None and self.to_come <= 0:
@@ -48,6 +48,15 @@ class RunningTotal:
         """Add the sum of one use, in memory of its own."""
         before = self.value
         self.value = total if before is None else before + total.view_as(before)
+        self._added()
+
+    def put_product(self, left: Tensor, right: Tensor) -> None:
+        """Add the sum of one use, `left @ right`."""
+        if self.value is None:
+            self.value = matmul(left, right)
+        else:
+            add_product(self.value.view(left.shape[0], right.shape[1]), left, right)
+        self._added()
 
     def add(
         self,
@@ -72,7 +81,7 @@ class RunningTotal:
             self.value = whole.contiguous()
         elif not in_place:
             self.value = before + whole.view_as(before)
-        self.added()
+        self._added()
         return dots
 
 

@@ -31,7 +31,7 @@ def _flat(x: Tensor) -> Tensor:
     return wide(x)[:, None].flatten(1)
 
 
-def _blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
+def blocks(n: int, elements_per_sample: int) -> Iterator[slice]:
     """Cut n samples into blocks whose temporaries stay in cache."""
     step = cost.samples_per_block(n, elements_per_sample)
     for start in range(0, n, step):
@@ -160,7 +160,7 @@ def _dot_outer(
     return torch.cat(
         [
             row_dots(matmul(left[s], u, contract_dtype), right[s])
-            for s in _blocks(len(left), elements)
+            for s in blocks(len(left), elements)
         ]
     )
 
@@ -184,7 +184,7 @@ def position_dots(
             step = left.shape[1] * right.shape[-1]
             parts = [
                 (matmul(left[s], u, contract_dtype) * right[s]).sum(-1)
-                for s in _blocks(len(left), step)
+                for s in blocks(len(left), step)
             ]
             return torch.cat(parts)
         case _:
@@ -275,82 +275,3 @@ def transpose(factor: Factor) -> Factor:
             return Dense(g.mT)
         case _:
             raise unknown_factor(factor)
-
-
-# --- two factors of one parameter -------------------------------------------------------------
-
-
-def pair_dots(f: Factor, g: Factor, *, each: bool, contract_dtype: ContractDtype = None) -> Tensor:
-    """`<f_i, g_j>`: `[n, m]` if `each`, else summed over j, `[n]`. Nothing is materialised
-    unless one of the two is `Dense`."""
-    if f.shape != g.shape:
-        f, g = _alike(f, g)
-    match f, g:
-        case (Dense(), Dense()):
-            gram = product(_flat(f.g), _flat(g.g).mT)
-            return gram if each else gram.sum(1)
-        case (_, Dense()):
-            if each:
-                return torch.stack([dot(f, u, contract_dtype) for u in g.g], dim=1)
-            return dot(f, g.g.sum(0), contract_dtype)
-        case (Dense(), _):
-            if each:
-                return pair_dots(g, f, each=True, contract_dtype=contract_dtype).mT
-            return dot(f, total(g))
-        case (Grouped(), Grouped()):
-            pairs = zip(f.groups(), g.groups(), strict=True)
-            return add_up(
-                [pair_dots(x, y, each=each, contract_dtype=contract_dtype) for x, y in pairs]
-            )
-    m, s = g[0].shape[:2]
-    samples = f[0]
-    out = []
-    for block in _blocks(samples.shape[0], samples.shape[1] * m * s):
-        grams = _token_grams(_take(f, block), g, contract_dtype)
-        dots = (grams[0] * grams[1]).view(-1, samples.shape[1], m, s)
-        out.append(dots.sum((1, 3)) if each else dots.sum((1, 2, 3)))
-    return torch.cat(out)
-
-
-def _alike(f: Factor, g: Factor) -> tuple[Factor, Factor]:
-    """Two factors that see one parameter in several shapes, in one shape."""
-    if isinstance(g, Dense):
-        return f, Dense(g.g.reshape(len(g.g), *f.shape))
-    if isinstance(f, Dense):
-        return Dense(f.g.reshape(len(f.g), *g.shape)), g
-    return Dense(_flat(materialize(f))), Dense(_flat(materialize(g)))
-
-
-def _take(f: Factor, block: slice) -> Factor:
-    match f:
-        case Outer(left, right):
-            return Outer(left[block], right[block])
-        case OneHot(ids, b, rows):
-            return OneHot(ids[block], b[block], rows)
-        case _:
-            raise unknown_factor(f)
-
-
-def _token_grams(f: Factor, g: Factor, contract_dtype: ContractDtype) -> tuple[Tensor, Tensor]:
-    """Inner products of the two factors' left and right vectors, each `[n*t, m*s]`."""
-
-    def inner(x: Tensor, y: Tensor) -> Tensor:
-        return matmul(x.flatten(0, 1), y.flatten(0, 1).mT, contract_dtype)
-
-    match f, g:
-        case (Outer(), Outer()):
-            return inner(f.left, g.left), inner(f.right, g.right)
-        case (Outer(), OneHot()):
-            return _rows(f.left)[:, g.ids.flatten()], inner(f.right, g.b)
-        case (OneHot(), Outer()):
-            return _rows(g.left)[:, f.ids.flatten()].mT, inner(f.b, g.right)
-        case (OneHot(), OneHot()):
-            b = inner(f.b, g.b)
-            same = f.ids.flatten()[:, None] == g.ids.flatten()[None, :]
-            return same.to(b.dtype), b
-        case _:
-            raise unknown_factor(f)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return wide(x).flatten(0, 1)

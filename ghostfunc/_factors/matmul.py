@@ -92,7 +92,7 @@ def add_product(into: Tensor, x: Tensor, y: Tensor) -> None:
 def by_onednn(x: Tensor, y: Tensor) -> bool:
     """Whether these matrices, or each of a stack of them, are multiplied by oneDNN: they are large,
     float32, and nobody wants derivatives of the product."""
-    if not (_can(x, y) and x.dtype is y.dtype is torch.float32):
+    if not (x.dtype is y.dtype is torch.float32 and _can(x, y)):
         return False
     (m, k), n = x.shape[-2:], y.shape[-1]
     return (

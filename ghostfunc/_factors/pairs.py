@@ -36,8 +36,8 @@ from ghostfunc._factors.bundles import (
     take,
     values,
 )
-from ghostfunc._factors.contract import add_up, materialize, row_dots
-from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
+from ghostfunc._factors.contract import add_up, blocks, dot, materialize, row_dots, total
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
 from ghostfunc._factors.matmul import matmul
 
 
@@ -263,6 +263,65 @@ def _token_dots(f: Factor, g: Factor, contract_dtype: ContractDtype) -> Tensor:
             return torch.where(same, inner(f.b, g.b), 0)
         case _:
             raise TypeError(f"{type(f).__name__} and {type(g).__name__} do not meet by tokens.")
+
+
+# --- sums over the samples of the other -------------------------------------------------------
+
+
+def pair_dots(f: Factor, g: Factor, contract_dtype: ContractDtype = None) -> Tensor:
+    """`sum_j <f_i, g_j>`, `[n]`. Nothing is materialised unless one of the two is `Dense`, or the
+    two see the parameter in several shapes."""
+    if f.shape != g.shape:
+        f, g = _alike(f, g)
+    match f, g:
+        case (_, Dense()):
+            return dot(f, wide(g.g).sum(0), contract_dtype)
+        case (Dense(), _):
+            return dot(f, total(g))
+        case (Grouped(), Grouped()):
+            pairs = zip(f.groups(), g.groups(), strict=True)
+            return add_up([pair_dots(x, y, contract_dtype) for x, y in pairs])
+    n, t = f[0].shape[:2]
+    m, s = g[0].shape[:2]
+    out = []
+    for block in blocks(n, t * m * s):
+        grams = _token_grams(take(f, block), g, contract_dtype)
+        out.append((grams[0] * grams[1]).view(-1, t, m, s).sum((1, 2, 3)))
+    return torch.cat(out)
+
+
+def _alike(f: Factor, g: Factor) -> tuple[Factor, Factor]:
+    """Two factors that see one parameter in several shapes, in one shape."""
+    if isinstance(g, Dense):
+        return f, Dense(g.g.reshape(len(g.g), *f.shape))
+    if isinstance(f, Dense):
+        return Dense(f.g.reshape(len(f.g), *g.shape)), g
+    return Dense(materialize(f).flatten(1)), Dense(materialize(g).flatten(1))
+
+
+def _token_grams(f: Factor, g: Factor, contract_dtype: ContractDtype) -> tuple[Tensor, Tensor]:
+    """Inner products of the two factors' left and right vectors, each `[n*t, m*s]`."""
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return matmul(x.flatten(0, 1), y.flatten(0, 1).mT, contract_dtype)
+
+    match f, g:
+        case (Outer(), Outer()):
+            return inner(f.left, g.left), inner(f.right, g.right)
+        case (Outer(), OneHot()):
+            return _all_positions(f.left)[:, g.ids.flatten()], inner(f.right, g.b)
+        case (OneHot(), Outer()):
+            return _all_positions(g.left)[:, f.ids.flatten()].mT, inner(f.b, g.right)
+        case (OneHot(), OneHot()):
+            b = inner(f.b, g.b)
+            same = f.ids.flatten()[:, None] == g.ids.flatten()[None, :]
+            return same.to(b.dtype), b
+        case _:
+            raise unknown_factor(f)
+
+
+def _all_positions(x: Tensor) -> Tensor:
+    return wide(x).flatten(0, 1)
 
 
 # --- cutting ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ A quantity hands out one *reader* per parameter. A reader is a pytree of tensors
     push(...)          the reader of a tensor derived from the parameter, or None where the
                        per-sample gradient must be pulled back to the parameter instead
 
-Readers that can be pushed can be added: `plus` reads the sum of both.
+Readers that are linear in a direction can be added: `plus` reads the sum of both.
 
 A tap adds up what is read at every use, which is right for what is linear in the gradient. The
 readers of other quantities have a fourth method:

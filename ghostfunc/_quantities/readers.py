@@ -1,14 +1,15 @@
 """Readers: each reads one quantity of one parameter off a factor.
 
-Readers travel: `push` gives the reader of a tensor derived from the parameter, `plus` the reader of
-a sum of two such tensors.
+Readers travel: `push` gives the reader of a tensor derived from the parameter. Those that are
+linear in the direction can be added: `plus` gives the reader of a tensor that derives from the
+parameter in two ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,11 @@ class Reader(Protocol):
     def read(self, factor: Factor) -> Tensor: ...
 
     def push(self, push: Push) -> Any: ...
+
+
+@runtime_checkable
+class LinearReader(Reader, Protocol):
+    """A reader that can be added to another one of its kind."""
 
     def plus(self, other: Any) -> Any: ...
 
@@ -121,10 +127,7 @@ class PairReader(NamedTuple):
             return self.tap(bundles.values(factor), bundles.samples([factor]))
         if self.each:
             return pairs.gram([factor], self.factors, contract_dtype=self.contract_dtype)
-        dots = [
-            contract.pair_dots(factor, g, each=False, contract_dtype=self.contract_dtype)
-            for g in self.factors
-        ]
+        dots = [pairs.pair_dots(factor, g, self.contract_dtype) for g in self.factors]
         return contract.add_up(dots)
 
     def push(self, push: Push) -> PairReader:
@@ -314,9 +317,6 @@ class ValueReader(NamedTuple):
             same |= push.derivation == "transpose"
         return self if same else None
 
-    def plus(self, other: ValueReader) -> ValueReader:
-        return self
-
 
 class TotalReader(NamedTuple):
     """`sum_i g_i` in float32 or wider, `[*shape]`: a direction. (A training gradient, whose
@@ -333,9 +333,6 @@ class TotalReader(NamedTuple):
 
     def push(self, push: Push) -> None:
         return None
-
-    def plus(self, other: TotalReader) -> TotalReader:
-        return self
 
 
 def by_sample(reader: Reader) -> bool:

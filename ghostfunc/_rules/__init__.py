@@ -19,41 +19,15 @@ Importing this room registers every rule. Read: registry, products, contraction,
 """
 
 from ghostfunc._rules import (
-    activation as activation,
-)
-from ghostfunc._rules import (
     broadcasting as broadcasting,
-)
-from ghostfunc._rules import (
     composite as composite,
-)
-from ghostfunc._rules import (
     conv as conv,
-)
-from ghostfunc._rules import (
     dense as dense,
-)
-from ghostfunc._rules import (
     experts as experts,
-)
-from ghostfunc._rules import (
     inplace as inplace,
-)
-from ghostfunc._rules import (
     look_up as look_up,
-)
-from ghostfunc._rules import (
     norm as norm,
-)
-from ghostfunc._rules import (
     products as products,
-)
-from ghostfunc._rules import (
     recurrent as recurrent,
-)
-from ghostfunc._rules import (
-    refusals as refusals,
-)
-from ghostfunc._rules import (
     reordering as reordering,
 )

@@ -1,6 +1,5 @@
-"""Similarities of samples to prototypes, and other ops whose per-sample gradient is dense anyway.
-
-The pull-back of the op itself, sample by sample, is the factor.
+"""Ops whose per-sample gradient is dense anyway: similarities of samples to prototypes, activations
+with parameters, and others. Of most the factor is the pull-back of the op itself, by sample.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense
 from ghostfunc._rules.registry import Factors, register_rule
 
@@ -91,3 +91,14 @@ def grid_sample(b: Tensor, input: Tensor, grid: Tensor, *options: Any, **named: 
 @register_rule(torch.linalg.solve)
 def solve(b: Tensor, A: Tensor, B: Tensor, *, left: bool = True) -> Factors:
     return pulled_back(b, lambda A, B: torch.linalg.solve(A, B, left=left), {"A": A, "B": B})
+
+
+@register_rule(F.prelu)
+def prelu(b: Tensor, input: Tensor, weight: Tensor) -> Factors:
+    def of_weight() -> Dense:
+        g = wide(b) * wide(input).clamp(max=0)
+        if weight.shape[1:].numel() == 1:
+            return Dense(g.reshape(len(g), -1).sum(1))
+        return Dense(g.movedim(2, 1).flatten(2).sum(2))  # the channels are the call's second axis
+
+    return {"weight": of_weight}

@@ -465,6 +465,6 @@ def unfold_all(call: CallArgs, expected: CallTrace, n: int) -> list[Any]:
         if i in layouts:
             layouts[i].check(x, n)
             args[i] = layouts[i].split(x, n)
-        elif expected.out.folds and isinstance(x, Tensor) and x.ndim >= from_right:
-            args[i] = x.unflatten(x.ndim - from_right, (*[1] * expected.out.folds, -1))
+        elif expected.out.extra_axes and isinstance(x, Tensor) and x.ndim >= from_right:
+            args[i] = x.unflatten(x.ndim - from_right, (*[1] * expected.out.extra_axes, -1))
     return args

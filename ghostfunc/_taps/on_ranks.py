@@ -18,6 +18,7 @@ from ghostfunc._base.errors import WAYS_OUT, ControlFlowError
 from ghostfunc._base.processes.in_step import InStep, OtherRankRetries
 from ghostfunc._base.processes.pieces import held_whole, refuse_other_samples, whole_likes
 from ghostfunc._base.program import Program
+from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import Check, PyTree
 from ghostfunc._taps.proof import gradients_unproved
 from ghostfunc._trace.fitting import TracedModel, known_trace
@@ -62,13 +63,13 @@ class Together:
     def run(self, asked: Callable[[TracedModel], R]) -> tuple[TracedModel, R]:
         """What is `asked` of the model with a trace that fits this rank's batch."""
         refuse_other_samples(self.program, self.batch)
-        looked = False
+        looked, n = False, batch_size(self.batch)
         trace = self._known()
         for _ in range(ATTEMPTS):
             looked |= self._look(trace is None, "asking whether all ranks have a trace")
             trace = self._known() if trace is None else trace
             assert trace is not None
-            model = TracedModel.on(self.program, self.batch, trace)
+            model = TracedModel.on(self.program, self.batch, n, trace)
             try:
                 with self.ranks.in_step("running the model", retries=(StaleLayout,)):
                     taken = asked(model)

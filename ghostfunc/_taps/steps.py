@@ -20,7 +20,7 @@ from torch import Tensor
 from ghostfunc._base.dense_gradients import makes_sparse
 from ghostfunc._base.refusals import REFUSED
 from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
-from ghostfunc._trace.trace import CallTrace, WayTaken, folds
+from ghostfunc._trace.trace import CallTrace, WayTaken, may_fold
 from ghostfunc._trace.tracked import CallArgs, Tracked
 from ghostfunc._trace.watch import SIZED_BY_VALUES, nests
 
@@ -93,7 +93,7 @@ class Step:
             return
         if any(kinds[i] not in _LISTS or not _INT.issuperset(map(type, values[i])) for i in lists):
             return
-        if folds(self.func):
+        if may_fold(self.func):
             if not isinstance(values[0], Tensor) or any(isinstance(x, Tensor) for x in values[1:]):
                 return
             self.shape = values[0].shape

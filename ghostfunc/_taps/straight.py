@@ -25,7 +25,7 @@ from ghostfunc._factors import cost
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import use_shape
 from ghostfunc._factors.factor import Dense, Factor, Outer
-from ghostfunc._factors.matmul import add_product, matmul, speed
+from ghostfunc._factors.matmul import matmul, speed
 from ghostfunc._quantities.readers import DotReader, OneRunReader
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked
@@ -34,8 +34,8 @@ SMALL = 1 << 16
 """Elements of the per-sample gradients of one parameter that may wait for the others."""
 
 FEW = 1 << 12
-"""Terms that a product of vectors may add up one after the other: of more, digits are lost, and a
-sum in pairs has them."""
+"""Terms that one call may multiply and add up in their order. A longer sum is a call of its own,
+which adds in pairs and loses fewer digits."""
 
 PLANS = 64
 """Choices that are remembered of one use, by its shapes; they are cheap to make again."""
@@ -109,12 +109,8 @@ def _paired(call: CallTrace, factor: Outer, n: int, running: RunningTotal | None
     ours, rights = left[:cut], right[:cut]
     tokens = matmul(ours, left[cut:].mT)
     others = matmul(rights, right[cut:].mT)
-    if running is not None and running.value is not None:
-        add_product(running.value.view(factor.shape), ours.mT, rights)
-    elif running is not None:
-        running.value = matmul(ours.mT, rights)
     if running is not None:
-        running.added()
+        running.put_product(ours.mT, rights)
     if tokens.numel() > n * FEW:
         return tokens.mul_(others).view(n, -1).sum(1)
     return torch.bmm(tokens.view(n, 1, -1), others.view(n, -1, 1)).view(n)
@@ -146,6 +142,4 @@ def _read_table(table: list[_Waiting], add: Add) -> None:
     totals = whole.sum(0).split([one.g.shape[1] for one in table])
     for one, total in zip(table, totals, strict=True):
         if one.running is not None:
-            before = one.running.value
-            one.running.value = total if before is None else before.add_(total.view_as(before))
-            one.running.added()
+            one.running.put(total)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ghostfunc._base.documents import Packing, packing_of
+from ghostfunc._base.documents import Documents, Packing
 from ghostfunc._base.errors import (
     WAYS_OUT,
     ControlFlowError,
@@ -81,10 +81,11 @@ class TracedModel(Program):
     packing: Packing | None
 
     @staticmethod
-    def on(program: Program, batch: PyTree, trace: Trace) -> TracedModel:
-        """The program, which followed `trace` on a batch like this one."""
+    def on(program: Program, batch: PyTree, n: int, trace: Trace) -> TracedModel:
+        """The program, which followed `trace` on a batch like this one, of n samples."""
         own = program.model_fn, program.leaves, program.spec, program.randomness
-        return TracedModel(*own, batch, batch_size(batch), trace, packing_of(batch))
+        packing = batch.packing if isinstance(batch, Documents) else None
+        return TracedModel(*own, batch, n, trace, packing)
 
     @property
     def rows(self) -> int:
@@ -132,12 +133,12 @@ def with_trace(
         except StaleLayout as stale:
             tried, unproved = program.trace, _disproved(stale)
     program = plain(program)
-    batch_size(batch)  # raises for what is no batch
+    n = batch_size(batch)
     known = _look_up(program, batch)
     for trace in known.in_order():
         if trace is tried:
             continue
-        model = TracedModel.on(program, batch, trace)
+        model = TracedModel.on(program, batch, n, trace)
         try:
             result = use(model)
         except StaleLayout as stale:
@@ -209,7 +210,7 @@ def _with_new_trace(
         except (ControlFlowError, SampleAxisError, UnsupportedOpError) as error:
             refused = refused or error  # other samples may go another way, and the batch's own
             continue
-        model = TracedModel.on(program, batch, trace)
+        model = TracedModel.on(program, batch, batch_size(batch), trace)
         try:
             return model, use(model)
         except StaleLayout as stale:

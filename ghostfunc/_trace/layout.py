@@ -34,7 +34,7 @@ class Layout:
     inner: int = 1
 
     @property
-    def folds(self) -> int:
+    def extra_axes(self) -> int:
         """How many axes `split` adds."""
         return {"none": 0, "between": 2}.get(self.fold, 1)
 
@@ -73,7 +73,7 @@ class Layout:
 
     def merge(self, x: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return x.flatten(self.axis, self.axis + self.folds) if self.folds else x
+        return x.flatten(self.axis, self.axis + self.extra_axes) if self.extra_axes else x
 
     def front(self, x: Tensor, n: int) -> Tensor:
         """`x` as `[n, ...]`, positions on one axis; a view where that can be."""
@@ -84,8 +84,10 @@ class Layout:
     def stack(self, x: Tensor, n: int) -> Tensor:
         """`x` as `[n, *shape]`, where `shape` is what a call with one sample would have; a view
         where that can be."""
-        x = self.front(x, n)
-        return x.unsqueeze(self.axis + 1) if self.fold == "none" else x
+        if self.fold != "none":
+            return self.front(x, n)
+        x = x.movedim(self.axis, 0) if self.axis else x
+        return x.unsqueeze(self.axis + 1)
 
     def unstack(self, x: Tensor) -> Tensor:
         """The inverse of `stack`."""
@@ -104,7 +106,7 @@ class Layout:
                 f"A parameter of shape {tuple(w.shape)} spans the axis that holds the samples "
                 f"(axis {self.axis}): each sample would have a parameter of its own."
             )
-        for _ in range(self.folds):
+        for _ in range(self.extra_axes):
             w = w.unsqueeze(self.axis)
         return w
 

@@ -63,7 +63,7 @@ class Few(NamedTuple):
     more: int = 1
 
     @property
-    def grown(self) -> tuple[int, ...]:
+    def with_more(self) -> tuple[int, ...]:
         return *self.rows, *self.rows[: self.more]
 
 
@@ -95,7 +95,7 @@ def few_to_trace(program: Program, batch: PyTree) -> Iterator[Few]:
     sizes = *SIZES_TRIED, *([n] if 1 < n <= WHOLE_TRIED else [])
     more = [Few(tuple(i % n for i in range(k)), m) for k in sizes for m in (1, 2, k)]
     for few in dict.fromkeys((*pairs, *more[1:])):
-        if same(few.rows) and same(few.grown):
+        if same(few.rows) and same(few.with_more):
             yield few
 
 
@@ -128,12 +128,13 @@ def trace_model(program: Program, batch: PyTree, few: Few) -> Trace:
 
 def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Tensor) -> Trace:
     """The trace, given the calls and the losses of a run on the few samples."""
-    k, more, grown = len(few.rows), few.more, apart(take(batch, list(few.grown)))
+    k, large = len(few.rows), apart(take(batch, list(few.with_more)))
+    n = k + few.more
     tracked = constants(program.leaves, program.spec)
-    recorder = Recorder(tracked, log, k, k + more, grown)
+    recorder = Recorder(tracked, log, k, n, large)
     with recorder:
-        losses = program.losses([t.shown for t in tracked], grown)
-    losses = check_losses(losses, k + more).detach()  # its graph need not outlive it
+        losses = program.losses([t.shown for t in tracked], large)
+    losses = check_losses(losses, n).detach()  # its graph need not outlive it
     if program.randomness == "error" and not close(losses[:k], plain):
         raise InPlaceError(
             f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "
@@ -142,14 +143,14 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
         )
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
-    cotangents = probe_uses(program, grown, recorder.seen, uses)
+    marks = probe_uses(program, large, recorder.seen, uses)
     calls = iter(
-        _settle_layout(s, b, k, k + more, program.randomness)
-        for s, b in zip(uses, zip(*cotangents, strict=True), strict=True)
+        _settle_layout(s, m, k, n, program.randomness)
+        for s, m in zip(uses, zip(*marks, strict=True), strict=True)
     )
     counts = [0] * len(program.leaves)
     for use in uses:
-        for leaf in (leaf for tracked in use.tracked for leaf in tracked.leaves()):
+        for leaf in (leaf for target in use.tracked for leaf in target.leaves()):
             counts[leaf] += 1
     trace = Trace(
         tuple(op_key(func) for func, _, _ in log.calls if not reads_attribute(func)),
@@ -168,14 +169,17 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
 
 
 def _settle_layout(
-    seen: RecordedCall, cotangents: Sequence[Tensor], k: int, n: int, randomness: Randomness
+    seen: RecordedCall, marks: Sequence[Tensor], k: int, n: int, randomness: Randomness
 ) -> CallTrace:
-    """Choose the folding that both the cotangents and the values of the output allow: of n samples
-    those after the first k are copies of the first."""
+    """Choose where samples lie in the output: where both its marks, which say where there is a
+    cotangent of each loss, and its values allow it. Of n samples those after the first k are copies
+    of the first."""
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
-        f for f in seen.folds if all(_only(i, f.front(b, n)) for i, b in enumerate(cotangents))
+        layout
+        for layout in seen.candidates
+        if all(_only(i, layout.front(mark, n)) for i, mark in enumerate(marks))
     ]
     what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
     if not owned:
@@ -186,8 +190,8 @@ def _settle_layout(
             + WAYS_OUT
         )
     if len(owned) > 1 and randomness == "error":
-        owned = [f for f in owned if _copies_equal(f.front(y, n), k)] or owned
-    ordinary = [f for f in owned if f.fold != "between"]
+        owned = [x for x in owned if _copies_equal(x.front(y, n), k)] or owned
+    ordinary = [x for x in owned if x.fold != "between"]
     owned = ordinary or owned
     if len(owned) > 1:
         raise SampleAxisError(
@@ -195,16 +199,16 @@ def _settle_layout(
             "tell which rows belong to which sample (are all values equal?). Call it once with a "
             "batch of ordinary values."
         )
-    (fold,) = owned
+    (out,) = owned
     layouts = tuple(
-        (i, lay if lay.fold == "none" else lay.folded_like(fold)) for i, lay in trace.layouts
+        (i, lay if lay.fold == "none" else lay.folded_like(out)) for i, lay in trace.layouts
     )
-    return replace(trace, out=fold, layouts=layouts)
+    return replace(trace, out=out, layouts=layouts)
 
 
-def _only(i: int, b: Tensor) -> bool:
+def _only(i: int, mark: Tensor) -> bool:
     """Whether only sample i has a cotangent."""
-    return not bool(b[:i].any()) and not bool(b[i + 1 :].any())
+    return not bool(mark[:i].any()) and not bool(mark[i + 1 :].any())
 
 
 def _copies_equal(y: Tensor, k: int) -> bool:

@@ -90,7 +90,7 @@ class Prober(TrackingMode):
 
 
 def probe_uses(
-    program: Program, grown: PyTree, seen: Sequence[RecordedCall], uses: Sequence[RecordedCall]
+    program: Program, large: PyTree, seen: Sequence[RecordedCall], uses: Sequence[RecordedCall]
 ) -> list[list[Tensor]]:
     """Where every use's output has a cotangent, for every sample's loss in turn: booleans like the
     output, of which several are kept while the model's graph is."""
@@ -101,7 +101,7 @@ def probe_uses(
         for leaf, primal in zip(tracked, primals, strict=True):
             leaf.grad = leaf.shown = primal
         with Prober(tracked, seen, taps):
-            return program.losses(primals, grown)
+            return program.losses(primals, large)
 
     if in_transform():
         with unwrapped_memory():

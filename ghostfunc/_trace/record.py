@@ -20,8 +20,8 @@ from ghostfunc._base.errors import (
     UnsupportedAlwaysError,
     UnsupportedOpError,
 )
-from ghostfunc._base.purity import Draws
 from ghostfunc._base.refusals import Refusals, op_name
+from ghostfunc._base.side_effects import Draws
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address, in_transform
 from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
@@ -136,24 +136,35 @@ def shapes(tree: object) -> list[Shape | None]:
 
 @dataclass
 class RecordedCall:
-    """A call on tracked tensors, with what is needed to classify it."""
+    """A call on tracked tensors, with what is needed to classify it.
+
+    Attributes:
+        trace: what is known of it so far; `tracked`: the tensors that it met.
+        y: its output, of uses.
+        candidates: where samples may lie in the output, going by its shapes, ordinary ways first.
+    """
 
     trace: CallTrace
     tracked: list[Tracked]
     y: Tensor | None
-    folds: tuple[Layout, ...]
+    candidates: tuple[Layout, ...]
 
 
 class Recorder(TrackingMode):
-    """Runs the grown batch beside the log of the smaller one."""
+    """Runs the larger of two batches beside the log of the smaller one.
+
+    Args:
+        n_small, n_large: samples in them, the smaller batch the first of the larger one.
+        large: the larger batch.
+    """
 
     def __init__(
-        self, leaves: Sequence[Tracked], log: ShapeLog, k: int, grown: int, batch: PyTree
+        self, leaves: Sequence[Tracked], log: ShapeLog, n_small: int, n_large: int, large: PyTree
     ) -> None:
         super().__init__(leaves)
         self._log = log
-        self._k, self._grown = k, grown
-        self._of_batch = {id(x): x for x in tensors_of(batch)}  # what is made of its values
+        self._n_small, self._n_large = n_small, n_large
+        self._of_batch = {id(x): x for x in tensors_of(large)}  # what is made of its values
         self._written: set[int] = set()
         self._entry = 0
         self._reordered_at: int | None = None
@@ -184,9 +195,9 @@ class Recorder(TrackingMode):
         self._number += not reads_attribute(func)
         if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
             raise ControlFlowError(
-                f"model_fn calls other ops for {self._grown} samples than for {self._k} (at "
-                f"{op_name(func)}): its control flow depends on its data, or on how many samples "
-                "there are, so it cannot be traced. " + WAYS_OUT
+                f"model_fn calls other ops for {self._n_large} samples than for {self._n_small} "
+                f"(at {op_name(func)}): its control flow depends on its data, or on how many "
+                "samples there are, so it cannot be traced. " + WAYS_OUT
             )
         if func is torch.randperm and self._reordered_at is None:
             self._reordered_at = len(self.seen)
@@ -331,31 +342,31 @@ class Recorder(TrackingMode):
         if isinstance(rule, FactorRule) and rule.check is not None:
             args, kwargs = call.rebuild(call.leaves)
             rule.check(*args, **kwargs)
-        folds = self._axis(out_shapes[0], tuple(out.shape), what)
+        candidates = self._axis(out_shapes[0], tuple(out.shape), what)
         layouts = []
         for i, x in enumerate(call.leaves):
             shape = arg_shapes[i]
             if isinstance(x, Tensor) and shape is not None and tuple(x.shape) != shape:
-                arg_folds = self._axis(shape, tuple(x.shape), what)
-                if folds[0].fold == "none" != arg_folds[0].fold:
+                arg_candidates = self._axis(shape, tuple(x.shape), what)
+                if candidates[0].fold == "none" != arg_candidates[0].fold:
                     raise SampleAxisError(
                         f"{what}: argument {i} has shape {tuple(x.shape)} with several rows per "
                         f"sample, the output {tuple(out.shape)} with one. {WAYS_OUT}"
                     )
-                layouts.append((i, arg_folds[0]))
+                layouts.append((i, arg_candidates[0]))
         names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
         if not isinstance(rule, BroadcastRule):
-            names = self._try(rule, call, out, folds[0], dict(layouts), what)
+            names = self._try(rule, call, out, candidates[0], dict(layouts), what)
         trace = replace(
             self._called(func, call, "use"),
             rule=rule,
             names=names,
             layouts=tuple(layouts),
-            out=folds[0],
+            out=candidates[0],
             ndim=out.ndim,
             dtype=out.dtype,
         )
-        return RecordedCall(trace, call.tracked, out.detach(), folds)
+        return RecordedCall(trace, call.tracked, out.detach(), candidates)
 
     def _try(
         self,
@@ -371,13 +382,13 @@ class Recorder(TrackingMode):
         try:
             named = rule.names(*call.rebuild(slots))
             names = tuple(named[id(slots[i])] for i in call.hits)
-            args, kwargs = call.rebuild(call.stacked(layouts, self._grown))
-            factors = rule.fn(layout.stack(out, self._grown), *args, **kwargs)
+            args, kwargs = call.rebuild(call.stacked(layouts, self._n_large))
+            factors = rule.fn(layout.stack(out, self._n_large), *args, **kwargs)
             for name, tracked in zip(names, call.tracked, strict=True):
                 if name not in factors:
                     raise UnsupportedOpError(f"{what}: its rule has no factor for {name!r}")
                 factor = factors[name]()
-                if wrong := misfit(factor, self._grown):
+                if wrong := misfit(factor, self._n_large):
                     raise UnsupportedOpError(f"{what}: {wrong}")
                 shape, wanted = factor.shape, tuple(tracked.const.shape)
                 if math.prod(shape) != math.prod(wanted):
@@ -396,23 +407,24 @@ class Recorder(TrackingMode):
             ) from error
         return names
 
-    def _axis(self, small: Shape, grown: Shape, what: str) -> tuple[Layout, ...]:
+    def _axis(self, small: Shape, large: Shape, what: str) -> tuple[Layout, ...]:
         """The axis that grew, as samples may be folded on it: the ordinary ways first."""
-        if len(small) != len(grown):
-            raise SampleAxisError(f"{what}: shape {small} became {grown} with one more sample.")
-        axes = [i for i, (a, b) in enumerate(zip(small, grown, strict=True)) if a != b]
+        if len(small) != len(large):
+            raise SampleAxisError(f"{what}: shape {small} became {large} with one more sample.")
+        axes = [i for i, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
         if len(axes) != 1:
             raise SampleAxisError(
-                f"{what}: with one more sample, shape {small} became {grown}. Samples must lie on "
+                f"{what}: with one more sample, shape {small} became {large}. Samples must lie on "
                 "exactly one axis: in a table of sample pairs, compute each sample's own entries "
                 f"alone. {WAYS_OUT}"
             )
         (axis,) = axes
-        k, positions = self._k, small[axis] // self._k
-        if small[axis] % k or grown[axis] != self._grown * positions:
+        k, n = self._n_small, self._n_large
+        positions = small[axis] // k
+        if small[axis] % k or large[axis] != n * positions:
             raise SampleAxisError(
-                f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {grown[axis]} for "
-                f"{self._grown}: not the same number for every sample. In models of "
+                f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {large[axis]} for "
+                f"{n}: not the same number for every sample. In models of "
                 "transformers, gf.from_module and gf.hf keep the rows of routed experts in order. "
                 + WAYS_OUT
             )

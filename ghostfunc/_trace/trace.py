@@ -127,7 +127,7 @@ _FOLDS: set[Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def folds(func: Callable[..., Any]) -> bool:
+def may_fold(func: Callable[..., Any]) -> bool:
     """Whether an op may fold samples and positions."""
     return func in _FOLDS
 

@@ -22,7 +22,7 @@ from ghostfunc._base.trees import ParamSpec, flatten, unflatten
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.contract import add_up, materialize, transpose
 from ghostfunc._factors.factor import Dense, Factor, OneHot
-from ghostfunc._quantities.readers import Push, Reader
+from ghostfunc._quantities.readers import LinearReader, Push, Reader
 from ghostfunc._trace.layout import Layout, stack_all
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
@@ -334,7 +334,10 @@ def derived(
             if key in tracked.readers:
                 # Two sources of one parameter: directions add up, J u = J_1 u_1 + J_2 u_2.
                 before = tracked.readers[key][0]
-                pushed = None if before is None or pushed is None else before.plus(pushed)
+                if not isinstance(before, LinearReader) or pushed is None:
+                    pushed = None
+                else:
+                    pushed = before.plus(pushed)
             tracked.readers[key] = (pushed, root)
     return tracked
 

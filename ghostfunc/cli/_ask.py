@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ghostfunc._transforms import explain as plans
-from ghostfunc._transforms import verify as verification
+from ghostfunc._transforms import explain as plans, verify as verification
 from ghostfunc.cli import _data
 from ghostfunc.cli._errors import UNVERIFIED, CommandError
 from ghostfunc.cli._model import load

@@ -15,6 +15,8 @@ from torch import Tensor
 from ghostfunc._base.batches import chunks
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.fingerprint import fingerprint, frozen
+from ghostfunc._base.processes.ranks import Ranks
+from ghostfunc._base.processes.same_weights import number_of
 from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import ParamSpec, batch_size, take, tensors_of
@@ -143,6 +145,23 @@ def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
 
     What these do not use is looked for in all batches: "unused" is what none of them uses.
     """
+    ranks = _ranks_of(data.group)
+    if ranks is None:
+        forms = _own_forms(gradients, data, limits)
+    else:
+        with ranks.phase("looking at its first batches"):
+            forms = _own_forms(gradients, data, limits)
+        # Those of the first process that uses a parameter: blocks are the same on all of them.
+        found = ranks.objects(forms, "comparing what the factors look like")
+        forms = [next((x for x in seen if x), []) for seen in zip(*found, strict=True)]
+    return [
+        block_of(name, tuple(x.shape), seen, limits)
+        for name, x, seen in zip(data.spec.names, data.leaves, forms, strict=True)
+    ]
+
+
+def _own_forms(gradients: Gradients, data: Data, limits: Limits) -> list[list[Form]]:
+    """What the factors of every parameter look like in this process's batches."""
     first = next(iter(data.batches), None)
     if first is None:
         raise OptionError("batches is empty: a curvature needs at least one batch.")
@@ -154,11 +173,7 @@ def blocks_of(gradients: Gradients, data: Data, limits: Limits) -> list[Block]:
     while _unmet(readers) and (batch := next(rest, None)) is not None:
         for _, chunk in chunks(batch, data.chunk_size):
             _look(gradients, data, chunk, [None if r is None or r.forms else r for r in readers])
-    forms = _agreed([[] if r is None else r.forms for r in readers], data.group)
-    return [
-        block_of(name, tuple(x.shape), seen, limits)
-        for name, x, seen in zip(data.spec.names, data.leaves, forms, strict=True)
-    ]
+    return [[] if r is None else r.forms for r in readers]
 
 
 def _unmet(readers: Sequence[FormReader | None]) -> bool:
@@ -171,15 +186,6 @@ def _look(
     """Note what the factors of some parameters look like."""
     model_fn, scored = next(gradients.runs(data.params, batch, 0))
     run(Program(model_fn, data.leaves, data.spec, "error"), scored, [Prepared(readers, degree=1)])
-
-
-def _agreed(forms: list[list[Form]], group: Any) -> list[list[Form]]:
-    """Those of the first process that uses the parameter: blocks are the same on all of them."""
-    if group is None:
-        return forms
-    found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, forms, group=group)
-    return [next((x for x in seen if x), []) for seen in zip(*found, strict=True)]
 
 
 def find_bases(
@@ -250,6 +256,33 @@ def _pass(
     keeper: Keeper,
 ) -> None:
     """Add what is read in all batches that are left to the state."""
+    ranks = _ranks_of(data.group)
+    if ranks is None:
+        _own_batches(gradients, data, blocks, quantities, names, state, keeper)
+        return
+    with ranks.phase("going through its batches") as phase:
+        _own_batches(gradients, data, blocks, quantities, names, state, keeper)
+        elements = sum(x.numel() for x in state.sums.values())
+        phase.number = state.samples
+        phase.alike = f"{len(state.sums)} statistics of {elements} elements, "
+        phase.alike += f"weights {number_of(data.leaves):x}"
+    state.samples = sum(phase.numbers)
+    place = "adding statistics up"
+    for name in sorted(state.sums):
+        state.sums[name] = state.sums[name].contiguous()
+        ranks.wait(ranks.sum_later(state.sums[name], place), place)
+
+
+def _own_batches(
+    gradients: Gradients,
+    data: Data,
+    blocks: Sequence[Block],
+    quantities: Sequence[Quantity],
+    names: Sequence[str],
+    state: State,
+    keeper: Keeper,
+) -> None:
+    """A pass over this process's batches."""
     params, again = data.params, state.phase == "eigenvalues"
     with _bar(data, state) as advance:
         for number, batch in _from(state, data.batches, keeper):
@@ -264,7 +297,6 @@ def _pass(
             state.batches += 1
             keeper.keep(state)
             advance()
-    _all_reduce(state, data.group)
 
 
 def _from(state: State, batches: Batches, keeper: Keeper) -> Iterator[tuple[int, PyTree]]:
@@ -304,23 +336,15 @@ def _eigenvectors(sums: Tensor) -> Tensor:
         return torch.linalg.eigh((sums + sums.mT) / 2).eigenvectors.contiguous()
 
 
-def _all_reduce(state: State, group: Any) -> None:
-    if group is None:
-        return
-    device = next(iter(state.sums.values())).device if state.sums else torch.device("cpu")
-    count = torch.tensor([state.samples], device=device)
-    torch.distributed.all_reduce(count, group=group)
-    state.samples = int(count)
-    for name in sorted(state.sums):
-        state.sums[name] = state.sums[name].contiguous()
-        torch.distributed.all_reduce(state.sums[name], group=group)
+def _ranks_of(group: Any) -> Ranks | None:
+    return None if group is None else Ranks(group, "gf.curvature.ekfac")
 
 
 def _broadcast(x: Tensor, group: Any) -> None:
     """Eigenvectors are unique up to signs and rotations: all processes take one's."""
-    if group is not None:
-        source = torch.distributed.get_global_rank(group, 0)
-        torch.distributed.broadcast(x, source, group=group)
+    ranks = _ranks_of(group)
+    if ranks is not None:
+        ranks.take_first(x, "taking the first one's eigenvectors")
 
 
 @contextmanager

@@ -46,9 +46,6 @@ class _OneParameter(PositionsReader):
             return replace(self, transposed=not self.transposed)  # type: ignore[type-var]
         return None
 
-    def plus(self, other: object) -> _OneParameter:
-        raise TypeError("a second moment travels through casts and transposes of one tensor only")
-
     def _turned(self, factor: Factor) -> Factor:
         return contract.transpose(factor) if self.transposed else factor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,7 @@ from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.readers import Push
 from ghostfunc.curvature._blocks import Block
 from ghostfunc.curvature._readers import rotated
-from ghostfunc.projection import Block as Columns
-from ghostfunc.projection import Projection
+from ghostfunc.projection import Block as Columns, Projection
 from ghostfunc.projection._projection import OF_TENSORS, Recipe
 
 
@@ -73,9 +72,6 @@ class RowReader(NamedTuple):
         if push.derivation == "transpose":
             return self._replace(transposed=not self.transposed)
         return None
-
-    def plus(self, other: Any) -> RowReader:
-        raise TypeError("rows travel through casts and transposes of one tensor only")
 
 
 class EigenRows(Projection):

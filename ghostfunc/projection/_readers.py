@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -59,9 +59,6 @@ class KroneckerReader(NamedTuple):
             return self._replace(transposed=not self.transposed)
         return None
 
-    def plus(self, other: Any) -> KroneckerReader:
-        raise TypeError("a projection travels through casts and transposes of one tensor only")
-
 
 def _as_matrix(factor: Factor, p: int, d: int) -> Factor:
     """Ops may see one parameter in another shape than `[p, d]`."""
@@ -99,9 +96,6 @@ class SignsReader(NamedTuple):
 
     def push(self, push: Push) -> SignsReader | None:
         return self if push.derivation == "cast" else None
-
-    def plus(self, other: Any) -> SignsReader:
-        raise TypeError("a projection travels through casts of one tensor only")
 
 
 def _pieces(factor: Factor, most: int) -> Iterator[tuple[int, Float[Tensor, "n size"]]]:

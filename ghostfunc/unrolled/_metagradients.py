@@ -15,7 +15,7 @@ from ghostfunc._base.errors import RandomnessError
 from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.losses import check_losses
 from ghostfunc._base.options import check_flags, check_model_fn, check_path, check_type, one_of
-from ghostfunc._base.purity import Draws
+from ghostfunc._base.side_effects import Draws
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree

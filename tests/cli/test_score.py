@@ -13,8 +13,7 @@ import torch
 import transformers
 
 import ghostfunc as gf
-from ghostfunc.data import Rows, batches, encode, padded, write_rows
-from ghostfunc.data import _score as score_module
+from ghostfunc.data import Rows, _score as score_module, batches, encode, padded, write_rows
 
 Run = Callable[..., tuple[int, str]]
 LINE = "score MODEL --pool pool.jsonl --target target.jsonl --top 7 --out sel.jsonl"

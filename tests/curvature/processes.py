@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,4 +49,16 @@ if __name__ == "__main__":
         process_group=torch.distributed.group.WORLD,
     )
     made.save(f"{directory}/{rank}.safetensors")
+    if rank:
+        batches[1]["x"][0, 0] = torch.nan
+    try:
+        gf.curvature.ekfac(
+            model,
+            params,
+            batches[rank::2],
+            fisher="empirical",
+            process_group=torch.distributed.group.WORLD,
+        )
+    except gf.GhostError as error:
+        Path(directory, f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     torch.distributed.destroy_process_group()

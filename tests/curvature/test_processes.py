@@ -24,6 +24,11 @@ def test_two_processes_make_one_curvature(tmp_path: Path) -> None:
     assert [process.wait(timeout=400) for process in running] == [0, 0]
     params, batches = problem()
     expected = gf.curvature.ekfac(model, params, batches, fisher="empirical").solve(params, 0.1)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert said[1].startswith("NonFiniteLossError: ")
+    failed = "looking at its first batches, rank 1 failed with NonFiniteLossError"
+    assert said[0].startswith("RankError: gf.curvature.ekfac: while ")
+    assert failed in said[0]
     for rank in range(2):
         made = gf.curvature.load(tmp_path / f"{rank}.safetensors", params)
         assert made.samples == 18

@@ -170,6 +170,9 @@ def said_of_groups() -> dict[str, str]:
         "weights": lambda: gf.direction(fresh_fn, bent, ours, group=group),
         "same weights": lambda: step(params),
         "weights later": turns,
+        "directions": lambda: gf.ghost_dot_prod(
+            model_fn, params, ours, direction={k: x * 1e-3 for k, x in bent.items()}, group=group
+        ),
         "clipped": lambda: gf.ghost_clipped_grad(fresh_fn, bent, ours, max_norm=1.0, group=group),
         "all_reduce": lambda: coupled(lambda x: dist.all_reduce(x.detach().clone())),
         "functional": lambda: coupled(functional),
@@ -364,6 +367,11 @@ def disagreement(kind: str) -> str:
         os._exit(1)
     dist.barrier()  # nobody waits in a collective of its own
     return said
+
+
+def disagreements(*kinds: str) -> dict[str, str]:
+    """`disagreement` of several kinds, after each of which the group goes on."""
+    return {kind: disagreement(kind) for kind in kinds}
 
 
 def _interrupt(*_: Any) -> None:

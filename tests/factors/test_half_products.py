@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostfunc._factors import contract, matmul
+from ghostfunc._factors import contract, matmul, pairs
 from ghostfunc._factors.factor import OneHot, Outer
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -69,12 +69,10 @@ def test_contractions_of_factors_hand_over_halves(multiplied: list[Any]) -> None
     torch.testing.assert_close(contract.materialize(f), contract.materialize(whole))
     assert multiplied == [((5, 12), (12, 6)), ((5, 12), (12, 6)), ((3, 5, 4), (3, 4, 6))]
     halves = Outer(left[:2], right[:2])
-    torch.testing.assert_close(
-        contract.pair_dots(f, halves, each=True), contract.pair_dots(whole, g, each=True)
-    )
+    torch.testing.assert_close(pairs.pair_dots(f, halves), pairs.pair_dots(whole, g))
     assert multiplied[3:] == [((12, 5), (5, 8)), ((12, 6), (6, 8))]
     ids = torch.randint(5, (3, 4))
-    contract.pair_dots(OneHot(ids, right, 5), OneHot(ids, right, 5), each=False)
+    pairs.pair_dots(OneHot(ids, right, 5), OneHot(ids, right, 5))
     assert len(multiplied) == 6
 
 

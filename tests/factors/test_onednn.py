@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -19,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
 from benchmarks.live_bytes import LiveBytes
-from ghostfunc._factors import cost
-from ghostfunc._factors import matmul as matmul_room
+from ghostfunc._factors import cost, matmul as matmul_room
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.contract import add_total, dot, materialize, total
 from ghostfunc._factors.factor import Outer

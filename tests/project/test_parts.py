@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import ghostfunc as gf
 from examples import strict_cli
-from examples.graddotprod_lm import data, llava, prepare_data, report, scores, train
-from examples.graddotprod_lm import models as gpt2
+from examples.graddotprod_lm import data, llava, models as gpt2, prepare_data, report, scores, train
 from examples.graddotprod_lm.config import Config, check_dtype
 from examples.graddotprod_lm.evaluate import estimate_loss
 from examples.graddotprod_lm.step import make_step

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ghostfunc as gf
 from examples.retrieval import bm25, chance, recall_at_k
-from examples.smollm2_retrieval import corpus as corpora
-from examples.smollm2_retrieval import model as smollm2
+from examples.smollm2_retrieval import corpus as corpora, model as smollm2
 from examples.smollm2_retrieval.__main__ import grade, run, words
 from examples.smollm2_retrieval.corpus import CorpusError, Source, build
 from examples.smollm2_retrieval.figure import draw

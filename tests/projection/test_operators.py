@@ -8,8 +8,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import ghostfunc as gf
 from ghostfunc.projection import _random, projection_from_spec

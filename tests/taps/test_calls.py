@@ -68,10 +68,10 @@ def test_beside_a_plain_step(name: str, figure: str, most: float) -> None:
 @pytest.mark.parametrize(
     ("name", "figure", "most"),
     [
-        ("ghost_value_and_grad", "functions", 4200),
-        ("ghost_value_and_grad", "lines", 21200),
-        ("ghost_dot_prod", "functions", 3850),
-        ("ghost_dot_prod", "lines", 19600),
+        ("ghost_value_and_grad", "functions", 3900),
+        ("ghost_value_and_grad", "lines", 20600),
+        ("ghost_dot_prod", "functions", 3550),
+        ("ghost_dot_prod", "lines", 18950),
     ],
 )
 def test_python_of_a_warm_step(name: str, figure: str, most: int) -> None:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import optree
 import torch
 from compare import assert_close, leaves_of, random_direction
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from problems import CASES, Problem
 from torch import Tensor
 

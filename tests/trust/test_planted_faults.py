@@ -35,8 +35,7 @@ from problems import energy, sequences, weights
 from torch import Generator, Tensor
 
 import ghostfunc as gf
-from ghostfunc._factors import bundles, contract, cost
-from ghostfunc._factors import pairs as pair_products
+from ghostfunc._factors import bundles, cost, pairs as pair_products
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.factor import Dense, Outer
 from ghostfunc._quantities import readers
@@ -284,14 +283,14 @@ def changes_doubled(patch: Patch) -> None:
 
 def products_of_the_first_position(patch: Patch) -> None:
     """Of kept gradients."""
-    right = contract.pair_dots
+    right = pair_products.pair_dots
 
-    def wrong(factor: Any, other: Any, **options: Any) -> Tensor:
+    def wrong(factor: Any, other: Any, *options: Any) -> Tensor:
         if isinstance(other, Outer):
             other = Outer(other.left[:, :1], other.right[:, :1])
-        return right(factor, other, **options)
+        return right(factor, other, *options)
 
-    patch.setattr(contract, "pair_dots", wrong)
+    patch.setattr(pair_products, "pair_dots", wrong)
     patch.setattr(cost, "keep_direction_factored", lambda *_, **__: True)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.processes.pieces import refuse_group
 from ghostfunc._base.processes.ranks import Exchange, Ranks
-from ghostfunc._base.processes.same_weights import count_call, said_of_weights
+from ghostfunc._base.processes.same_weights import count_call, number_of, said_of_weights
 from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import STRUCTURES, Recent, memory
 from ghostfunc._base.trees import batch_size
@@ -86,7 +86,8 @@ def asked_of_all(group: Any, call: str, make: Callable[[], Question]) -> AskedOf
         _check(asked, call)
         program = asked.program
         weights = said_of_weights(program.model_fn, program.spec.names, program.leaves)
-        phase.alike, phase.number = f"{_outline(asked)}, {weights}", batch_size(asked.train)
+        phase.alike = f"{_outline(asked)}, {weights}{_directions(asked)}"
+        phase.number = batch_size(asked.train)
     count_call(program.model_fn, program.leaves)
     order = ranks.from_first(_order_of(asked), "agreeing on the order of gradients")
     numbers, targets = phase.numbers, asked.targets
@@ -128,6 +129,12 @@ def _check(asked: Question, call: str) -> None:
             'not here to tell apart. Use reduction="mean" or "sum"; or give every rank the same '
             "validation samples and leave out group=."
         )
+
+
+def _directions(asked: Question) -> str:
+    """What ranks with the same directions say alike: what is kept is of a rank's own samples."""
+    given = [u for u in asked.targets.directions if not isinstance(u, FactoredGrads)]
+    return f", directions {number_of([x for u in given for x in u]):x}" if given else ""
 
 
 def _outline(asked: Question) -> str:

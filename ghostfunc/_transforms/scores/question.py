@@ -409,7 +409,7 @@ class Question:
         for pieces, table in rounds:
             for piece, row in zip(pieces, table, strict=True):
                 rows[piece.target].append(row)
-        found = [batches.joined(parts, axis=1) for parts in rows]
+        found = [x[0] if len(x) == 1 else batches.joined(x, axis=1) for x in rows]
         return self.targets.named(
             [self.program.spec.unflatten(x) if self.per_param else x[0] for x in found]
         )
