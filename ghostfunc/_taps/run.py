@@ -186,7 +186,7 @@ def _doubt(
 
 def refuse_unproved(model: TracedModel) -> None:
     """Raise `TransformError` for what has to be proved in every run, and is being compiled."""
-    if model.trace.statistics or (model.trace.reorders and model.n > 1):
+    if model.trace.statistics or model.trace.guessed or (model.trace.reorders and model.n > 1):
         raise TransformError(
             "model_fn makes numbers of several samples, or may reorder samples by their values "
             "(sorting, routing to experts), which has to be checked in every run: torch.compile "

@@ -109,8 +109,8 @@ class TracedModel(Program):
     def in_every_run(self, way: WayTaken) -> bool:
         """Whether every run is proved. Programs that make numbers of several samples, or that may
         reorder them by their values, are others at the same shapes where values are others. So may
-        be a way through the program with calls that no trace has seen."""
-        if self.trace.statistics:
+        be a layout that was guessed, and a way with calls that no trace has seen."""
+        if self.trace.statistics or self.trace.guessed:
             return True
         return self.n > 1 and (self.trace.reorders or not way.seen)
 
@@ -174,14 +174,16 @@ class _Known:
         return found if found in self.traces else None
 
     def in_order(self) -> list[Trace]:
-        """The traces, the likeliest first."""
+        """The traces, the likeliest first. Other batches may tell what was guessed of one."""
         first = self.fitted
-        return list(self.traces) if first is None else [first, *_without(self.traces, first)]
+        every = self.traces if first is None else [first, *_without(self.traces, first)]
+        return [x for x in list(every) if not x.guessed]
 
     def remember(self, trace: Trace) -> None:
         """Put the trace of the last run first, and try it first at these shapes. Other threads may
         do so at the same time."""
-        self.traces[:] = [trace, *_without(self.traces, trace)][:MAX_TRACES]
+        others = [x for x in _without(self.traces, trace) if not x.guessed]
+        self.traces[:] = [trace, *others][:MAX_TRACES]
         self.fitting.put(self.shapes, trace)
 
 

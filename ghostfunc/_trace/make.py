@@ -18,6 +18,7 @@ What is learnt is kept by structure, not by length.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from ghostfunc._base.errors import (
     CoupledSamplesError,
     GhostError,
     InPlaceError,
-    SampleAxisError,
 )
 from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
@@ -39,6 +39,7 @@ from ghostfunc._base.purity import coupled_samples, lend, prove_independent
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree, Randomness
+from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.probe import probe_uses
 from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
 from ghostfunc._trace.trace import CallTrace, Trace, pattern
@@ -144,10 +145,11 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
 
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
     marks = probe_uses(program, large, recorder.seen, uses)
-    calls = iter(
-        _settle_layout(s, m, k, n, program.randomness)
+    found = [
+        _layouts_of(s, m, k, n, program.randomness)
         for s, m in zip(uses, zip(*marks, strict=True), strict=True)
-    )
+    ]
+    calls = iter(_settled(uses, found))
     counts = [0] * len(program.leaves)
     for use in uses:
         for leaf in (leaf for target in use.tracked for leaf in target.leaves()):
@@ -164,16 +166,17 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
         frozenset(recorder.dtypes),
         frozenset(recorder.in_place),
         recorder.by_values,
+        any(len(own) > 1 for own in found),
     )
     return trace
 
 
-def _settle_layout(
+def _layouts_of(
     seen: RecordedCall, marks: Sequence[Tensor], k: int, n: int, randomness: Randomness
-) -> CallTrace:
-    """Choose where samples lie in the output: where both its marks, which say where there is a
+) -> list[Layout]:
+    """Where samples may lie in the output: where both its marks, which say where there is a
     cotangent of each loss, and its values allow it. Of n samples those after the first k are copies
-    of the first."""
+    of the first. There are several where all values are equal, and no gradient tells."""
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
@@ -191,19 +194,20 @@ def _settle_layout(
         )
     if len(owned) > 1 and randomness == "error":
         owned = [x for x in owned if _copies_equal(x.front(y, n), k)] or owned
-    ordinary = [x for x in owned if x.fold != "between"]
-    owned = ordinary or owned
-    if len(owned) > 1:
-        raise SampleAxisError(
-            f"At {what}, samples and positions share an axis, and neither values nor gradients "
-            "tell which rows belong to which sample (are all values equal?). Call it once with a "
-            "batch of ordinary values."
+    return [x for x in owned if x.fold != "between"] or owned
+
+
+def _settled(uses: Sequence[RecordedCall], found: Sequence[list[Layout]]) -> Iterator[CallTrace]:
+    """The uses with a layout each: the only one, or else one like that of the uses that have no
+    other. Whoever runs a trace with guesses proves every run."""
+    known = Counter(own[0].fold for own in found if len(own) == 1)
+    for seen, own in zip(uses, found, strict=True):
+        out = max(own, key=lambda x: known[x.fold])
+        layouts = tuple(
+            (i, lay if lay.fold == "none" else lay.folded_like(out))
+            for i, lay in seen.trace.layouts
         )
-    (out,) = owned
-    layouts = tuple(
-        (i, lay if lay.fold == "none" else lay.folded_like(out)) for i, lay in trace.layouts
-    )
-    return replace(trace, out=out, layouts=layouts)
+        yield replace(seen.trace, out=out, layouts=layouts)
 
 
 def _only(i: int, mark: Tensor) -> bool:

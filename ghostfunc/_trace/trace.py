@@ -95,6 +95,7 @@ class Trace:
         in_place: calls, by op and what it was told, that move no sample by values: a recurrence
             over more steps makes more of them.
         by_values: what the other calls were told: told another axis, they may move samples.
+        guessed: whether nothing told how samples are folded at some use: all values were equal.
         ways: the first steps of ways that were gone with this trace, by shapes.
     """
 
@@ -109,6 +110,7 @@ class Trace:
     dtypes: frozenset[torch.dtype]
     in_place: frozenset[Told]
     by_values: Mapping[int, Hashable]
+    guessed: bool = False
     ways: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property

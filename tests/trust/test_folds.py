@@ -12,6 +12,8 @@ from every_quantity import Case, assert_right
 from problems import energy, weights
 from torch import Generator, Tensor
 
+import ghostfunc as gf
+
 SHAPES = {
     "w": (4, 5), "b": (5,), "scale": (5,), "shift": (5,), "gain": (4,), "v": (4, 5)
 }  # fmt: skip
@@ -135,3 +137,44 @@ def test_four_levels() -> None:
         return energy(rows.unflatten(0, (a, n, b, 4)).transpose(0, 1))
 
     assert_right(Case(model, weights(one=(1, 3)), video(3, 2, 3), video(2, 3, 2)))
+
+
+# --- batches that do not tell ---------------------------------------------------------------------
+
+
+def time_first(p: Any, batch: dict[str, Tensor]) -> Tensor:
+    x = batch["x"]
+    n, t = x.shape[:2]
+    y = (x.transpose(0, 1).reshape(t * n, -1) @ p["w"]).unflatten(0, (t, n)).transpose(0, 1)
+    return energy(y) + batch["c"]
+
+
+def sample_first(p: Any, batch: dict[str, Tensor]) -> Tensor:
+    x = batch["x"]
+    return energy((x.flatten(0, 1) @ p["w"]).unflatten(0, x.shape[:2])) + batch["c"]
+
+
+@pytest.mark.parametrize("model", [time_first, sample_first])
+@pytest.mark.parametrize(("n", "t"), [(3, 4), (3, 3), (2, 5)])
+def test_where_values_and_gradients_tell_nothing(model: Any, n: int, t: int) -> None:
+    """All rows are zero, and so are all gradients: a folding is guessed, and nothing is remembered
+    of it. A batch that tells is traced anew, and proved once."""
+    runs: list[int] = []
+
+    def model_fn(p: Any, batch: dict[str, Tensor]) -> Tensor:
+        runs.append(len(batch["x"]))
+        return model(p, batch)
+
+    params, generator = weights(w=(4, 6)), Generator().manual_seed(n)
+    silent = {
+        "x": torch.zeros(n, t, 4, dtype=torch.float64),
+        "c": torch.arange(n, dtype=torch.float64),
+    }
+    for _ in range(2):
+        assert gf.ghost_norm(model_fn, params, silent).tolist() == [0.0] * n
+    ordinary = {**silent, "x": torch.randn(n, t, 4, generator=generator, dtype=torch.float64)}
+    want = gf.ghost_norm(model_fn, params, ordinary, mode="materialized")
+    torch.testing.assert_close(gf.ghost_norm(model_fn, params, ordinary), want, rtol=1e-9, atol=0)
+    runs.clear()
+    torch.testing.assert_close(gf.ghost_norm(model_fn, params, ordinary), want, rtol=1e-9, atol=0)
+    assert runs == [n]
