@@ -92,6 +92,12 @@ def metagradients(task: Task, trained: Trained) -> Tensor:
     return -made.scores.values
 
 
+def half_weights(task: Task, trained: Trained) -> Tensor:
+    """The derivative of another run, in which every sample weighs a half."""
+    training = task.training(weights=torch.full((task.n,), 0.5))
+    return metagradients(task, gf.unrolled.train(training, keep_every=12))
+
+
 def centred(task: Task, trained: Trained) -> Tensor:
     """The derivative of other runs, `[shares, n, m]`: every sample weighs its mean over the models
     that are trained again, 1 minus the share left out."""
@@ -121,6 +127,7 @@ def alike(task: Task, trained: Trained) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "metagradients": metagradients,
+    "metagradients, half weights": half_weights,
     "metagradients, mean weights": centred,
     "EK-FAC + CG": ekfac_cg,
     "EK-FAC, 16 draws": partial(ekfac, draws=16),

@@ -112,8 +112,8 @@ def _verdicts(results: dict[str, Any]) -> str:
                     f"{at['EK-FAC'][0]:.2f} against {best:.2f}",
                     at["EK-FAC"][0] > best,
                 )
-            for name in ("metagradients", "metagradients, mean weights"):
-                if key == "mlp" and name in at:
+            for name in (name for name in ran if name.startswith("metagradients")):
+                if key == "mlp":
                     value = at[name][0]
                     asked = f"{task['name']}: {name} at least 0.9 ({words})"
                     judge(asked, f"{value:.2f}", value >= 0.9)

@@ -23,7 +23,7 @@ from ghostfunc._base.processes.sharding import Sharding, reshard, without_hooks
 from ghostfunc._base.processes.shards import gather
 from ghostfunc._base.processes.units import Unit, made_whole_when_called
 from ghostfunc._base.processes.wrappers import refuse_wrapped
-from ghostfunc._base.torch_private import BatchNorm, lend_to, modules_within
+from ghostfunc._base.torch_private import BatchNorm, gradient_hooks, lend_to, modules_within
 from ghostfunc._base.types import ModelFn, PyTree
 
 Loss = Callable[[nn.Module, PyTree], Tensor]
@@ -335,6 +335,13 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
             raise ParamsError(
                 f"grads: the gradient of {name!r} has shape {tuple(grad.shape)}; the parameter's "
                 f"is {tuple(local(p).shape)}."
+            )
+        if gradient_hooks(p):
+            raise OptionError(
+                f"Parameter {name!r} has hooks on its gradient (register_hook, or "
+                "register_post_accumulate_grad_hook, as optimizers have that step layer by "
+                "layer), which backward() calls and nobody calls here: its .grad would be "
+                "another. Remove them, and do what they do once the gradient is whole."
             )
     with torch.no_grad():
         for name, p in trainable.items():

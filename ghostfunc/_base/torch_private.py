@@ -61,6 +61,11 @@ def hooks_within(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
+def gradient_hooks(p: Tensor) -> bool:
+    """Whether `backward()` would call hooks on the gradient of a parameter."""
+    return bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks)
+
+
 def compiled_in_place(module: nn.Module) -> bool:
     """Whether `module.compile()` has been called."""
     return module._compiled_call_impl is not None

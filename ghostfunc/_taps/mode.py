@@ -22,7 +22,7 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
 from ghostfunc._taps.recut import Recut
 from ghostfunc._taps.steps import KnownUse, Step, known_use, last, remember
-from ghostfunc._taps.tap import ANCHOR, ReturningTap, Sinks, SinkTap
+from ghostfunc._taps.tap import ANCHOR, Beside, ReturningTap, Sinks, SinkTap
 from ghostfunc._taps.use import StaleOutputs, Use, UseOutput, output_of, split_tensors
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
@@ -179,7 +179,7 @@ class TapMode(TrackingMode):
         if met is None:
             return None
         try:
-            y, tensors = known.run(values, met)
+            y, tensors = known.run(values, met, self._operands(met))
         except Exception as error:
             self._raised(step, error)
             raise
@@ -353,7 +353,7 @@ class TapMode(TrackingMode):
         return list(dict.fromkeys(key for target in targets for key in target.readers))
 
     def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
-        y = call.run(func, call.consts())
+        y = call.run(func, self._operands(call.tracked))
         if in_transform() and 0 in y.stride():
             y = y.contiguous()  # forward mode writes tangents into its like
         _check_axes(func, expected, y.ndim)
@@ -376,8 +376,10 @@ class TapMode(TrackingMode):
         if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
             return self._apart(func, call, expected)
         args = unfold_all(call, expected, self._n)
-        for i, tracked in zip(call.hits, call.tracked, strict=True):
-            padded = layout.pad(tracked.const, expected.ndim)
+        beside = self._beside(func, call, args)
+        operands = call.consts() if beside else self._operands(call.tracked)
+        for i, tracked, operand in zip(call.hits, call.tracked, operands, strict=True):
+            padded = layout.pad(operand, expected.ndim)
             shape = list(padded.shape)
             shape[layout.sample_axis] = self._n
             if self._recut is not None:
@@ -391,7 +393,22 @@ class TapMode(TrackingMode):
         call_args, kwargs = call.rebuild(args)
         out = layout.merge(func(*call_args, **kwargs))
         # A scalar does not take part in the promotion of dtypes, and its copies do.
-        return out if out.dtype == expected.dtype else out.to(expected.dtype)
+        out = out if out.dtype == expected.dtype else out.to(expected.dtype)
+        return _with_own(func, call, out) if beside else out
+
+    def _beside(self, func: Callable[..., Any], call: CallArgs, args: list[Any]) -> bool:
+        """Whether the copies of parameters run in a call of their own, beside the program's, whose
+        gradients are autograd's. The other arguments are constants there."""
+        own = self._tapping and any(t.by_autograd for t in call.tracked)
+        if not own or writes(func, call.kwargs()):
+            return False
+        for i, x in enumerate(args):
+            args[i] = x.detach() if isinstance(x, Tensor) else x
+        return True
+
+    def _operands(self, tracked: Sequence[Tracked]) -> list[Tensor]:
+        """What an op runs on: constants where taps read the training gradient, or nothing does."""
+        return [t.grad if self._tapping and t.by_autograd else t.const for t in tracked]
 
     def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         """The op on every sample by itself, samples first."""
@@ -404,12 +421,19 @@ class TapMode(TrackingMode):
         for i, x in enumerate(args):
             if i not in layouts and isinstance(x, Tensor):  # a mask may have fewer axes
                 args[i] = x.reshape(self._n, *[1] * (expected.ndim + 1 - x.ndim), *x.shape[1:])
+        beside = self._beside(func, call, args)
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             copy = args[i].contiguous() if in_transform() else args[i]
             args[i] = self._site(copy, 0, expected, [("", tracked)], [], call.treedef)
         call_args, kwargs = call.rebuild(args)
         out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
-        return out
+        return _with_own(func, call, out) if beside else out
+
+
+def _with_own(func: Callable[..., Any], call: CallArgs, beside: Tensor) -> Tensor:
+    """What the program's own call returns, whose cotangent the taps of a call `beside` it get."""
+    out: Tensor = Beside.apply(call.run(func, [t.grad for t in call.tracked]), beside)
+    return out
 
 
 def seen_by_python(x: Any) -> Hashable:

@@ -45,6 +45,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ghostfunc._base.freed import give_back
 from ghostfunc._base.losses import check_finite
 from ghostfunc._base.purity import distinct, prove_independent, were_compared
 from ghostfunc._base.torch_private import any_symbolic
@@ -107,6 +108,8 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
             raise error
     if whole and differ:
         were_compared(model, model.batch)
+    if gradients is None or numbers is None:
+        give_back()
 
 
 def _compared(claim: Claim, asked: Asked, randomness: Randomness) -> Coupling | Wrong:

@@ -89,6 +89,7 @@ def run(
     summed: Collection[int] = (),
     finite: FiniteLosses | None = None,
     ready: Ready | None = None,
+    by_autograd: bool = False,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
@@ -97,7 +98,8 @@ def run(
     for every sample, `[n]`, values are those of `scale_i * g_i`, too. Factors that `outlive` the
     call have memory of their own. The values of quantities that are `summed` over parameters are
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
-    Outside transforms, `ready` gets most gradients while the backward pass goes on.
+    Outside transforms, `ready` gets most gradients while the backward pass goes on; `by_autograd`,
+    gradients there are autograd's own, bit for bit, with its products beside those of the taps.
     """
     own = FiniteLosses() if finite is None else finite
     asked = partial(
@@ -111,6 +113,7 @@ def run(
         summed=summed,
         finite=own,
         ready=ready,
+        by_autograd=by_autograd,
     )
     read = partial(what_was_read, quantities, summed, scale, program.leaves)
     options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
@@ -210,6 +213,7 @@ def _run(
     finite: FiniteLosses | None = None,
     refresh: bool = False,
     ready: Ready | None = None,
+    by_autograd: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
@@ -217,23 +221,23 @@ def _run(
     readers = [q.readers(leaves if q.of_directions else wholes, spec) for q in quantities]
     keys, met = _use_by_use(quantities, readers, model.trace)
     kept = {*collect, *(i for _, i in met)}
-    # Read with all uses at hand, a quantity may have the gradient of their sum, too.
-    giving = {i: (q, i) for q, i in met if i in grads and _gives_total(readers[q][i])}
     foreign = {address(x) for x in (*leaves, *tensors_of(model.batch))} if outlives else set()
     own = {(q, i): readers[q][i] for q, i in keys}
     followed = in_transform() or any_symbolic((*leaves, *tensors_of(model.batch)))
+    by_autograd = by_autograd and not followed
+    # Read with all uses at hand, a quantity may have the gradient of their sum, too.
+    totals = set() if by_autograd else set(grads)
+    giving = {i: (q, i) for q, i in met if i in totals and _gives_total(readers[q][i])}
     asked = [i for i in grads if i not in giving]
     look_at = finite or FiniteLosses()
     if followed:
         taken = _by_cotangents(model, own, asked, kept, scale, refresh=refresh)
     else:
-        taken = _by_sinks(model, own, asked, kept, scale, summed, look_at, ready)
+        taken = _by_sinks(model, own, asked, kept, scale, summed, look_at, ready, totals)
     losses = taken.losses
     if outlives:  # what no tap comes before may be the caller's memory
         foreign.update(map(address, taken.untapped))
-    values: list[list[Any]] = [[None] * len(leaves) for _ in quantities]
-    for (q, i), value in taken.values.items():
-        values[q][i] = value
+    values = [[taken.values.get((q, i)) for i in range(len(leaves))] for q in range(len(readers))]
     out_grads = _by_leaf(taken.grads, leaves)
     at_once: list[tuple[Tracked, Factor]] = []
     later: list[tuple[Tracked, Factor]] = []
@@ -304,10 +308,11 @@ def _by_sinks(
     summed: Collection[int],
     finite: FiniteLosses,
     ready: Ready | None,
+    totals: Collection[int],
 ) -> _Taken:
-    """Elsewhere: taps add up what they read themselves."""
+    """Elsewhere: taps add up what they read themselves, gradients of `totals` too."""
     leaves, n = model.leaves, model.n
-    running = {i: RunningTotal() for i in grads if _in_own_dtype(leaves[i])}
+    running = {i: RunningTotal() for i in grads if i in totals and _in_own_dtype(leaves[i])}
     sunk = run_into_sinks(
         model,
         readers,
@@ -318,6 +323,7 @@ def _by_sinks(
         summed=summed,
         finite=finite,
         ready=ready,
+        by_autograd=not totals,
     )
     values, pieces = sunk.sinks.values, sunk.sinks.pieces
     for key, reader in readers.items():

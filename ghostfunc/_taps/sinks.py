@@ -69,6 +69,7 @@ def run_into_sinks(
     summed: Collection[int],
     finite: FiniteLosses,
     ready: Ready | None = None,
+    by_autograd: bool = False,
 ) -> SinkRun:
     """Run a model under taps, outside transforms, and pull its losses back by plain autograd.
 
@@ -81,6 +82,7 @@ def run_into_sinks(
         finite: gets the losses, to look at them later.
         ready: gets gradients asked for as soon as they are whole, by number: most of them. Those of
             parameters that others derive from and that samples meet, too, come up at the end.
+        by_autograd: autograd forms the training gradients, in its own order and dtypes.
     """
     leaves, spec = model.leaves, model.spec
     by_position = any(isinstance(reader, PositionsReader) for reader in readers.values())
@@ -96,7 +98,7 @@ def run_into_sinks(
     }
     tracked = constants(leaves, spec, guards)
     for i, primal in primals.items():
-        tracked[i].grad = primal
+        tracked[i].grad, tracked[i].by_autograd = primal, by_autograd
     for i, total in running.items():
         tracked[i].running = total
     for key, reader in readers.items():

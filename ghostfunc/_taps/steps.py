@@ -178,12 +178,17 @@ class KnownUse:
         found = [tracked[id(values[i])][1] for i in self.hits if id(values[i]) in tracked]
         return found if tuple([t.number for t in found]) == self.numbers else None
 
-    def run(self, values: tuple[Any, ...], met: Sequence[Tracked]) -> tuple[Tensor, list[Tensor]]:
-        """The op's output, and the tensors among its arguments, on constants."""
+    def run(
+        self, values: tuple[Any, ...], met: Sequence[Tracked], operands: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The op's output, and the tensors among its arguments, parameters as constants."""
         given = list(values)
+        for i, operand in zip(self.hits, operands, strict=True):
+            given[i] = operand
+        y = self._apply(self.call.func, given)
         for i, tracked in zip(self.hits, met, strict=True):
             given[i] = tracked.const
-        return self._apply(self.call.func, given), [given[i] for i in self.tensors]
+        return y, [given[i] for i in self.tensors]
 
     def factors(self, b: Tensor, tensors: Sequence[Tensor], n: int) -> Factors:
         """What makes the factors of all targets, given the output's cotangent."""

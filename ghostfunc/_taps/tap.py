@@ -232,6 +232,18 @@ class SinkTap(Use):
         return out
 
 
+class Beside(torch.autograd.Function):
+    """The first of two tensors with the same values; both get its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, beside: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, Tensor]:
+        return b, b
+
+
 class _IntoSinks(torch.autograd.Function):
     """The identity on `y`; its backward has the use put what it reads into its sinks."""
 

@@ -71,6 +71,8 @@ class Tracked:
             back to the parameter first, and the parameter's own reader.
         running: where the training gradient is added up, for parameters outside transforms; the
             cotangent of `grad` is then only what comes from derived tensors.
+        by_autograd: whether autograd forms the training gradient by itself: ops run on `grad`
+            then, and taps leave it alone.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
         made_whole: whether it, or what it derives from, was made of the pieces of several ranks.
@@ -85,6 +87,7 @@ class Tracked:
     number: int = 0
     readers: dict[ReaderKey, tuple[Reader | None, Reader]] = field(default_factory=dict)
     running: RunningTotal | None = None
+    by_autograd: bool = False
     leaf: int | None = None
     sources: tuple[Tracked, ...] = ()
     derivation: Derivation = "general"
@@ -99,8 +102,13 @@ class Tracked:
 
     @property
     def grad_is_autograds(self) -> bool:
-        """Whether the training gradient, or a part of it, is autograd's to add up."""
-        return self.grad is not self.const
+        """Whether what is read of the training gradient, or a part, is autograd's to add up."""
+        return self.grad is not self.const and not self.by_autograd
+
+    @property
+    def connected(self) -> bool:
+        """Whether anybody wants its training gradient."""
+        return self.wants_grad or self.by_autograd
 
     def own_readers(self) -> list[Reader]:
         """What reads this tensor's factors: of every tap the reader made for it, or the parameter's
@@ -311,6 +319,7 @@ def derived(
         const=const,
         grad=grad,
         shown=shown,
+        by_autograd=any(source.by_autograd for source in call.tracked),
         sources=tuple(call.tracked),
         derivation=derivation,
         fn=fn,

@@ -310,14 +310,14 @@ class TrackingMode(Mode):
         outs, spec = flatten(call.run(pure, [t.shown for t in call.tracked]))
         if all(t.shown is t.grad for t in call.tracked):
             grads = outs
-            connected = any(t.wants_grad for t in call.tracked)
+            connected = any(t.connected for t in call.tracked)
             consts = flatten(call.run(pure, call.consts()))[0] if connected else outs
         else:
             # An enclosing transform may differentiate what is made of constants.
             nested = in_transform()
             consts = [x.detach() if isinstance(x, Tensor) else x for x in outs]
             consts = flatten(call.run(pure, call.consts()))[0] if nested else consts
-            connected = any(t.wants_grad for t in call.tracked)
+            connected = any(t.connected for t in call.tracked)
             grads = (
                 flatten(call.run(pure, [t.grad for t in call.tracked]))[0] if connected else consts
             )

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base import definition
+from ghostfunc._base.compilable import compilable
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.losses import FiniteLosses, check_losses, refuse_not_finite
@@ -36,11 +37,11 @@ from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.remembered import memory
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.torch_private import symbolic
-from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like
+from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, tensors_of
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
-from ghostfunc._factors.factor import Dense, Factor, times
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, times
 from ghostfunc._taps.run import RunResult, run
 from ghostfunc._trace.fitting import Proofs
 from ghostfunc._transforms.kept_proof import KeptProof
@@ -98,21 +99,82 @@ def collect(
     finite: FiniteLosses | None = None,
 ) -> FactoredGrads:
     """`factored_grads` of flat parameters; for `mode="materialized"` there are no factors in it."""
+    return _collected(program, batch, mode, vectorize, check, outlives=outlives, finite=finite)[0]
+
+
+Parts: TypeAlias = list[list[dict[str, tuple[Tensor, ...]]]]
+"""By parameter and use, the tensors of a factor under its name and whatever else it holds."""
+
+
+@compilable()
+def kept_and_gradient(
+    model_fn: ModelFn, params: PyTree, batch: PyTree
+) -> tuple[Tensor, Parts, PyTree]:
+    """Losses, factors and the gradient of the summed losses, which autograd forms in the same
+    backward pass: the parts of a `FactoredGrads`, as a compiled program may return them."""
+    program = Program.of(model_fn, params, "different")
+    eager = not any(map(symbolic, tensors_of((program.leaves, batch))))
+    kept, grads = _collected(program, batch, "ghost", None, "new", outlives=eager, grads=True)
+    parts = [[_taken_apart(factor) for factor in bundle] for bundle in kept.bundles]
+    return kept.losses, parts, program.spec.unflatten(grads)
+
+
+def kept_of(program: Program, losses: Tensor, parts: Parts) -> FactoredGrads:
+    """The `FactoredGrads` of what `kept_and_gradient` returned."""
+    bundles = tuple(tuple(map(_put_together, bundle)) for bundle in parts)
+    proof = KeptProof(memory(program.model_fn, Proofs), always=False)
+    return FactoredGrads(losses, bundles, tuple(program.leaves), program.spec, None, _proof=proof)
+
+
+def _taken_apart(factor: Factor) -> dict[str, tuple[Tensor, ...]]:
+    if isinstance(factor, OneHot):
+        return {f"OneHot {factor.rows}": (factor.ids, factor.b)}
+    return {type(factor).__name__: tuple(factor)}
+
+
+def _put_together(parts: dict[str, tuple[Tensor, ...]]) -> Factor:
+    ((name, tensors),) = parts.items()
+    kind, _, rows = name.partition(" ")
+    if kind == "OneHot":
+        ids, b = tensors
+        return OneHot(ids, b, int(rows))
+    return {"Outer": Outer, "Grouped": Grouped, "Dense": Dense}[kind](*tensors)
+
+
+def _collected(
+    program: Program,
+    batch: PyTree,
+    mode: Mode,
+    vectorize: bool | None,
+    check: Check,
+    *,
+    outlives: bool,
+    finite: FiniteLosses | None = None,
+    grads: bool = False,
+) -> tuple[FactoredGrads, list[Tensor]]:
     if mode == "materialized":
         prove_independent(program, batch)
         with torch.no_grad():
             losses = check_losses(program.losses(list(program.leaves), batch), batch_size(batch))
-        grads = definition.materialize(program, batch, vectorize=vectorize)
-        bundles = tuple((Dense(g),) for g in grads)
-        return FactoredGrads(losses, bundles, tuple(program.leaves), program.spec)
+        formed = definition.materialize(program, batch, vectorize=vectorize)
+        bundles = tuple((Dense(g),) for g in formed)
+        return FactoredGrads(losses, bundles, tuple(program.leaves), program.spec), []
     everything = range(len(program.leaves))
     taken = run(
-        program, batch, [], collect=everything, outlives=outlives, check=check, finite=finite
+        program,
+        batch,
+        [],
+        grads=everything if grads else (),
+        collect=everything,
+        outlives=outlives,
+        check=check,
+        finite=finite,
+        by_autograd=True,
     )
     if check == "never" or in_step(program.model_fn) is not None:  # ranks would ask for passes
-        return FactoredGrads.of(taken, program)
+        return FactoredGrads.of(taken, program), taken.grads
     proof = KeptProof(memory(program.model_fn, Proofs), check == "always")
-    return FactoredGrads.of(taken, program, proof)
+    return FactoredGrads.of(taken, program, proof), taken.grads
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def ghost_vjp(
     batch: PyTree,
     quantities: Quantity | dict[str, Quantity],
     *,
-    grads: bool = False,
+    grads: bool | Literal["autograd"] = False,
     contract_dtype: ContractDtype = None,
     chunk_size: int | None = None,
     check: Check = "new",
@@ -59,7 +59,11 @@ def ghost_vjp(
         batch: pytree of tensors `[n, ...]`.
         quantities: one quantity (`gf.Dot(u)`, `gf.SampleGrad()`, ...) or a dict of them: all are
             read in the same backward pass.
-        grads: also return the gradient of `sum_i losses[i]`.
+        grads: also return the gradient of `sum_i losses[i]`. True adds it up from what the values
+            are made of, in float32 or wider. "autograd" leaves it to plain autograd, bit for bit:
+            in half precision and under `torch.autocast` it is rounded as `loss.backward()` rounds
+            it, and the values' products come on top of it. Inside transforms and compiled programs
+            that is the same as True.
         contract_dtype: torch.bfloat16 or torch.float16, to round the operands of the matrix
             products that make the values to it, as in `ghost_dot_prod`. Not for `SampleGrad`.
         chunk_size: the most samples to run at one time, where all of them do not fit into memory.
@@ -81,7 +85,8 @@ def ghost_vjp(
     one_of("randomness", randomness, ("error", "different"))
     one_of("check", check, CHECKS)
     check_contract_dtype(contract_dtype)
-    check_flags(grads=grads)
+    if grads != "autograd":
+        check_flags(grads=grads)
     named = quantities if isinstance(quantities, dict) else {"": quantities}
     for name, quantity in named.items():
         if not isinstance(quantity, Quantity):
@@ -100,7 +105,14 @@ def ghost_vjp(
     everything, unflatten = range(len(program.leaves)), program.spec.unflatten
 
     def taken(chunk: PyTree) -> RunResult:
-        return run(program, chunk, rounded, grads=everything if grads else (), check=check)
+        return run(
+            program,
+            chunk,
+            rounded,
+            grads=everything if grads else (),
+            check=check,
+            by_autograd=grads == "autograd",
+        )
 
     losses, found, sums = [], [], batches.Sums()
     least = chunks_of_all(model_fn, batch, chunk_size)

@@ -29,11 +29,15 @@ class Divisor(NamedTuple):
     averaged: bool
     times: int = 1
 
-    def items(self, own: Tensor, counted: Any, micro_batches: int) -> Tensor:
-        """The divisor of a micro-batch with `own` items."""
+    def items(self, own: Tensor, counted: Any) -> Tensor:
+        """The items that a micro-batch with `own` ones is divided by."""
         own = own.float()
         items = torch.as_tensor(counted, device=own.device).float() if self.counted else own
-        return (items * micro_batches if self.averaged else items) / self.times
+        return items / self.times
+
+    def shares(self, micro_batches: int) -> int:
+        """The micro-batches that the loss of one is divided by as well."""
+        return micro_batches if self.averaged else 1
 
 
 def divisor_of(

@@ -46,6 +46,19 @@ class RunState:
     scale: float = 1.0
     """Of the losses, by a loss scaler."""
 
+    scoring: Scoring | None = None
+    """Of the step whose micro-batches come now; None before the first."""
+
+    def begin_step(self, scoring: Scoring) -> bool:
+        """Whether a micro-batch trains the parameters that the first of its step trained."""
+        self.scoring = self.scoring or scoring
+        return self.scoring.params.keys() == scoring.params.keys()
+
+    def drop_step(self) -> None:
+        """Forget the micro-batches of a step that the optimizer will not take."""
+        self.books.clear()
+        self.pending, self.directions, self.scoring, self.squares = [], None, None, {}
+
 
 class ScoreKeeper(Trainer):
     """A trainer whose checkpoints, table and logs hold scores; `GhostMixin` makes them."""
@@ -100,6 +113,12 @@ class ScoreKeeper(Trainer):
         finally:
             if self.args.process_index == 0:
                 self.save_scores(Path(cast(str, self.args.output_dir)) / TABLE_FILE)
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Where `auto_find_batch_size` begins a training, maybe again: steps that were taken count,
+        and micro-batches that no step has taken do not."""
+        self._run.drop_step()
+        super()._update_auto_batch_size(batch_size)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; a checkpoint gets the scores first and what marks it as whole,

@@ -19,7 +19,8 @@ class Metrics:
 
         ghost/harmful_share     how many of them raised the score set's loss
         ghost/mean_value        the mean of their values
-        ghost/norm_q50          quantiles of the norms of their weighted gradients
+        ghost/norm_q50          quantiles of the norms of their weighted gradients; none where
+                                squares of them underflow (losses times 1e-20 in float32)
         ghost/cosine            of the step's gradient and the score set's, mean over steps
 
     Of several score sets each has its own, `ghost/<name>/mean_value`.
@@ -61,8 +62,8 @@ class Metrics:
             for label, column in zip(self._labels, columns.T, strict=True):
                 out[f"{label}harmful_share"] = float((column > 0).double().mean())
                 out[f"{label}mean_value"] = float(column.mean())
-        if self._norms:
-            norms = torch.cat(self._norms)
+        norms = torch.cat(self._norms) if self._norms else torch.zeros(0)
+        if len(norms) and not bool(norms.isnan().any()):
             for q in QUANTILES:
                 out[f"ghost/norm_q{round(100 * q)}"] = float(norms.quantile(q))
         if self._cosines:

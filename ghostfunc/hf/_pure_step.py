@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer
 
+from ghostfunc._base.errors import OptionError
 from ghostfunc._base.types import PyTree
 from ghostfunc.hf._scoring import Form
 from ghostfunc.shapley import Optimizer, clipped, from_optimizer, sgd
@@ -23,12 +24,22 @@ def pure_step(trainer: Trainer, module: nn.Module, form: Form) -> Optimizer:
     return clipped(own, max_norm=trainer.args.max_grad_norm) if clips else own
 
 
+def _rate(group: dict[str, Any]) -> float:
+    rate = group["lr"]
+    if rate is None:
+        raise OptionError(
+            "The optimizer has no learning rate of its own (lr=None, as of an Adafactor with "
+            'relative steps): score_form="sgd" has none to weigh by. Give it one.'
+        )
+    return -float(rate) if group.get("maximize") else float(rate)
+
+
 def _sgd(held: Any, module: nn.Module) -> Optimizer:
     """`-lr g`, with the learning rate of each parameter's own group."""
-    rates = {float(group["lr"]) for group in held.param_groups}
-    if len(rates) == 1:
+    rate_of = {id(p): _rate(group) for group in held.param_groups for p in group["params"]}
+    rates = set(rate_of.values())
+    if len(rates) == 1 and min(rates) >= 0:
         return sgd(lr=rates.pop())
-    rate_of = {id(p): float(group["lr"]) for group in held.param_groups for p in group["params"]}
     named = {name: rate_of[id(p)] for name, p in module.named_parameters() if id(p) in rate_of}
 
     def change(grads: PyTree, params: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import OptionError
@@ -23,7 +24,13 @@ from ghostfunc.hf._processes import average, averaging, inside, ranks_of
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
 from ghostfunc.hf._scoring import Form, Pieces, Scoring, evaluating, trainable
-from ghostfunc.hf._settings import refuse_settings
+from ghostfunc.hf._settings import (
+    KNOWN,
+    library_of,
+    refuse_missing_input,
+    refuse_own_step,
+    refuse_settings,
+)
 from ghostfunc.hf._trained import SampleLoss, one_item_each, trained_loss
 
 
@@ -53,23 +60,18 @@ class GhostMixin(ScoreKeeper):
         **kwargs: Any,
     ) -> None:
         _check_options(score_form, score_order, score_batch_size)
+        refuse_own_step(type(self), GhostMixin)
         sets = score_sets(score_dataset)
         super().__init__(*args, **self.with_score_sets(args, kwargs, sets))
         self.score_sets = self.prepared_score_sets(sets)
-        refuse_settings(
-            self, second_order=score_order == 2, several_processes=self.several_processes
-        )
+        refuse_settings(self, several_processes=self.several_processes)
         self._ranks = ranks_of(self)
         self.score_form, self.score_order = score_form, score_order
         self._together, self.id_column = score_batch_size, id_column
         self._compiled = compile or self.args.torch_compile
         after_gradient = score_form == "exact" or score_order == 2
-        if self._compiled and after_gradient:
-            raise OptionError(
-                "compile=True and torch_compile=True are for the forms of one pass: score_form="
-                '"sgd" or "previous_state", score_order=1.'
-            )
         self._after_gradient, self._log_gradients = after_gradient, log_gradients
+        self._overridden_loss = library_of(type(self).compute_loss) not in KNOWN
         self._given_loss = sample_loss
         self._loss = self.sample_loss()
         self._kept = KeptScores(len(self.score_sets), {})
@@ -121,6 +123,9 @@ class GhostMixin(ScoreKeeper):
         exchange: Exchange | None,
     ) -> Tensor:
         module.train()
+        cast(Any, self.optimizer).train()  # those without a schedule train at other weights
+        if self._given_loss is None:
+            refuse_missing_input(module, inputs)
         inputs = dict(self._prepare_inputs(inputs))
         ids = inputs.pop(SAMPLE_ID).cpu()
         scaler = self.accelerator.scaler
@@ -132,6 +137,11 @@ class GhostMixin(ScoreKeeper):
         needed = last if self._after_gradient else self._run.directions is None
         pieces = self._score_pieces(module) if needed or self._run.divisor is None else {}
         scoring = self._scoring_of(module, given, inputs, len(ids), num_items_in_batch, pieces)
+        if not self._run.begin_step(scoring):
+            raise OptionError(
+                "Parameters were frozen or unfrozen between two micro-batches of one step, and "
+                "values are of the step as a whole. Let callbacks do that in on_step_begin."
+            )
         batch = scoring.training_batch(
             given, len(ids), num_items_in_batch, self.current_gradient_accumulation_steps, scale
         )
@@ -170,17 +180,28 @@ class GhostMixin(ScoreKeeper):
             run.squares = scoring.squares(scale) if scoring.spread else {}
             if self._log_gradients:
                 run.metrics.cosines(scoring.module, run.gradients)
-            run.directions = None
+            run.directions = run.scoring = None
         return losses
 
     def _directions_at(
         self, scoring: Scoring, pieces: Pieces, grads: dict[str, Tensor] | None
     ) -> dict[str, Any]:
         step = pure_step(self, scoring.module, self.score_form)
-        with evaluating(scoring.module):
-            if self._log_gradients:
-                self._run.gradients = scoring.gradients(pieces)
-            return scoring.directions(pieces, step, grads)
+        try:
+            with evaluating(scoring.module):
+                if self._log_gradients:
+                    self._run.gradients = scoring.gradients(pieces)
+                return scoring.directions(pieces, step, grads)
+        except RuntimeError as error:
+            if not self.args.auto_find_batch_size or self._run.books:
+                raise
+            if not should_reduce_batch_size(error):
+                raise
+            raise OptionError(
+                "The samples of score_dataset do not fit into memory, and auto_find_batch_size "
+                "makes training batches smaller: set score_batch_size, or a smaller "
+                f"per_device_eval_batch_size (now {self.args.per_device_eval_batch_size})."
+            ) from error
 
     def _score_pieces(self, module: nn.Module) -> Pieces:
         """The samples of every score dataset that this step is scored against."""
@@ -214,6 +235,7 @@ class GhostMixin(ScoreKeeper):
         """
         run = self._run
         health = bool(self.health_callbacks())
+        first = run.scoring is None
         way = (id(module), checkpointed(module), hooks_within(module), trainable(module), health)
         if way not in run.scorings:
             scoring = run.scorings[way] = Scoring(
@@ -221,6 +243,7 @@ class GhostMixin(ScoreKeeper):
                 loss=self._loss,
                 divisor=run.divisor,
                 order=self.score_order,
+                mixed=self.accelerator.mixed_precision != "no",
                 compiled=self._compiled,
                 norms=self._log_gradients,
                 spread=health,
@@ -233,7 +256,13 @@ class GhostMixin(ScoreKeeper):
                     run.divisor = self._hold_against_trainer(
                         scoring, given, n, inputs, counted, pieces
                     )
-        return run.scorings[way]
+            first = False
+        scoring = run.scorings[way]
+        scoring.follow()
+        if first and self._overridden_loss:  # it may change in the course of a training
+            with evaluating(module):
+                self._hold_against_trainer(scoring, given, n, inputs, counted, {})
+        return scoring
 
     def _hold_against_trainer(
         self,

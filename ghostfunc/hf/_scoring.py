@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.evaluating import evaluating as evaluation_mode
 from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.program import Program
 from ghostfunc._base.types import ModelFn
 from ghostfunc._factors.spread import spread
 from ghostfunc._quantities.quantity import Dot, Quantity, Spread, SqNorm
-from ghostfunc._transforms.factored import FactoredGrads, factored_grads
+from ghostfunc._transforms.factored import FactoredGrads, kept_of
+from ghostfunc._transforms.health import underflows
 from ghostfunc.hf._divisor import Divisor, compare
 from ghostfunc.hf._trained import SampleLoss
-from ghostfunc.hf._warm import look_first, one_pass
+from ghostfunc.hf._warm import keep_pass, look_first, one_pass
 from ghostfunc.shapley import Optimizer, directions
 
 Form: TypeAlias = Literal["sgd", "previous_state", "exact"]
@@ -54,6 +57,7 @@ class Scoring:
         loss: sums and counts per sample.
         divisor: what the trainer divides by, for training.
         order: of the values.
+        mixed: whether autocast rounds: half precision is left to autograd, whose sums it rounds.
         compiled: whether the pass of the one-pass forms is compiled.
         norms: whether norms of samples are read too.
         spread: whether it is read how their gradients lie to their sum, too.
@@ -64,6 +68,7 @@ class Scoring:
     loss: SampleLoss
     divisor: Divisor | None
     order: Literal[1, 2]
+    mixed: bool
     compiled: bool
     norms: bool
     spread: bool
@@ -74,8 +79,11 @@ class Scoring:
 
     def __post_init__(self) -> None:
         self.model_fn, self.params = from_module(self.module, self._weighted)
-        run = torch.compile(one_pass, fullgraph=True) if self.compiled else one_pass
-        self._run: Callable[..., Any] = run
+        self._run: Callable[..., Any] = one_pass
+        self._run_and_keep: Callable[..., Any] = keep_pass
+        if self.compiled:
+            self._run = torch.compile(_another(one_pass), fullgraph=True)
+            self._run_and_keep = torch.compile(_another(keep_pass), fullgraph=True)
 
     def _weighted(self, module: nn.Module, batch: dict[str, Any]) -> Tensor:
         return self.loss.sums(module, batch["inputs"]) * batch["weight"]
@@ -89,8 +97,10 @@ class Scoring:
         assert self.divisor is not None
         by_sample = self.loss.by_sample(inputs, n)
         own = self.loss.counts(by_sample).sum()
-        items = self.divisor.items(own, counted, micro_batches)
-        return {"inputs": by_sample, "weight": (scale / items).expand(n)}
+        items = self.divisor.items(own, counted)
+        # One after the other, as Trainer divides: every bit is the same.
+        weight = scale / self.divisor.shares(micro_batches) / items
+        return {"inputs": by_sample, "weight": weight.expand(n)}
 
     def score_batches(self, pieces: Pieces) -> dict[str, list[dict[str, Any]]]:
         """Batches whose mean losses add up to the score set's loss: the mean over its items."""
@@ -156,7 +166,7 @@ class Scoring:
             self.look_at_rows(part, m, f"a batch of score_dataset {name!r}")
         self.divisor = divisor = divisor_at(tolerance)
         batch = self.training_batch(given, n, counted, micro_batches, 1.0)
-        theirs = loss_with(counted) / (micro_batches if divisor.averaged else 1)
+        theirs = loss_with(counted) / divisor.shares(micro_batches)
         ours = self.sum_of(batch)
         if abs(self.processes * ours - theirs) < abs(ours - theirs):
             self.divisor = divisor = divisor._replace(times=self.processes)
@@ -168,6 +178,11 @@ class Scoring:
         return divisor
 
     # --- values ---
+
+    def follow(self) -> None:
+        """Take the parameters as they are now: a callback may have given them other memory."""
+        named = dict(self.module.named_parameters())
+        self.params = {name: named[name].detach() for name in self.params}
 
     def look(self, batch: dict[str, Any]) -> None:
         """Trace and prove what is new, with draws that are not training's."""
@@ -182,20 +197,23 @@ class Scoring:
             read[NORMS] = SqNorm()
         if self.spread:
             read[SPREAD] = Spread()
-        out = self._run(self.model_fn, self.params, batch, read)
+        half = self.mixed or any(wide(x) is not x for x in self.params.values())
+        out = self._run(self.model_fn, self.params, batch, read, "autograd" if half else True)
         accumulate_grads(self.module, out.grads or {})
         tables = out.values.pop(SPREAD) if self.spread else None
         share = scale * self.processes
         table = None if tables is None else torch.stack(list(tables.values()), dim=1) / share**2
         sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
-        norms = sums.pop(NORMS).sqrt() / share if self.norms else None
+        norms = _roots(sums.pop(NORMS), out.grads or {}) / share if self.norms else None
         columns = torch.stack(list(sums.values()), dim=1) / share
         return out.losses, Values(ids, columns, norms, table)
 
     def keep(self, ids: Tensor, batch: dict[str, Any], books: list[Book]) -> Tensor:
         """Losses; gradients to `.grad`; factors are kept until the step's gradient is there."""
-        book = factored_grads(self.model_fn, self.params, batch, randomness="different")
-        accumulate_grads(self.module, book.weighted_sum(torch.ones_like(book.losses)))
+        program = Program.of(self.model_fn, self.params, "different")
+        losses, parts, grads = self._run_and_keep(self.model_fn, self.params, batch)
+        book = kept_of(program, losses, parts)
+        accumulate_grads(self.module, grads)
         books.append((ids, book))
         return book.losses
 
@@ -247,6 +265,7 @@ class Scoring:
             optimizer=optimizer,
             grads=grads,
             order=order,
+            hvp="reverse",  # plain autograd runs what transforms do not
         )
         total: dict[str, Any] = {}
         for name, i in names:  # pieces of one set add up
@@ -254,6 +273,21 @@ class Scoring:
             before = total.get(name)
             total[name] = u if before is None else {k: before[k] + x for k, x in u.items()}
         return total
+
+
+def _roots(squares: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
+    """Norms; NaN where squares underflow, as `gf.ghost_health` refuses them."""
+    n = len(squares)
+    lost = underflows(squares.double() * n**2, squares.dtype)
+    if lost and (bool(squares.any()) or any(bool(g.any()) for g in grads.values())):
+        return torch.full_like(squares, torch.nan)
+    return squares.sqrt()
+
+
+def _another(f: Any) -> Callable[..., Any]:
+    """The same function with code of its own: the compiler counts the programs of each code, of all
+    trainers of a process, and gives up at some."""
+    return types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
 
 
 def trainable(module: nn.Module) -> tuple[int, ...]:

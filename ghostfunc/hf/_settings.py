@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import unwrap_peft_model
 
-from ghostfunc._base.errors import OptionError
+from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc.hf._numbered import SAMPLE_ID
 
 
-def refuse_settings(trainer: Trainer, *, second_order: bool, several_processes: bool) -> None:
+def refuse_own_step(trainer: type[Trainer], mixin: type[Trainer]) -> None:
+    """Raise where a trainer behind the mixin has a training step of its own: it would not run."""
+    classes = trainer.__mro__
+    behind = classes[classes.index(mixin) + 1 : classes.index(Trainer)]
+    own = [x for x in behind if "training_step" in vars(x) and library_of(x) not in KNOWN]
+    if own:
+        raise OptionError(
+            f"{own[0].__name__}.training_step would not run: {mixin.__name__} has a training step "
+            "of its own, with scores. Put what it does besides into a callback (on_step_begin, "
+            "on_pre_optimizer_step), or into a class before the mixin that calls super()."
+        )
+
+
+def refuse_missing_input(module: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise for a micro-batch without the model's main input, in words of the training set."""
+    base = unwrap_peft_model(module)
+    if not isinstance(base, PreTrainedModel):
+        return
+    name = base.main_input_name
+    if name not in inputs and "inputs_embeds" not in inputs:
+        columns = sorted(k for k in inputs if k != SAMPLE_ID)
+        raise BatchError(
+            f"The collated training batch has no {name!r}, the main input of "
+            f"{type(base).__name__}; it has {columns}. Give train_dataset a column {name!r}, or "
+            "pass sample_loss for a loss of other columns."
+        )
+
+
+KNOWN = ("ghostfunc", "transformers", "trl")
+"""Libraries whose trainers are known here."""
+
+
+def library_of(x: Any) -> str:
+    """The package that a class or a function is from."""
+    return str(x.__module__).partition(".")[0]
+
+
+def refuse_settings(trainer: Trainer, *, several_processes: bool) -> None:
     """Raise for settings under which scores or weights would be other than they are said to be."""
     args = trainer.args
     several = args.world_size > 1
@@ -35,13 +76,10 @@ def refuse_settings(trainer: Trainer, *, second_order: bool, several_processes: 
         "NEFTune noise (it is scaled by the length of the longest sample of the batch, so samples "
         "depend on each other): leave neftune_noise_alpha out": trainer.neftune_noise_alpha
         is not None,
-        "auto_find_batch_size (a step is begun again after some of its samples were scored): set "
-        "per_device_train_batch_size": args.auto_find_batch_size,
+        "auto_find_batch_size on several processes (the one that is out of memory would begin "
+        "again alone): set per_device_train_batch_size": several and args.auto_find_batch_size,
         "use_liger_kernel (its kernels are Functions of their own, in which parameters are not "
         "seen): leave it out": args.use_liger_kernel,
-        "mixed precision and score_order=2 (torch cannot take second derivatives under autocast): "
-        "load the model in bfloat16 instead, or use score_order=1": second_order
-        and (args.bf16 or args.fp16),
     }
     refused = [name for name, present in found.items() if present]
     if refused:

@@ -60,7 +60,7 @@ class GhostTrainer(GhostMixin):
 
     Raises:
         OptionError: what this trainer does not do: several devices in one process, DeepSpeed, FSDP,
-            NEFTune, Liger kernels, `auto_find_batch_size`; a resumed run with another
+            NEFTune, Liger kernels; a resumed run with another
             `score_form`, order, score dataset or training dataset than its checkpoint's; a
             checkpoint whose scores are damaged.
         VerificationError: the sample losses do not add up to the loss Trainer would train.

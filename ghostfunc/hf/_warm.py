@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +13,26 @@ from ghostfunc._base.remembered import structure
 from ghostfunc._base.types import ModelFn
 from ghostfunc._quantities.quantity import Quantity
 from ghostfunc._taps.use_shapes import use_shapes
+from ghostfunc._transforms.factored import kept_and_gradient
 from ghostfunc._transforms.vjp import GhostVjp, ghost_vjp
 
 Batch = dict[str, Any]
 
 
 def one_pass(
-    model_fn: ModelFn, params: dict[str, Tensor], batch: Batch, read: Mapping[str, Quantity]
+    model_fn: ModelFn,
+    params: dict[str, Tensor],
+    batch: Batch,
+    read: Mapping[str, Quantity],
+    grads: Literal[True, "autograd"],
 ) -> GhostVjp:
     """Losses, gradient and values of a micro-batch."""
-    return ghost_vjp(model_fn, params, batch, dict(read), grads=True, randomness="different")
+    return ghost_vjp(model_fn, params, batch, dict(read), grads=grads, randomness="different")
+
+
+def keep_pass(model_fn: ModelFn, params: dict[str, Tensor], batch: Batch) -> Any:
+    """Losses, factors and gradient of a micro-batch."""
+    return kept_and_gradient(model_fn, params, batch)
 
 
 def look_first(

@@ -82,12 +82,12 @@ ROWS: dict[str, Any] = {
     "score_order=2": with_options(LM, score_order=2),
     "score_batch_size=1": with_options(LM, score_batch_size=1),
     "log_gradients=True": with_options(LM, log_gradients=True),
+    "auto_find_batch_size": with_args(LM, auto_find_batch_size=True),
+    "bf16, score_order=2": with_options(with_args(LM, bf16=True), score_order=2),
+    'compile=True, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
 }
 REFUSED: dict[str, Any] = {
     "NEFTune": with_args(LM, neftune_noise_alpha=5.0),
-    "auto_find_batch_size": with_args(LM, auto_find_batch_size=True),
-    "bf16, score_order=2": with_options(with_args(LM, bf16=True), score_order=2),
-    'torch_compile, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
     "routed experts, load balancing loss": LM_BALANCED,
     "token sums for a mean": with_options(LORA, sample_loss=trained.token_sums),
 }

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 BOARD = Path(__file__).resolve().parents[2] / "benchmarks" / "leaderboard"
-NAMES = ("tasks", "retrain", "methods", "peers", "measure", "report")
+NAMES = ("tasks", "retrain", "methods", "peers", "measure", "report", "run")
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,34 @@ def test_tables_say_what_is_not_met(board: SimpleNamespace) -> None:
     assert len(bad) == 6
     assert all(x.endswith("| NOT met |") for x in bad)
     assert any(x.startswith("| EK-FAC | 0.60 [0.5") and x.endswith("| 0.80 |") for x in lines)
+
+
+def test_what_is_not_measured_anew_stays(board: SimpleNamespace) -> None:
+    """Seed by seed and method by method; methods that are no more fall away."""
+
+    def results(rows: dict[str, Any], torch_version: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+        runs = [{"seed": seed, "rows": dict(rows)} for seed in seeds]
+        tasks = {"mlp": {"name": "mlp", "subsets": 3, "runs": runs}}
+        versions = {"torch": torch_version, "bergson": "not installed"}
+        return {"quick": False, "versions": versions, "tasks": tasks}
+
+    before = results({"EK-FAC": row(0.6, 1.0), "gone": row(0.1, 1.0)}, "2.12", (0, 1))
+    before["versions"]["bergson"] = "2.5.1"
+    before["tasks"]["gpt2"] = before["tasks"]["mlp"]
+    now = results({"metagradients": row(0.9, 1.0)}, "2.13", (1,))
+    found = board.run.added(before, now)
+    assert found["versions"] == {"torch": "2.13", "bergson": "2.5.1"}
+    rows = [list(run["rows"]) for run in found["tasks"]["mlp"]["runs"]]
+    assert rows == [["EK-FAC"], ["metagradients", "EK-FAC"]]
+    assert found["tasks"]["gpt2"]["runs"][0]["rows"].keys() == {"EK-FAC"}
+    assert board.run.added(None, now) is now
+    with pytest.raises(ValueError, match="no table in common"):
+        board.run.added({**before, "quick": True}, now)
+
+
+def test_scores_at_mean_weights_depend_on_the_share(board: SimpleNamespace) -> None:
+    task = small(board, "mlp")
+    scores = board.methods.METHODS["metagradients, mean weights"](task, None)
+    met = len(torch.cat([micro.ids for micro in task.steps]).unique())
+    assert scores.shape == (len(board.methods.LEFT_OUT), met, len(task.queries["y"]))
+    assert not torch.allclose(scores[0], scores[2], rtol=1e-3)

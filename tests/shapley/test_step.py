@@ -250,3 +250,32 @@ def test_validation_sets_have_names(val_sets: Any) -> None:
     setting.val_sets = val_sets
     with pytest.raises(gf.OptionError, match="dict from names to batches"):
         step(setting, optimizer=gf.shapley.sgd(lr=0.1))
+
+
+def test_second_order_under_autocast() -> None:
+    """By plain autograd twice; torch's transforms do not go together with autocast."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.GELU(), torch.nn.Linear(6, 3)
+    )
+    sets = [(torch.randn(n, 4), torch.randint(0, 3, (n,))) for n in (5, 2)]
+
+    def losses(module: torch.nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = module(x)
+        return torch.nn.functional.cross_entropy(logits.float(), y, reduction="none")
+
+    model_fn, params = gf.from_module(model, losses)
+    train, val = sets
+    options: dict[str, Any] = {"optimizer": gf.shapley.sgd(lr=0.3), "order": 2}
+    out = gf.shapley.step(model_fn, params, train, {"": val}, **options, hvp="reverse")
+    weights = list(model.parameters())
+    g = [torch.autograd.grad(x / 5, weights, retain_graph=True) for x in losses(model, train)]
+    total = [sum(column) for column in zip(*g, strict=True)]
+    u = torch.autograd.grad(losses(model, val).mean(), weights, create_graph=True)
+    product = torch.autograd.grad(u, weights, total)
+    rows = zip(u, product, strict=True)
+    along = [-0.3 * (a.detach() - 0.3 * b / 2) for a, b in rows]
+    want = [sum((a * b).sum() for a, b in zip(row, along, strict=True)) for row in g]
+    assert_close(out.values[:, 0], torch.stack(want), 0.02)

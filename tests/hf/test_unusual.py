@@ -1,0 +1,226 @@
+"""What would make a GhostTrainer's weights or scores others than Trainer's: followed or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_close
+from hf_trainers import (
+    Recorded,
+    arguments,
+    gpt2,
+    in_order,
+    same_training,
+    scores_by_definition,
+    texts,
+)
+from test_trained import tokens
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+import ghostfunc as gf
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+DATA = {"train_dataset": texts(8, 0), "score_dataset": texts(5, 1)}
+
+
+def ghost(path: Path, model: nn.Module | None = None, **options: Any) -> Any:
+    args = options.pop("args", {"max_steps": 2})
+    given = {"model": gpt2() if model is None else model, **DATA, **options}
+    return gf.hf.GhostTrainer(args=arguments(path, **args), **given)
+
+
+# --- out of memory ---
+
+
+class OutOfMemory:
+    """Memory runs out in the middle of the third step, at the fifth micro-batch."""
+
+    calls = 0
+
+    def training_step(self, model: Any, inputs: Any, count: Any = None) -> Tensor:
+        self.calls += 1
+        if self.calls == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return super().training_step(model, inputs, count)  # type: ignore[misc, no-any-return]
+
+
+class PlainOutOfMemory(OutOfMemory, Trainer):
+    """Begins again with smaller batches, from the weights after two steps."""
+
+
+class GhostOutOfMemory(OutOfMemory, Recorded):
+    """The same with scores."""
+
+
+@pytest.mark.parametrize("form", ["sgd", "exact"])
+def test_auto_find_batch_size(form: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path, auto_find_batch_size=True, gradient_accumulation_steps=2)
+    plain = gpt2()
+    PlainOutOfMemory(model=plain, args=args, train_dataset=DATA["train_dataset"]).train()
+    trainer = GhostOutOfMemory(model=gpt2(), args=args, **DATA, score_form=form)
+    trainer.train()
+    assert_close(trainer.model.state_dict(), plain.state_dict(), 1e-6, floor=1.0)
+    assert trainer.scores.counts.sum() == 8 + 3 * 4  # an epoch of 3 a batch, three steps of 2
+    if form == "sgd":
+        del trainer.seen[3]  # its step was not taken
+        batches = in_order(DATA["score_dataset"], 4)
+        want = scores_by_definition(trainer, batches, tokens, counted=True, averaged=False)
+        assert_close(trainer.scores.values, want, 1e-4)
+
+
+def test_score_samples_out_of_memory(tmp_path: Path) -> None:
+    """Smaller training batches would not help."""
+
+    def tight(module: nn.Module, args: Any, inputs: Any) -> None:
+        if not module.training and len(inputs["input_ids"]) == 4 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model = gpt2()
+    model.register_forward_pre_hook(tight, with_kwargs=True)
+    trainer = ghost(tmp_path, model, args={"auto_find_batch_size": True})
+    with pytest.raises(gf.OptionError, match=r"score_batch_size.*\(now 4\)"):
+        trainer.train()
+
+
+# --- optimizers ---
+
+
+class TwoModes(torch.optim.SGD):
+    """As optimizers without a schedule: they step in train mode alone."""
+
+    training = False
+
+    def train(self) -> None:
+        self.training = True
+
+    def step(self, *args: Any, **options: Any) -> Any:
+        assert self.training
+        return super().step(*args, **options)
+
+
+def test_optimizers_are_put_into_train_mode(tmp_path: Path) -> None:
+    model = gpt2()
+    optimizer = TwoModes(model.parameters(), lr=0.1)
+    ghost(tmp_path, model, optimizers=(optimizer, None)).train()
+    assert optimizer.training
+
+
+def test_maximized_losses(tmp_path: Path) -> None:
+    """The step goes the other way, and so do values."""
+    values = []
+    for maximize in (False, True):
+        model = gpt2()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=maximize)
+        trainer = ghost(tmp_path, model, args={"max_steps": 1}, optimizers=(optimizer, None))
+        trainer.train()
+        values.append(trainer.scores.values)
+    assert_close(values[1], -values[0], 1e-6)
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_are_refused(hook: str, tmp_path: Path) -> None:
+    model = gpt2()
+    getattr(model.transformer.wte.weight, hook)(lambda g: None)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(gf.OptionError, match=r"'transformer.wte.weight' has hooks"):
+        ghost(tmp_path, model).train()
+    assert_close([p.detach() for p in model.parameters()], before, 0.0)
+
+
+# --- callbacks ---
+
+
+class OtherMemory(TrainerCallback):
+    """Weights get other memory, as when they are loaded or averaged by `.data`."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **rest: Any) -> None:
+        if state.global_step == 1:
+            weight = model.transformer.wte.weight
+            weight.data = weight.data.clone() * 1.1
+
+
+def test_weights_that_move_to_other_memory(tmp_path: Path) -> None:
+    options = {**DATA, "callbacks": [OtherMemory()]}
+    trainer = same_training(gpt2, arguments(tmp_path), 1e-6, **options)
+    batches = in_order(DATA["score_dataset"], 4)
+    want = scores_by_definition(trainer, batches, tokens, counted=True, averaged=False)
+    assert_close(trainer.scores.values, want, 1e-4)
+
+
+class FreezingMidStep(TrainerCallback):
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any, **rest: Any) -> None:
+        model.transformer.wte.weight.requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("form", ["sgd", "exact"])
+def test_freezing_between_micro_batches_is_refused(form: str, tmp_path: Path) -> None:
+    args = {"gradient_accumulation_steps": 2}
+    trainer = ghost(tmp_path, args=args, callbacks=[FreezingMidStep()], score_form=form)
+    with pytest.raises(gf.OptionError, match="between two micro-batches"):
+        trainer.train()
+
+
+# --- losses and steps of one's own ---
+
+
+class ScheduledLoss(gf.hf.GhostTrainer):
+    """A loss that is the model's at the first step alone."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **options)
+        return loss * (1 + self.state.global_step)
+
+
+def test_a_loss_that_changes_later(tmp_path: Path) -> None:
+    trainer = ScheduledLoss(model=gpt2(), args=arguments(tmp_path), **DATA)
+    with pytest.raises(gf.VerificationError, match="weights or scores would be others"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+class OwnStep(Trainer):
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        return super().training_step(*args, **options) / 2
+
+
+class Behind(gf.hf.GhostMixin, OwnStep):
+    """Its step would not run."""
+
+
+def test_a_training_step_behind_the_mixin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(gf.OptionError, match=r"OwnStep.training_step would not run"):
+        Behind(model=gpt2(), args=arguments(tmp_path), **DATA)
+
+
+@pytest.mark.parametrize("row", [lambda x: {"labels": x["labels"]}, lambda x: {}])
+def test_training_rows_without_input(row: Callable[[Any], Any], tmp_path: Path) -> None:
+    short = [row(x) for x in texts(8, 0)]
+    with pytest.raises(gf.BatchError, match=r"training batch has no 'input_ids'"):
+        ghost(tmp_path, train_dataset=short).train()
+
+
+def tiny_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = module(input_ids=batch["input_ids"]).logits
+    return logits.logsumexp(-1).mean(1) * module.tiny
+
+
+class OwnLoss(gf.hf.GhostTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        return tiny_losses(model, inputs).mean()
+
+
+@pytest.mark.parametrize(("tiny", "logged"), [(1e-22, False), (1e-3, True)])
+def test_norms_that_underflow_are_not_logged(tiny: float, logged: bool, tmp_path: Path) -> None:
+    model: Any = gpt2()
+    model.tiny = tiny
+    args = arguments(tmp_path, max_steps=1, logging_steps=1)
+    trainer = OwnLoss(model=model, args=args, **DATA, sample_loss=tiny_losses, log_gradients=True)
+    trainer.train()
+    (log,) = (x for x in trainer.state.log_history if "loss" in x)
+    assert ("ghost/norm_q50" in log) == logged
+    assert log.get("ghost/norm_q50", 1.0) > 0
