@@ -75,8 +75,10 @@ def _reverse(
         dots = [(g * x).sum() for g, x in zip(grads, along, strict=True)]
         return torch.stack(dots).sum(), grads
 
-    with unrounded(primals[0]):
-        products, grads = torch.func.grad(dot, has_aux=True)(primals)
+    made: Any = torch.func.vjp(dot, primals, has_aux=True)
+    value, pull, grads = made
+    with unrounded(value):
+        products: list[Tensor] = pull(torch.ones_like(value))[0]
     return grads, products
 
 
