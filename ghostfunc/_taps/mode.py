@@ -68,7 +68,7 @@ class TapMode(TrackingMode):
         self._as_traced = self._same_ops = self._seen = True
         self._n_calls = 0
         self._way = 0
-        self._shapes = shapes if recut is None else None
+        self._shapes = shapes
         self._step: Step | None = None
         self._made: list[Step] | None = None
         if self._shapes is not None:
@@ -185,10 +185,10 @@ class TapMode(TrackingMode):
             raise
         if y.shape != known.out:
             raise StaleLayout(f"{op_name(known.call.func)} returned another shape than before")
-        self._n_calls += 1
-        self._step = step.next
+        place, self._n_calls, self._step = self._n_calls, self._n_calls + 1, step.next
         targets = list(zip(known.call.names, met, strict=True))
-        return self._tapped(y, known.call, targets, tensors, known.call.out.axis, known=known)
+        how = {"known": known, "recut": self._recut, "place": place}
+        return self._tapped(y, known.call, targets, tensors, known.call.out.axis, **how)
 
     def _raised(self, step: Step, error: Exception) -> None:
         """A known call has raised an error, which the program may catch."""

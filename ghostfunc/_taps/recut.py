@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -63,18 +62,13 @@ class Recut:
         """The cotangent of a call's output, stacked over positions: `[R * T, ...]`."""
         return self._single(call.out.stack(b, self.packing.rows), self._of(number).out)
 
-    def arguments(self, number: int, call: CallTrace, leaves: Sequence[Any]) -> list[Any]:
-        """A call's arguments, stacked over positions."""
-        packing = self.packing
-        out = list(leaves)
-        for i, x in enumerate(leaves):
-            if i in call.places:
-                call.places[i].check(x, packing.rows)
-                stacked = call.places[i].stack(x, packing.rows)
-                out[i] = self._single(stacked, self._of(number).args[i])
-            elif isinstance(x, Tensor):
-                out[i] = x.expand(packing.rows * packing.width, *x.shape)
-        return out
+    def argument(self, number: int, call: CallTrace, i: int, x: Tensor) -> Tensor:
+        """A tensor among a call's flattened arguments, stacked over positions."""
+        rows, layout = self.packing.rows, call.places.get(i)
+        if layout is None:
+            return x.expand(rows * self.packing.width, *x.shape)
+        layout.check(x, rows)
+        return self._single(layout.stack(x, rows), self._of(number).args[i])
 
     def broadcast(self, number: int, call: CallTrace, b: Tensor, const: Tensor) -> Tensor:
         """The gradients of a parameter that was broadcast, `[n, ...]`, given the cotangent of its

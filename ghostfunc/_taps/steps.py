@@ -20,6 +20,7 @@ from torch import Tensor
 from ghostfunc._base.dense_gradients import makes_sparse
 from ghostfunc._base.refusals import REFUSED
 from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
+from ghostfunc._taps.recut import Recut
 from ghostfunc._trace.trace import CallTrace, WayTaken, may_fold
 from ghostfunc._trace.tracked import CallArgs, Tracked
 from ghostfunc._trace.watch import SIZED_BY_VALUES, nests
@@ -130,16 +131,17 @@ class KnownUse:
         call: what the trace knows of it.
         names, kinds: as those of a `Step`.
         hits: which arguments are tracked, in the trace's order; `numbers`: which tensors they are.
-        tensors: which arguments are tensors, in the order in which a use keeps them; `shapes`:
-            theirs. `layouts`: where samples lie in them, None for those that carry none.
+        tensors: which arguments are tensors, in the order in which a use keeps them; `leaves`:
+            their numbers among the flattened arguments; `shapes`: theirs. `layouts`: where samples
+            lie in them, None for those that carry none.
         pick: takes out the other arguments; `others`: what they were. `lists`: as in a `Step`.
         template: all arguments, without the tensors.
         out: shape of the output.
     """
 
     __slots__ = (
-        "call", "hits", "kinds", "layouts", "lists", "names", "numbers", "others", "out", "pick",
-        "shapes", "template", "tensors",
+        "call", "hits", "kinds", "layouts", "leaves", "lists", "names", "numbers", "others", "out",
+        "pick", "shapes", "template", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -154,6 +156,7 @@ class KnownUse:
         tensors = [i for i, x in enumerate(made.leaves) if isinstance(x, Tensor)]
         self.hits = tuple(place[id(made.leaves[i])] for i in call.hits)
         self.tensors = tuple(place[id(made.leaves[i])] for i in tensors)
+        self.leaves = tuple(tensors)
         self.layouts = tuple(call.places.get(i) for i in tensors)
         self.shapes = [values[i].shape for i in self.tensors]
         others = [i for i in range(len(values)) if i not in self.tensors]
@@ -190,13 +193,22 @@ class KnownUse:
             given[i] = tracked.const
         return y, [given[i] for i in self.tensors]
 
-    def factors(self, b: Tensor, tensors: Sequence[Tensor], n: int) -> Factors:
-        """What makes the factors of all targets, given the output's cotangent."""
+    def factors(
+        self, b: Tensor, tensors: Sequence[Tensor], n: int, recut: Recut | None, place: int
+    ) -> Factors:
+        """What makes the factors of all targets, given the output's cotangent: those of samples,
+        or of the single positions that a `recut` makes of a use in its place."""
         given = list(self.template)
-        for i, x, layout in zip(self.tensors, tensors, self.layouts, strict=True):
-            given[i] = x.expand(n, *x.shape) if layout is None else layout.stack(x, n)
+        if recut is None:
+            b = self.call.out.stack(b, n)
+            for i, x, layout in zip(self.tensors, tensors, self.layouts, strict=True):
+                given[i] = x.expand(n, *x.shape) if layout is None else layout.stack(x, n)
+        else:
+            b = recut.cotangent(place, self.call, b)
+            for i, leaf, x in zip(self.tensors, self.leaves, tensors, strict=True):
+                given[i] = recut.argument(place, self.call, leaf, x)
         fn: Any = self.call.rule.fn  # type: ignore[union-attr]
-        return self._apply(partial(fn, self.call.out.stack(b, n)), given)
+        return self._apply(partial(fn, b), given)
 
     def _apply(self, func: Callable[..., Any], given: list[Any]) -> Any:
         if not self.names:

@@ -61,7 +61,7 @@ class Use:
         """What makes the factors of all targets, by the rule's names for them, given the output's
         cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
         if self.known is not None:
-            return self.known.factors(b, args, self.n)
+            return self.known.factors(b, args, self.n, self.recut, self.place)
         layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
@@ -74,7 +74,10 @@ class Use:
             b, leaves = layout.stack(b, n), stack_all(leaves, self.call.places, n)
         else:
             b = recut.cotangent(self.place, self.call, b)
-            leaves = recut.arguments(self.place, self.call, leaves)
+            leaves = [
+                recut.argument(self.place, self.call, i, x) if isinstance(x, Tensor) else x
+                for i, x in enumerate(leaves)
+            ]
         assert self.treedef is not None
         call_args, kwargs = unflatten(self.treedef, leaves)
         assert rule is not None  # tracing saw to it

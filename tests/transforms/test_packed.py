@@ -18,6 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import ghostfunc as gf
 from ghostfunc._taps import claim
+from ghostfunc._taps.mode import TapMode
 
 VOCABULARY = 40
 SMALL = {
@@ -577,6 +578,33 @@ def test_batches_of_other_numbers_of_documents_are_not_proved_anew(
     assert not made
     gf.ghost_norm(model_fn, params, by_segments(*draw([[3, 3, 3], [6, 3], [9]], 2)))
     assert made
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_other_documents_go_the_way_of_earlier_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the same length are watched step by step, whatever documents they hold, and no call
+    but those that make masks and places is looked at more closely than in an unpacked run."""
+    module, val = model(name), draw(VAL, 2)
+    sides = by_segments(*val), unpacked(*val)
+    model_fn, params = gf.hf.causal_lm(module)
+    for seed, rows in enumerate([[[5, 4, 3], [7, 5]], [[2, 10], [4, 8]], [[3, 3, 6], [12]]]):
+        train = draw(rows, seed)
+        asked = Unpacked(module, (by_segments(*train), unpacked(*train)), sides)
+        asked.model_fn = model_fn
+        assert_right(asked, ESSENTIAL, tolerance=1e-10)
+    looked: list[str] = []
+    told = TapMode._told
+    monkeypatch.setattr(TapMode, "_told", lambda *args: looked.append(args[1]) or told(*args))
+    whole = {"input_ids": train[0], "attention_mask": torch.ones_like(train[0])}
+    counts = []
+    for batch in (whole, asked.train):
+        for _ in range(3):
+            looked.clear()
+            gf.ghost_norm(model_fn, params, batch)
+        counts.append(len(looked))
+    assert 0 < counts[1] <= 3 * counts[0]
 
 
 def test_numbers_as_labels_have_zeros_behind_the_end() -> None:
