@@ -140,8 +140,9 @@ def query(options: Query) -> int:
         raise CommandError(f"{options.store}: there is no such store; ghostfunc project makes one.")
     store = Store.open(options.store)
     rows = Rows.open(options.pool)
-    _data.check_columns(rows, options.pool, group=options.group, image=options.image)
-    _data.check_new(rows, None if options.report is None else options.image)
+    every = range(len(rows))
+    _data.check_columns(rows, every, options.pool, group=options.group, image=options.image)
+    _data.check_new(rows, every, None if options.report is None else options.image)
     if store.notes.get("pool") != _data.content_of(options.pool):
         raise CommandError(f"{options.store} was not made of the rows of {options.pool}.")
     if not 1 <= options.top <= store.n_samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ghostfunc._base.types import PyTree
@@ -54,10 +54,10 @@ def check_kept(path: Path, *inputs: Path) -> None:
         raise CommandError(f"{path} is one of the inputs; it would be lost. Choose another name.")
 
 
-def check_new(rows: Rows, image: str | None) -> None:
+def check_new(rows: Rows, used: Iterable[int], image: str | None) -> None:
     """Raise before anything is computed where what was chosen could not be written, or not be
     shown."""
-    for row in range(len(rows)):
+    for row in used:
         if KEY in rows[row]:
             raise CommandError(
                 f"{rows.where(row)} has a key {KEY!r} already: it was chosen by an earlier run. "
@@ -67,10 +67,11 @@ def check_new(rows: Rows, image: str | None) -> None:
             thumbnail(rows, row, image)
 
 
-def check_columns(rows: Rows, path: Path, **columns: str | None) -> None:
-    """Raise unless some row has each of the columns that options name."""
+def check_columns(rows: Rows, used: Iterable[int], path: Path, **columns: str | None) -> None:
+    """Raise unless some of the rows has each of the columns that options name."""
+    used = list(used)
     for option, column in columns.items():
-        if column is not None and not any(column in rows[i] for i in range(len(rows))):
+        if column is not None and not any(column in rows[i] for i in used):
             raise CommandError(f"--{option} {column}: no row of {path} has such a column.")
 
 

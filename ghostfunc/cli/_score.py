@@ -119,8 +119,8 @@ def _read(options: Score, folder: Path) -> Inputs:
         raise CommandError(
             f"--top {options.top}: {options.pool} has {len(pool):,} rows to choose from."
         )
-    _data.check_columns(rows, options.pool, group=options.group, image=options.image)
-    _data.check_new(rows, None if options.report is None else options.image)
+    _data.check_columns(rows, pool.rows, options.pool, group=options.group, image=options.image)
+    _data.check_new(rows, pool.rows, None if options.report is None else options.image)
     budget = options.token_budget
     if budget is None and (stopped := _stopped(folder)) is not None:
         budget = int(read_recipe(stopped)["token_budget"])  # memory may be another now

@@ -202,7 +202,7 @@ def test_bad_rows_can_be_set_aside(run: Run, files: Path) -> None:
     assert run(LINE)[0] == 0
     before = [json.loads(line) for line in (files / "sel.jsonl").read_text().splitlines()]
     (files / "pool.jsonl").write_text('{"text"\n' + good + '{"text": ""}\n')
-    code, told = run(LINE + " --bad-rows set-aside")
+    code, told = run(LINE + " --bad-rows set-aside --report r.html --group source")
     assert code == 0, told
     aside = [json.loads(x) for x in (files / "sel.set-aside.jsonl").read_text().splitlines()]
     assert [(x["row"], x["where"]) for x in aside] == [
