@@ -10,6 +10,10 @@ PIECE = 1 << 18
 """Numbers that are in float64 at one time."""
 
 
+SMALL = 2.0**-480
+"""Lengths whose squares have not all digits that float64 has."""
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in the dtype contractions run in: float32, or wider if `x` is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -27,6 +31,15 @@ def squared_norms(
             part = part - others[number].double()
         total = total + part.square().sum(1)
     return total
+
+
+def lengths(x: Float[Tensor, "s ..."]) -> Float[Tensor, " s"]:
+    """`||x_i||` in float64, of gradients whose squares are zero there, too."""
+    found = squared_norms(x).sqrt()
+    (small,) = (found < SMALL).nonzero(as_tuple=True)
+    if len(small):
+        found = found.index_copy(0, small, squared_norms(x[small].double() / SMALL).sqrt() * SMALL)
+    return found
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:

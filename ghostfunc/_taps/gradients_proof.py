@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.company import Part
-from ghostfunc._base.dtypes import squared_norms, wide
+from ghostfunc._base.dtypes import lengths, wide
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps import rounding
@@ -143,7 +143,7 @@ def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
-    size = squared_norms(g[None])[0].sqrt()  # squares may be beyond float32
+    size = lengths(g[None])[0]
     return (g @ u.flatten().to(g)).double().cpu(), size.cpu()
 
 
@@ -189,7 +189,7 @@ class _Compared:
 
     @property
     def scales(self) -> Tensor:
-        return self.terms.square().sum(1).sqrt() + self.sizes
+        return lengths(self.terms) + self.sizes
 
     @property
     def errors(self) -> Tensor:
@@ -218,7 +218,7 @@ def _noise(model: TracedModel, losses: Tensor, weights: Tensor) -> list[float]:
     """What is rounding noise of weighted losses; what it is at most."""
     unit = rounding.NOISE * torch.finfo(coarsest(model)).eps
     sizes = [rounding.loss_sizes(losses, at_most=x) for x in (False, True)]
-    return [unit * float((weights * size).norm()) for size in sizes]
+    return [unit * float(lengths((weights * size)[None])) for size in sizes]
 
 
 def _wrong(
@@ -252,13 +252,13 @@ def _beyond_noise(
         return noise
     noise = noise[compared.params] * (len(index) / len(few)) ** 0.5
     scales = torch.maximum(compared.scales, noise / tolerance_of(model, contract_dtype))
-    sizes = scales - compared.terms.square().sum(1).sqrt()
+    sizes = scales - lengths(compared.terms)
     return replace(compared, sizes=sizes).wrong(model, contract_dtype, floor=0.0)
 
 
 def _weights(table: Tensor, generator: np.random.Generator) -> Tensor:
     """Random weights that make the samples' numbers equally large."""
-    size = table.square().sum(0).sqrt()
+    size = lengths(table.T)
     seen = size[size > 0]
     typical = seen.log().mean().exp() if len(seen) else size.new_ones(())
     least = typical * torch.finfo(torch.float32).eps ** 0.5

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import squared_norms, wide
+from ghostfunc._base.dtypes import lengths, squared_norms, wide
 from ghostfunc._base.torch_private import batched_within
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import ContractDtype
@@ -379,7 +379,7 @@ def _error(compared: _Compared, got: Tensor, tolerance: float, reading: Reading)
     if got.shape != want.shape:
         return float("inf")
     error = _squares(got, want, reading.pairs).sqrt()
-    size = want.double().abs() if reading.pairs else squared_norms(want).sqrt()
+    size = want.double().abs() if reading.pairs else lengths(want)
     limit = tolerance * size + (0 if moves is None else MARGIN * moves.sqrt())
     # What over- or underflowed shows that it did: it is run again, or is infinite.
     bad = (error > limit) & error.isfinite()

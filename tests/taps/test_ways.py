@@ -160,7 +160,7 @@ def test_what_calls_are_told_is_proved(
     during()
     assert during() == [6]
     now[0] = then
-    assert during() == ([6, 6, 3, 3, 2, 2] if anew else [6])
+    assert during() == ([6, 6, 2, 2, 2, 2] if anew else [6])
     assert during() == [6]
     now[0] = first
     assert during() == [6]
