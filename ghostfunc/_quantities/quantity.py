@@ -30,6 +30,7 @@ from torch import Tensor
 from ghostfunc._base.compilable import node
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.losses import refuse_not_finite
+from ghostfunc._base.torch_private import known
 from ghostfunc._base.trees import ParamSpec, flatten, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
@@ -236,7 +237,7 @@ def kind_of(readers: Any) -> Hashable:
 def _kind(x: Any) -> Hashable:
     match x:
         case Tensor():
-            return x.dtype, tuple(x.shape)
+            return x.dtype, tuple(map(known, x.shape))
         case Quantity():
             return type(x), x.contract_dtype
         case None | bool() | int() | str() | torch.dtype():

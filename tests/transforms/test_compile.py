@@ -177,6 +177,25 @@ def test_no_new_program_for_a_new_step_or_a_new_length(name: str) -> None:
     assert counter.frame_count == 2  # one for the first length, one for all others
 
 
+@pytest.mark.parametrize("directed", [False, True])
+def test_a_table_of_another_size(directed: bool) -> None:
+    """The compiler has sizes that change be symbols, in parameters too."""
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        return (p["table"][: x.shape[1]] * x).sum(1).tanh()
+
+    def f(p: Any, u: Any, x: Tensor) -> Any:
+        if directed:
+            return gf.ghost_vjp(model_fn, p, x, {"dots": gf.Dot(u)}, grads=True).values["dots"]
+        return gf.ghost_norm(model_fn, p, x)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for rows in (12, 8, 9):
+        p, u = ({"table": torch.randn(rows, dtype=torch.float64)} for _ in range(2))
+        x = torch.randn(3, 6, dtype=torch.float64)
+        close(compiled(p, u, x), f(p, u, x), 1e-12)
+
+
 def test_what_the_module_closes_over_is_read_at_every_call() -> None:
     model_fn, params, batch = conv()
     train, val = batch(3, 6), batch(2, 6)
