@@ -38,7 +38,7 @@ install: $(STAMP) ## Make or complete .venv with everything that is pinned in co
 
 # torch goes first: a build that is already there and satisfies the pin (one for CPU, say) stays.
 # hatchling and editables come from constraints.txt too, hence no build isolation.
-# pip says what it loads: the whole is minutes.
+# pip shows what it downloads: the installation takes minutes.
 $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "1 of 2: PyTorch, the largest part"

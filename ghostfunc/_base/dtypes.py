@@ -11,7 +11,7 @@ PIECE = 1 << 18
 
 
 SMALL = 2.0**-480
-"""Lengths whose squares have not all digits that float64 has."""
+"""The squares of smaller lengths lose digits in float64."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def squared_norms(
 
 
 def lengths(x: Float[Tensor, "s ..."]) -> Float[Tensor, " s"]:
-    """`||x_i||` in float64, of gradients whose squares are zero there, too."""
+    """`||x_i||` in float64, with all digits where the squares underflow, too."""
     found = squared_norms(x).sqrt()
     (small,) = (found < SMALL).nonzero(as_tuple=True)
     if len(small):

@@ -68,7 +68,7 @@ def check_finite(losses: Tensor) -> None:
     if symbolic(losses):
         return
     if not batched(losses) and math.isfinite(losses.detach().sum().item()):
-        return  # one wait for the device; what is to be said of other losses takes more
+        return  # losses in order take this one wait for the device; an error message takes more
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()

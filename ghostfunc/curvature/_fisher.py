@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -15,6 +14,7 @@ from ghostfunc._base.errors import NonFiniteLossError, OptionError
 from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.options import one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
+from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.trees import batch_size
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import check_count
@@ -145,5 +145,4 @@ def _outputs(likelihood: Likelihood, params: PyTree, batch: PyTree) -> Tensor:
 
 def _stream(seed: int, number: int, draw: int) -> int:
     """The seed of one batch's draw."""
-    text = f"ghostfunc curvature {seed} {number} {draw}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return number_of_text(f"ghostfunc curvature {seed} {number} {draw}")

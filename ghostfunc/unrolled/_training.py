@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ghostfunc._base.options import check_model_fn, check_type
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import prove_independent
+from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
@@ -195,8 +195,7 @@ class Training:
         if self.seed is None:
             yield
             return
-        text = f"ghostfunc unrolled {self.seed} {step} {place}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        number = number_of_text(f"ghostfunc unrolled {self.seed} {step} {place}")
         devices = sorted({x.device.index for x in self.leaves if x.is_cuda})
         with torch.random.fork_rng(devices):
             torch.manual_seed(number)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
+from ghostfunc._base.modes import DispatchMode
 
 WIDTH, LAYERS, POSITIONS = 1024, 5, 4
 
 
-class Moved(TorchDispatchMode):
+class Moved(DispatchMode):
     """Counts the bytes that collectives make or take, tensors of a meeting by themselves.
 
     An all-gather counts its output, a reduce-scatter its input: the whole tensor.
@@ -32,13 +33,7 @@ class Moved(TorchDispatchMode):
         self.calls = 0
         self.meetings = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.namespace == "c10d":
             leaves = torch.utils._pytree.tree_leaves(args)
             sizes = [x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor)]
@@ -48,7 +43,7 @@ class Moved(TorchDispatchMode):
                 self.calls += 1
             else:
                 self.meetings += 1
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class Alive(TorchDispatchMode):

@@ -7,7 +7,6 @@ that stopped says so there, and all of them stop.
 
 from __future__ import annotations
 
-import hashlib
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import RankError
 from ghostfunc._base.processes.ranks import Ranks
+from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import all_gather
 
 _RUNS, _STOPPED, _RETRIES = range(3)
@@ -80,7 +80,7 @@ class InStep:
         return out
 
     def _meet(self, place: str, state: int = _RUNS, number: int = 0) -> _Told:
-        mine = torch.tensor([_digest(place), state, number])
+        mine = torch.tensor([number_of_text(place), state, number])
         rows = mine.new_empty(self.size * 3)
         try:
             all_gather(rows, mine, group=self.control)
@@ -168,8 +168,3 @@ class Stretch:
     ) -> None:
         self._ranks.together -= self._together
         self._ranks.end(self._place, error, self._retries)
-
-
-def _digest(place: str) -> int:
-    """A number that stands for a place of the program, the same in all processes."""
-    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "little")

@@ -9,7 +9,6 @@ model, a proof, an exception) it does between two collectives: nobody waits for 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, RankError, TransformError
+from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import group_store, in_transform
 
 BUCKET_BYTES = 25 << 20
@@ -227,7 +227,7 @@ class Phase:
         # A rank that failed still sends what the others wait for: zeros.
         for exchange in self._exchanges:
             exchange.send_all()
-        failed, alike = error is not None, _number_of(f"{self._ranks.call}: {self.alike}")
+        failed, alike = error is not None, number_of_text(f"{self._ranks.call}: {self.alike}")
         table = self._ranks.rows([failed, alike, self.number], self._place)
         if any(row[0] for row in table):
             self._tell(error)
@@ -359,8 +359,3 @@ def _buckets(like: Sequence[Tensor], order: Sequence[int]) -> list[list[int]]:
         buckets[-1].append(i)
         size += bytes_
     return buckets
-
-
-def _number_of(text: str) -> int:
-    """A number that tells texts apart, the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -49,7 +49,7 @@ class Sharding:
         return len(self.alike[0]) if self.alike else 1
 
     def params(self, module: nn.Module) -> dict[str, Tensor]:
-        """This rank's pieces of what is trained."""
+        """This rank's pieces of the parameters that are trained."""
         trained = (name for name, p in module.named_parameters() if p.requires_grad)
         return {name: self.pieces[name] for name in trained}
 
@@ -66,7 +66,7 @@ class Sharding:
         return replace(self, whole=frozen), wholes
 
     def own_memory(self) -> Iterator[tuple[str, Tensor]]:
-        """The module's own memory, and what is held whole of frozen parameters."""
+        """The module's own memory, and the frozen parameters that are held whole."""
         yield from self.pieces.items()
         yield from (self.whole or {}).items()
 
