@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ghostfunc._base.types import PyTree
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.cli._errors import CommandError
 from ghostfunc.cli._model import Loaded
 from ghostfunc.cli._options import Loading
 from ghostfunc.cli._say import say
 from ghostfunc.data import Encoded, Fault, Rows, batches, encode
-from ghostfunc.data._files import write_whole
 from ghostfunc.data._progress import Progress
 from ghostfunc.data._select import KEY
 from ghostfunc.report._images import thumbnail

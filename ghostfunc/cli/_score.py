@@ -10,6 +10,7 @@ from typing import Any
 
 from ghostfunc._base.errors import PositionAxisError
 from ghostfunc._base.types import PyTree
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc._transforms.grads import direction
 from ghostfunc._transforms.verify import verify
 from ghostfunc.cli import _data
@@ -23,7 +24,6 @@ from ghostfunc.cli._say import say
 from ghostfunc.cli._scores_file import POOL_CONTENT
 from ghostfunc.curvature._errors import check_count, check_damping
 from ghostfunc.data import Encoded, Scores, find_token_budget, score_dataset, write_rows
-from ghostfunc.data._files import write_whole
 from ghostfunc.data._parts import read_recipe
 from ghostfunc.data._progress import progress_bar
 from ghostfunc.report import Heat, write_report

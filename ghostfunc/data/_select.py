@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc.data._files import write_whole
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.data._rows import JSON_LINES, Rows
 from ghostfunc.data._scores import Scores
 
