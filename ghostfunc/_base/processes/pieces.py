@@ -31,6 +31,9 @@ from ghostfunc._base.types import ModelFn, PyTree
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+LITTLE = 1 << 20
+"""Bytes of samples that may be brought together in any case."""
+
 
 def _in_pieces(model_fn: ModelFn) -> Sharding | None:
     """How the parameters are sharded; None where `params` are whole."""
@@ -92,7 +95,7 @@ def samples_of_all(model_fn: ModelFn, n: int) -> int:
 
 def few_of_all(model_fn: ModelFn, train: PyTree, val: PyTree, outline: str | None) -> list[int]:
     """How many samples of `val` every rank has, where all of them together are at most as many as
-    any rank has of `train`, and no larger than the model; nothing elsewhere.
+    any rank has of `train`, and no larger than the model or `LITTLE`; nothing elsewhere.
 
     The answer is the same on all ranks. `outline` says what their batches have to have in common;
     None that this rank's have not.
@@ -112,7 +115,7 @@ def few_of_all(model_fn: ModelFn, train: PyTree, val: PyTree, outline: str | Non
         math.prod(sharding.shards[name].shape) * x.element_size()
         for name, x in sharding.pieces.items()
     )
-    return counts if total * bytes_of_one <= model else []
+    return counts if total * bytes_of_one <= max(model, LITTLE) else []
 
 
 def batch_of_all(model_fn: ModelFn, batch: PyTree, counts: Sequence[int]) -> PyTree:
