@@ -46,7 +46,7 @@ if __name__ == "__main__":
         params,
         batches[rank::2],  # two here, one there
         fisher="empirical",
-        process_group=torch.distributed.group.WORLD,
+        group=torch.distributed.group.WORLD,
     )
     made.save(f"{directory}/{rank}.safetensors")
     if rank:
@@ -57,7 +57,7 @@ if __name__ == "__main__":
             params,
             batches[rank::2],
             fisher="empirical",
-            process_group=torch.distributed.group.WORLD,
+            group=torch.distributed.group.WORLD,
         )
     except gf.GhostError as error:
         Path(directory, f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
