@@ -354,7 +354,8 @@ def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Deriva
     if func is gather:  # a factor is one of the whole parameter, and this rank's own
         return "cast"
     source = call.tracked[0].const
-    if func in _TRANSPOSES and source.ndim == 2:
+    # As real numbers, a complex tensor has a third axis, and its factors are no matrices.
+    if func in _TRANSPOSES and source.ndim == 2 and not source.is_complex():
         # w.transpose(0, 0) is none.
         turned = (out.shape, out.stride()) == (source.shape[::-1], source.stride()[::-1])
         return "transpose" if turned else "general"

@@ -324,6 +324,9 @@ FILTERS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
         (5,),
         lambda w: torch.fft.rfft(torch.fft.irfft(torch.fft.rfft(w) * 2j, 5)),
     ),
+    "of columns, turned": ((5, 2), lambda w: torch.fft.rfft(w, dim=0).T),
+    "of columns, adjoint": ((5, 2), lambda w: torch.fft.rfft(w, dim=0).mH),
+    "of columns, axes changed": ((5, 2), lambda w: torch.fft.rfft(w, dim=0).transpose(0, 1)),
 }
 
 
