@@ -106,6 +106,11 @@ class Tracked:
         return self.grad is not self.const and not self.by_autograd
 
     @property
+    def real_shape(self) -> tuple[int, ...]:
+        """The shape of its gradients, in real numbers."""
+        return (*self.const.shape, *(2,) * self.const.is_complex())
+
+    @property
     def connected(self) -> bool:
         """Whether anybody wants its training gradient."""
         return self.wants_grad or self.by_autograd
@@ -382,7 +387,7 @@ def _push(
     derivation: Derivation,
 ) -> Push:
     consts = call.consts()
-    shape = (*consts[position].shape, *(2,) * consts[position].is_complex())
+    shape = call.tracked[position].real_shape
     linear = func in _LINEAR and len(consts) == 1 and not _reads_bits(func, call)
     if linear and (func is not F.embedding or not _padded(call)):
         gathers = func is gather and not in_transform()
