@@ -29,6 +29,8 @@ assert fuzz_steps.product  # both say how steps are written
 
 ALWAYS = ("dots", "norms")
 TOLERANCE = 1e-8
+TWOS = " in twos"
+"""A batch in chunks of two samples: the model never sees more of them at a time."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case
             val = batch(setting.m, setting.s, setting, seed + 1)
             case = Watched(model, params, train, val)
             sides = {"train": (case.train, case.g), "val": (case.val, case.v)}
-            yield number, case, {x for x, (b, g) in sides.items() if _coupled(case, b, g)}
+            coupled = {x for x, (b, g) in sides.items() if _coupled(case, b, g)}
+            yield number, case, coupled | {x + TWOS for x in coupled if _in_twos(case, *sides[x])}
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise Invalid(f"{type(error).__name__}: {error}") from error
 
@@ -133,6 +136,14 @@ def _coupled(case: Case, data: Any, rows: list[Tensor]) -> bool:
     if max(float(g.abs().max()) for _, g in pairs if g.numel()) > 1e8:
         raise Invalid("numbers are too large to be compared")
     return not all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)
+
+
+def _in_twos(case: Case, data: Any, rows: list[Tensor]) -> bool:
+    """Whether that is so of two samples beside each other, of which chunks of two have no more."""
+    return any(
+        _coupled(case, {k: v[i : i + 2] for k, v in data.items()}, [g[i : i + 2] for g in rows])
+        for i in range(0, len(data["x"]), 2)
+    )
 
 
 def _one(data: dict[str, Tensor], i: int) -> dict[str, Tensor]:
@@ -185,7 +196,8 @@ def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[tuple[Ve
         assert len(case.losses)  # what the loop reads is not asked of the library
         one = copy.copy(case)
         vars(one)["asked"] = set()
-        return judge(one, name, TOLERANCE), vars(one)["asked"]
+        verdict, about = judge(one, name, TOLERANCE), vars(one)["asked"]
+        return verdict, {x + TWOS for x in about} if name.endswith("_in_chunks") else about
 
     if not threads:
         return list(map(judged, names))
