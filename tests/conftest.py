@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -40,3 +43,11 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where pictures of pages and figures go: GHOSTFUNC_PICTURES, to be looked at, or nowhere."""
+    folder = Path(os.environ.get("GHOSTFUNC_PICTURES", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -384,8 +384,10 @@ def _push(
     shape = (*consts[position].shape, *(2,) * consts[position].is_complex())
     linear = func in _LINEAR and len(consts) == 1 and not _reads_bits(func, call)
     if linear and (func is not F.embedding or not _padded(call)):
-        later = func is gather and not in_transform()
-        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape, later)
+        gathers = func is gather and not in_transform()
+        return Push(
+            lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape, gathers
+        )
 
     def jvp(tangent: Tensor) -> Tensor:
         def of_one(x: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ LINES = 8
 """Lines of the chart over training time."""
 
 
+ASIDE = ("system", "developer")
+"""Roles whose text many samples share: it is folded away, and cut first."""
+
 FEW = 30
 """Characters that a message which was cut is found by."""
 
@@ -157,6 +160,7 @@ def _data(
         "texts": texts,
         "groups": groups,
         "group": group,
+        "aside": ASIDE,
         "facts": {name: str(value) for name, value in scores.facts.items()},
         "heat": {
             str(ids.index(row)): {
@@ -219,13 +223,14 @@ def _parts(row: Mapping[str, Any], most: int) -> list[list[str]]:
         parts = [["", str(row["text"])]]
     else:
         parts = [[name, str(value)] for name, value in row.items()]
-    left, cut = most, []
-    for role, text in parts:
+    left, cut = most, {}
+    for k in sorted(range(len(parts)), key=lambda k: parts[k][0].lower() in ASIDE):
         if left <= 0:
             break
-        cut.append([role, text if len(text) <= left else text[:left] + "…"])
+        role, text = parts[k]
+        cut[k] = [role, text if len(text) <= left else text[:left] + "…"]
         left -= len(text)
-    return cut
+    return [cut[k] for k in sorted(cut)]
 
 
 def _said(role: str, value: object) -> list[list[str]]:
