@@ -33,8 +33,11 @@ from ghostfunc._factors.contract import add_up, dot
 from ghostfunc._factors.factor import Grouped, OneHot, Outer
 from ghostfunc._factors.matmul import product
 
-FEW_SAMPLES = 4
+FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
+
+LARGE = 1 << 18
+"""Elements of gradients from which on memory costs more than the calls that save it."""
 
 
 class SpreadAndTotal(NamedTuple):
@@ -84,7 +87,7 @@ def _by_rows(bundle: Bundle, n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
     formed = [f for f in bundle if not isinstance(f, OneHot)]
     beside = summed(looked_up) if looked_up else None
     step = cost.spread_rows(known(n), known(p), known(d))
-    alone = _alone(formed)
+    alone = _alone(formed) if known(n) * known(p) * known(d) >= LARGE else None
     if alone is None:
         tables, total = _formed(formed, beside, p, step)
     else:
