@@ -41,6 +41,9 @@ LINES = 8
 """Lines of the chart over training time."""
 
 
+NAME = 80
+"""Characters of a role or a group."""
+
 ASIDE = ("system", "developer")
 """Roles whose text many samples share: it is folded away, and cut first."""
 
@@ -147,7 +150,7 @@ def _data(
         found = {name: value for name, value in rows[row].items() if name != image}
         texts.append(_parts(found, WHOLE if at in whole else BRIEF))
         if group is not None:
-            groups.append(str(found.get(group, "")))
+            groups.append(str(found.get(group, ""))[:NAME])
     if group is not None and not any(groups):
         raise OptionError(f"no row has a column {group!r}; expected the name of a column.")
     return {
@@ -228,8 +231,8 @@ def _parts(row: Mapping[str, Any], most: int) -> list[list[str]]:
         if left <= 0:
             break
         role, text = parts[k]
-        cut[k] = [role, text if len(text) <= left else text[:left] + "…"]
-        left -= len(text)
+        cut[k] = [role[:NAME], text if len(text) <= left else text[:left] + "…"]
+        left -= len(text) + 1  # empty messages have an end, too
     return [cut[k] for k in sorted(cut)]
 
 

@@ -24,6 +24,7 @@ class Problem:
         train, val: batches, one per rank.
         few: validation batches that are one with those of train.
         plan: the tensor parallel styles of parts, by name.
+        loaded: whether its parameters become others once it is sharded.
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Problem:
     val: list[Any]
     few: list[Any]
     plan: Mapping[str, Any] = field(default_factory=dict)
+    loaded: bool = False
 
 
 class Mlp(nn.Module):
@@ -86,9 +88,10 @@ class Scaled(nn.Module):
 
 
 def scaled(world: int) -> Problem:
-    """No parameter is used twice."""
+    """No parameter is used twice; all are loaded into pieces."""
     like, net = mlp(world), nn.Sequential(Scaled(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
-    return Problem(net, [net[0], net[1]], like.make, like.train, like.val, like.few)
+    own = net, [net[0], net[1]], like.make, like.train, like.val, like.few
+    return Problem(*own, loaded=True)
 
 
 class PlannedMlp(nn.Module):
@@ -222,6 +225,8 @@ def sharded(problem: Problem, mesh: Any) -> nn.Module:
     for unit in problem.units:
         fully_shard(unit, mesh=mesh)
     fully_shard(problem.module, mesh=mesh)
+    if problem.loaded:
+        problem.module.load_state_dict(problem.module.state_dict(), assign=True)
     return problem.module
 
 

@@ -596,6 +596,7 @@ def test_images_of_tables_that_hold_bytes(tmp_path: Path) -> None:
         ("pool.jsonl", "that Pillow does not read"),
         ("nothing.png", "cannot be read"),
         ("data:image/png;base64,????", "not base64"),
+        ("data:image/png;base64,\u00e9", "not base64"),
         ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "that Pillow does not read"),
         (3, "has a int"),
     ],
@@ -614,8 +615,10 @@ def test_what_is_no_image(tmp_path: Path, value: Any, said: str) -> None:
 def test_texts_of_systems_are_cut_first() -> None:
     messages = [{"role": r, "content": r[0] * 200} for r in ("system", "user", "assistant")]
     parts = _parts({"messages": messages}, 300)
-    assert parts == [["user", "u" * 200], ["assistant", "a" * 100 + "…"]]
-    assert _parts({"messages": messages}, 450)[0] == ["system", "s" * 50 + "…"]
+    assert parts == [["user", "u" * 200], ["assistant", "a" * 99 + "…"]]
+    assert _parts({"messages": messages}, 450)[0] == ["system", "s" * 48 + "…"]
+    many = [{"role": "user" * 1000, "content": ""}] * 100_000
+    assert len(str(_parts({"messages": many}, 300))) < 30_000
 
 
 def test_roles_are_found_among_tokens() -> None:
