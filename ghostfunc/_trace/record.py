@@ -239,6 +239,12 @@ class Recorder(TrackingMode):
         )
         return out
 
+    def release(self) -> None:
+        """Let go of the tensors of a run that is over: what is made of the batch is most of them,
+        and another run follows."""
+        self._of_batch.clear()
+        self._batch_wide_results.clear()
+
     def _note_moves(
         self,
         func: Callable[..., Any],

@@ -10,12 +10,11 @@ from fsdp_ranks import ranks_of
 Found = dict[str, dict[str, float]]
 
 TWO = (
-    "mlp", "mlp:float32", "scaled", "gpt2", "llama_lora", "planned_mlp@tp", "llama@tp",
-    "llama@tp:float32",
+    "mlp", "scaled:float32", "gpt2", "llama_lora", "planned_mlp@tp", "planned_mlp@tp:float32",
+    "llama@tp",
 )  # fmt: skip
 FOUR = (
-    "mlp", "mlp@replicate+shard", "scaled@replicate+shard", "gpt2", "planned_mlp@shard+tp",
-    "llama_lora@shard+tp",
+    "mlp", "scaled@replicate+shard", "gpt2", "planned_mlp@shard+tp", "llama_lora@shard+tp",
 )  # fmt: skip
 SEVERAL_USES = ("mlp", "planned_mlp")
 """Models whose validation samples take a run of their own, however few there are."""
