@@ -29,8 +29,6 @@ assert fuzz_steps.product  # both say how steps are written
 
 ALWAYS = ("dots", "norms")
 TOLERANCE = 1e-8
-TWOS = " in twos"
-"""A batch in chunks of two samples: the model never sees more of them at a time."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,16 @@ def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
 
 
 class Watched(Case):
-    """A case that notes which of its two batches a quantity is asked about."""
+    """A case that notes which of its two batches a quantity is asked about, and in what chunks."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("train", "val"):
             self.__dict__.setdefault("asked", set()).add(name)
         return super().__getattribute__(name)
+
+    def of(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.__dict__.setdefault("chunks", []).append(options.get("chunk_size"))
+        return super().of(function, *args, **options)
 
 
 def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, set[str]]]:
@@ -111,8 +113,7 @@ def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case
             val = batch(setting.m, setting.s, setting, seed + 1)
             case = Watched(model, params, train, val)
             sides = {"train": (case.train, case.g), "val": (case.val, case.v)}
-            coupled = {x for x, (b, g) in sides.items() if _coupled(case, b, g)}
-            yield number, case, coupled | {x + TWOS for x in coupled if _in_twos(case, *sides[x])}
+            yield number, case, {x for x, (b, g) in sides.items() if _coupled(case, b, g)}
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise Invalid(f"{type(error).__name__}: {error}") from error
 
@@ -138,11 +139,12 @@ def _coupled(case: Case, data: Any, rows: list[Tensor]) -> bool:
     return not all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)
 
 
-def _in_twos(case: Case, data: Any, rows: list[Tensor]) -> bool:
-    """Whether that is so of two samples beside each other, of which chunks of two have no more."""
+def _coupled_in_chunks(case: Case, side: str, most: int) -> bool:
+    """Whether that is so of at most `most` samples, where the model never sees more at a time."""
+    data, rows = (case.train, case.g) if side == "train" else (case.val, case.v)
+    cuts = [slice(i, i + most) for i in range(0, len(data["x"]), most)]
     return any(
-        _coupled(case, {k: v[i : i + 2] for k, v in data.items()}, [g[i : i + 2] for g in rows])
-        for i in range(0, len(data["x"]), 2)
+        _coupled(case, {k: v[cut] for k, v in data.items()}, [g[cut] for g in rows]) for cut in cuts
     )
 
 
@@ -184,20 +186,27 @@ def play(
         for number, case, coupled in cases(program, chosen):
             names = asked(program, number, count) if only is None else only
             threads = program.settings[number].threads
-            for verdict, about in _judged(case, names, threads=threads):
-                checks.append(Check(number, verdict, bool(coupled & about)))
+            for verdict, about, most in _judged(case, names, threads=threads):
+                of_them = coupled & about
+                if most is not None:
+                    of_them = {x for x in of_them if _coupled_in_chunks(case, x, most)}
+                checks.append(Check(number, verdict, bool(of_them)))
     return checks
 
 
-def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[tuple[Verdict, set[str]]]:
-    """What becomes of every quantity, and the batches that it was asked about."""
+Judged = tuple[Verdict, set[str], int | None]
 
-    def judged(name: str) -> tuple[Verdict, set[str]]:
+
+def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[Judged]:
+    """What becomes of every quantity, the batches that it was asked about, and how many samples it
+    let the model see at a time."""
+
+    def judged(name: str) -> Judged:
         assert len(case.losses)  # what the loop reads is not asked of the library
         one = copy.copy(case)
-        vars(one)["asked"] = set()
-        verdict, about = judge(one, name, TOLERANCE), vars(one)["asked"]
-        return verdict, {x + TWOS for x in about} if name.endswith("_in_chunks") else about
+        vars(one).update(asked=set(), chunks=[])
+        verdict, chunks = judge(one, name, TOLERANCE), vars(one)["chunks"]
+        return verdict, vars(one)["asked"], None if None in chunks else max(chunks, default=None)
 
     if not threads:
         return list(map(judged, names))
