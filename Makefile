@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Test processes. Each computes on one thread, so that they do not fight for cores.
 JOBS ?= 2
+# A file's tests share fixtures, so one process has them all; those that take longest come first.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 VENV := .venv
@@ -52,7 +54,7 @@ demo: $(STAMP) ## Run examples/demo.py.
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint ## Lint, then run the tests.
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) $(ARGS)
 
 fuzz: $(STAMP) ## Random programs beside a loop, e.g. ARGS="--count 10000 --seed 0" (25 min on 2 cores).
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --jobs $(JOBS) $(ARGS)

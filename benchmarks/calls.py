@@ -20,6 +20,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help="write calls.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 from shapes import CALLS_COST, Shape, gpt2, gpt2_loss
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,11 +214,7 @@ def table(found: dict[str, Counts]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--record", action="store_true", help="write calls.json")
-    args = parser.parse_args()
+    args = asked()
     torch.set_num_threads(1)
     found = {name: count(run) for name, run in functions().items()}
     print(table(found))

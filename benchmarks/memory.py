@@ -16,6 +16,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("layers", 6), ("width", 384), ("vocabulary", 8000), ("length", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("-n", type=int, default=4, help="samples")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 import transformers as hf
 from live_bytes import LiveBytes
@@ -41,12 +55,7 @@ def model(options: argparse.Namespace, *, remat: bool) -> hf.GPT2LMHeadModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("layers", 6), ("width", 384), ("vocabulary", 8000), ("length", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("-n", type=int, default=4, help="samples")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = asked()
 
     ids = torch.randint(options.vocabulary, (options.n, options.length))
     plain, again = (model(options, remat=remat) for remat in (False, True))

@@ -20,13 +20,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WHATS = ("plain", "scores", "direction", "step", "norms", "clipped")
+SHAPE_NAMES = ("gpt2", "positions", "vocabulary")
+
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="*", default=list(SHAPE_NAMES), choices=SHAPE_NAMES)
+    parser.add_argument("--what", nargs="*", default=list(WHATS[1:]), choices=WHATS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ghostfunc as gf
-
-WHATS = ("plain", "scores", "direction", "step", "norms", "clipped")
 
 
 def _tokens(layers: int, width: int, vocabulary: int, n: int, m: int, length: int) -> Any:
@@ -63,11 +78,9 @@ def positions() -> Any:
     return *gf.from_module(net, loss), x[:4], x[4:]
 
 
-SHAPES: dict[str, Callable[[], Any]] = {
-    "gpt2": gpt2,
-    "positions": positions,
-    "vocabulary": vocabulary,
-}
+SHAPES: dict[str, Callable[[], Any]] = dict(
+    zip(SHAPE_NAMES, (gpt2, positions, vocabulary), strict=True)
+)
 
 
 def plain(fn: Any, params: dict[str, Tensor], train: Any, val: Any) -> Any:
@@ -122,11 +135,7 @@ def measure(shape: str, what: str) -> dict[str, int]:
 
 def main() -> None:
     """A table of all shapes and calls."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--what", nargs="*", default=list(WHATS[1:]), choices=WHATS)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = asked()
     if options.one:
         print(json.dumps(measure(*options.one)))
         return

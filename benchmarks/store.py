@@ -19,6 +19,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="where to write; removed afterwards"
+    )
+    parser.add_argument("--samples", type=int, default=100_000)
+    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--queries", type=int, default=10)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 
 import ghostfunc as gf
@@ -96,15 +113,7 @@ def in_processes(calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--dir", type=Path, required=True, help="where to write; removed afterwards"
-    )
-    parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--k", type=int, default=4096)
-    parser.add_argument("--queries", type=int, default=10)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    args = parser.parse_args()
+    args = asked()
     args.dir.mkdir(parents=True)
     try:
         for dtype in args.dtypes:

@@ -15,6 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="where to write; removed afterwards"
+    )
+    parser.add_argument("--samples", type=int, nargs="+", default=[10**6, 10**7, 10**8, 10**9])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 
 import ghostfunc as gf
@@ -83,12 +97,7 @@ def measure(path: Path, samples: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--dir", type=Path, required=True, help="where to write; removed afterwards"
-    )
-    parser.add_argument("--samples", type=int, nargs="+", default=[10**6, 10**7, 10**8, 10**9])
-    args = parser.parse_args()
+    args = asked()
     args.dir.mkdir(parents=True)
     try:
         columns = {n: measure(args.dir / str(n), n) for n in args.samples}

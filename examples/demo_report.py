@@ -89,10 +89,15 @@ class Results:
         """`<g_i, g_val> / (||g_i|| ||g_val||)` of every chunk, with a domain as the target."""
         return self.dots[domain] / (self.norms * self.val_norms[domain])
 
+    def order(self) -> list[str]:
+        """The domains, the one whose chunks have the highest median score first."""
+        medians = {d: self.scores[self.pool.members(d)].quantile(0.5) for d in self.dots}
+        return sorted(self.dots, key=lambda d: -float(medians[d]))
+
     def mean_cosines(self) -> Float[Tensor, "targets domains"]:
-        """The mean cosine of every domain's chunks, with every domain as the target."""
-        members = [self.pool.members(domain) for domain in self.dots]
-        cosines = [self.cosines(target) for target in self.dots]
+        """The mean cosine of every domain's chunks, with every domain as the target, in order."""
+        members = [self.pool.members(domain) for domain in self.order()]
+        cosines = [self.cosines(target) for target in self.order()]
         return torch.stack([torch.stack([c[m].mean() for m in members]) for c in cosines])
 
 
@@ -262,11 +267,10 @@ def plot_scores(results: Results, path: Path) -> None:
 
 def draw_distributions(axes: Axes, results: Results) -> None:
     """One row per domain: every chunk, and the quartiles."""
-    by_domain = {d: results.scores[results.pool.members(d)] for d in results.dots}
-    order = sorted(by_domain, key=lambda domain: float(by_domain[domain].median()))
+    order = results.order()[::-1]  # from below
     jitter = torch.Generator().manual_seed(0)
     for row, domain in enumerate(order):
-        scores = by_domain[domain]
+        scores = results.scores[results.pool.members(domain)]
         color = TARGET if domain == results.target else OTHER
         heights = row + (torch.rand(len(scores), generator=jitter) - 0.5) * 0.5
         axes.scatter(scores, heights, s=22, color=color, alpha=0.55, linewidths=0)
@@ -280,15 +284,20 @@ def draw_distributions(axes: Axes, results: Results) -> None:
             label.set(color=TARGET, fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(r"score $\langle g_i,\, g_\mathrm{val}\rangle$  (above zero: helps)")
+    axes.set_xlabel(
+        r"score $\langle g_i,\, g_\mathrm{val}\rangle$, loss per unit of learning rate"
+        "  (above zero: helps)"
+    )
     axes.set_title(
-        f"Training chunks, scored by held-out {results.target!r}: median, quartiles", loc="left"
+        f"Scored by held-out {results.target!r}: a dot is a training chunk,\n"
+        "a circle the median of its domain, a bar the middle half",
+        loc="left",
     )
 
 
 def draw_domains(axes: Axes, results: Results) -> None:
     """Mean cosine of every domain's chunks with every domain's validation gradient."""
-    names = list(results.dots)
+    names = results.order()
     means = results.mean_cosines()
     limit = float(means.abs().max())
     axes.imshow(means.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)

@@ -13,6 +13,23 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 3.0, 8.0])
+    parser.add_argument("--delta", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--batch-size", type=int, default=256, help="expected size")
+    parser.add_argument("--max-norm", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=0.25)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import dp_accounting
 import torch
 import torch.nn.functional as F
@@ -108,15 +125,7 @@ def steps_of(args: argparse.Namespace, n: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 3.0, 8.0])
-    parser.add_argument("--delta", type=float, default=1e-4)
-    parser.add_argument("--epochs", type=float, default=20)
-    parser.add_argument("--batch-size", type=int, default=256, help="expected size")
-    parser.add_argument("--max-norm", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=0.25)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = asked()
 
     train_set, test_set = digits(args.seed)
     steps, rate = steps_of(args, len(train_set)), args.batch_size / len(train_set)

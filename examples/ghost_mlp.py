@@ -10,6 +10,18 @@ from __future__ import annotations
 
 import argparse
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -25,10 +37,7 @@ def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = asked()
 
     torch.manual_seed(arguments.seed)
     digits = load_digits()

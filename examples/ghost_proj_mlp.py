@@ -11,6 +11,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory of the store")
+    parser.add_argument("--rank", type=int, default=256, help="columns per parameter")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -47,10 +59,7 @@ def train(module: nn.Module, samples: list[Sample], epochs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory of the store")
-    parser.add_argument("--rank", type=int, default=256, help="columns per parameter")
-    arguments = parser.parse_args()
+    arguments = asked()
 
     torch.manual_seed(0)
     samples = load_samples()

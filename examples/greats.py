@@ -17,6 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wrong", type=float, default=0.5, help="share of wrong labels")
+    parser.add_argument("--candidates", type=int, default=64)
+    parser.add_argument("--chosen", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=0.5)
+    parser.add_argument("--flops", type=float, default=1e10)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--figure", type=Path, default=Path("outputs/greats.png"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
@@ -195,15 +212,7 @@ def plot(curves: dict[str, list[list[Point]]], args: argparse.Namespace) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wrong", type=float, default=0.5, help="share of wrong labels")
-    parser.add_argument("--candidates", type=int, default=64)
-    parser.add_argument("--chosen", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=0.5)
-    parser.add_argument("--flops", type=float, default=1e10)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--figure", type=Path, default=Path("outputs/greats.png"))
-    args = parser.parse_args()
+    args = asked()
     torch.set_num_threads(1)
 
     print(f"{'':<29} {'steps':>6}  {'accuracy':>8}  (mean and range over {args.seeds} seeds)")

@@ -20,6 +20,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--share", type=float, default=0.1, help="of labels flipped")
+    parser.add_argument("--val-size", type=int, default=100)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5, 20])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=0.1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -83,14 +99,7 @@ def scores(data: Data, seed: int, args: argparse.Namespace) -> dict[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--share", type=float, default=0.1, help="of labels flipped")
-    parser.add_argument("--val-size", type=int, default=100)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5, 20])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=0.1)
-    args = parser.parse_args()
+    args = asked()
     lengths, names = args.epochs, ("dot", "cosine", "self-influence", "loss")
     print("AUROC of finding flipped labels, mean over seeds (lowest to highest)")
     print(f"{'epochs':>6}" + "".join(f"{name:>24}" for name in names))

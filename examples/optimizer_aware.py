@@ -23,6 +23,23 @@ from collections.abc import Callable
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
+TASK_NAMES = ("digits", "text")
+
+
+def asked() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=list(TASK_NAMES))
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 10, 100, 500])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked()  # before torch is imported: --help and mistakes are answered at once
+
 import torch
 import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
@@ -96,7 +113,7 @@ def text(seed: int) -> Task:
     return Task(Reader(), predicted, (x[64:], y[64:]), (x[:64], y[:64]))
 
 
-TASKS = {"digits": digits, "text": text}
+TASKS = dict(zip(TASK_NAMES, (digits, text), strict=True))
 
 
 def real_changes(task: Task, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
@@ -176,13 +193,7 @@ def compare(name: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 10, 100, 500])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    args = parser.parse_args()
+    args = asked()
     torch.set_default_dtype(torch.float64)
     print("Correlation with leaving one sample out of a step of Adam")
     for name in args.tasks:

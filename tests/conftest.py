@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import gc
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -18,6 +22,29 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
 settings.load_profile("ghostfunc")
+
+
+FIRST = {
+    "distributed/test_fsdp.py",
+    "transforms/test_compile.py",
+    "transforms/test_packed.py",
+    "hf/test_settings.py",
+    "cli/test_influence.py",
+    "project/test_runs.py",
+}
+"""The files that take longest come first: no process begins one of them when the others end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "/".join(item.path.parts[-2:]) not in FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays until the last: full collections, of which every
+    training run of transformers makes several, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,3 +67,11 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where pictures of pages and figures go: GHOSTFUNC_PICTURES, to be looked at, or nowhere."""
+    folder = Path(os.environ.get("GHOSTFUNC_PICTURES", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARES = {"0.05": "a twentieth", "0.1": "a tenth", "0.5": "half"}
 """What share of the samples retrained models do without, in words."""
 
+BLUES = ("#c6dbef", "#6baed6", "#2171b5")
+"""Colours of the shares, the darker the more is left out: told apart by lightness alone."""
+
 PAGE = ROOT / "docs" / "leaderboard.md"
 FIGURE = ROOT / "docs" / "images" / "leaderboard.png"
 
@@ -136,7 +139,7 @@ def by_name(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {name: [r["rows"][name] for r in task["runs"] if name in r["rows"]] for name in names}
 
 
-def draw(results: dict[str, Any]) -> None:
+def draw(results: dict[str, Any], path: Path = FIGURE) -> None:
     """LDS of every method, a panel per task."""
     import matplotlib
 
@@ -152,9 +155,8 @@ def draw(results: dict[str, Any]) -> None:
             places = [-i + 0.27 * (1 - offset) for i in range(len(found))]
             means = [m for m, _, _ in found]
             spread = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
-            axis.barh(
-                places, means, 0.25, xerr=spread, label=f"{words} left out", error_kw={"lw": 0.8}
-            )
+            style: dict[str, Any] = {"color": BLUES[offset], "error_kw": {"lw": 0.8}}
+            axis.barh(places, means, 0.25, xerr=spread, label=f"{words} left out", **style)
         axis.set_yticks([-i for i in range(len(ran))], list(ran), fontsize=8)
         axis.set_title(task["name"], fontsize=10)
         axis.set_xlabel("linear datamodeling score")
@@ -162,6 +164,6 @@ def draw(results: dict[str, Any]) -> None:
     figure.tight_layout(rect=(0, 0.06, 1, 1))  # the legend lies below: no bar is hidden
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(SHARES), fontsize=9, frameon=False)
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=110)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

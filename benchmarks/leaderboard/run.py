@@ -27,16 +27,16 @@ HERE = Path(__file__).resolve().parent
 # A peer may bring a package called `examples`, so ours are imported by file.
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]
 
-import torch  # noqa: E402
-from keep import Keep  # noqa: E402
-from measure import Measured, measured, rank_agreement  # noqa: E402
-from methods import LEFT_OUT, METHODS, Method  # noqa: E402
-from peers import MODULES, PEERS  # noqa: E402
-from retrain import datamodeling_scores, query_losses, retrained, subsets  # noqa: E402
-from tasks import TASKS, Task  # noqa: E402
+import torch
+from keep import Keep
+from measure import Measured, measured, rank_agreement
+from methods import LEFT_OUT, METHODS, Method
+from peers import MODULES, PEERS
+from retrain import datamodeling_scores, query_losses, retrained, subsets
+from tasks import TASKS, Task
 
-import ghostfunc as gf  # noqa: E402
-from ghostfunc.unrolled import Trained  # noqa: E402
+import ghostfunc as gf
+from ghostfunc.unrolled import Trained
 
 KEPT = HERE.parents[1] / "outputs" / "leaderboard"
 

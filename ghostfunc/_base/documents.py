@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optree
@@ -95,9 +95,8 @@ class Packing:
         return out
 
     @functools.cached_property
-    def groups(self) -> list[tuple[Tensor, Packing]]:
-        """The documents by length, so that few are filled up much: which they are, and where they
-        lie."""
+    def groups(self) -> list[DocumentsAlike]:
+        """The documents by length, so that few are filled up much."""
         lengths = self.own.sum(1)
         order = lengths.argsort(descending=True)
         groups: list[list[int]] = []
@@ -106,7 +105,9 @@ class Packing:
             if not groups or size < FILLED_UP * longest:
                 groups.append([])
             groups[-1].append(i)
-        return [(torch.tensor(g, device=self.row.device), self._some(g)) for g in groups]
+        return [
+            DocumentsAlike(torch.tensor(g, device=self.row.device), self._some(g)) for g in groups
+        ]
 
     def _some(self, chosen: list[int]) -> Packing:
         own = self.own[chosen]
@@ -121,6 +122,18 @@ class Packing:
         n = len(self.row)
         places = torch.zeros(n, self.width, dtype=torch.bool, device=self.row.device)
         return places.scatter_(1, self.index % self.width, True)
+
+
+class DocumentsAlike(NamedTuple):
+    """Documents of about one length.
+
+    Attributes:
+        samples: which they are.
+        packing: where they lie.
+    """
+
+    samples: Int[Tensor, " k"]
+    packing: Packing
 
 
 def to_rows(x: Float[Tensor, "n t ..."], packing: Packing, fill: float | None = None) -> Tensor:

@@ -19,9 +19,9 @@ from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.options import check_number
 from ghostfunc._base.processes.dtensors import like_parameter, local
 from ghostfunc._base.processes.placements import sharding_of
-from ghostfunc._base.processes.sharding import Sharding, reshard, without_hooks
+from ghostfunc._base.processes.sharding import Sharding, reshard
 from ghostfunc._base.processes.shards import gather
-from ghostfunc._base.processes.units import Unit, made_whole_when_called
+from ghostfunc._base.processes.units import Unit, made_whole_when_called, without_hooks
 from ghostfunc._base.processes.wrappers import refuse_wrapped
 from ghostfunc._base.torch_private import BatchNorm, gradient_hooks, lend_to, modules_within
 from ghostfunc._base.types import ModelFn, PyTree

@@ -117,10 +117,11 @@ def fsdp_policies(unit: Any) -> tuple[Any, list[Any]]:
 
 
 def fsdp_meshes(module: nn.Module) -> dict[int, Any]:
-    """The mesh that `fully_shard` has cut each parameter over, by the parameter's identity."""
+    """The mesh that `fully_shard` has cut each parameter over, by the parameter's identity. Where
+    the parameter lies tells which it is: loading may have put another one there."""
     units: list[Any] = list(filter(is_fsdp_unit, module.modules()))
     return {
-        id(p.sharded_param): p.mesh_info.mesh
+        id(getattr(p._module_info.module, p._module_info.param_name)): p.mesh_info.mesh
         for unit in units
         for group in unit._get_fsdp_state()._fsdp_param_groups
         for p in group.fsdp_params

@@ -266,9 +266,9 @@ def gram_by_tokens(
 
 # --- squares beside dot products with the sum -----------------------------------------------------
 
-SPREAD_ELEMENTS = 1 << 20
-"""Elements of a block of the gradients of all samples: smaller ones stay in cache, but there are
-more of them, each with a handful of calls."""
+SPREAD_ELEMENTS = 1 << 21
+"""Elements of a block of the gradients of all samples: smaller ones are read faster, and their
+products are slower."""
 
 SPREAD_ROWS = 64
 """Rows of a block below which a product of positions is slow."""

@@ -11,7 +11,6 @@ Three ways lead to the same numbers, and to the sum itself; `cost` says which is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,11 @@ from ghostfunc._factors.contract import add_up, dot
 from ghostfunc._factors.factor import Grouped, OneHot, Outer
 from ghostfunc._factors.matmul import product
 
-FEW_SAMPLES = 16
-"""Samples whose Gram matrix takes no more time than reading their gradients once."""
+FEW_SAMPLES = 8
+"""Samples whose Gram matrix takes no more time than reading their gradients twice."""
+
+LARGE = 1 << 18
+"""Elements of gradients from which on memory costs more than the calls that save it."""
 
 
 class SpreadAndTotal(NamedTuple):
@@ -85,15 +87,12 @@ def _by_rows(bundle: Bundle, n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
     formed = [f for f in bundle if not isinstance(f, OneHot)]
     beside = summed(looked_up) if looked_up else None
     step = cost.spread_rows(known(n), known(p), known(d))
-    alone = _alone(formed)
-    blocks = _formed(formed, p, step) if alone is None else _in_place(alone, p, step)
-    tables, totals = [], []
-    for rows, g in blocks:
-        total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
-        totals.append(total)
-        tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
+    alone = _alone(formed) if known(n) * known(p) * known(d) >= LARGE else None
+    if alone is None:
+        tables, total = _formed(formed, beside, p, step)
+    else:
+        tables, total = _in_place(alone, beside, p, step)
     table = add_up(tables)
-    total = totals[0] if len(totals) == 1 else torch.cat(totals)
     if looked_up:
         squares = pairs.squares_beside(formed, looked_up)
         dots = add_up([dot(f, total) for f in looked_up])
@@ -101,10 +100,17 @@ def _by_rows(bundle: Bundle, n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
     return table, total
 
 
-def _formed(bundle: Bundle, p: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of all gradients, `[n, r, d]`."""
+def _formed(
+    bundle: Bundle, beside: Tensor | None, p: int, step: int
+) -> tuple[list[Tensor], Tensor]:
+    """What is read of blocks of rows of all gradients, and the total, with what is `beside` it."""
+    tables, totals = [], []
     for rows in pairs.slices(p, step):
-        yield rows, pairs.form_rows(bundle, rows)
+        g = pairs.form_rows(bundle, rows)
+        total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
+        totals.append(total)
+        tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
+    return tables, totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
 def _alone(bundle: Bundle) -> Outer | None:
@@ -118,16 +124,24 @@ def _alone(bundle: Bundle) -> Outer | None:
     return None if followed or symbolic(left) else factor
 
 
-def _in_place(factor: Outer, p: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """`_formed`, every block where the last one was: memory that is touched for the first time
-    costs about as much as all that is read off it."""
+def _in_place(
+    factor: Outer, beside: Tensor | None, p: int, step: int
+) -> tuple[list[Tensor], Tensor]:
+    """`_formed`, every block where the last one was, and the total where it stays: memory that is
+    touched for the first time costs about as much as all that is read off it."""
     left, right = wide(factor.left), wide(factor.right)
     n, d = len(left), right.shape[-1]
-    memory = left.new_empty(n * step * d)
+    memory, total, ones = left.new_empty(n * step * d), left.new_empty(p, d), left.new_ones(n)
+    tables = []
     for rows in pairs.slices(p, step):
-        r = rows.stop - rows.start
-        block = memory[: n * r * d].view(n, r, d)
-        yield rows, product(left[:, :, rows].mT, right, out=block)
+        own = total[rows].view(-1)
+        block = memory[: n * len(own)].view(n, -1)
+        product(left[:, :, rows].mT, right, out=block.view(n, -1, d))
+        torch.mv(block.mT, ones, out=own)  # faster than a sum
+        if beside is not None:
+            own.add_(beside[rows].flatten())
+        tables.append(_table(block, own, whole=beside is None))
+    return tables, total
 
 
 def _table(g: Tensor, total: Tensor, *, whole: bool) -> Tensor:

@@ -63,14 +63,14 @@ class Push(NamedTuple):
             derived tensor.
         derivation: "transpose" or "cast" where the derived tensor is just that, else "general".
         shape: of tangents of the tensor in question, in real numbers.
-        later: whether a direction is pushed when it is first read: what comes of it is larger, or
-            has to be communicated.
+        gathers: whether the tensor is made whole of the ranks' pieces. Directions are pieces, too,
+            and are gathered when they are first read. Factors are of the whole, here and there.
     """
 
     jvp: Callable[[Tensor], Tensor]
     derivation: str
     shape: tuple[int, ...]
-    later: bool = False
+    gathers: bool = False
 
 
 class DotReader(NamedTuple):
@@ -86,7 +86,7 @@ class DotReader(NamedTuple):
         return contract.dot(factor, self.u.reshape(factor.shape), self.contract_dtype)
 
     def push(self, push: Push) -> DotReader:
-        if push.later:
+        if push.gathers:
             return PushedLater(push, self)
         return DotReader(push.jvp(self.u), self.contract_dtype)
 
@@ -231,6 +231,8 @@ class OneRunReader(NamedTuple):
         return DotReader(bundles.summed(theirs, self.contract_dtype), self.contract_dtype)
 
     def push(self, push: Push) -> OneRunReader:
+        if push.gathers:
+            return self
         direct = self.direct and push.derivation != "general"
         return self._replace(way=self.way.then(push.jvp), direct=direct)
 

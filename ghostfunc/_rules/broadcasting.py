@@ -45,7 +45,7 @@ register_broadcasting(
 )  # fmt: skip
 
 
-@register_rule(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to)
+@register_rule(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to, multilinear=True)
 def expand(b: Tensor, input: Tensor, *size: Any) -> Factors:
     return {"input": lambda: Dense(sum_to(b, input.shape[1:]))}
 
@@ -58,7 +58,7 @@ def expand_as(input: Tensor, other: Tensor) -> Tensor:
 # --- repeating ----------------------------------------------------------------------------------
 
 
-@register_rule(Tensor.repeat, torch.tile, Tensor.tile)
+@register_rule(Tensor.repeat, torch.tile, Tensor.tile, multilinear=True)
 def repeat(b: Tensor, input: Tensor, *sizes: Any, dims: Any = None, repeats: Any = None) -> Factors:
     def of_input() -> Dense:
         shape = (1,) * (b.ndim - input.ndim) + tuple(input.shape[1:])
@@ -69,7 +69,7 @@ def repeat(b: Tensor, input: Tensor, *sizes: Any, dims: Any = None, repeats: Any
     return {"input": of_input}
 
 
-@register_rule(torch.repeat_interleave, Tensor.repeat_interleave)
+@register_rule(torch.repeat_interleave, Tensor.repeat_interleave, multilinear=True)
 def repeat_interleave(
     b: Tensor, input: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None
 ) -> Factors:

@@ -44,7 +44,7 @@ def check_embedding(
     _check_pure("F.embedding", max_norm, scale_grad_by_freq)
 
 
-@register_rule(F.embedding)
+@register_rule(F.embedding, multilinear=True)
 def embedding(
     b: Tensor,
     input: Tensor,
@@ -154,7 +154,7 @@ def _selection(b: Tensor, table: Tensor, op: Callable[..., Tensor], *ids: Tensor
     return OneHot(chosen.flatten(1), b[:, None].flatten(1)[..., None], shape.numel())
 
 
-@register_rule(Tensor.__getitem__)
+@register_rule(Tensor.__getitem__, multilinear=True)
 def getitem(b: Tensor, input: Tensor, index: Any) -> Factors:
     def of_input() -> OneHot:
         entries = index if isinstance(index, tuple) else (index,)
@@ -179,7 +179,7 @@ def getitem(b: Tensor, input: Tensor, index: Any) -> Factors:
     return {"input": of_input}
 
 
-@register_rule(torch.index_select, Tensor.index_select)
+@register_rule(torch.index_select, Tensor.index_select, multilinear=True)
 def index_select(b: Tensor, input: Tensor, dim: int, index: Tensor) -> Factors:
     def of_input() -> OneHot:
         if dim % (input.ndim - 1) == 0:
@@ -189,14 +189,14 @@ def index_select(b: Tensor, input: Tensor, dim: int, index: Tensor) -> Factors:
     return {"input": of_input}
 
 
-@register_rule(torch.gather, Tensor.gather)
+@register_rule(torch.gather, Tensor.gather, multilinear=True)
 def gather(
     b: Tensor, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False
 ) -> Factors:
     return {"input": lambda: _selection(b, input, lambda x, ids: x.gather(dim, ids), index)}
 
 
-@register_rule(torch.take_along_dim, Tensor.take_along_dim)
+@register_rule(torch.take_along_dim, Tensor.take_along_dim, multilinear=True)
 def take_along_dim(b: Tensor, input: Tensor, indices: Tensor, dim: int | None = None) -> Factors:
     def op(table: Tensor, ids: Tensor) -> Tensor:
         return torch.take_along_dim(table, ids, dim)
@@ -204,7 +204,7 @@ def take_along_dim(b: Tensor, input: Tensor, indices: Tensor, dim: int | None = 
     return {"input": lambda: _selection(b, input, op, indices)}
 
 
-@register_rule(torch.take, Tensor.take)
+@register_rule(torch.take, Tensor.take, multilinear=True)
 def take(b: Tensor, input: Tensor, index: Tensor) -> Factors:
     def of_input() -> OneHot:
         flat = index[:, None].flatten(1)

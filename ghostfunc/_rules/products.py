@@ -18,7 +18,7 @@ from ghostfunc._rules.contraction import BATCH_LETTERS, explicit, products
 from ghostfunc._rules.registry import Factors, register_rule, sum_to
 
 
-@register_rule(F.linear)
+@register_rule(F.linear, multilinear=True)
 def linear(b: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Factors:
     if weight.ndim == 2:  # a single output feature, without an axis of its own
         b, weight = b[..., None], weight[:, None]
@@ -55,32 +55,34 @@ def _matmul(b: Tensor, left: Tensor, right: Tensor, of_left: str, of_right: str)
     return factors
 
 
-@register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul)
+@register_rule(
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul, multilinear=True
+)
 def matmul(b: Tensor, input: Tensor, other: Tensor) -> Factors:
     return _matmul(b, input, other, "input", "other")
 
 
-@register_rule(Tensor.__rmatmul__)
+@register_rule(Tensor.__rmatmul__, multilinear=True)
 def rmatmul(b: Tensor, input: Tensor, other: Tensor) -> Factors:
     return _matmul(b, other, input, "other", "input")
 
 
-@register_rule(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+@register_rule(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, multilinear=True)
 def mm(b: Tensor, input: Tensor, mat2: Tensor) -> Factors:
     return _matmul(b, input, mat2, "input", "mat2")
 
 
-@register_rule(torch.mv, Tensor.mv)
+@register_rule(torch.mv, Tensor.mv, multilinear=True)
 def mv(b: Tensor, input: Tensor, vec: Tensor) -> Factors:
     return products(b, "Pa,a->P", {"input": input, "vec": vec})
 
 
-@register_rule(torch.outer, Tensor.outer, torch.ger, Tensor.ger)
+@register_rule(torch.outer, Tensor.outer, torch.ger, Tensor.ger, multilinear=True)
 def outer(b: Tensor, input: Tensor, vec2: Tensor) -> Factors:
     return products(b, "P,D->PD", {"input": input, "vec2": vec2})
 
 
-@register_rule(torch.inner, Tensor.inner)
+@register_rule(torch.inner, Tensor.inner, multilinear=True)
 def inner(b: Tensor, input: Tensor, other: Tensor) -> Factors:
     if input.ndim == 1 or other.ndim == 1:  # a scalar times a tensor
         return products(b, explicit("...,...->...", input, other), {"input": input, "other": other})
@@ -105,7 +107,7 @@ def _added(
     }
 
 
-@register_rule(torch.addmm, Tensor.addmm)
+@register_rule(torch.addmm, Tensor.addmm, multilinear=True)
 def addmm(
     b: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Factors:
@@ -114,28 +116,28 @@ def addmm(
     return {**factors, "mat2": lambda: Outer(flat_positions(mat1), flat_positions(right))}
 
 
-@register_rule(torch.baddbmm, Tensor.baddbmm)
+@register_rule(torch.baddbmm, Tensor.baddbmm, multilinear=True)
 def baddbmm(
     b: Tensor, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Factors:
     return _added(b, "gPa,gaD->gPD", input, beta, alpha, batch1=batch1, batch2=batch2)
 
 
-@register_rule(torch.addbmm, Tensor.addbmm)
+@register_rule(torch.addbmm, Tensor.addbmm, multilinear=True)
 def addbmm(
     b: Tensor, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Factors:
     return _added(b, "gPa,gaD->PD", input, beta, alpha, batch1=batch1, batch2=batch2)
 
 
-@register_rule(torch.addmv, Tensor.addmv)
+@register_rule(torch.addmv, Tensor.addmv, multilinear=True)
 def addmv(
     b: Tensor, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Factors:
     return _added(b, "Pa,a->P", input, beta, alpha, mat=mat, vec=vec)
 
 
-@register_rule(torch.addr, Tensor.addr)
+@register_rule(torch.addr, Tensor.addr, multilinear=True)
 def addr(
     b: Tensor, input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Factors:
@@ -145,14 +147,14 @@ def addr(
 # --- products with an equation --------------------------------------------------------------------
 
 
-@register_rule(torch.einsum)
+@register_rule(torch.einsum, multilinear=True)
 def einsum(b: Tensor, equation: str, *operands: Any) -> Factors:
     tensors = operands[0] if isinstance(operands[0], (list, tuple)) else operands
     named: dict[Any, Tensor] = {("operands", i): x for i, x in enumerate(tensors)}
     return products(b, explicit(equation, *tensors), named)
 
 
-@register_rule(torch.tensordot)
+@register_rule(torch.tensordot, multilinear=True)
 def tensordot(cotangent: Tensor, a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Factors:
     left, right = a.ndim - 1, b.ndim - 1
     if isinstance(dims, int):
@@ -171,7 +173,7 @@ def tensordot(cotangent: Tensor, a: Tensor, b: Tensor, dims: Any = 2, out: None 
     return products(cotangent, equation, {"a": a, "b": b})
 
 
-@register_rule(F.bilinear, torch.bilinear)
+@register_rule(F.bilinear, torch.bilinear, multilinear=True)
 def bilinear(
     b: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Factors:

@@ -47,6 +47,7 @@ class FactorRule:
     fn: RuleFn
     signature: inspect.Signature
     check: Callable[..., None] | None = None
+    multilinear: bool = False
 
     def names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, ArgName]:
         """The rule's name for every argument; arguments are told apart by `id`.
@@ -113,7 +114,9 @@ def _check_new(op: Callable[..., Any]) -> None:
 
 
 def register_rule(
-    *ops: Callable[..., Any], check: Callable[..., None] | None = None
+    *ops: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+    multilinear: bool = False,
 ) -> Callable[[RuleFn], RuleFn]:
     """Teach ghostfunc an op: decorate a rule for it.
 
@@ -122,6 +125,8 @@ def register_rule(
             ...); several names of one op may share a rule.
         check: called like the op, where a parameter meets samples in it, before the rule is tried:
             the place to raise `UnsupportedOpError` for calls that have no factor.
+        multilinear: whether the op is linear in each of its tensors, and the rule only multiplies,
+            adds up and moves their elements. It serves complex tensors, too, then.
 
     Returns:
         A decorator for a rule: a function `rule(b, <the op's own signature>)` that returns a dict
@@ -136,7 +141,7 @@ def register_rule(
 
     def decorate(fn: RuleFn) -> RuleFn:
         parameters = list(inspect.signature(fn).parameters.values())
-        rule = FactorRule(fn, inspect.Signature(parameters[1:]), check)
+        rule = FactorRule(fn, inspect.Signature(parameters[1:]), check, multilinear)
         for op in dict.fromkeys(ops):  # torch has several names for one object
             _add(op, rule)
         return fn

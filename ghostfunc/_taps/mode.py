@@ -297,6 +297,10 @@ class TapMode(TrackingMode):
             raise StaleLayout(f"{op_name(func)} was called where {wanted} was expected")
         return out
 
+    def meets(self, shape: Sequence[int]) -> None:
+        """Tell the way of a shape where parameters meet samples."""
+        self._way = hash((self._way, tuple(map(known, shape))))
+
     def _site(
         self,
         y: Tensor,
@@ -306,7 +310,7 @@ class TapMode(TrackingMode):
         args: list[Any],
         treedef: optree.PyTreeSpec,
     ) -> Tensor:
-        self._way = hash((self._way, tuple(map(known, y.shape))))
+        self.meets(y.shape)
         tensors, rest = split_tensors(args)
         return self._tapped(
             y, call, targets, tensors, axis, rest=rest, treedef=treedef, recut=self._recut,

@@ -20,7 +20,7 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
     """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
     matrix, which may be transposed; otherwise one with the same elements in the same order. All
     positions of a sample are on one axis."""
-    shape = tuple(target.const.shape)
+    shape = target.real_shape
     match factor:
         case Outer(left, right) if left.ndim != 3:
             factor = Outer(flat_positions(left), flat_positions(right))

@@ -60,7 +60,7 @@ class PackedUse(NamedTuple):
                 read_all(as_param_shape(regrouped(single, part), target), target, readers)
                 for _, part in packing.groups
             ]
-            order = torch.cat([index for index, _ in packing.groups]).argsort()
+            order = torch.cat([samples for samples, _ in packing.groups]).argsort()
             columns = zip(*parts, strict=True)
             return [torch.cat([x for x in column if x is not None])[order] for column in columns]
         return read_all(as_param_shape(regrouped(single, packing), target), target, readers)

@@ -177,19 +177,55 @@ def reading_of_moments(
     return Reading("moments", 2, numbers, scale=scale if isinstance(scale, Tensor) else 1.0)
 
 
+class KeptPart(NamedTuple):
+    """The factors of some of a run's samples.
+
+    Attributes:
+        samples: which they are; None for all.
+        factors: of every parameter, one per use.
+    """
+
+    samples: Tensor | None
+    factors: list[list[Factor]]
+
+
+def in_order(pieces: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
+    """What was read of the samples of several parts, in the order of samples."""
+    if len(pieces) == 1 and pieces[0][0] is None:
+        return pieces[0][1]
+    samples, values = zip(*pieces, strict=True)
+    return torch.cat(values)[torch.cat(samples).argsort()]
+
+
+def _formed_of_parts(parts: Sequence[KeptPart], i: int, shape: tuple[int, ...]) -> Pick:
+    def pick(index: Tensor) -> Tensor:
+        pieces = []
+        for samples, factors in parts:
+            assert samples is not None
+            place, own = (index[:, None] == samples).nonzero().unbind(1)
+            if len(own):
+                pieces.append((place, _materialized(factors[i], shape)(own)))
+        return in_order(pieces)
+
+    return pick
+
+
 def reading_of_factors(
     bundles_of: Sequence[Sequence[Factor]],
     deferred: Sequence[DeferredGradients | None],
     shapes: Sequence[tuple[int, ...]],
     scale: float | Tensor,
+    parts: Sequence[KeptPart] = (),
 ) -> Reading:
-    """The factors that a run kept, of `scale * g_i`."""
+    """The factors that a run kept, of `scale * g_i`, of all samples or in parts."""
     numbers: dict[int, Numbers] = {}
     for i, later in enumerate(deferred):
         if later is not None:
             numbers[i] = Numbers(_itself, _formed(later, shapes[i]))
         elif bundles_of[i]:
             numbers[i] = Numbers(_itself, _materialized(bundles_of[i], shapes[i]))
+        elif parts and parts[0].factors[i]:
+            numbers[i] = Numbers(_itself, _formed_of_parts(parts, i, shapes[i]))
     return Reading("the factors", 1, numbers, scale=scale)
 
 
@@ -280,7 +316,8 @@ def what_was_read(
                 own = scale if isinstance(scale, Tensor) else 1.0
                 sums.append(Sum(i, values[i], own, reader.contract_dtype))
     shapes = [tuple(x.shape) for x in leaves]
-    readings.append(reading_of_factors(taken.factors, taken.deferred, shapes, scale))
+    kept = taken.factors, taken.deferred, shapes, scale, taken.parts
+    readings.append(reading_of_factors(*kept))
     return Read(taken.losses, [x for x in readings if x is not None and x.numbers], sums)
 
 

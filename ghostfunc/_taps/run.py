@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.definition import unwrapped_memory
+from ghostfunc._base.documents import DocumentsAlike
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import TransformError
 from ghostfunc._base.losses import FiniteLosses, check_finite, check_losses, refuse_unseen
@@ -33,13 +34,13 @@ from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity, kind_of
-from ghostfunc._quantities.readers import DeferredGradients, ValueReader
+from ghostfunc._quantities.readers import DeferredGradients, ValueReader, by_sample
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
-from ghostfunc._taps.readings import Read, what_was_read
+from ghostfunc._taps.readings import KeptPart, Read, in_order, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
 from ghostfunc._taps.tap import SinkTap
 from ghostfunc._taps.use import StaleOutputs, Use
@@ -58,7 +59,8 @@ class RunResult:
         losses: `[n]`.
         values: per quantity, what was read.
         grads: the gradient of `scale * sum_i losses[i]`.
-        factors: the factors of `scale * g_i`, one per use.
+        factors: the factors of `scale * g_i`, one per use; none where `parts` have them.
+        parts: the factors of documents, by their lengths.
         deferred: the same of the parameters `defer`, not yet pulled back to them.
         trace: what the run followed.
         way: what tells the way through the program from others.
@@ -69,6 +71,7 @@ class RunResult:
     values: list[list[Any]]
     grads: list[Any]
     factors: list[list[Factor]]
+    parts: list[KeptPart]
     deferred: list[DeferredGradients | None]
     trace: Trace
     way: WayTaken
@@ -90,6 +93,7 @@ def run(
     finite: FiniteLosses | None = None,
     ready: Ready | None = None,
     by_autograd: bool = False,
+    by_length: bool = False,
 ) -> RunResult:
     """Run `model_fn` under taps, tracing it first where needed.
 
@@ -100,6 +104,7 @@ def run(
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
     Outside transforms, `ready` gets most gradients while the backward pass goes on; `by_autograd`,
     gradients there are autograd's own, bit for bit, with its products beside those of the taps.
+    `by_length`, factors of packed documents may be kept in `parts`, little filled up.
     """
     own = FiniteLosses() if finite is None else finite
     asked = partial(
@@ -114,6 +119,7 @@ def run(
         finite=own,
         ready=ready,
         by_autograd=by_autograd,
+        by_length=by_length,
     )
     read = partial(what_was_read, quantities, summed, scale, program.leaves)
     options = *(tuple(sorted(x)) for x in (grads, collect, defer, summed)), type(scale)
@@ -214,6 +220,7 @@ def _run(
     refresh: bool = False,
     ready: Ready | None = None,
     by_autograd: bool = False,
+    by_length: bool = False,
 ) -> RunResult:
     """`refresh` looks at the uses in a run on this very batch."""
     leaves, spec = model.leaves, model.spec
@@ -239,29 +246,67 @@ def _run(
         foreign.update(map(address, taken.untapped))
     values = [[taken.values.get((q, i)) for i in range(len(leaves))] for q in range(len(readers))]
     out_grads = _by_leaf(taken.grads, leaves)
-    at_once: list[tuple[Tracked, Factor]] = []
+    apart = not (followed or defer or giving) and (by_length or not collect)
+    alike = _by_length(model, [readers[q][i] for q, i in met]) if apart else [None]
     later: list[tuple[Tracked, Factor]] = []
     with unrounded(losses):
-        for use, b, tensors in taken.kept:
-            for name, target in use.targets:
-                pairs = at_once if target.leaves().isdisjoint(defer) else later
-                pairs.append((target, use.factor(name, target, b, tensors)))
-        found = at_leaves(at_once)
-        factors = [found.get(i, []) if i in kept else [] for i in range(len(leaves))]
+        parts = _kept_parts(taken.kept, alike, defer, kept, later, len(leaves))
         for q, i in met:
             if giving.get(i) == (q, i):
-                values[q][i], total = readers[q][i].read_with_total(factors[i])
+                values[q][i], total = readers[q][i].read_with_total(parts[0].factors[i])
                 out_grads[i] = total.reshape(leaves[i].shape).to(leaves[i].dtype)
             else:
-                values[q][i] = readers[q][i].read_all(factors[i])
+                values[q][i] = _read_parts(readers[q][i], parts, i)
     for q, quantity in enumerate(quantities):
         if q in summed:
             values[q] = _added_up(taken.pieces.get(q, ()), values[q])
         values[q] = _unscaled(values[q], scale, quantity.degree)
+    whole = parts.pop().factors if alike == [None] else [[] for _ in leaves]
     if outlives:
-        factors = [[owned(f, foreign) for f in bundle] for bundle in factors]
+        whole = [[owned(f, foreign) for f in bundle] for bundle in whole]
     deferred = [_deferred(i, later) if later else None for i in range(len(leaves))]
-    return RunResult(losses, values, out_grads, factors, deferred, model.trace, taken.way, readers)
+    return RunResult(
+        losses, values, out_grads, whole, parts, deferred, model.trace, taken.way, readers
+    )
+
+
+def _by_length(model: TracedModel, readers: Sequence[Any]) -> list[DocumentsAlike | None]:
+    """The documents of packed rows by their lengths, where what is read of parts is what is read of
+    all; otherwise None alone."""
+    packing = model.packing
+    if packing is None or len(packing.groups) == 1 or not all(map(by_sample, readers)):
+        return [None]
+    return [*packing.groups]
+
+
+def _read_parts(reader: Any, parts: Sequence[KeptPart], i: int) -> Any:
+    """What is read with all uses of parameter i at hand."""
+    return in_order([(part.samples, reader.read_all(part.factors[i])) for part in parts])
+
+
+def _kept_parts(
+    uses: Sequence[tuple[Use, Tensor, list[Tensor]]],
+    alike: Sequence[DocumentsAlike | None],
+    defer: Collection[int],
+    kept: Collection[int],
+    later: list[tuple[Tracked, Factor]],
+    count: int,
+) -> list[KeptPart]:
+    """The factors of the uses that were collected, of all samples or by their lengths. Those of
+    parameters to `defer` go to `later`."""
+    at_once: list[list[tuple[Tracked, Factor]]] = [[] for _ in alike]
+    for use, b, tensors in uses:
+        for name, target in use.targets:
+            made = use.factors(b, tensors)[name]()
+            for documents, own in zip(alike, at_once, strict=True):
+                pairs = own if target.leaves().isdisjoint(defer) else later
+                pairs.append((target, use.fitted(made, target, documents)))
+    parts = []
+    for documents, own in zip(alike, at_once, strict=True):
+        found = at_leaves(own)
+        factors = [found.get(i, []) if i in kept else [] for i in range(count)]
+        parts.append(KeptPart(None if documents is None else documents.samples, factors))
+    return parts
 
 
 def _use_by_use(

@@ -25,7 +25,7 @@ from torch import Tensor
 from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._quantities.readers import PositionsReader
-from ghostfunc._rules.registry import ArgName
+from ghostfunc._rules.registry import ArgName, ByPosition
 from ghostfunc._taps.read_factor import read_all
 from ghostfunc._taps.read_packed import PackedUse
 from ghostfunc._taps.straight import Straight
@@ -217,7 +217,10 @@ class SinkTap(Use):
             if packed is not None:
                 found = packed.read(name, target)
             else:
-                factor = self.fitted(factors[name], target, by_position=sinks.by_position)
+                make = factors[name]
+                if sinks.by_position and isinstance(make, ByPosition):
+                    make = make.outer
+                factor = self.fitted(make(), target)
                 straight = sinks.straight
                 if straight is not None and straight.read(self.call, target, factor, sinks.add):
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ghostfunc._base.documents import DocumentsAlike
 from ghostfunc._base.trees import unflatten
 from ghostfunc._factors import bundles
 from ghostfunc._factors.factor import Dense, Factor
@@ -94,15 +95,21 @@ class Use:
     ) -> Factor:
         """The factor of one target, given the output's cotangent; `by_position`, positions are kept
         apart even where the formed gradient would be smaller."""
-        return self.fitted(self.factors(b, args)[name], target, by_position=by_position)
-
-    def fitted(self, make: Callable[[], Factor], target: Tracked, *, by_position: bool) -> Factor:
+        make = self.factors(b, args)[name]
         if by_position and isinstance(make, ByPosition):
             make = make.outer
+        return self.fitted(make(), target)
+
+    def fitted(
+        self, factor: Factor, target: Tracked, documents: DocumentsAlike | None = None
+    ) -> Factor:
+        """What the rule made, in the shape of the target; of packed rows the factor of all
+        documents, or of some."""
         if isinstance(self.call.rule, BroadcastRule):
-            return make()
-        factor = make()
-        if self.recut is not None:
+            return factor if documents is None else bundles.take(factor, documents.samples)
+        if documents is not None:
+            factor = regrouped(factor, documents.packing)
+        elif self.recut is not None:
             factor = regrouped(factor, self.recut.packing)
         return as_param_shape(factor, target)
 

@@ -136,6 +136,7 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
     with recorder:
         losses = program.losses([t.shown for t in tracked], large)
     losses = check_losses(losses, n).detach()  # its graph need not outlive it
+    recorder.release()
     if program.randomness == "error" and not close(losses[:k], plain):
         raise InPlaceError(
             f"Losses are {plain.tolist()} in a plain run and {losses[:k].tolist()} in a traced "

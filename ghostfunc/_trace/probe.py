@@ -116,10 +116,11 @@ def probe_uses(
     inputs = [x.detach().requires_grad_() for x in (*taps, *program.leaves)]
     losses = run(inputs[: len(taps)], inputs[len(taps) :])
     refuse_checkpoints(losses)
-    marks = []
-    for c in _each(losses):
+
+    def marked(c: Tensor, *, again: bool) -> list[Tensor]:
+        """The marks of one loss; its cotangents are gone when those of the next one are made."""
         try:
-            flat = gradients(losses, inputs, c, again=True)
+            flat = gradients(losses, inputs, c, again=again)
         except CheckpointError as error:
             raise TransformError(
                 "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
@@ -128,13 +129,12 @@ def probe_uses(
             ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
         refuse_unseen(program.spec, flat[len(taps) :])
-        marks.append(
-            [
-                torch.zeros_like(x, dtype=torch.bool) if g is None else _marked(g)
-                for x, g in zip(taps, flat, strict=False)
-            ]
-        )
-    return marks
+        return [
+            torch.zeros_like(x, dtype=torch.bool) if g is None else _marked(g)
+            for x, g in zip(taps, flat, strict=False)
+        ]
+
+    return [marked(c, again=i + 1 < len(losses)) for i, c in enumerate(_each(losses))]
 
 
 def _marked(cotangent: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address, in_transfor
 from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
+from ghostfunc._rules.complex_numbers import for_complex
 from ghostfunc._rules.registry import REASONS, ArgName, BroadcastRule, FactorRule, lookup
 from ghostfunc._rules.reordering import (
     MAY_REORDER,
@@ -238,6 +239,12 @@ class Recorder(TrackingMode):
         )
         return out
 
+    def release(self) -> None:
+        """Let go of the tensors of a run that is over: what is made of the batch is most of them,
+        and another run follows."""
+        self._of_batch.clear()
+        self._batch_wide_results.clear()
+
     def _note_moves(
         self,
         func: Callable[..., Any],
@@ -337,8 +344,11 @@ class Recorder(TrackingMode):
         if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
             reason = REASONS.get(func, "no ghost rule for this op")
             raise UnsupportedOpError(f"{what}: {reason}. {WAYS_OUT}")
-        if any(x.is_complex() for x in call.consts()) and not isinstance(rule, BroadcastRule):
-            raise UnsupportedOpError(f"{what}: no ghost rule for complex parameters. {WAYS_OUT}")
+        if isinstance(rule, FactorRule) and any(x.is_complex() for x in call.consts()):
+            if not rule.multilinear:
+                why = "no ghost rule for complex parameters"
+                raise UnsupportedOpError(f"{what}: {why}. {WAYS_OUT}")
+            rule = for_complex(rule)
         if isinstance(rule, FactorRule) and rule.check is not None:
             args, kwargs = call.rebuild(call.leaves)
             rule.check(*args, **kwargs)
@@ -390,7 +400,7 @@ class Recorder(TrackingMode):
                 factor = factors[name]()
                 if wrong := misfit(factor, self._n_large):
                     raise UnsupportedOpError(f"{what}: {wrong}")
-                shape, wanted = factor.shape, tuple(tracked.const.shape)
+                shape, wanted = factor.shape, tracked.real_shape
                 if math.prod(shape) != math.prod(wanted):
                     raise UnsupportedOpError(
                         f"{what}: its rule makes a factor of shape {shape} for shape {wanted}"

@@ -106,6 +106,11 @@ class Tracked:
         return self.grad is not self.const and not self.by_autograd
 
     @property
+    def real_shape(self) -> tuple[int, ...]:
+        """The shape of its gradients, in real numbers."""
+        return (*self.const.shape, *(2,) * self.const.is_complex())
+
+    @property
     def connected(self) -> bool:
         """Whether anybody wants its training gradient."""
         return self.wants_grad or self.by_autograd
@@ -354,7 +359,8 @@ def _derivation(func: Callable[..., Any], call: CallArgs, out: Tensor) -> Deriva
     if func is gather:  # a factor is one of the whole parameter, and this rank's own
         return "cast"
     source = call.tracked[0].const
-    if func in _TRANSPOSES and source.ndim == 2:
+    # As real numbers, a complex tensor has a third axis, and its factors are no matrices.
+    if func in _TRANSPOSES and source.ndim == 2 and not source.is_complex():
         # w.transpose(0, 0) is none.
         turned = (out.shape, out.stride()) == (source.shape[::-1], source.stride()[::-1])
         return "transpose" if turned else "general"
@@ -381,11 +387,13 @@ def _push(
     derivation: Derivation,
 ) -> Push:
     consts = call.consts()
-    shape = (*consts[position].shape, *(2,) * consts[position].is_complex())
+    shape = call.tracked[position].real_shape
     linear = func in _LINEAR and len(consts) == 1 and not _reads_bits(func, call)
     if linear and (func is not F.embedding or not _padded(call)):
-        later = func is gather and not in_transform()
-        return Push(lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape, later)
+        gathers = func is gather and not in_transform()
+        return Push(
+            lambda tangent: real(fn(shaped(tangent, consts[0]))), derivation, shape, gathers
+        )
 
     def jvp(tangent: Tensor) -> Tensor:
         def of_one(x: Tensor) -> Tensor:

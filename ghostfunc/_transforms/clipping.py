@@ -36,7 +36,7 @@ from ghostfunc._base.torch_private import in_transform, symbolic
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten
 from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import extreme_norms
-from ghostfunc._transforms.factored import check_weight_shape, check_weights, collect
+from ghostfunc._transforms.factored import check_weight_shape, check_weights, collect_by_length
 from ghostfunc._transforms.sums_over_ranks import sums_of_all
 
 
@@ -228,7 +228,9 @@ def _clipped(
     """The clipped sum of one chunk."""
     n = batch_size(batch)
     finite = FiniteLosses(check_finite)
-    book = collect(program, batch, mode=mode, vectorize=vectorize, check=check, finite=finite)
+    book = collect_by_length(
+        program, batch, mode=mode, vectorize=vectorize, check=check, finite=finite
+    )
 
     def clipped(rows: Tensor, *, finite: bool) -> ClippedGrad:
         joint = extreme_norms.joint(rows)

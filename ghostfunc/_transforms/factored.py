@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,29 @@ def factored_grads(
     return collect(program, batch, outlives=True, check=check)
 
 
+def collect_by_length(
+    program: Program,
+    batch: PyTree,
+    *,
+    mode: Mode,
+    vectorize: bool | None,
+    check: Check,
+    finite: FiniteLosses,
+) -> FactoredGrads | KeptByLength:
+    """`collect`, documents of packed rows by their lengths."""
+    if mode == "materialized" or in_step(program.model_fn) is not None:
+        return collect(program, batch, mode=mode, vectorize=vectorize, check=check, finite=finite)
+    taken, proof = _run_and_proof(program, batch, check, finite=finite, by_length=True)
+    if not taken.parts:
+        return FactoredGrads.of(taken, program, proof)
+    parts = []
+    for samples, factors in taken.parts:
+        assert samples is not None
+        own = replace(taken, losses=taken.losses[samples], factors=factors)
+        parts.append((samples, FactoredGrads.of(own, program, proof)))
+    return KeptByLength(taken.losses, parts)
+
+
 def collect(
     program: Program,
     batch: PyTree,
@@ -159,6 +182,23 @@ def _collected(
         formed = definition.materialize(program, batch, vectorize=vectorize)
         bundles = tuple((Dense(g),) for g in formed)
         return FactoredGrads(losses, bundles, tuple(program.leaves), program.spec), []
+    taken, proof = _run_and_proof(
+        program, batch, check, outlives=outlives, finite=finite, grads=grads
+    )
+    return FactoredGrads.of(taken, program, proof), taken.grads
+
+
+def _run_and_proof(
+    program: Program,
+    batch: PyTree,
+    check: Check,
+    *,
+    outlives: bool = False,
+    finite: FiniteLosses | None = None,
+    grads: bool = False,
+    by_length: bool = False,
+) -> tuple[RunResult, KeptProof | None]:
+    """A run that keeps all factors, and what holds the numbers that are made of them."""
     everything = range(len(program.leaves))
     taken = run(
         program,
@@ -170,11 +210,11 @@ def _collected(
         check=check,
         finite=finite,
         by_autograd=True,
+        by_length=by_length,
     )
     if check == "never" or in_step(program.model_fn) is not None:  # ranks would ask for passes
-        return FactoredGrads.of(taken, program), taken.grads
-    proof = KeptProof(memory(program.model_fn, Proofs), check == "always")
-    return FactoredGrads.of(taken, program, proof), taken.grads
+        return taken, None
+    return taken, KeptProof(memory(program.model_fn, Proofs), check == "always")
 
 
 @dataclass(frozen=True)
@@ -374,14 +414,22 @@ class FactoredGrads:
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False) -> PyTree:
         """`weighted_sum` with weights of its own for every parameter. Where all gradients are
         `finite`, nobody looks for those to leave out."""
+        totals = self.param_totals(weights, finite=finite)
+        sums = [total.to(x.dtype) for total, x in zip(totals, self.leaves, strict=True)]
+        return self._spec.unflatten(sums)
+
+    def param_totals(
+        self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False
+    ) -> list[Tensor]:
+        """`param_sums`, parameter by parameter, float32 or wider."""
         totals = (
             bundles.weighted_total(bundle, w, finite=finite)
             for bundle, w in zip(self.bundles, weights, strict=True)
         )
-        sums = [self._at_leaf(i, x).to(self.leaves[i].dtype) for i, x in enumerate(totals)]
+        sums = [self._at_leaf(i, x) for i, x in enumerate(totals)]
         if self._proof is not None:
             self._proof.sums(self.bundles, self.losses, self._spec, self.leaves, sums, weights)
-        return self._spec.unflatten(sums)
+        return sums
 
     def _at_leaf(self, i: int, total: Tensor) -> Tensor:
         """A sum of gradients like parameter i; of a sharded one, this rank's piece of the sum over
@@ -389,6 +437,41 @@ class FactoredGrads:
         if self._model_fn is None:
             return total.reshape(self.leaves[i].shape)
         return summed_and_cut(self._model_fn, self._spec.names[i], total)
+
+
+class KeptByLength(NamedTuple):
+    """The gradients of documents of several lengths, which are kept apart: side by side, all would
+    be filled up to the longest one.
+
+    Attributes:
+        losses: `[n]`.
+        parts: which documents, and their gradients.
+    """
+
+    losses: Float[Tensor, " n"]
+    parts: list[tuple[Tensor, FactoredGrads]]
+
+    def squares(self) -> Float[Tensor, "params n"]:
+        """`FactoredGrads.squares`."""
+        return self._in_order([own.squares() for _, own in self.parts])
+
+    def param_norms(self, squares: Float[Tensor, "params n"]) -> Float[Tensor, "params n"]:
+        """`FactoredGrads.param_norms`."""
+        return self._in_order([own.param_norms(squares[:, k]) for k, own in self.parts])
+
+    def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool) -> PyTree:
+        """`FactoredGrads.param_sums`."""
+        totals = [own.param_totals([w[k] for w in weights], finite=finite) for k, own in self.parts]
+        _, first = self.parts[0]
+        sums = [
+            add_up(x).to(leaf.dtype)
+            for x, leaf in zip(zip(*totals, strict=True), first.leaves, strict=True)
+        ]
+        return first._spec.unflatten(sums)
+
+    def _in_order(self, rows: Sequence[Float[Tensor, "params k"]]) -> Float[Tensor, "params n"]:
+        order = torch.cat([k for k, _ in self.parts]).argsort()
+        return torch.cat(list(rows), dim=1)[:, order]
 
 
 def _product(g: Tensor, u: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def ghost_health(
         logger.log(gf.health(step).as_dict())
 
     **Cost.** For every parameter, the products that its training gradient takes anyway are made
-    block by block; each block is contracted with itself and with the sum while it is in cache.
+    block by block; each block is contracted with itself and with the sum while it is at hand.
     Where Gram matrices of positions are cheaper (`n^2 T^2 (d + p) < n T d p`), those are taken. On
     top of a plain step come five reads of `n d p` numbers, and no second pass. Parameters that
     samples meet at several places are read when the backward pass is over.

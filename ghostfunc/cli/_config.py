@@ -36,7 +36,7 @@ def read(cls: type[C], path: Path) -> C:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CommandError(f"--config {path}: {error}.") from error
     return _made(cls, found, f"--config {path}")
 
@@ -64,6 +64,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return _made(hint, value, where)  # type: ignore[arg-type]
     if "Path" in str(hint) and isinstance(value, str):
+        if "\0" in value:
+            raise CommandError(f"{where}: {value!r} is no name of a file.")
         return Path(value)
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise CommandError(f"{where}: {value!r} is none of {', '.join(get_args(hint))}.")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ghostfunc._base.types import PyTree
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.cli._errors import CommandError
 from ghostfunc.cli._model import Loaded
 from ghostfunc.cli._options import Loading
 from ghostfunc.cli._say import say
 from ghostfunc.data import Encoded, Fault, Rows, batches, encode
-from ghostfunc.data._files import write_whole
 from ghostfunc.data._progress import Progress
 from ghostfunc.data._select import KEY
 from ghostfunc.report._images import thumbnail
@@ -50,7 +51,7 @@ def read(
 
 def check_kept(path: Path, *inputs: Path) -> None:
     """Raise if writing there would overwrite what is read."""
-    if path.resolve() in [x.resolve() for x in inputs]:
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
         raise CommandError(f"{path} is one of the inputs; it would be lost. Choose another name.")
 
 
@@ -115,8 +116,8 @@ def check_out(path: Path, endings: tuple[str, ...], *inputs: Path) -> None:
     check_kept(path, *inputs)
     if path.suffix not in endings:
         raise CommandError(f"{path}: expected a name that ends with {' or '.join(endings)}.")
-    folder = path.parent
-    if folder.exists() and not folder.is_dir():
+    folder = next(x for x in path.absolute().parents if os.path.lexists(x))
+    if not folder.is_dir():
         raise CommandError(f"{path}: {folder} is no folder.")
     if path.is_dir():
         raise CommandError(f"{path} is a folder; expected a file to write.")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,10 +23,18 @@ from ghostfunc.data import padded
 from ghostfunc.data._batches import Collate
 from ghostfunc.hf import causal_lm, causal_lm_likelihood
 
-LOCAL = {"local_files_only": True}
-"""A folder is never looked for on the network."""
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""A folder is never looked for on the network, and nobody is asked whether its code may run."""
 
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+)
 """What transformers raises for folders and files that it cannot read."""
 
 

@@ -17,7 +17,7 @@ from ghostfunc.report import Timeline
 from ghostfunc.report._page import LINES
 
 TABLE = "scores.parquet"
-LABEL = "shapley"
+LABEL = "shapley value (loss)"
 
 
 class Point(NamedTuple):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from ghostfunc._base.errors import PositionAxisError
 from ghostfunc._base.types import PyTree
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc._transforms.grads import direction
 from ghostfunc._transforms.verify import verify
 from ghostfunc.cli import _data
-from ghostfunc.cli._curvature import influence_direction
+from ghostfunc.cli._curvature import DONE, STATE, influence_direction
 from ghostfunc.cli._errors import UNVERIFIED, CommandError
 from ghostfunc.cli._inputs import Inputs
 from ghostfunc.cli._model import load
@@ -23,12 +23,15 @@ from ghostfunc.cli._say import say
 from ghostfunc.cli._scores_file import POOL_CONTENT
 from ghostfunc.curvature._errors import check_count, check_damping
 from ghostfunc.data import Encoded, Scores, find_token_budget, score_dataset, write_rows
-from ghostfunc.data._files import write_whole
 from ghostfunc.data._parts import read_recipe
 from ghostfunc.data._progress import progress_bar
 from ghostfunc.report import Heat, write_report
 
 JSON_LINES = (".jsonl", ".ndjson")
+KEPT = ("config.json", "run.json", "part-??????.npz", DONE, STATE)
+HALF = (".config.*.json", ".run.*.json", ".part-??????.*.npz", "*.safetensors.writing")
+"""Names of files that a run has in its folder, and of those that a death leaves half-written."""
+
 ASIDE, TARGET_ASIDE = ".set-aside.jsonl", ".target-set-aside.jsonl"
 
 
@@ -53,12 +56,27 @@ def score(options: Score) -> int:
     if options.report is not None:
         _report(inputs, scores, options, u)
     _write_text(options.out.with_suffix(".config.json"), config)
-    shutil.rmtree(folder)
+    _remove(folder)
     print(_summary(scores, best, options))
     return 0
 
 
+def _remove(folder: Path) -> None:
+    """Remove what a run has left in its folder, and the folder if nothing else is there."""
+    for place in (folder / "curvature", folder):
+        for pattern in (*KEPT, *HALF):
+            for path in place.glob(pattern):
+                path.unlink()
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
 def _check(options: Score, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{folder}: it is no folder, where the parts of the run go.")
+    config = options.out.with_suffix(".config.json")
+    if config.is_dir():
+        raise CommandError(f"{config} is a folder; expected a file to write.")
     read = options.pool, options.target
     _data.check_out(options.out, JSON_LINES, *read)
     if options.scores is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
     rows = Rows.open(pool)
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise CommandError(f"{path}: no readable Parquet file: {error}.") from error
     names = {"id", "sample_id"} & set(table.column_names)
     if not names:
@@ -45,17 +46,21 @@ def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
         )
     (name,) = names
     ids = table[name].to_pylist()
-    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < len(rows)]
+    if not ids:
+        raise CommandError(f"{path} has no rows.")
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < len(rows)]
     if wrong:
         raise CommandError(
             f"{path} has the id {wrong[0]!r}; {pool} has rows 0 to {len(rows) - 1}. Are these the "
             "rows that were scored?"
         )
+    if len(set(ids)) < len(ids):
+        twice = next(i for i, count in Counter(ids).items() if count > 1)
+        raise CommandError(f"{path} has the id {twice} twice; expected one score for a row.")
     columns = dict(
-        _column(column, table[column]) for column in table.column_names if column != name
+        _column(path, column, table[column]) for column in table.column_names if column != name
     )
-    metadata: dict[bytes, bytes] = table.schema.metadata or {}
-    facts: dict[str, Any] = json.loads(metadata.get(b"ghostfunc", b"{}"))
+    facts = _facts(path, table.schema.metadata or {})
     if facts.get(POOL_CONTENT, found := content_of(pool)) != found:
         raise CommandError(
             f"{pool} does not hold the rows that were scored: {path} was made of a file with other "
@@ -64,7 +69,21 @@ def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
     return rows, Scores(ids, columns, facts)
 
 
-def _column(name: str, values: pa.ChunkedArray) -> tuple[str, Tensor]:
+def _facts(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get(b"ghostfunc", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{path}: its metadata 'ghostfunc' are damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise CommandError(f"{path}: its metadata 'ghostfunc' are no object of facts.")
+    return found
+
+
+def _column(path: Path, name: str, values: pa.ChunkedArray) -> tuple[str, Tensor]:
+    kind = values.type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)) or values.null_count:
+        what = f"{values.null_count:,} nulls" if values.null_count else f"the type {kind}"
+        raise CommandError(f"{path}: the column {name!r} has {what}; expected a number for a row.")
     column = torch.tensor(values.to_pylist(), dtype=torch.float64)
     if name.startswith(VALUE):
         return f"shapley{HELPS}/{name.removeprefix(VALUE)}", -column

@@ -53,7 +53,7 @@ def ekfac(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 16,
     progress: bool = False,
-    process_group: Any = None,
+    group: Any = None,
 ) -> EKFAC:
     """The curvature of a mean loss, one Kronecker-factored block per parameter.
 
@@ -99,7 +99,7 @@ def ekfac(
             same arguments goes on from there; other batches, or another order, are refused.
         checkpoint_every: how many batches apart.
         progress: show a progress bar (needs tqdm).
-        process_group: of `torch.distributed`: every process brings batches of its own, and all get
+        group: of `torch.distributed`: every process brings batches of its own, and all get
             the curvature of all of them. Each needs a `checkpoint` of its own.
 
     Returns:
@@ -141,7 +141,7 @@ def ekfac(
         patterns("diagonal", diagonal, spec.names),
         patterns("identity", identity, spec.names),
     )
-    data = Data(leaves, spec, batches, chunk_size, progress, process_group)
+    data = Data(leaves, spec, batches, chunk_size, progress, group)
     reduce = sharing == "reduce"
     blocks = blocks_of(gradients, data, limits)
     keeper = Keeper(checkpoint, checkpoint_every, about_of(gradients, data, limits, reduce))

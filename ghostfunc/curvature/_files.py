@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import GhostError
 from ghostfunc._base.regular import check_regular
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.curvature._errors import CurvatureError
 
 FORMAT = 1
@@ -21,12 +22,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
     """Write a file, which appears whole or not at all."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".writing")
-    text = json.dumps({"format": FORMAT, **about})
-    save_file({k: x.contiguous() for k, x in tensors.items()}, aside, {"ghostfunc": text})
-    os.replace(aside, path)
+    text = {"ghostfunc": json.dumps({"format": FORMAT, **about})}
+    whole = {k: x.contiguous() for k, x in tensors.items()}
+    write_whole(Path(path), lambda aside: save_file(whole, aside, text))
 
 
 def read(

@@ -15,6 +15,17 @@ from ghostfunc.data._progress import progress_bar
 from ghostfunc.data._rows import Rows
 
 IGNORED = -100
+RAISED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template, which is a program, may raise besides the errors of its own language."""
+
 COLUMNS = "messages, prompt and completion, or text"
 
 
@@ -244,7 +255,7 @@ def _templated(
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except (TemplateError, *RAISED) as error:
         raise rows.fault(row, f"the chat template does not take it: {error}.") from error
     return str(text)
 

@@ -17,8 +17,8 @@ from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.regular import check_regular
 from ghostfunc._base.trees import flatten_params
 from ghostfunc._base.types import PyTree
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.data._errors import ResumeError
-from ghostfunc.data._files import write_whole
 
 Columns = dict[str, NDArray[Any]]
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from ghostfunc._base.regular import check_regular
 from ghostfunc.data._errors import Fault, RowsError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+T = TypeVar("T")
 
 JSON_LINES = (".jsonl", ".ndjson")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -38,14 +41,14 @@ class Rows(ABC):
             RowsError: there is no such file, it is of another kind, empty or damaged.
         """
         path = Path(path)
-        if path.is_dir():
-            return _ArrowRows(path, _folder(path))
-        if not path.exists():
-            raise RowsError([Fault(str(path), -1, "there is no such file or folder.")])
         try:
+            if path.is_dir():
+                return _ArrowRows(path, _folder(path))
+            if not path.exists():
+                raise RowsError([Fault(str(path), -1, "there is no such file or folder.")])
             check_regular(path)
         except OSError as error:
-            why = f"{error.strerror}: rows are read by place. Write them to a file first."
+            why = f"{error.strerror}; expected a file, or a folder: rows are read by place."
             raise RowsError([Fault(str(path), -1, why)]) from error
         if path.suffix in JSON_LINES:
             return _JsonLines(path)
@@ -126,7 +129,12 @@ class _JsonLines(Rows):
             file.seek(self._starts[row])
             line = file.readline().removeprefix(BOM)
         try:
-            found = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+            found = json.loads(
+                line.decode("utf-8"),
+                object_pairs_hook=_object,
+                parse_float=_finite,
+                parse_constant=_finite,
+            )
         except UnicodeDecodeError as error:
             raise self.fault(
                 row,
@@ -148,6 +156,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    """A number that JSON has: it is written again, and the next program reads it."""
+    found = float(text)
+    if not math.isfinite(found):
+        raise ValueError(f"the number {text[:20]} is not finite")
     return found
 
 
@@ -173,6 +189,8 @@ class _ArrowRows(Rows):
             (found,) = self._table.slice(row, 1).to_pylist()
         except UnicodeDecodeError as error:
             raise self.fault(row, f"a string that is not UTF-8: {error}.") from error
+        except (ValueError, OverflowError) as error:  # dates that Python does not have
+            raise self.fault(row, f"a value that cannot be read: {error}.") from error
         # Columns that other rows have: a missing value is a null in Arrow.
         return {key: value for key, value in found.items() if value is not None}
 
@@ -183,7 +201,7 @@ def _parquet(path: Path) -> pa.Table:
 
     try:
         return pq.read_table(path, memory_map=True)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise RowsError([Fault(str(path), -1, f"no readable Parquet file: {error}.")]) from error
 
 
@@ -194,20 +212,38 @@ def _folder(path: Path) -> pa.Table:
 
     state = path / "state.json"
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        splits = _described(path / "dataset_dict.json", "splits", str)
         why = f"a DatasetDict with the splits {splits}; name the folder of one, {path / splits[0]}."
         raise RowsError([Fault(str(path), -1, why)])
     if not state.exists():
         why = "a folder without state.json; expected one that datasets.Dataset.save_to_disk wrote."
         raise RowsError([Fault(str(path), -1, why)])
-    found = json.loads(state.read_text("utf-8"))
-    if found.get("_indices_data_files"):
+    if _described(state, "_indices_data_files", dict, needed=False):
         why = "its rows are chosen by indices; call flatten_indices() before save_to_disk."
         raise RowsError([Fault(str(path), -1, why)])
-    files = [path / Path(file["filename"]).name for file in found["_data_files"]]
+    names = [str(file.get("filename")) for file in _described(state, "_data_files", dict)]
+    files = [path / Path(name).name for name in names]
     try:
         return pa.concat_tables(
             pyarrow.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files
         )
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise RowsError([Fault(str(path), -1, f"no readable Arrow files: {error}.")]) from error
+
+
+def _described(path: Path, key: str, kind: type[T], *, needed: bool = True) -> list[T]:
+    """A list that a document of a folder has under a key."""
+    try:
+        check_regular(path)
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RowsError([Fault(str(path), -1, f"cannot be read: {error}.")]) from error
+    values = found.get(key) if isinstance(found, dict) else None
+    if values is None and isinstance(found, dict) and not needed:
+        return []
+    if not isinstance(values, list) or (needed and not values):
+        values = [None]  # is of no kind
+    if not all(isinstance(x, kind) for x in values):
+        why = f"has no {key!r}, a list; expected what datasets.Dataset.save_to_disk writes."
+        raise RowsError([Fault(str(path), -1, why)])
+    return values

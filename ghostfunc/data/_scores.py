@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc.data._files import write_whole
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.select import top_k
 
 if TYPE_CHECKING:

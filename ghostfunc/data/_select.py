@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import math
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc.data._files import write_whole
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.data._rows import JSON_LINES, Rows
 from ghostfunc.data._scores import Scores
 
@@ -22,7 +23,7 @@ def write_rows(path: str | Path, rows: Rows, scores: Scores) -> None:
 
     Every line is the row as it was, with a key `ghostfunc` added: its `rank` in the table from 1,
     its `row` in the file from 0, and the columns of scores. Of Parquet files, dates become ISO 8601
-    strings and bytes base64.
+    strings, bytes base64, and numbers that are not finite null.
 
     Args:
         path: a `.jsonl` file.
@@ -53,10 +54,20 @@ def _write_row(file: IO[str], rows: Rows, scores: Scores, rank: int, row: int) -
         )
     numbers = {name: float(x[rank - 1]) for name, x in scores.columns.items()}
     found[KEY] = {"rank": rank, "row": row, **numbers}
-    line = json.dumps(found, ensure_ascii=False, default=_as_json)
+    found = _finite(found)
+    line = json.dumps(found, ensure_ascii=False, allow_nan=False, default=_as_json)
     if any("\ud800" <= c <= "\udfff" for c in line):  # halves of pairs, which UTF-8 has not
-        line = json.dumps(found, default=_as_json)
+        line = json.dumps(found, allow_nan=False, default=_as_json)
     file.write(line + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """With null in the place of NaN and infinity, which Parquet has and JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_json(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._base.processes.ranks import Ranks
+from ghostfunc._base.processes.ranks import Ranks, as_bytes
 from ghostfunc._base.trees import batch_size, flatten, unflatten
 from ghostfunc._base.types import PyTree
 
@@ -49,10 +49,5 @@ def _rows(ranks: Ranks, x: Tensor, numbers: list[int]) -> Tensor:
     sent = x.new_zeros(max(numbers), *x.shape[1:])
     sent[: len(x)] = x.detach()
     received = [torch.empty_like(sent) for _ in numbers]
-    ranks.gather([_bytes(r) for r in received], _bytes(sent), "bringing rows together")
+    ranks.gather([as_bytes(r) for r in received], as_bytes(sent), "bringing rows together")
     return torch.cat([rows[:n] for rows, n in zip(received, numbers, strict=True)])
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """The same memory, byte by byte."""
-    return x.reshape(-1).view(torch.uint8)

@@ -16,7 +16,6 @@ from ghostfunc._base.errors import OptionError
 from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import Divisor
-from ghostfunc.hf._files import write_table
 from ghostfunc.hf._health import HealthCallback
 from ghostfunc.hf._kept import KeptScores, recipe_of
 from ghostfunc.hf._metrics import Metrics
@@ -24,6 +23,7 @@ from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
 from ghostfunc.hf._processes import of_all
 from ghostfunc.hf._score_sets import ScoreSet
 from ghostfunc.hf._scoring import Book, Form, Scoring, Values
+from ghostfunc.hf._table import write_table
 from ghostfunc.shapley import Scores, finalize
 
 TABLE_FILE = "scores.parquet"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ghostfunc._base.module import from_module
 from ghostfunc.curvature import Likelihood, softmax
 from ghostfunc.hf._logits import IGNORED
-from ghostfunc.hf._losses import Batch
+from ghostfunc.hf._losses import Batch, without_labels
 
 
 def causal_lm_likelihood(model: nn.Module) -> Likelihood:
@@ -30,7 +30,7 @@ def causal_lm_likelihood(model: nn.Module) -> Likelihood:
         return own[:, 1:]
 
     def logits(module: nn.Module, batch: Batch) -> Tensor:
-        out: Tensor = module(**_inputs(batch), use_cache=False).logits[:, :-1]
+        out: Tensor = module(**without_labels(batch), use_cache=False).logits[:, :-1]
         return out
 
     return softmax(from_module(model, logits)[0], labels, ignore_index=IGNORED)
@@ -56,9 +56,5 @@ def classification_likelihood(model: nn.Module) -> Likelihood:
 
 
 def _logits(module: nn.Module, batch: Batch) -> Tensor:
-    out: Tensor = module(**_inputs(batch)).logits
+    out: Tensor = module(**without_labels(batch)).logits
     return out
-
-
-def _inputs(batch: Batch) -> Batch:
-    return {name: x for name, x in batch.items() if name != "labels"}

@@ -255,3 +255,8 @@ def need(inputs: Batch, name: str) -> Tensor:
     if name not in inputs:
         raise BatchError(f"the batch has no {name!r}; it has {sorted(inputs)}.")
     return inputs[name]
+
+
+def without_labels(batch: Batch) -> Batch:
+    """What the model itself is given, so that it computes no loss of its own."""
+    return {name: x for name, x in batch.items() if name != "labels"}

@@ -76,7 +76,7 @@ def dpo(
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         if reference is not None:
             batch = {**batch, **reference_logps(reference, batch)}
-        return dpo_losses(module, batch, beta, loss_type)
+        return dpo_losses(answer_logps(module, batch), batch, beta, loss_type)
 
     return from_module(model, loss)
 
@@ -91,12 +91,13 @@ def reference_logps(model: nn.Module, batch: Batch) -> Batch:
         `dict(ref_chosen_logps [n], ref_rejected_logps [n])`: log-probabilities of the answers.
     """
     with torch.no_grad():
-        chosen, rejected = _answer_logps(model, batch).unbind(1)
+        chosen, rejected = answer_logps(model, batch).unbind(1)
     return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
-def dpo_losses(module: nn.Module, batch: Batch, beta: float, loss_type: PairLoss) -> Tensor:
-    """One loss per pair, `[n]`; the batch holds what the reference says."""
+def dpo_losses(logps: Tensor, batch: Batch, beta: float, loss_type: PairLoss) -> Tensor:
+    """One loss per pair, `[n]`, from log-probabilities of the answers, `[n, 2]`; the batch holds
+    what the reference says."""
     names = ("ref_chosen_logps", "ref_rejected_logps")
     if any(name not in batch for name in names):
         raise BatchError(
@@ -104,7 +105,7 @@ def dpo_losses(module: nn.Module, batch: Batch, beta: float, loss_type: PairLoss
             "model, or the batch what one says: batch | gf.hf.reference_logps(reference, batch)."
         )
     ref = torch.stack([wide(batch[name]) for name in names], dim=1)
-    ratios = _answer_logps(module, batch) - ref
+    ratios = logps - ref
     if loss_type == "ipo":  # TRL counts the answer's first token too
         ratios = ratios / need(batch, "completion_mask").sum(-1).clamp(min=1)
     delta = ratios[:, 0] - ratios[:, 1]
@@ -146,27 +147,28 @@ def reward_pairs(
 
 def reward_losses(module: nn.Module, batch: Batch, center: float) -> Tensor:
     """One loss per pair, `[n]`."""
-    n, inputs = _rows(batch)
-    rewards = wide(cast(Any, module)(**inputs, use_cache=False).logits).reshape(n, 2)
-    chosen, rejected = rewards.unbind(1)
+    n, inputs = rows_of_pairs(batch)
+    rewards = wide(cast(Any, module)(**inputs, use_cache=False).logits).reshape(2, n)
+    chosen, rejected = rewards.unbind(0)
     gap = chosen - rejected
     losses = -F.logsigmoid(gap - batch["margin"] if "margin" in batch else gap)
     return losses + center * (chosen + rejected).square() if center else losses
 
 
-def _answer_logps(module: nn.Module, batch: Batch) -> Tensor:
+def answer_logps(module: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities of the answers, `[n, 2]`."""
-    n, inputs = _rows(batch)
-    mask = need(batch, "completion_mask").flatten(0, 1)
+    n, inputs = rows_of_pairs(batch)
+    mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
     labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
     labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) == 0, IGNORED)
     logits = cast(Any, module)(**inputs, use_cache=False).logits
     losses = token_losses(logits, next_tokens(labels, logits.shape[1]))
-    return -losses.sum(1).unflatten(0, (n, 2))
+    return -losses.sum(1).unflatten(0, (2, n)).mT
 
 
-def _rows(batch: Batch) -> tuple[int, Batch]:
-    """How many pairs there are, and the model's inputs of all their rows, `[2n, T]`."""
+def rows_of_pairs(batch: Batch) -> tuple[int, Batch]:
+    """How many pairs there are, and the model's inputs of all their rows, `[2n, T]`, all chosen
+    ones first: trainers' own order, in which sums over rows round."""
     ids = need(batch, "input_ids")
     if ids.ndim != 3 or ids.shape[1] != 2:
         raise BatchError(
@@ -174,5 +176,5 @@ def _rows(batch: Batch) -> tuple[int, Batch]:
             f"{list(ids.shape)}. Of a trainer's [2n, T], all chosen rows first: "
             "x.unflatten(0, (2, n)).transpose(0, 1)."
         )
-    inputs = {k: x.flatten(0, 1) for k, x in batch.items() if k not in OF_LOSS}
+    inputs = {k: x.transpose(0, 1).flatten(0, 1) for k, x in batch.items() if k not in OF_LOSS}
     return len(ids), inputs

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import one_of
 from ghostfunc._base.processes.ranks import Exchange
+from ghostfunc._base.processes.sharding import reshard
 from ghostfunc._base.torch_private import hooks_within, uncompiled
 from ghostfunc.hf._blocks import warn_of_blocks
 from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
@@ -26,8 +27,10 @@ from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
 from ghostfunc.hf._scoring import Form, Pieces, Scoring, evaluating, trainable
 from ghostfunc.hf._settings import (
     KNOWN,
+    is_sharded,
     library_of,
     refuse_missing_input,
+    refuse_of_shards,
     refuse_own_step,
     refuse_settings,
 )
@@ -41,7 +44,7 @@ class GhostMixin(ScoreKeeper):
     `GhostMixin` before `Trainer`. A trainer with a loss of its own overrides `sample_loss`.
 
     Attributes:
-        several_processes: whether this trainer runs under torchrun and accelerate with DDP.
+        several_processes: whether this trainer runs under torchrun and accelerate.
     """
 
     several_processes: ClassVar[bool] = True
@@ -65,6 +68,15 @@ class GhostMixin(ScoreKeeper):
         super().__init__(*args, **self.with_score_sets(args, kwargs, sets))
         self.score_sets = self.prepared_score_sets(sets)
         refuse_settings(self, several_processes=self.several_processes)
+        refuse_of_shards(
+            self,
+            {
+                'score_form="exact"': score_form == "exact",
+                "score_order=2": score_order == 2,
+                "log_gradients": log_gradients,
+                "compile": compile,
+            },
+        )
         self._ranks = ranks_of(self)
         self.score_form, self.score_order = score_form, score_order
         self._together, self.id_column = score_batch_size, id_column
@@ -108,7 +120,8 @@ class GhostMixin(ScoreKeeper):
         """Forward and backward of one micro-batch; adds to `.grad` and to the scores. After the
         last of a step, `.grad` is the mean over all processes."""
         module = uncompiled(inside(model))
-        if self._ranks is None:
+        reshard(module)  # what an evaluation left whole
+        if self._ranks is None or is_sharded(self):
             return self._micro_batch(module, inputs, num_items_in_batch, None)
         with self._ranks.phase(f"training, after {self.state.global_step} steps") as phase:
             last = self.accelerator.sync_gradients
@@ -258,10 +271,10 @@ class GhostMixin(ScoreKeeper):
                     )
             first = False
         scoring = run.scorings[way]
-        scoring.follow()
         if first and self._overridden_loss:  # it may change in the course of a training
             with evaluating(module):
                 self._hold_against_trainer(scoring, given, n, inputs, counted, {})
+        scoring.follow()
         return scoring
 
     def _hold_against_trainer(

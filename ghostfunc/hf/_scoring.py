@@ -15,6 +15,9 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError
 from ghostfunc._base.evaluating import evaluating as evaluation_mode
 from ghostfunc._base.module import accumulate_grads, from_module
+from ghostfunc._base.processes.dtensors import local
+from ghostfunc._base.processes.pieces import in_step
+from ghostfunc._base.processes.sharding import reshard
 from ghostfunc._base.program import Program
 from ghostfunc._base.types import ModelFn
 from ghostfunc._factors.spread import spread
@@ -180,9 +183,11 @@ class Scoring:
     # --- values ---
 
     def follow(self) -> None:
-        """Take the parameters as they are now: a callback may have given them other memory."""
+        """Take the parameters as they are now: a callback may have given them other memory, and a
+        forward pass of Trainer's may have left shards whole."""
+        reshard(self.module)
         named = dict(self.module.named_parameters())
-        self.params = {name: named[name].detach() for name in self.params}
+        self.params = {name: local(named[name]) for name in self.params}
 
     def look(self, batch: dict[str, Any]) -> None:
         """Trace and prove what is new, with draws that are not training's."""
@@ -199,7 +204,9 @@ class Scoring:
             read[SPREAD] = Spread()
         half = self.mixed or any(wide(x) is not x for x in self.params.values())
         out = self._run(self.model_fn, self.params, batch, read, "autograd" if half else True)
-        accumulate_grads(self.module, out.grads or {})
+        # Over shards it is the sum over processes already, and Trainer's is their mean.
+        summed = in_step(self.model_fn) is not None
+        accumulate_grads(self.module, out.grads or {}, weight=1 / self.processes if summed else 1.0)
         tables = out.values.pop(SPREAD) if self.spread else None
         share = scale * self.processes
         table = None if tables is None else torch.stack(list(tables.values()), dim=1) / share**2

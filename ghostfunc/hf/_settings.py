@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -51,6 +51,42 @@ def library_of(x: Any) -> str:
     return str(x.__module__).partition(".")[0]
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the parameters are, or will be, sharded by FSDP2: by accelerate, or as
+    `from_pretrained(distributed_config=...)` loads them."""
+    loaded = trainer.is_distributed_loading_by_transformers
+    return bool(loaded or trainer.accelerator.is_fsdp2)
+
+
+def _flat_fsdp(trainer: Trainer) -> bool:
+    ours = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    return bool(ours or trainer.is_fsdp_xla_enabled)
+
+
+def _beyond_fsdp(trainer: Trainer) -> bool:
+    """Whether a model was loaded with more than `fully_shard`."""
+    if not trainer.is_distributed_loading_by_transformers:
+        return False
+    plan: Any = cast(PreTrainedModel, unwrap_peft_model(trainer.model)).config.distributed_config
+    return any(size not in (None, 1) for size in (plan.tp_size, plan.pp_size, plan.ep_size))
+
+
+def refuse_of_shards(trainer: Trainer, asked: Mapping[str, bool]) -> None:
+    """Raise for what a trainer of sharded parameters does not do. `asked` says which options of its
+    own have been taken, by name."""
+    settings = {
+        "bf16 or fp16": trainer.accelerator.mixed_precision != "no",
+        "torch_compile": bool(trainer.args.torch_compile),
+    }
+    taken = [name for name, given in {**asked, **settings}.items() if given]
+    if taken and is_sharded(trainer):
+        raise OptionError(
+            f"GhostTrainer with FSDP does not take {', '.join(taken)}: it takes score_form "
+            '"sgd" or "previous_state" of order 1, in float32, uncompiled. Leave out one of the '
+            "two; without FSDP it trains with DistributedDataParallel under torchrun."
+        )
+
+
 def refuse_settings(trainer: Trainer, *, several_processes: bool) -> None:
     """Raise for settings under which scores or weights would be other than they are said to be."""
     args = trainer.args
@@ -66,13 +102,12 @@ def refuse_settings(trainer: Trainer, *, several_processes: bool) -> None:
         "give a map-style one": several and isinstance(trainer.train_dataset, IterableDataset),
         "DeepSpeed (it keeps gradients in buffers of its own): leave deepspeed out, which trains "
         "with DistributedDataParallel under torchrun": trainer.is_deepspeed_enabled,
-        "FSDP (parameters are shards there): leave fsdp out, which trains with "
-        "DistributedDataParallel under torchrun, or call fully_shard and gf.shapley.step in a loop "
-        "of your own (docs/sharded.md)": bool(
-            trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled
-        ),
-        "tensor, context or sequence parallel layers: leave parallelism_config out, which trains "
-        "with DistributedDataParallel under torchrun": args.parallelism_config is not None,
+        "FSDP of version 1, or of XLA (their parameters are views of flat buffers): set "
+        "fsdp_version 2, or load the model with from_pretrained(..., distributed_config="
+        "DistributedConfig(fsdp_size=N))": _flat_fsdp(trainer),
+        "tensor, pipeline, expert, context or sequence parallel layers: leave parallelism_config "
+        "out, and have fsdp_size alone in distributed_config": args.parallelism_config is not None
+        or _beyond_fsdp(trainer),
         "NEFTune noise (it is scaled by the length of the longest sample of the batch, so samples "
         "depend on each other): leave neftune_noise_alpha out": trainer.neftune_noise_alpha
         is not None,

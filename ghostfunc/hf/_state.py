@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.regular import open_regular
-from ghostfunc.hf._files import atomically
+from ghostfunc._base.whole_files import write_whole
 
 STATE_FILE = "ghost_scores.bin"
 MAGIC = b"ghostfunc scores 1 "
@@ -43,11 +43,7 @@ def save_state(saved: Saved, path: Path) -> None:
         {k: x.contiguous() for k, x in saved.state.items()}, metadata=text
     )
     header = MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n"
-
-    def write(temporary: str) -> None:
-        Path(temporary).write_bytes(header + payload)
-
-    atomically(path, write)
+    write_whole(path, lambda aside: aside.write_bytes(header + payload))
 
 
 def load_state(path: Path) -> Saved:

@@ -16,7 +16,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc.hf._heads import head_counts, head_losses, head_of
 from ghostfunc.hf._logits import IGNORED, token_losses
-from ghostfunc.hf._losses import Batch, need, next_tokens, seq2seq_logits
+from ghostfunc.hf._losses import Batch, need, next_tokens, seq2seq_logits, without_labels
 
 
 class SampleLoss(NamedTuple):
@@ -120,11 +120,11 @@ def _has_virtual_tokens(model: nn.Module, base: nn.Module) -> bool:
 
 
 def _causal(module: nn.Module, batch: Batch) -> Tensor:
-    return cast(Any, module)(**_without_labels(batch), use_cache=False).logits
+    return cast(Any, module)(**without_labels(batch), use_cache=False).logits
 
 
 def _aligned(module: nn.Module, batch: Batch) -> Tensor:
-    return cast(Any, module)(**_without_labels(batch)).logits
+    return cast(Any, module)(**without_labels(batch)).logits
 
 
 def _classes(module: nn.Module, batch: Batch) -> Tensor:
@@ -185,7 +185,7 @@ def _by_function(function: Callable[..., Tensor], *, shifted: bool) -> SampleLos
 
     def sums(module: nn.Module, batch: Batch) -> Tensor:
         labels = need(batch, "labels")
-        outputs = cast(Any, module)(**_without_labels(batch))
+        outputs = cast(Any, module)(**without_labels(batch))
         rebuild, tensors = _tensors_of(outputs)
         one = torch.ones((), dtype=torch.int64, device=labels.device)
 
@@ -223,7 +223,3 @@ def _tensors_of(outputs: Any) -> tuple[Callable[[list[Tensor]], Any], list[Tenso
         lambda tensors: kind(**dict(zip(names, tensors, strict=True))),
         [outputs[k] for k in names],
     )
-
-
-def _without_labels(batch: Batch) -> Batch:
-    return {k: x for k, x in batch.items() if k != "labels"}

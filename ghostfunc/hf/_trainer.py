@@ -56,11 +56,13 @@ class GhostTrainer(GhostMixin):
 
     Under `torchrun` or `accelerate launch` (DistributedDataParallel) every process is given other
     samples, and all the same score samples. The table has the samples of all processes, and so has
-    every checkpoint: a run can be resumed with another number of processes.
+    every checkpoint: a run can be resumed with another number of processes. So it is with FSDP2,
+    of accelerate or of `from_pretrained(distributed_config=...)`, for `score_form` "sgd" and
+    "previous_state" of order 1, in float32, without `compile` and `log_gradients`.
 
     Raises:
-        OptionError: what this trainer does not do: several devices in one process, DeepSpeed, FSDP,
-            NEFTune, Liger kernels; a resumed run with another
+        OptionError: what this trainer does not do: several devices in one process, DeepSpeed,
+            FSDP1, NEFTune, Liger kernels; a resumed run with another
             `score_form`, order, score dataset or training dataset than its checkpoint's; a
             checkpoint whose scores are damaged.
         VerificationError: the sample losses do not add up to the loss Trainer would train.

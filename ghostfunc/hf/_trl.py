@@ -10,15 +10,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import unwrap_peft_model
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._divisor import Divisor
-from ghostfunc.hf._losses import Batch
-from ghostfunc.hf._preferences import PAIR_LOSSES, PairLoss, dpo_losses, reward_losses
+from ghostfunc.hf._logits import IGNORED
+from ghostfunc.hf._losses import Batch, need
+from ghostfunc.hf._preferences import (
+    PAIR_LOSSES,
+    PairLoss,
+    answer_logps,
+    dpo_losses,
+    reward_losses,
+    rows_of_pairs,
+)
 from ghostfunc.hf._score_sets import ScoreSet
 from ghostfunc.hf._scored import GhostMixin
 from ghostfunc.hf._scoring import Pieces, Scoring
 from ghostfunc.hf._trained import SampleLoss
+from ghostfunc.hf._trl_head import head_log_probs, show_head
 
 MARK = "score: "
 """Before the names of score datasets among those that TRL prepares for evaluation."""
@@ -47,6 +57,13 @@ class TrlMixin(GhostMixin):
         out = {name: ScoreSet(name, prepared.pop(MARK + name)) for name in sets}
         self.eval_dataset = prepared["eval"] if self._single else prepared or None
         return out
+
+    def _fused(self) -> bool:
+        """Have the model's head compute log-probabilities as TRL's own losses do, bit by bit, where
+        it can be derived as often as scores take."""
+        if self.score_order != 1 or self._compiled:
+            return False
+        return show_head(unwrap_peft_model(cast(nn.Module, self.model)))
 
     def _hold_against_trainer(
         self,
@@ -86,7 +103,11 @@ class SFTMixin(TrlMixin):
                 f"SFTMixin does not know loss_type={args.loss_type!r}; it knows 'nll'. Pass the "
                 "loss as sample_loss=gf.hf.SampleLoss(sums, counts)."
             )
-        return super().sample_loss()
+        loss = super().sample_loss()
+        known = self._given_loss is None and self.compute_loss_func is None
+        if known and self.label_smoother is None and self._fused():
+            return loss._replace(sums=_token_sums)
+        return loss
 
 
 class DPOMixin(TrlMixin):
@@ -118,9 +139,12 @@ class DPOMixin(TrlMixin):
                 "counts, rows=2)."
             )
 
+        answers = _answer_logps if self._fused() else answer_logps
+
         def sums(module: nn.Module, batch: Batch) -> Tensor:
+            logps = answers(module, batch)
             parts = [
-                weight * dpo_losses(module, batch, trainer.beta, cast(PairLoss, kind))
+                weight * dpo_losses(logps, batch, trainer.beta, cast(PairLoss, kind))
                 for kind, weight in weights.items()
             ]
             return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
@@ -150,6 +174,21 @@ class RewardMixin(TrlMixin):
         return SampleLoss(
             lambda module, batch: reward_losses(module, batch, center), _one_each, rows=2
         )
+
+
+def _token_sums(module: nn.Module, batch: Batch) -> Tensor:
+    """Each sample's summed token losses."""
+    inputs = {**batch, "labels": need(batch, "labels")}
+    return -head_log_probs(module, inputs).sum(1)
+
+
+def _answer_logps(module: nn.Module, batch: Batch) -> Tensor:
+    """Log-probabilities of the answers, `[n, 2]`."""
+    n, inputs = rows_of_pairs(batch)
+    mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
+    labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
+    logps = head_log_probs(module, {**inputs, "labels": labels})
+    return logps[:, 1 - mask.shape[1] :].sum(1).unflatten(0, (2, n)).mT
 
 
 def _one_each(batch: Batch) -> Tensor:

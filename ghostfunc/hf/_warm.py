@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ghostfunc._base.processes.pieces import in_step, on_any_rank
 from ghostfunc._base.program import Program
 from ghostfunc._base.remembered import structure
 from ghostfunc._base.types import ModelFn
@@ -49,11 +50,13 @@ def look_first(
     """
     program = Program.of(model_fn, params, "different")
     key = structure(program, batch)
+    place = "asking whether all processes have seen batches like theirs"
     with torch.random.fork_rng():
-        if key not in looked_at:
+        if on_any_rank(model_fn, place, flag=key not in looked_at):
             moved = {
                 k: x if bool(x.any()) else x + 0.02 * torch.randn_like(x) for k, x in params.items()
             }
             ghost_vjp(model_fn, moved, batch, {}, grads=True, randomness="different")
             looked_at.add(key)
-        use_shapes(program, batch, exact=True)
+        if in_step(model_fn) is None:
+            use_shapes(program, batch, exact=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.regular import check_regular
 from ghostfunc.data import Rows
 
 SIDE = 160
 """Pixels of the longer side of an image on the page."""
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""What Pillow decodes by itself: for others, such as EPS, it runs programs of the machine."""
 
 PREFIX = "data:image/"
 
@@ -52,14 +56,18 @@ def _content(value: Any, rows: Rows) -> bytes:
     if value.startswith(PREFIX):
         try:
             return base64.b64decode(value.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise _NoImage(f"has a data: address that is not base64: {error}.") from error
     folder = (rows.path if rows.path.is_dir() else rows.path.parent).resolve()
-    path = (folder / value).resolve()
+    try:
+        path = Path(os.path.realpath(folder / value))
+    except ValueError as error:
+        raise _NoImage(f"names {value!r}, which is no name of a file.") from error
     if not path.is_relative_to(folder):
         raise _NoImage(f"names {value!r}, which is not within {folder}. Copy it there.")
     try:
-        return Path(path).read_bytes()
+        check_regular(path)
+        return path.read_bytes()
     except (OSError, ValueError) as error:
         raise _NoImage(f"names {value!r}, which cannot be read: {error}.") from error
 
@@ -73,7 +81,7 @@ def _small(content: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 opened.thumbnail((SIDE, SIDE))
                 kind = (
                     "PNG" if "A" in opened.getbands() or "transparency" in opened.info else "JPEG"

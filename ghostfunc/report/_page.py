@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.whole_files import write_whole
 from ghostfunc.data import Rows, Scores
-from ghostfunc.data._files import write_whole
 from ghostfunc.data._scores import HELPS
 from ghostfunc.report._images import thumbnail
 
@@ -40,6 +40,12 @@ IMAGES = 1_000
 LINES = 8
 """Lines of the chart over training time."""
 
+
+NAME = 80
+"""Characters of a role or a group."""
+
+ASIDE = ("system", "developer")
+"""Roles whose text many samples share: it is folded away, and cut first."""
 
 FEW = 30
 """Characters that a message which was cut is found by."""
@@ -144,7 +150,7 @@ def _data(
         found = {name: value for name, value in rows[row].items() if name != image}
         texts.append(_parts(found, WHOLE if at in whole else BRIEF))
         if group is not None:
-            groups.append(str(found.get(group, "")))
+            groups.append(str(found.get(group, ""))[:NAME])
     if group is not None and not any(groups):
         raise OptionError(f"no row has a column {group!r}; expected the name of a column.")
     return {
@@ -157,6 +163,7 @@ def _data(
         "texts": texts,
         "groups": groups,
         "group": group,
+        "aside": ASIDE,
         "facts": {name: str(value) for name, value in scores.facts.items()},
         "heat": {
             str(ids.index(row)): {
@@ -219,13 +226,14 @@ def _parts(row: Mapping[str, Any], most: int) -> list[list[str]]:
         parts = [["", str(row["text"])]]
     else:
         parts = [[name, str(value)] for name, value in row.items()]
-    left, cut = most, []
-    for role, text in parts:
+    left, cut = most, {}
+    for k in sorted(range(len(parts)), key=lambda k: parts[k][0].lower() in ASIDE):
         if left <= 0:
             break
-        cut.append([role, text if len(text) <= left else text[:left] + "…"])
-        left -= len(text)
-    return cut
+        role, text = parts[k]
+        cut[k] = [role[:NAME], text if len(text) <= left else text[:left] + "…"]
+        left -= len(text) + 1  # empty messages have an end, too
+    return [cut[k] for k in sorted(cut)]
 
 
 def _said(role: str, value: object) -> list[list[str]]:

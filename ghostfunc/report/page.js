@@ -32,6 +32,11 @@
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
   const whole = (x) => x.toLocaleString("en-US");
   const label = data.columns[ranking].label;
+  const kind = data.ranking.split("_")[0];
+  const unit = { dot: "loss per unit of learning rate", influence: "loss times samples", shapley: "loss" }[kind];
+
+  // A system's text, or a template's, is that of many samples: what is said comes first.
+  const isAside = (role) => data.aside.includes(role.toLowerCase());
 
   // --- the table's order -----------------------------------------------------------------------
 
@@ -53,7 +58,8 @@
   const ranks = new Int32Array(n);
   const ranked = orderOf(scores.map((x) => -x));
   ranked.forEach((i, rank) => { ranks[i] = rank + 1; });
-  const line = (i) => data.texts[i].map(([role, text]) => (role ? role + ": " : "") + text).join(" ⏎ ");
+  const spoken = (parts) => [...parts.filter(([role]) => !isAside(role)), ...parts.filter(([role]) => isAside(role))];
+  const line = (i) => spoken(data.texts[i]).map(([role, text]) => (role ? role + ": " : "") + text).join(" ⏎ ");
   const lowered = new Array(n); // texts in lower case, made when they are first searched
   const state = { sort: "rank", up: true, shown: ranked, picked: -1 };
 
@@ -218,23 +224,44 @@
 
   // --- one sample --------------------------------------------------------------------------------
 
+  const LONG = 40; // letters of a template that are folded away
+  const fold = (name, ...content) => make("details", {}, make("summary", {}, name), ...content);
+
+  // Stretches of tokens: messages, and between them what the template adds.
+  function stretches(found) {
+    const out = [];
+    let at = 0;
+    for (const [first, last, role] of found.said) {
+      if (first > at) out.push([at, first, null]);
+      out.push([first, last, role]);
+      at = last;
+    }
+    if (at < found.pieces.length) out.push([at, found.pieces.length, null]);
+    return out;
+  }
+
   function heat(i) {
     const found = data.heat[i];
     if (!found) return null;
     const most = Math.max(...found.shares.map(Math.abs)) || 1;
     const text = make("div", { class: "text" });
-    const begins = new Map(found.said.map(([first, , role]) => [first, role]));
-    const inside = new Set(found.said.flatMap(([first, last]) => Array.from({ length: last - first }, (_, k) => first + k)));
-    found.pieces.forEach((piece, k) => {
-      if (begins.has(k)) text.append(make("span", { class: "role" }, begins.get(k)));
-      const share = found.shares[k] / most;
-      // Tokens that the template adds are smaller.
-      const kind = found.said.length && !inside.has(k) ? "template" : "";
-      const token = make("span", { title: signed(found.shares[k]), class: kind }, piece);
-      token.style.background = `rgba(var(--${share > 0 ? "good" : "bad"}-rgb), ${(0.75 * Math.sqrt(Math.abs(share))).toFixed(3)})`;
-      text.append(token);
-    });
-    return [text];
+    for (const [first, last, role] of stretches(found)) {
+      const added = role === null && found.said.length > 0;
+      const tokens = found.pieces.slice(first, last).map((piece, k) => {
+        const share = found.shares[first + k];
+        // Tokens that the template adds are smaller.
+        const token = make("span", { title: signed(share), class: added ? "template" : "" }, piece);
+        token.style.background = `rgba(var(--${share > 0 ? "good" : "bad"}-rgb), ${(0.75 * Math.sqrt(Math.abs(share) / most)).toFixed(3)})`;
+        return token;
+      });
+      const long = found.pieces.slice(first, last).join("").length > LONG;
+      if ((added && long) || (role !== null && isAside(role))) {
+        const sum = found.shares.slice(first, last).reduce((a, b) => a + b, 0);
+        text.append(fold(`${role ?? "template"}: ${whole(last - first)} ${last - first === 1 ? "token" : "tokens"}, ${signed(sum)}`, ...tokens));
+      } else text.append(...(role ? [make("span", { class: "role" }, role)] : []), ...tokens);
+    }
+    const end = number(most);
+    return [text, make("div", { class: "shares" }, `shares of tokens: hinders −${end}`, make("i", { class: "scale" }), `+${end} helps`)];
   }
 
   function picture(i) {
@@ -245,11 +272,13 @@
   function card(i) {
     const meta = make("div", { class: "meta" },
       make("span", { class: "score " + (scores[i] > 0 ? "plus" : "minus") }, signed(scores[i])),
-      make("span", {}, `rank ${whole(ranks[i])}`), make("span", {}, `row ${whole(data.ids[i])}`));
+      make("span", {}, label), make("span", {}, `rank ${whole(ranks[i])}`), make("span", {}, `row ${whole(data.ids[i])}`));
     data.columns.forEach((c, k) => { if (k !== ranking) meta.append(make("span", {}, `${c.label} ${number(c.values[i])}`)); });
     if (data.group) meta.append(make("span", {}, data.groups[i]));
-    const parts = heat(i) || [make("div", { class: "text" }, ...data.texts[i].flatMap(([role, text]) =>
-      role ? [make("span", { class: "role" }, role), text] : [text]))];
+    const parts = heat(i) || [make("div", { class: "text" }, ...data.texts[i].flatMap(([role, text]) => {
+      if (isAside(role)) return [fold(`${role}: ${whole(text.length)} letters`, text)];
+      return role ? [make("span", { class: "role" }, role), text] : [text];
+    }))];
     return make("div", { class: "card" }, meta, ...picture(i), ...parts);
   }
 
@@ -273,14 +302,19 @@
     const middle = ranked[Math.floor(n / 2)];
     by("tiles").append(tile(whole(n), "samples"), tile(Math.round((100 * above) / n) + "%", "above zero"),
       tile(signed(scores[ranked[0]]), "highest"), tile(signed(scores[middle]), "median"), tile(signed(scores[ranked[n - 1]]), "lowest"));
-    const kind = data.ranking.split("_")[0];
+    const best = scores[ranked[0]];
+    const does = (x) => (x > 0 ? "lowers" : "raises") + ` the target's loss by ${number(Math.abs(x))}`;
+    const product = `A sample's score is the ${label} of its loss's gradient with the gradient of the target's loss`;
     by("about").textContent = {
+      dot: `${product}: what one step of plain gradient descent on the sample takes off the target's loss, to first order, per unit of learning rate. ` +
+        `The highest: at a learning rate of 0.001, the step ${does(best / 1000)}.`,
       influence: "A sample's score is its influence: the dot product of its loss's gradient with the gradient of the target's loss, after that " +
-        "went through the inverse curvature of the loss. Above zero, training without the sample raises the target's loss, to first order.",
+        "went through the inverse curvature of the loss. Divided by the number of samples that are trained on, it is how far the target's loss rises " +
+        "where training goes without the sample, to first order.",
       shapley: "A sample's score is what its share of the training steps took off the target's loss, added up over the run. Above zero, it helped.",
-    }[kind] || `A sample's score is the ${label} of its loss's gradient with the gradient of the target's loss. ` +
-      "Above zero, a training step on the sample lowers the target's loss, to first order.";
+    }[kind] || `${product}, between −1 and 1. Above zero, a training step on the sample lowers the target's loss, to first order.`;
     document.querySelectorAll(".by").forEach((e) => { e.textContent = label; });
+    if (unit) document.querySelector(".unit").textContent = ` (${unit})`;
     for (const [name, value] of Object.entries(data.facts)) {
       by("facts").append(make("span", {}, `${name.replaceAll("_", " ")}: ${value}`));
     }
@@ -365,7 +399,7 @@
         draw("circle", { cx: at(g.mid), cy: y, r: 5, class: "median" }),
         draw("text", { x: width, y: y + 4, "text-anchor": "end", class: "value" }, written[k]));
     });
-    across(svg, ticks(low, high, Math.floor((width - left - right) / 80)), at, bottom);
+    across(svg, ticks(low, high, Math.max(3, Math.floor((width - left - right) / 80))), at, bottom);
     by("groups").querySelector("div").replaceChildren(svg);
   }
 
@@ -409,12 +443,6 @@
     if (grouped.length > 15) by("groups").querySelector("figcaption").append(` (15 of ${grouped.length})`);
     by("group").hidden = false;
     by("group").append(make("option", { value: "" }, `any ${data.group}`), ...grouped.map((g) => g.name).sort().map((g) => make("option", { value: g }, g)));
-  }
-
-  if (Object.keys(data.heat).length) {
-    by("legend").hidden = false;
-    by("legend").append("Colours of tokens, their shares in the score: hinders", make("i", { class: "scale" }), "helps. " +
-      "The deepest colour of a sample is its largest share; the pointer shows numbers.");
   }
 
   // --- together ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_path, check_type
 from ghostfunc._base.regular import AT_ONCE, check_absent, check_mode, open_regular
+from ghostfunc._base.whole_files import flush_folder
 from ghostfunc.store._errors import StoreError
 
 try:
@@ -120,14 +121,14 @@ class LocalFiles(Files):
     def write(self, key: str, data: bytes, *, shared: bool = False) -> None:
         folder = self._replace(key, data, shared=shared)
         with self._told(key):
-            _flush_folder(folder)
+            flush_folder(folder)
 
     def write_all(self, items: Iterable[tuple[str, bytes]]) -> None:
         # Bytes are flushed file by file, names once for each folder.
         folders = {self._replace(key, data): key for key, data in items}
         for folder, key in folders.items():
             with self._told(key):
-                _flush_folder(folder)
+                flush_folder(folder)
 
     def _replace(self, key: str, data: bytes, *, shared: bool = False) -> Path:
         """Replace a file, whose name may not stay yet; returns the folder that is to be flushed."""
@@ -154,7 +155,7 @@ class LocalFiles(Files):
                 os.unlink(path)
             except FileNotFoundError:
                 return
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
 
     def delete_tree(self, folder: str) -> None:
         top = self._root / folder
@@ -167,7 +168,7 @@ class LocalFiles(Files):
                 for name in folders:
                     os.rmdir(os.path.join(at, name))
             os.rmdir(top)
-            _flush_folder(top.parent)
+            flush_folder(top.parent)
 
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
@@ -175,7 +176,7 @@ class LocalFiles(Files):
         self._make_folder(folder.parent)
         with suppress(FileExistsError):  # by another process
             os.mkdir(folder)
-        _flush_folder(folder.parent)
+        flush_folder(folder.parent)
 
     @contextmanager
     def _told(self, key: str) -> Iterator[None]:
@@ -207,16 +208,6 @@ def _write_flushed(path: Path, data: bytes) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(handle, view) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # folders cannot be flushed there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(handle)
     finally:
         os.close(handle)

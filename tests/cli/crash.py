@@ -2,8 +2,9 @@
 
     python -m tests.cli.crash --kills 10 --chats 500 --seed 0 --score influence
 
-The processes are killed by SIGKILL, at moments drawn over the time an undisturbed run takes. The
-tests stop a run in the same process instead; this is the long form.
+The processes are killed by SIGKILL, at moments drawn over the time an undisturbed run takes. Ten
+lines of Python write the file too (but for influence). The tests stop a run of few chats in the
+same process instead; this is the long form.
 """
 
 from __future__ import annotations
@@ -38,6 +39,30 @@ def start(folder: Path, out: str, *more: str) -> subprocess.Popen[bytes]:
     return process
 
 
+PYTHON = """
+import transformers
+import ghostfunc as gf
+from ghostfunc.data import Rows, batches, encode, padded, write_rows
+lm = transformers.AutoModelForCausalLM.from_pretrained("model").eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+model_fn, params = gf.hf.causal_lm(lm)
+rows, targets = Rows.open("pool.jsonl"), Rows.open("target.jsonl")
+pool, target = (encode(x, tokenizer, max_length=96) for x in (rows, targets))
+how = {"collate": padded(tokenizer.eos_token_id, max_length=96), "length": pool.length}
+kinds = {"val": batches(target, **how), "quantities": ("SCORE", "loss")}
+scores = gf.score_dataset(model_fn, params, pool, **kinds, **how)
+write_rows("sel.jsonl", rows, scores.top(50, by="SCORE_higher_helps"))
+"""
+
+
+def by_python(folder: Path, score: str) -> None:
+    """The same file, by the library."""
+    program = PYTHON.replace("SCORE", score)
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
+    print("by Python: ", end="")
+    compare(folder)
+
+
 def compare(folder: Path, *, last: bool = False) -> None:
     """Where the file is there, it has the bits of the undisturbed run; it is then removed, but for
     the last one."""
@@ -69,6 +94,8 @@ def main() -> None:
     seconds = time.perf_counter() - begun
     assert process.returncode == 0, output
     print(f"undisturbed, {seconds:.1f} s of computing", flush=True)
+    if options.score != "influence":
+        by_python(folder, options.score)
     killed = 0
     while killed < options.kills or not (folder / "sel.jsonl").exists():
         kept = [folder / "sel.run" / x / "run.json" for x in ("", "curvature")]

@@ -18,8 +18,8 @@ import transformers
 import ghostfunc as gf
 from ghostfunc.cli import _ask
 from ghostfunc.data import Rows, batches, encode, padded
-from ghostfunc.hf._files import write_table
 from ghostfunc.hf._state import STATE_FILE, Saved, save_state
+from ghostfunc.hf._table import write_table
 
 from .conftest import chat, lines
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ def problem() -> tuple[Any, list[Any]]:
     return params, batches
 
 
-if __name__ == "__main__":
-    rank, directory = int(sys.argv[1]), sys.argv[2]
+def curvatures(rank: int, directory: Path) -> None:
+    """What one process makes of its batches, and what it says of a loss that is not finite."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2
@@ -46,9 +45,9 @@ if __name__ == "__main__":
         params,
         batches[rank::2],  # two here, one there
         fisher="empirical",
-        process_group=torch.distributed.group.WORLD,
+        group=torch.distributed.group.WORLD,
     )
-    made.save(f"{directory}/{rank}.safetensors")
+    made.save(directory / f"{rank}.safetensors")
     if rank:
         batches[1]["x"][0, 0] = torch.nan
     try:
@@ -57,8 +56,8 @@ if __name__ == "__main__":
             params,
             batches[rank::2],
             fisher="empirical",
-            process_group=torch.distributed.group.WORLD,
+            group=torch.distributed.group.WORLD,
         )
     except gf.GhostError as error:
-        Path(directory, f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        (directory / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     torch.distributed.destroy_process_group()

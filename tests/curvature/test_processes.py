@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from processes import model, problem
+from forks import forked
+from processes import curvatures, model, problem
 
 import ghostfunc as gf
 
 
 def test_two_processes_make_one_curvature(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("processes.py")
-    root = str(Path(gf.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": root}
-    running = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], env=env)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=400) for process in running] == [0, 0]
+    running = [forked(curvatures, rank, tmp_path) for rank in range(2)]
+    for process in running:
+        process.join(400)
+    assert [process.exitcode for process in running] == [0, 0]
     params, batches = problem()
     expected = gf.curvature.ekfac(model, params, batches, fisher="empirical").solve(params, 0.1)
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]

@@ -68,6 +68,8 @@ LINES: dict[str, tuple[bytes, str]] = {
     "deep": (b"[" * 100_000, "JSON that cannot be read|no valid JSON"),
     "a long number": (b'{"n": ' + b"9" * 10_000 + b"}", "JSON that cannot be read"),
     "zeros": (b"\0\0\0", "no valid JSON"),
+    "no number": (b'{"text": "a", "n": NaN}', "JSON that cannot be read: the number NaN is not"),
+    "infinite": (b'{"text": "a", "n": [-1e999]}', "JSON that cannot be read: the number -1e999"),
     "a key twice": (b'{"text": "a", "text": "b"}', "JSON that cannot be read: the key 'text'"),
 }
 
@@ -111,6 +113,37 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         Rows.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("state.json", "{", r"state\.json: cannot be read"),
+        ("state.json", "[" * 100_000, r"state\.json: cannot be read"),
+        ("state.json", "[]", r"state\.json: has no '_indices_data_files'"),
+        ("state.json", "{}", r"state\.json: has no '_data_files'"),
+        ("state.json", '{"_data_files": [7]}', r"state\.json: has no '_data_files'"),
+        ("dataset_dict.json", '{"splits": []}', r"dataset_dict\.json: has no 'splits'"),
+    ],
+)
+def test_documents_of_folders_that_make_no_sense(
+    tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RowsError, match=said):
+        Rows.open(tmp_path)
+
+
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    with pytest.raises(RowsError, match="File name too long"):
+        Rows.open(tmp_path / ("a" * 300 + ".jsonl"))
+
+
+def test_a_date_that_python_has_not(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "day": pa.array([2**62], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(RowsError, match="row 0: a value that cannot be read"):
+        Rows.open(tmp_path / "a.parquet")[0]
+
+
 def test_a_folder_reads_its_own_files_alone(tmp_path: Path) -> None:
     outside = folder(tmp_path / "outside")
     sly = folder(tmp_path / "sly", filename="../outside/data-1.arrow")
@@ -138,11 +171,13 @@ def test_chosen_rows_keep_what_they_were(tmp_path: Path) -> None:
 
 def test_values_that_json_has_not(tmp_path: Path) -> None:
     day = datetime.date(2024, 2, 29)
-    table = pa.Table.from_pylist([{"text": "a", "day": day, "image": b"\xff"}])
+    no = float("nan")
+    table = pa.Table.from_pylist([{"text": "a", "day": day, "image": b"\xff", "n": {"m": [no]}}])
     pq.write_table(table, tmp_path / "a.parquet")
     write_rows(tmp_path / "out.jsonl", Rows.open(tmp_path / "a.parquet"), chosen(0))
     found = json.loads((tmp_path / "out.jsonl").read_text())
     assert (found["day"], found["image"]) == ("2024-02-29", "/w==")
+    assert found["n"] == {"m": [None]}
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

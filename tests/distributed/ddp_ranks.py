@@ -1,22 +1,15 @@
-"""Starts functions of worker files in processes of one group, and collects what they return.
-
-A server imports torch and ghostfunc once and forks the ranks: starting one takes no time.
-"""
+"""Starts functions of worker files in processes of one group, and collects what they return."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ddp_worker
-
-HERE = Path(__file__).resolve().parent
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ddp_worker", "trainer_worker"])
+from forks import forked
 
 
 class Ended(NamedTuple):
@@ -27,33 +20,40 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def find_workers() -> None:
-    """Tell the server, before it starts, where the worker files are."""
-    tests = HERE.parent
-    paths = [str(HERE), str(tests), str(tests / "hf"), str(tests.parent)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+class Started(NamedTuple):
+    """A group that runs.
+
+    Attributes:
+        name: the function that its ranks call.
+        folder: where they write.
+        processes: one per rank.
+        end: until when they may run, by the monotonic clock.
+    """
+
+    name: str
+    folder: Path
+    processes: list[BaseProcess]
+    end: float
+
+    def ended(self) -> list[Ended]:
+        """Wait for all ranks. Those that still run at the end are killed: their exit code is -9."""
+        for process in self.processes:
+            process.join(max(0.0, self.end - time.monotonic()))
+        for process in self.processes:
+            process.kill()
+            process.join()
+        paths = [self.folder / f"{self.name}-{r}" for r in range(len(self.processes))]
+        return [_ended(path, p.exitcode) for path, p in zip(paths, self.processes, strict=True)]
 
 
-def ranks(name: str, size: int, folder: Path, *args: Any, seconds: float = 60) -> list[Ended]:
+def start(name: str, size: int, folder: Path, *args: Any, seconds: float = 60) -> Started:
     """`<name>(*args)` of a worker file in every process of a group whose collectives time out after
-    so many seconds. Those that still run after four times as many, and a minute, are killed: their
-    exit code is -9."""
-    find_workers()
-    started = [
-        FORKS.Process(target=ddp_worker.rank, args=(name, size, str(folder), rank, args, seconds))
+    so many seconds. The ranks have four times as many, and a minute."""
+    processes = [
+        forked(ddp_worker.rank, name, size, str(folder), rank, args, seconds)
         for rank in range(size)
     ]
-    for process in started:
-        process.start()
-    end = time.monotonic() + 4 * seconds + 60
-    for process in started:
-        process.join(max(0.0, end - time.monotonic()))
-    for process in started:
-        process.kill()
-        process.join()
-    return [_ended(folder / f"{name}-{r}", p.exitcode) for r, p in enumerate(started)]
+    return Started(name, folder, processes, time.monotonic() + 4 * seconds + 60)
 
 
 def _ended(path: Path, code: int | None) -> Ended:
@@ -67,6 +67,6 @@ def _ended(path: Path, code: int | None) -> Ended:
 
 def results(name: str, size: int, folder: Path, *args: Any) -> list[Any]:
     """What every rank returned; all have to."""
-    ended = ranks(name, size, folder, *args)
+    ended = start(name, size, folder, *args).ended()
     assert all(e.code == 0 for e in ended), "\n".join(e.stderr for e in ended)
     return [e.result for e in ended]

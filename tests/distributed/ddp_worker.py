@@ -348,7 +348,8 @@ def disagreement(kind: str) -> str:
             case "killed in the backward pass":
                 module.norm.register_full_backward_hook(_kill)
             case "held up":
-                time.sleep(20)
+                while not Path(FOLDER[0], "disagreement-0.json").exists():
+                    time.sleep(0.1)
                 os._exit(0)
             case "ended":
                 os._exit(0)

@@ -146,6 +146,44 @@ def planned(mesh: Any, plain: Tensor, last: bool) -> dict[str, str]:
     return found
 
 
+def few_validation_samples(mesh: Any, plain: Tensor, last: bool) -> dict[str, Any]:
+    """Scores with validation samples that all ranks compute, or do not where one rank differs."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    whole_fn, whole = gf.from_module(copy.deepcopy(net), loss)
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    model_fn, params = gf.from_module(net, loss)
+
+    def right(*vals: Tensor) -> float:
+        own = gf.ghost_dot_prod(model_fn, params, plain, vals[last])
+        sums = [gf.direction(whole_fn, whole, val, reduction="sum") for val in vals]
+        m = sum(map(len, vals))
+        u = {name: sum(x[name] for x in sums) / m for name in whole}
+        one = gf.ghost_dot_prod(whole_fn, whole, plain, direction=u)
+        return float(((own - one) / one).abs().max())
+
+    def scores(train: Tensor, val: Tensor) -> Any:
+        return gf.ghost_dot_prod(model_fn, params, train, val)
+
+    one, two, longer = plain[:1], plain[1:3], plain[:2, None]
+    bad = one * torch.nan
+    return {
+        "few": right(one, two),
+        "few, of another length on one rank": right(one, longer),
+        "few, more of them on one rank": right(one, plain),
+        "few on one rank": outcome(
+            lambda: gf.ghost_norm(model_fn, params, plain) if last else scores(plain, one)
+        ),
+        "few, none on one rank": outcome(lambda: scores(plain, one[: 1 - last])),
+        "few, a bad one": outcome(lambda: scores(plain, bad if last else two)),
+        "few, after the errors": right(one, two),
+    }
+
+
 def main() -> None:
     rank, world, directory, what = (
         int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4],
@@ -199,6 +237,7 @@ def main() -> None:
             )
         )
         found["after other calls"] = right(plain)
+        found |= few_validation_samples(mesh, plain, last)
         found["planned"] = planned(mesh, plain, last)
         found |= refused_on_one_rank(model_fn, params, plain, last, right)
         found["a wrapped function"] = outcome(

@@ -130,7 +130,7 @@ def main() -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
     model_fn, params = gf.from_module(net, loss)
-    batch, val = torch.randn(2, POSITIONS, WIDTH), torch.randn(2, POSITIONS, WIDTH)
+    batch, val = torch.randn(2, POSITIONS, WIDTH), torch.randn(1, POSITIONS, WIDTH)
     u = gf.direction(model_fn, params, val)
     held = [*params.values(), *u.values(), batch, val]
 
@@ -145,6 +145,13 @@ def main() -> None:
         "ghost_value_and_grad with a direction": scored,
         "ghost_dot_prod with a direction": lambda: gf.ghost_dot_prod(
             model_fn, params, batch, direction=u
+        ),
+        "ghost_value_and_grad with val": lambda: gf.ghost_value_and_grad(
+            model_fn, params, batch, val
+        ),
+        "ghost_dot_prod with val": lambda: gf.ghost_dot_prod(model_fn, params, batch, val),
+        "ghost_value_and_grad with more of val": lambda: gf.ghost_value_and_grad(
+            model_fn, params, batch, torch.cat([val, val])
         ),
         "ghost_norm": lambda: gf.ghost_norm(model_fn, params, batch),
         "direction": lambda: gf.direction(model_fn, params, val),

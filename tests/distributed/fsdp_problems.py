@@ -22,7 +22,9 @@ class Problem:
         units: the modules to shard by themselves, besides the whole.
         make: makes `(model_fn, params)` of it.
         train, val: batches, one per rank.
+        few: validation batches that are one with those of train.
         plan: the tensor parallel styles of parts, by name.
+        loaded: whether its parameters become others once it is sharded.
     """
 
     module: nn.Module
@@ -30,7 +32,9 @@ class Problem:
     make: Callable[[nn.Module], tuple[Any, dict[str, Tensor]]]
     train: list[Any]
     val: list[Any]
+    few: list[Any]
     plan: Mapping[str, Any] = field(default_factory=dict)
+    loaded: bool = False
 
 
 class Mlp(nn.Module):
@@ -59,16 +63,35 @@ def mlp(world: int) -> Problem:
         return out
 
     def batches(start: int) -> list[Any]:
-        sizes = [start + r % 2 for r in range(world)]
+        sizes = _sizes(world, start)
         return [{"x": torch.randn(n, 4, 5), "y": torch.randn(n, 4, 1)} for n in sizes]
 
     return Problem(
         net,
         [net.first, net.twice],
         lambda module: gf.from_module(module, loss),
-        batches(3),
+        batches(_most(world)),
         batches(2),
+        batches(1),
     )
+
+
+class Scaled(nn.Module):
+    """A weight that is made of two parameters, as `weight_norm` makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(7, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.linear(x, self.gain * self.weight.tanh()))
+
+
+def scaled(world: int) -> Problem:
+    """No parameter is used twice; all are loaded into pieces."""
+    like, net = mlp(world), nn.Sequential(Scaled(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
+    own = net, [net[0], net[1]], like.make, like.train, like.val, like.few
+    return Problem(*own, loaded=True)
 
 
 class PlannedMlp(nn.Module):
@@ -99,7 +122,7 @@ def planned_mlp(world: int) -> Problem:
         "down": RowwiseParallel(),
         "frozen": ColwiseParallel(output_layouts=Replicate()),
     }
-    return Problem(net, [net.up, net.down], like.make, like.train, like.val, plan)
+    return Problem(net, [net.up, net.down], like.make, like.train, like.val, like.few, plan)
 
 
 def llama(world: int) -> Problem:
@@ -111,7 +134,7 @@ def llama(world: int) -> Problem:
         hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=32, max_position_embeddings=16,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval().double()
+    model = LlamaForCausalLM(config).eval().to(torch.get_default_dtype())
     plan: dict[str, Any] = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
@@ -121,39 +144,48 @@ def llama(world: int) -> Problem:
         plan[f"{layer}.{name}"] = ColwiseParallel()
     plan |= {f"{layer}.mlp.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")}
     plan |= {f"{layer}.{x}": RowwiseParallel() for x in ("self_attn.o_proj", "mlp.down_proj")}
-    batches = _tokens(world, 3, 6), _tokens(world, 2, 5)
-    return Problem(model, list(model.model.layers), gf.hf.causal_lm, *batches, plan)
+    return Problem(model, list(model.model.layers), gf.hf.causal_lm, *_tokens(world), plan)
 
 
-def _tokens(world: int, start: int, length: int) -> list[Any]:
-    return [{"input_ids": torch.randint(0, 31, (start + r % 2, length))} for r in range(world)]
-
-
-def gpt2(world: int) -> Problem:
-    """Input and output embeddings are one parameter."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=31, n_positions=16,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
-    return Problem(
-        model,
-        list(model.transformer.h),
-        gf.hf.causal_lm,
-        _tokens(world, 3, 6),
-        _tokens(world, 2, 5),
+def _tokens(world: int) -> tuple[list[Any], ...]:
+    """Batches of train, val and few."""
+    return tuple(
+        [{"input_ids": torch.randint(0, 31, (n, length))} for n in _sizes(world, start)]
+        for start, length in ((_most(world), 6), (2, 5), (1, 6))
     )
 
 
+def _sizes(world: int, start: int) -> list[int]:
+    """Samples of every rank."""
+    return [start + r % 2 for r in range(world)]
+
+
+def _most(world: int) -> int:
+    """As many as all ranks' few validation samples."""
+    return max(3, sum(_sizes(world, 1)))
+
+
+def gpt2(world: int) -> Problem:
+    """Input and output embeddings are one parameter. Two ranks have two units that are alike."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=2 if world == 2 else 1, n_head=2, n_embd=8, vocab_size=31, n_positions=16,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    return Problem(model, list(model.transformer.h), gf.hf.causal_lm, *_tokens(world))
+
+
 def llama_lora(world: int) -> Problem:
+    """Its plan cuts what an adapter puts out as it cuts what the adapter is beside."""
     from peft import LoraConfig, get_peft_model
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=31, max_position_embeddings=16,
+        num_key_value_heads=2, vocab_size=31, max_position_embeddings=16,
     )  # fmt: skip
     lora = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     model = get_peft_model(LlamaForCausalLM(config), lora).eval().double()
@@ -161,11 +193,16 @@ def llama_lora(world: int) -> Problem:
         if "lora_B" in name:  # zeros at first
             nn.init.normal_(p)
     layers = list(model.base_model.model.model.layers)
-    return Problem(model, layers, gf.hf.causal_lm, _tokens(world, 3, 6), _tokens(world, 2, 5))
+    attention = "base_model.model.model.layers.*.self_attn"
+    adapted = [f"{attention}.{x}_proj.{y}" for x in "qv" for y in ("base_layer", "lora_B.default")]
+    plan: dict[str, Any] = {x: ColwiseParallel() for x in (*adapted, f"{attention}.k_proj")}
+    plan[f"{attention}.o_proj"] = RowwiseParallel()
+    return Problem(model, layers, gf.hf.causal_lm, *_tokens(world), plan)
 
 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "mlp": mlp,
+    "scaled": scaled,
     "gpt2": gpt2,
     "llama_lora": llama_lora,
     "planned_mlp": planned_mlp,
@@ -188,6 +225,8 @@ def sharded(problem: Problem, mesh: Any) -> nn.Module:
     for unit in problem.units:
         fully_shard(unit, mesh=mesh)
     fully_shard(problem.module, mesh=mesh)
+    if problem.loaded:
+        problem.module.load_state_dict(problem.module.state_dict(), assign=True)
     return problem.module
 
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ddp_ranks import FORKS, find_workers
 from ddp_worker import script
+from forks import forked
 
 TIMEOUT = 900
 """Seconds for all ranks of one start."""
@@ -22,12 +22,10 @@ class Done(NamedTuple):
 
 def ranks_of(name: str, world: int, directory: Path, *args: str) -> list[Done]:
     """Start a script on every rank and wait for all of them."""
-    find_workers()
     running = []
     for rank in range(world):
         argv = [name, str(rank), str(world), str(directory), *args]
-        running.append(FORKS.Process(target=script, args=(argv, str(directory / f"{rank}.out"))))
-        running[-1].start()
+        running.append(forked(script, argv, str(directory / f"{rank}.out")))
     end = time.monotonic() + TIMEOUT
     for process in running:
         process.join(max(0.0, end - time.monotonic()))

@@ -15,6 +15,8 @@ from fsdp_problems import PROBLEMS, Problem, joined, sharded
 from torch import Tensor, nn
 
 import ghostfunc as gf
+from ghostfunc._base.remembered import memory
+from ghostfunc._transforms.scores.one_run import OneRuns
 
 Results = dict[str, float]
 
@@ -59,131 +61,174 @@ def part_of(x: Tensor, mesh: Any, which: int, dim: int) -> Tensor:
     return x.narrow(dim, start, min(most, length - start))
 
 
+def once(make: Callable[[], Any]) -> Any:
+    """What the first rank makes, on all ranks."""
+    made = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(made, 0)
+    return made[0]
+
+
+def of_one_process(problem: Problem, whole_fn: Any, whole: dict[str, Tensor]) -> dict[str, Any]:
+    """Every quantity of all samples, and the parameters before and after training."""
+    train, val, few = joined(problem.train), joined(problem.val), joined(problem.few)
+    u = gf.direction(whole_fn, whole, val)
+    norms = gf.ghost_norm(whole_fn, whole, train)
+    kept = gf.factored_grads(whole_fn, whole, train)
+    weights = torch.linspace(-1, 1, len(norms), dtype=torch.float64)
+    bound = float(norms.median())
+    return {
+        "params": {name: x.detach().clone() for name, x in whole.items()},
+        "u": u,
+        "sums": gf.direction(whole_fn, whole, val, reduction="sum"),
+        "step": gf.ghost_value_and_grad(whole_fn, whole, train, val),
+        # Llama's norms round to float32, whatever the model's dtype: the same call is compared.
+        "along": gf.ghost_dot_prod(whole_fn, whole, train, direction=u),
+        "per_param": gf.ghost_dot_prod(whole_fn, whole, train, val, per_param=True),
+        "few": gf.ghost_value_and_grad(whole_fn, whole, train, few),
+        "few per_param": gf.ghost_dot_prod(
+            whole_fn, whole, train, few, per_param=True, reduction="sum"
+        ),
+        "cosines": gf.ghost_cosine(whole_fn, whole, train, val),
+        "norms": norms,
+        "gram": gf.ghost_gram(whole_fn, whole, train),
+        "pairs": gf.ghost_gram(whole_fn, whole, train, val),
+        "bound": bound,
+        "clipped": gf.ghost_clipped_grad(whole_fn, whole, train, max_norm=bound),
+        "projected": {
+            kind: gf.ghost_project(whole_fn, whole, train, projection_of(whole, kind))
+            for kind in ("rademacher", "dense")
+        },
+        "kept norms": kept.norms(),
+        "kept dots": kept.dot_prods(u),
+        "weights": weights,
+        "kept sums": kept.weighted_sum(weights),
+        "formed": gf.per_sample_grads(whole_fn, whole, train, mode="ghost"),
+        "in_run": in_run_values(whole_fn, whole, train, {"val": val}),
+        "trained": {name: x.detach().clone() for name, x in whole.items()},
+    }
+
+
+def projection_of(params: Any, kind: Any) -> Any:
+    return gf.kronecker_projection(params, rank_total=6, rank_min=1, kind=kind, seed=1)
+
+
+def own_rows(batches: list[Any], rank: int) -> slice:
+    """Which of all ranks' samples a rank has."""
+    counts = [len(next(iter(b.values()))) for b in batches]
+    return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+
 def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
     """`rank`: whose samples this one has."""
-    whole_fn, whole = problem.make(copy.deepcopy(problem.module))
+    one = once(lambda: of_one_process(problem, *problem.make(copy.deepcopy(problem.module))))
     model_fn, params = problem.make(sharded(problem, mesh))
-    train, val = joined(problem.train), joined(problem.val)
     mine, own_val = problem.train[rank], problem.val[rank]
-    start = sum(len(next(iter(b.values()))) for b in problem.train[:rank])
-    rows = slice(start, start + len(next(iter(mine.values()))))
+    rows, columns = own_rows(problem.train, rank), own_rows(problem.val, rank)
 
     def cut(tree: dict[str, Tensor]) -> Any:
         return pieces(tree, problem.module, mesh)
 
     found: Results = {}
-    assert params.keys() == whole.keys()
-    found["params"] = error(params, cut(whole))
+    assert params.keys() == one["params"].keys()
+    found["params"] = error(params, cut(one["params"]))
 
-    u = gf.direction(whole_fn, whole, val)
+    u = one["u"]
     found["direction"] = error(gf.direction(model_fn, params, own_val), cut(u))
     found["a direction made whole"] = error(gf.distributed.whole(model_fn, params, cut(u)), u)
-    sums = gf.direction(whole_fn, whole, val, reduction="sum")
     found["direction, sum"] = error(
-        gf.direction(model_fn, params, own_val, reduction="sum"), cut(sums)
+        gf.direction(model_fn, params, own_val, reduction="sum"), cut(one["sums"])
     )
 
-    step = gf.ghost_value_and_grad(whole_fn, whole, train, val)
+    step = one["step"]
     for again in ("", ", warm"):
         ours = gf.ghost_value_and_grad(model_fn, params, mine, own_val)
         found[f"losses{again}"] = error(ours.losses, step.losses[rows])
         found[f"dots{again}"] = error(ours.dot_prods, step.dot_prods[rows])
         found[f"grads{again}"] = error(ours.grads, cut(step.grads))
     dots = gf.ghost_dot_prod(model_fn, params, mine, direction=cut(u))
-    # Llama's norms round to float32, whatever the model's dtype: the same call is compared.
-    along = gf.ghost_dot_prod(whole_fn, whole, train, direction=u)
-    found["dots with a direction"] = error(dots, along[rows])
-    per_param = gf.ghost_dot_prod(whole_fn, whole, train, val, per_param=True)
+    found["dots with a direction"] = error(dots, one["along"][rows])
     found["dots per parameter"] = error(
         gf.ghost_dot_prod(model_fn, params, mine, own_val, per_param=True),
-        {k: x[rows] for k, x in per_param.items()},
+        {k: x[rows] for k, x in one["per_param"].items()},
     )
-    cosines = gf.ghost_cosine(whole_fn, whole, train, val)
-    found["cosines"] = error(gf.ghost_cosine(model_fn, params, mine, own_val), cosines[rows])
+    found |= with_few(one, (model_fn, params, mine, problem.few[rank]), rows, cut)
+    found["cosines"] = error(gf.ghost_cosine(model_fn, params, mine, own_val), one["cosines"][rows])
 
-    norms = gf.ghost_norm(whole_fn, whole, train)
-    found["norms"] = error(gf.ghost_norm(model_fn, params, mine), norms[rows])
-    found["gram"] = error(
-        gf.ghost_gram(model_fn, params, mine), gf.ghost_gram(whole_fn, whole, mine)
-    )
+    found["norms"] = error(gf.ghost_norm(model_fn, params, mine), one["norms"][rows])
+    found["gram"] = error(gf.ghost_gram(model_fn, params, mine), one["gram"][rows, rows])
     found["gram of two batches"] = error(
-        gf.ghost_gram(model_fn, params, mine, own_val),
-        gf.ghost_gram(whole_fn, whole, mine, own_val),
+        gf.ghost_gram(model_fn, params, mine, own_val), one["pairs"][rows, columns]
     )
-    bound = float(norms.median())
-    clipped = gf.ghost_clipped_grad(whole_fn, whole, train, max_norm=bound)
-    ours_clipped = gf.ghost_clipped_grad(model_fn, params, mine, max_norm=bound)
-    found["clipped"] = error(ours_clipped.grads, cut(clipped.grads))
-    found["norms before clipping"] = error(ours_clipped.norms, clipped.norms[rows])
+    clipped = gf.ghost_clipped_grad(model_fn, params, mine, max_norm=one["bound"])
+    found["clipped"] = error(clipped.grads, cut(one["clipped"].grads))
+    found["norms before clipping"] = error(clipped.norms, one["clipped"].norms[rows])
 
-    for kind in ("rademacher", "dense"):
-        shapes = gf.distributed.whole_shapes(model_fn, params)
-        projection = gf.kronecker_projection(shapes, rank_total=6, rank_min=1, kind=kind, seed=1)
-        projected = gf.ghost_project(whole_fn, whole, train, projection)
+    shapes = gf.distributed.whole_shapes(model_fn, params)
+    for kind, projected in one["projected"].items():
         found[f"projected, {kind}"] = error(
-            gf.ghost_project(model_fn, params, mine, projection), projected[rows]
+            gf.ghost_project(model_fn, params, mine, projection_of(shapes, kind)), projected[rows]
         )
 
-    kept = gf.factored_grads(whole_fn, whole, train)
     book = gf.factored_grads(model_fn, params, mine)
-    found["kept norms"] = error(book.norms(), kept.norms()[rows])
-    found["kept dots"] = error(book.dot_prods(cut(u)), kept.dot_prods(u)[rows])
-    weights = torch.linspace(-1, 1, len(kept.losses), dtype=torch.float64)
-    found["kept sums"] = error(book.weighted_sum(weights[rows]), cut(kept.weighted_sum(weights)))
-    formed = gf.per_sample_grads(whole_fn, whole, mine, mode="ghost")
+    found["kept norms"] = error(book.norms(), one["kept norms"][rows])
+    found["kept dots"] = error(book.dot_prods(cut(u)), one["kept dots"][rows])
+    found["kept sums"] = error(book.weighted_sum(one["weights"][rows]), cut(one["kept sums"]))
     found["gradients themselves"] = error(
-        gf.per_sample_grads(model_fn, params, mine, mode="ghost"), formed
+        gf.per_sample_grads(model_fn, params, mine, mode="ghost"),
+        {k: g[rows] for k, g in one["formed"].items()},
     )
     chunks = gf.ghost_value_and_grad(model_fn, params, mine, own_val, chunk_size=2)
     found["grads in chunks"] = error(chunks.grads, cut(step.grads))
     found["dots in chunks"] = error(chunks.dot_prods, step.dot_prods[rows])
-    found |= in_run_values(problem, rank, (whole_fn, whole), (model_fn, params), cut)
+    in_run = in_run_values(model_fn, params, mine, {"val": own_val})
+    for name, values in one["in_run"].items():
+        found[f"in-run values, {name}"] = error(in_run[name], values[rows])
+    found["params after training"] = error(params, cut(one["trained"]))
     return found
 
 
-def in_run_values(
-    problem: Problem,
-    rank: int,
-    one: tuple[Any, Any],
-    ours: tuple[Any, Any],
+def with_few(
+    one: dict[str, Any],
+    ours: tuple[Any, Any, Any, Any],
+    rows: slice,
     cut: Callable[[dict[str, Tensor]], Any],
 ) -> Results:
-    """Shapley values of samples in training steps, whose optimizer has pieces of its state."""
-    whole_fn, whole = one
-    model_fn, params = ours
-    train, val = joined(problem.train), {"val": joined(problem.val)}
-    mine, own_val = problem.train[rank], {"val": problem.val[rank]}
-    start = sum(len(next(iter(b.values()))) for b in problem.train[:rank])
-    rows = slice(start, start + len(next(iter(mine.values()))))
+    """Scores with so few validation samples that every rank computes all ranks' in one run."""
     found: Results = {}
+    step = one["few"]
+    for again in ("", ", warm"):
+        got = gf.ghost_value_and_grad(*ours)
+        found[f"losses, few{again}"] = error(got.losses, step.losses[rows])
+        found[f"dots, few{again}"] = error(got.dot_prods, step.dot_prods[rows])
+        found[f"grads, few{again}"] = error(got.grads, cut(step.grads))
+    found["dots per parameter, few"] = error(
+        gf.ghost_dot_prod(*ours, per_param=True, reduction="sum"),
+        {k: x[rows] for k, x in one["few per_param"].items()},
+    )
+    known = memory(ours[0], OneRuns).found._found.values()
+    found["runs of few"] = 1.0 if any(isinstance(x, list) for x in known) else 2.0
+    return found
+
+
+def in_run_values(model_fn: Any, params: Any, train: Any, val: Any) -> dict[str, Tensor]:
+    """Shapley values of samples in two training steps, which are taken, and in one by SGD. The
+    optimizer of a sharded module has pieces of its state."""
     module = model_fn.module
-    copied = whole_fn.module
     # Of a first step eps alone is left where g / |g| cancels: torch's 1e-8 leaves few digits.
     options: dict[str, Any] = {"eps": 1e-2, "foreach": False}
-    optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2, **options)
-        for m in (copied, module)
-    ]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2, **options)
+    values = {}
     for number in range(2):
-        steps = []
-        for fn, p, batch, sets, m, optimizer in (
-            (whole_fn, whole, train, val, copied, optimizers[0]),
-            (model_fn, params, mine, own_val, module, optimizers[1]),
-        ):
-            update = gf.shapley.from_optimizer(optimizer, m)
-            step = gf.shapley.step(fn, p, batch, sets, optimizer=update)
-            optimizer.zero_grad()
-            gf.accumulate_grads(m, step.grads)
-            optimizer.step()
-            steps.append(step)
-        found[f"in-run values, step {number}"] = error(steps[1].values, steps[0].values[rows])
-    found["params after training"] = error(params, cut(whole))
+        update = gf.shapley.from_optimizer(optimizer, module)
+        step = gf.shapley.step(model_fn, params, train, val, optimizer=update)
+        optimizer.zero_grad()
+        gf.accumulate_grads(module, step.grads)
+        optimizer.step()
+        values[f"step {number}"] = step.values
     plain = gf.shapley.sgd(lr=0.1)
-    values = gf.shapley.step(whole_fn, whole, train, val, optimizer=plain).values
-    found["in-run values, SGD"] = error(
-        gf.shapley.step(model_fn, params, mine, own_val, optimizer=plain).values, values[rows]
-    )
-    return found
+    values["SGD"] = gf.shapley.step(model_fn, params, train, val, optimizer=plain).values
+    return values
 
 
 def main() -> None:

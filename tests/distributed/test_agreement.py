@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from ddp_ranks import ranks, results
+from ddp_ranks import Ended, results, start
 
 KINDS = (
     "empty", "invalid", "backward", "interrupt", "option", "reduction", "shapes", "structure",
@@ -91,9 +91,23 @@ def test_groups_whose_ranks_could_not_have_one_gradient(tmp_path: Path) -> None:
         assert {x for name, x in said.items() if name.startswith("torch.")} == {"True"}
 
 
-@pytest.mark.parametrize("kind", ["killed", "killed in the backward pass", "ended"])
-def test_the_others_name_a_rank_that_is_gone(kind: str, tmp_path: Path) -> None:
-    ended = ranks("disagreement", 4, tmp_path, kind)
+GONE = ("killed", "killed in the backward pass", "ended")
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ended]]:
+    """How the ranks of groups ended whose rank 1 is gone or held up. Most of it is waiting, which
+    the groups do side by side."""
+    folder = tmp_path_factory.mktemp
+    started = {"held up": start("disagreement", 2, folder("held"), "held up", seconds=8)}
+    for kind in GONE:
+        started[kind] = start("disagreement", 4, folder("gone"), kind)
+    return {kind: group.ended() for kind, group in started.items()}
+
+
+@pytest.mark.parametrize("kind", GONE)
+def test_the_others_name_a_rank_that_is_gone(kind: str, left: dict[str, list[Ended]]) -> None:
+    ended = left[kind]
     assert ended[1].code == (0 if kind == "ended" else -9)
     for rank in (0, 2, 3):
         assert ended[rank].code == 1
@@ -103,8 +117,8 @@ def test_the_others_name_a_rank_that_is_gone(kind: str, tmp_path: Path) -> None:
         assert re.search(said, ended[rank].result), ended[rank]
 
 
-def test_the_others_name_a_rank_that_is_held_up(tmp_path: Path) -> None:
-    ended = ranks("disagreement", 2, tmp_path, "held up", seconds=8)
-    assert ended[0].code == 1
+def test_the_others_name_a_rank_that_is_held_up(left: dict[str, list[Ended]]) -> None:
+    first, last = left["held up"]
+    assert (first.code, last.code) == (1, 0)
     said = r"RankError: .*: rank 0 waited for the others while reading its arguments, and no answer"
-    assert re.search(said + r" comes from rank 1 of 2: .*held up", ended[0].result)
+    assert re.search(said + r" comes from rank 1 of 2: .*held up", first.result)

@@ -9,15 +9,22 @@ from fsdp_ranks import ranks_of
 
 Found = dict[str, dict[str, float]]
 
+TWO = (
+    "mlp", "scaled:float32", "gpt2", "llama_lora", "planned_mlp@tp", "planned_mlp@tp:float32",
+    "llama@tp",
+)  # fmt: skip
+FOUR = (
+    "mlp", "scaled@replicate+shard", "gpt2", "planned_mlp@shard+tp", "llama_lora@shard+tp",
+)  # fmt: skip
+SEVERAL_USES = ("mlp", "planned_mlp")
+"""Models whose validation samples take a run of their own, however few there are."""
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every rank found, for 2 and for 4 of them."""
     out = {}
-    for world, problems in (
-        (2, ("mlp", "mlp:float32", "gpt2", "llama_lora", "planned_mlp@tp", "llama@tp")),
-        (4, ("mlp", "mlp@replicate+shard", "gpt2", "planned_mlp@shard+tp")),
-    ):
+    for world, problems in ((2, TWO), (4, FOUR)):
         directory = tmp_path_factory.mktemp(f"ranks{world}")
         for done in ranks_of("fsdp_worker.py", world, directory, *problems):
             assert done.returncode == 0, done.stdout[-4000:]
@@ -26,26 +33,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
 
 
 @pytest.mark.parametrize(
-    ("world", "problem"),
-    [
-        (2, "mlp"),
-        (2, "mlp:float32"),
-        (2, "gpt2"),
-        (2, "llama_lora"),
-        (2, "planned_mlp@tp"),
-        (2, "llama@tp"),
-        (4, "mlp"),
-        (4, "mlp@replicate+shard"),
-        (4, "gpt2"),
-        (4, "planned_mlp@shard+tp"),
-    ],
+    ("world", "problem"), [*((2, name) for name in TWO), *((4, name) for name in FOUR)]
 )
 def test_every_quantity_is_that_of_one_process(
     found: dict[int, list[Found]], world: int, problem: str
 ) -> None:
     """Every rank has another number of samples, and its rows of the gradients."""
     bound = 1e-6 if problem.endswith("float32") else 1e-10
+    several = problem.partition(":")[0].partition("@")[0] in SEVERAL_USES
     for rank, results in enumerate(found[world]):
+        assert results[problem].pop("runs of few") == 1 + several
         assert len(results[problem]) >= 25
         wrong = {name: x for name, x in results[problem].items() if not x < bound}
         assert not wrong, (rank, wrong)

@@ -33,6 +33,10 @@ def differ(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "after a unit more",
         "after the error",
         "after other calls",
+        "few",
+        "few, of another length on one rank",
+        "few, more of them on one rank",
+        "few, after the errors",
     ],
 )
 def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: str) -> None:
@@ -57,6 +61,21 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
             "other calls",
             "rank 0 is calling gf.direction; rank 1 is calling gf.ghost_norm",
             "rank 0 is calling gf.direction; rank 1 is calling gf.ghost_norm",
+        ),
+        (
+            "few on one rank",
+            "rank 0 is calling gf.ghost_dot_prod; rank 1 is calling gf.ghost_norm",
+            "rank 0 is calling gf.ghost_dot_prod; rank 1 is calling gf.ghost_norm",
+        ),
+        (
+            "few, none on one rank",
+            "rank 1 failed with BatchError while calling gf.ghost_dot_prod: val is empty",
+            "BatchError: val is empty",
+        ),
+        (
+            "few, a bad one",
+            "3 validation samples, 2 + 1 of ranks 0 to 1: 1 of 7 losses are not finite: losses[6]",
+            "3 validation samples, 2 + 1 of ranks 0 to 1: 1 of 7 losses are not finite: losses[6]",
         ),
         (
             "a wrapped function",

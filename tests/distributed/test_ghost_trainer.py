@@ -56,16 +56,43 @@ def test_values_and_weights_are_those_of_one_process_and_of_trainer(
 
 
 def test_a_run_of_two_processes_goes_on_with_three(tmp_path: Path) -> None:
+    check_resumed(tmp_path, "")
+
+
+def check_resumed(tmp_path: Path, shards: str, **options: Any) -> None:
+    """Two processes take two steps, three the next two: as one takes all four."""
     constant = {"lr_scheduler_type": "constant"}
     saving = {**constant, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     (tmp_path / "one").mkdir()
-    expected = outcome(ghost(str(tmp_path / "one"), 1, None, {**constant, "max_steps": 4}))
+    expected = outcome(
+        ghost(str(tmp_path / "one"), 1, None, {**constant, "max_steps": 4}, **options)
+    )
     run, folder = "trained_by_trainer", str(tmp_path / "run")
-    results(run, 2, tmp_path, folder, saving, {}, None, False)
+    results(run, 2, tmp_path, folder, saving, options, None, False, shards)
     (tmp_path / "three").mkdir()
-    args = folder, {**saving, "max_steps": 4}, {}, f"{folder}/checkpoint-2", False
+    args = folder, {**saving, "max_steps": 4}, options, f"{folder}/checkpoint-2", False, shards
     for found in results(run, 3, tmp_path / "three", *args):
         check_same(found, {**expected, "logged": {}}, 1e-5)
+
+
+def test_sharded_parameters_are_trained_and_scored_alike(tmp_path: Path) -> None:
+    """By FSDP2, as transformers loads a model."""
+    (tmp_path / "one").mkdir()
+    expected = outcome(ghost(str(tmp_path / "one"), 1, None, {}))
+    args = str(tmp_path / "run"), {}, {}, None, True, "loaded"
+    for found in results("trained_by_trainer", 2, tmp_path, *args):
+        check_same(found, expected, 1e-5)
+        assert found["loss"] == pytest.approx(found["plain loss"], rel=1e-6)
+        assert difference(found["weights"], found["plain"]) < 1e-6
+        assert re.search(
+            r'OptionError: GhostTrainer with FSDP does not take score_form="exact", log_gradients',
+            found["refused"],
+        )
+
+
+def test_a_sharded_run_of_two_processes_goes_on_with_three(tmp_path: Path) -> None:
+    """By FSDP2, as accelerate wraps a model."""
+    check_resumed(tmp_path, "accelerate", score_form="previous_state")
 
 
 def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from hf_trainers import arguments, gpt2, texts
-from transformers import Trainer
+from transformers import GPT2LMHeadModel, Trainer
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import ghostfunc as gf
+from ghostfunc._base.processes.dtensors import is_dtensor
 
 
 def as_torchrun() -> None:
@@ -36,14 +41,48 @@ def arguments_of(folder: str, together: int, **options: Any) -> Any:
 DATA = {"train_dataset": texts(24, 0), "score_dataset": {"a": texts(5, 1), "b": texts(3, 2)}}
 
 
-def ghost(folder: str, together: int, resume: str | None, args: Any, **options: Any) -> Any:
-    trainer = gf.hf.GhostTrainer(
-        model=gpt2(),
-        args=arguments_of(folder, together, **args),
-        **{**DATA, **options},
+def ghost(
+    folder: str, together: int, resume: str | None, args: Any, shards: str = "", **options: Any
+) -> Any:
+    own = {"train_dataset": DATA["train_dataset"], **options}
+    if "score_dataset" not in own:
+        own["score_dataset"] = DATA["score_dataset"]
+    made = trainer_of(gf.hf.GhostTrainer, folder, together, args, shards, **own)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def trainer_of(
+    kind: type[Trainer], folder: str, together: int, args: Any, shards: str, **options: Any
+) -> Any:
+    """A trainer, whose model is sharded as it is loaded, or by accelerate, where that is asked."""
+    settings = arguments_of(folder, together, **args)
+    model: Any = gpt2()
+    if shards == "loaded":
+        model.save_pretrained(f"{folder}/model")  # the first process does
+        dist.barrier()
+        config = DistributedConfig(fsdp_size=together)
+        model = GPT2LMHeadModel.from_pretrained(f"{folder}/model", distributed_config=config)
+    made = kind(model=model, args=settings, **options)
+    if shards == "accelerate":
+        shard_by_accelerate(made)
+    return made
+
+
+def shard_by_accelerate(trainer: Any) -> None:
+    """Accelerate has FSDP on accelerators alone: what it decides by the device is set by hand."""
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["GPT2Block"],
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
     )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+    assert trainer.accelerator.is_fsdp2
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
@@ -63,35 +102,45 @@ def outcome(trainer: Any) -> dict[str, Any]:
 
 
 def weights(trainer: Any) -> list[float]:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
+    whole = (p.full_tensor() if is_dtensor(p) else p for p in trainer.model.parameters())
+    return torch.cat([p.detach().flatten() for p in whole]).tolist()
 
 
 def trained_by_trainer(
-    folder: str, args: dict[str, Any], options: dict[str, Any], resume: str | None, plain: bool
+    folder: str,
+    args: dict[str, Any],
+    options: dict[str, Any],
+    resume: str | None,
+    plain: bool,
+    shards: str = "",
 ) -> dict[str, Any]:
     """A run with scores, and one without."""
     as_torchrun()
     size = dist.get_world_size()
-    out = outcome(ghost(folder, size, resume, args, **options))
+    out = outcome(ghost(folder, size, resume, args, shards, **options))
     if plain:
-        other = Trainer(
-            model=gpt2(),
-            args=arguments_of(f"{folder}/plain", size, **args),
-            train_dataset=DATA["train_dataset"],
-        )
+        data = {"train_dataset": DATA["train_dataset"]}
+        other = trainer_of(Trainer, f"{folder}/plain", size, args, shards, **data)
         other.train()
         out["plain"] = weights(other)
         out["plain loss"] = other.state.log_history[-1]["train_loss"]
+    if shards == "loaded":
+        out["refused"] = refused(f"{folder}/refused", "options", shards)
     return out
 
 
-def refused(folder: str, kind: str) -> str:
-    """What a rank says when rank 1 has other data, or a model that fails."""
+def refused(folder: str, kind: str, shards: str = "") -> str:
+    """What a rank says when rank 1 has other data, or a model that fails; or of options that are
+    not for shards."""
     as_torchrun()
     data, other = dict(DATA), dist.get_rank() == 1
     if other and kind == "data":
         data["train_dataset"] = texts(24, 5)
-    trainer = gf.hf.GhostTrainer(model=gpt2(), args=arguments_of(folder, 2), **data)
+    more = {"score_form": "exact", "log_gradients": True} if kind == "options" else {}
+    try:
+        trainer = trainer_of(gf.hf.GhostTrainer, folder, 2, {}, shards, **data, **more)
+    except gf.GhostError as error:
+        return f"{type(error).__name__}: {error}"
     if other and kind == "model":
         trainer.model.transformer.wte.register_forward_pre_hook(_fail)
     try:

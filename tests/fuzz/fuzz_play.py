@@ -91,12 +91,16 @@ def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
 
 
 class Watched(Case):
-    """A case that notes which of its two batches a quantity is asked about."""
+    """A case that notes which of its two batches a quantity is asked about, and in what chunks."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("train", "val"):
             self.__dict__.setdefault("asked", set()).add(name)
         return super().__getattribute__(name)
+
+    def of(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.__dict__.setdefault("chunks", []).append(options.get("chunk_size"))
+        return super().of(function, *args, **options)
 
 
 def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, set[str]]]:
@@ -133,6 +137,15 @@ def _coupled(case: Case, data: Any, rows: list[Tensor]) -> bool:
     if max(float(g.abs().max()) for _, g in pairs if g.numel()) > 1e8:
         raise Invalid("numbers are too large to be compared")
     return not all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)
+
+
+def _coupled_in_chunks(case: Case, side: str, most: int) -> bool:
+    """Whether that is so of at most `most` samples, where the model never sees more at a time."""
+    data, rows = (case.train, case.g) if side == "train" else (case.val, case.v)
+    cuts = [slice(i, i + most) for i in range(0, len(data["x"]), most)]
+    return any(
+        _coupled(case, {k: v[cut] for k, v in data.items()}, [g[cut] for g in rows]) for cut in cuts
+    )
 
 
 def _one(data: dict[str, Tensor], i: int) -> dict[str, Tensor]:
@@ -173,19 +186,27 @@ def play(
         for number, case, coupled in cases(program, chosen):
             names = asked(program, number, count) if only is None else only
             threads = program.settings[number].threads
-            for verdict, about in _judged(case, names, threads=threads):
-                checks.append(Check(number, verdict, bool(coupled & about)))
+            for verdict, about, most in _judged(case, names, threads=threads):
+                of_them = coupled & about
+                if most is not None:
+                    of_them = {x for x in of_them if _coupled_in_chunks(case, x, most)}
+                checks.append(Check(number, verdict, bool(of_them)))
     return checks
 
 
-def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[tuple[Verdict, set[str]]]:
-    """What becomes of every quantity, and the batches that it was asked about."""
+Judged = tuple[Verdict, set[str], int | None]
 
-    def judged(name: str) -> tuple[Verdict, set[str]]:
+
+def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[Judged]:
+    """What becomes of every quantity, the batches that it was asked about, and how many samples it
+    let the model see at a time."""
+
+    def judged(name: str) -> Judged:
         assert len(case.losses)  # what the loop reads is not asked of the library
         one = copy.copy(case)
-        vars(one)["asked"] = set()
-        return judge(one, name, TOLERANCE), vars(one)["asked"]
+        vars(one).update(asked=set(), chunks=[])
+        verdict, chunks = judge(one, name, TOLERANCE), vars(one)["chunks"]
+        return verdict, vars(one)["asked"], None if None in chunks else max(chunks, default=None)
 
     if not threads:
         return list(map(judged, names))

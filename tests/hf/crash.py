@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from hf_trainers import arguments, gpt2, texts
 
 import ghostfunc as gf
-from ghostfunc.hf import _files
+from ghostfunc._base import whole_files
 
 DIED = 77
 WHEN = ("before", "in the middle of", "after")
@@ -99,7 +99,7 @@ def writes(at: Callable[[str], None]) -> Iterator[None]:
         (torch, "save", wrapped(torch.save, lambda x, f, *a, **k: f)),
         (modeling_utils, "safe_save_file", wrapped(save_file, lambda x, f, *a, **k: f)),
         (TrainerState, "save_to_json", wrapped(TrainerState.save_to_json, lambda self, f: f)),
-        (_files, "write", wrapped(_files.write, lambda write, f: f)),
+        (whole_files, "put", wrapped(whole_files.put, lambda write, aside: aside)),
         (os, "replace", renamed),
     ]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]

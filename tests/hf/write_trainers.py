@@ -84,6 +84,22 @@ ROWS: dict[str, Any] = {
     "log_gradients=True": with_options(LM, log_gradients=True),
     "auto_find_batch_size": with_args(LM, auto_find_batch_size=True),
     "bf16, score_order=2": with_options(with_args(LM, bf16=True), score_order=2),
+    "batches by length": with_args(LM, train_sampling_strategy="group_by_length"),
+    "last batch dropped": with_args(LM, dataloader_drop_last=True),
+    "evaluated at the start and at every step": with_options(
+        with_args(LM, eval_on_start=True, eval_strategy="steps", eval_steps=1),
+        eval_dataset=LM.data(4, 5),
+    ),
+    "two epochs": with_args(LM, max_steps=-1, num_train_epochs=2),
+    "a worker process": with_args(LM, dataloader_num_workers=1),
+    "tokens counted": with_args(LM, include_num_input_tokens_seen="all"),
+    "fused AdamW": with_args(LM, optim="adamw_torch_fused"),
+    "a rate that falls on a plateau": with_options(
+        with_args(
+            LM, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1
+        ),
+        eval_dataset=LM.data(4, 5),
+    ),
     'compile=True, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
 }
 REFUSED: dict[str, Any] = {

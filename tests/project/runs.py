@@ -1,11 +1,7 @@
-"""Runs of `examples/graddotprod_lm` on small token files, in processes of their own.
-
-A server process imports torch once; every run is a fork of it.
-"""
+"""Runs of `examples/graddotprod_lm` on small token files, in processes of their own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from dataclasses import replace
@@ -15,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forks import forked
 
 from examples.graddotprod_lm.config import Config
 from examples.graddotprod_lm.data import SPLITS, TOKEN, token_path
@@ -22,9 +19,6 @@ from examples.graddotprod_lm.scores import Table, load
 from examples.graddotprod_lm.train import main
 
 DOMAINS = ["Pile-CC", "PubMed Central", "Books3"]
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["examples.graddotprod_lm.train"])
 
 
 def write_tokens(pile_dir: Path, domains: list[str] = DOMAINS) -> None:
@@ -64,9 +58,7 @@ def run_here(config: Config, environment: dict[str, str]) -> None:
 
 
 def start(config: Config, environment: dict[str, str] | None = None) -> BaseProcess:
-    process = SERVER.Process(target=run_here, args=(config, environment or {}))
-    process.start()
-    return process
+    return forked(run_here, config, environment or {})
 
 
 def run_alone(config: Config) -> None:

@@ -69,10 +69,24 @@ def test_the_figure_shows_cosines(demo: Any, results: Any) -> None:
     sys.modules["demo_report"].draw_domains(axes, found)
     (image,) = axes.images
     shown = torch.as_tensor(image.get_array().data)
-    members = [found.pool.members(domain) for domain in found.dots]
-    expected = [[found.cosines(target)[m].mean() for m in members] for target in found.dots]
+    order = [label.get_text() for label in axes.get_yticklabels()]
+    assert sorted(order) == sorted(found.dots)
+    members = [found.pool.members(domain) for domain in order]
+    expected = [[found.cosines(target)[m].mean() for m in members] for target in order]
     torch.testing.assert_close(shown, torch.tensor(expected).to(shown))
     assert shown.abs().max() <= 1
     assert [float(text.get_text()) for text in axes.texts] == [
         round(x, 2) for x in shown.flatten().tolist()
     ]
+
+
+def test_both_panels_have_the_domains_in_one_order(demo: Any, results: Any, pictures: Path) -> None:
+    found = results[0]
+    report = sys.modules["demo_report"]
+    report.plot_scores(found, pictures / "demo.png")
+    left, right = Figure().subplots(1, 2)
+    report.draw_distributions(left, found)
+    report.draw_domains(right, found)
+    rows = [label.get_text() for label in left.get_yticklabels()]
+    assert rows[::-1] == [label.get_text() for label in right.get_yticklabels()]
+    assert len(left.collections) == len(rows)  # a cloud of dots per domain

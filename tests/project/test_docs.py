@@ -126,6 +126,15 @@ def test_words() -> None:
     assert words("exact") != words("NOT EXACT")
 
 
+def test_no_merge_is_left_half_made() -> None:
+    """A page with both sides of a conflict still builds."""
+    folders = (ROOT / name for name in ("docs", "ghostfunc", "examples", "benchmarks", "tests"))
+    files = [*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*.*"))]
+    sides = re.compile(rb"^(<{7}|>{7}) ", re.M)
+    left = [name_of(path) for path in files if path.is_file() and sides.search(path.read_bytes())]
+    assert not left
+
+
 # --- links ------------------------------------------------------------------------------------
 
 

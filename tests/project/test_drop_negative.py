@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SERVER
+from forks import forked
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -34,8 +34,7 @@ def run_small(out: Path) -> None:
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    process = SERVER.Process(target=run_small, args=(tmp_path,))
-    process.start()
+    process = forked(run_small, tmp_path)
     process.join(60)
     assert process.exitcode == 0
     (repetition,) = json.loads((tmp_path / "results.json").read_text())["repetitions"]

@@ -95,3 +95,27 @@ def test_help_and_names_wait_for_nothing_heavy() -> None:
         """
     )
     assert said.count("usage: ghostfunc") == 8
+
+
+def test_help_of_scripts_waits_for_nothing_heavy() -> None:
+    """Those that read their command line by argparse do so before they import."""
+    scripts = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("examples", "benchmarks")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if "\n    asked()" in path.read_text(encoding="utf-8")
+    ]
+    assert len(scripts) >= 12
+    said = without_heavy(
+        f"""
+        import runpy
+
+        for script in {scripts}:
+            sys.argv = [script, "--help"]
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as ended:
+                assert ended.code == 0
+        """
+    )
+    assert said.count("usage: ") == len(scripts)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,3 +173,17 @@ def test_scores_at_mean_weights_depend_on_the_share(board: SimpleNamespace) -> N
     met = len(torch.cat([micro.ids for micro in task.steps]).unique())
     assert scores.shape == (len(board.methods.LEFT_OUT), met, len(task.queries["y"]))
     assert not torch.allclose(scores[0], scores[2], rtol=1e-3)
+
+
+def test_the_figure_of_what_was_recorded(
+    board: SimpleNamespace, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its colours differ in lightness, whatever eyes see; intervals are of few draws here."""
+    from matplotlib.colors import to_rgb
+
+    light = [sum(to_rgb(colour)) / 3 for colour in board.report.BLUES]
+    assert all(a - b > 0.15 for a, b in pairwise(light))
+    monkeypatch.setattr(board.report, "interval", partial(board.measure.interval, draws=40))
+    recorded = json.loads((BOARD / "recorded.json").read_text())
+    board.report.draw(recorded, pictures / "leaderboard.png")
+    assert (pictures / "leaderboard.png").stat().st_size > 10_000

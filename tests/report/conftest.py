@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,11 +22,3 @@ def browser() -> Iterator[Any]:
         found = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
         found.close()
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Where pictures of pages go: GHOSTFUNC_PICTURES, to be looked at, or nowhere."""
-    folder = Path(os.environ.get("GHOSTFUNC_PICTURES", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

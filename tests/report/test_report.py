@@ -19,7 +19,7 @@ import torch
 import ghostfunc as gf
 from ghostfunc.data import Rows
 from ghostfunc.report import Heat, Timeline, write_report
-from ghostfunc.report._page import _said_where
+from ghostfunc.report._page import _parts, _said_where
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -305,7 +305,7 @@ def test_tiles_fill_their_rows_and_medians_are_written(
     page_of: Any, opened: Any, pictures: Path
 ) -> None:
     """The picture of the documentation. Rows of tiles end where the page does, at any width and in
-    print; the colours of tokens are explained above the tokens."""
+    print; the colours of tokens are explained below the tokens."""
     top = scores_of(200).top(1).ids[0]
     path = page_of(group="source", heat={top: Heat(*templated(top))})
     for width in (1280, 700, 390, 320):
@@ -317,9 +317,10 @@ def test_tiles_fill_their_rows_and_medians_are_written(
             whole = found.page.locator("#tiles").bounding_box()
             assert len(ends) == (1 if medium == "screen" and width == 1280 else 2)
             assert all(abs(x - whole["x"] - whole["width"]) < 1 for x in ends.values())
-        legend = found.page.locator("#legend").bounding_box()
-        first = found.page.locator(".best .card").first.bounding_box()
-        assert 0 < first["y"] - legend["y"] - legend["height"] < 150
+        assert found.page.locator(".scale").count() == 1  # one sample has shares of its tokens
+        tokens = found.page.locator(".best .card .text").first.bounding_box()
+        scale = found.page.locator(".best .card .scale").first.bounding_box()
+        assert 0 < scale["y"] - tokens["y"] - tokens["height"] < 40
         medians = found.drawn("#groups .value")
         assert len(medians) == 3
         assert all(re.fullmatch(r"[+−][\d.]+", text) for text in medians)
@@ -344,6 +345,47 @@ def test_tokens_stand_under_the_roles_of_their_messages(page_of: Any, opened: An
         "all => all.map(e => e.title)"
     )] == pytest.approx(shares, rel=6e-3)  # fmt: skip
     assert found.wrong == []
+
+
+INSTRUCTION = "You are a helpful assistant that answers in full sentences. " * 8
+
+
+def test_what_many_samples_share_is_folded_away(tmp_path: Path, opened: Any) -> None:
+    """The text of a system, and that of a template: what is said comes first, and fits."""
+    rows = chats(4)
+    rows[0]["messages"].insert(0, {"role": "system", "content": INSTRUCTION})
+    data = jsonl(tmp_path / "pool.jsonl", rows)
+    scores = gf.Scores(range(4), {"dot_higher_helps": torch.arange(4.0, 0, -1)}, {})
+    added = re.findall(r" ?\w+|\W", f"<|system|>{INSTRUCTION}<|end|><|user|>")
+    pieces = [*added, *re.findall(r" ?\w+|\W", "Write f(2)."), "<|end|>"]
+    heat = {2: Heat(pieces, [0.01] * len(pieces))}
+    write_report(tmp_path / "r.html", scores, data, heat=heat)
+    found = opened(tmp_path / "r.html")
+    said, with_template = (
+        found.page.locator(".card", has_text=f"row {i}").locator(".text").first for i in (0, 2)
+    )
+    for text, summary, first in (
+        (said, f"system: {len(INSTRUCTION)} letters", "How much is 0 and 0?"),
+        (with_template, f"template: {len(added)} tokens, +{0.01 * len(added):.2f}", "Write f(2)."),
+    ):
+        assert text.locator("summary").all_text_contents() == [summary]
+        shown = text.inner_text()
+        assert "helpful" not in shown
+        assert first in shown
+        text.locator("summary").click()
+        assert "helpful" in text.inner_text()
+    assert found.texts(".row .words")[0].startswith("user: How much")
+    assert found.wrong == []
+
+
+def test_scores_have_their_units(page_of: Any, opened: Any) -> None:
+    found = opened(page_of(group="source"))
+    best = float(scores_of(200)["dot_higher_helps"].max())
+    assert found.texts("figcaption")[0].endswith("dot product (loss per unit of learning rate)")
+    (about,) = found.texts("#about")
+    step = f"at a learning rate of 0.001, the step lowers the target's loss by {best / 1e3:#.3g}"
+    assert step in about
+    assert all(text.split("\n")[1] == "dot product" for text in found.texts(".card .meta"))
 
 
 def test_a_narrow_page_needs_no_sideways_scrolling(page_of: Any, opened: Any) -> None:
@@ -554,6 +596,7 @@ def test_images_of_tables_that_hold_bytes(tmp_path: Path) -> None:
         ("pool.jsonl", "that Pillow does not read"),
         ("nothing.png", "cannot be read"),
         ("data:image/png;base64,????", "not base64"),
+        ("data:image/png;base64,\u00e9", "not base64"),
         ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "that Pillow does not read"),
         (3, "has a int"),
     ],
@@ -567,6 +610,15 @@ def test_what_is_no_image(tmp_path: Path, value: Any, said: str) -> None:
     with pytest.raises(gf.OptionError, match="no row has a column 'picture'"):
         write_report(tmp_path / "r.html", scores_of(1), rows, image="picture")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_texts_of_systems_are_cut_first() -> None:
+    messages = [{"role": r, "content": r[0] * 200} for r in ("system", "user", "assistant")]
+    parts = _parts({"messages": messages}, 300)
+    assert parts == [["user", "u" * 200], ["assistant", "a" * 99 + "…"]]
+    assert _parts({"messages": messages}, 450)[0] == ["system", "s" * 48 + "…"]
+    many = [{"role": "user" * 1000, "content": ""}] * 100_000
+    assert len(str(_parts({"messages": many}, 300))) < 30_000
 
 
 def test_roles_are_found_among_tokens() -> None:

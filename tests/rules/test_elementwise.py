@@ -324,6 +324,9 @@ FILTERS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
         (5,),
         lambda w: torch.fft.rfft(torch.fft.irfft(torch.fft.rfft(w) * 2j, 5)),
     ),
+    "of columns, turned": ((5, 2), lambda w: torch.fft.rfft(w, dim=0).T),
+    "of columns, adjoint": ((5, 2), lambda w: torch.fft.rfft(w, dim=0).mH),
+    "of columns, axes changed": ((5, 2), lambda w: torch.fft.rfft(w, dim=0).transpose(0, 1)),
 }
 
 
@@ -341,12 +344,13 @@ def test_complex_samples_and_products() -> None:
     def real_scale(p: Any, x: Any) -> Tensor:
         return torch.view_as_real(torch.fft.rfft(x["x"]) * p["w"])
 
-    def matrix(p: Any, x: Any) -> Tensor:
-        return (torch.fft.rfft(x["x"]) @ torch.complex(p["w"], p["w"])).real
+    def filtered(p: Any, x: Any) -> Tensor:
+        w = torch.complex(p["w"], p["w"])
+        return F.conv1d(torch.fft.rfft(x["x"]), w).real
 
     check_rule(Tensor.mul, [Case(real_scale, {"w": (3,)}, {"x": (2, 5)})])
     with pytest.raises(gf.UnsupportedOpError, match="complex parameters"):
-        check_rule(Tensor.matmul, [Case(matrix, {"w": (3, 3)}, {"x": (2, 5)})])
+        check_rule(F.conv1d, [Case(filtered, {"w": (3, 2, 2)}, {"x": (2, 5)})])
 
 
 def test_asking_a_parameter_for_its_kind() -> None:

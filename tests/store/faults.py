@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ghostfunc._base import whole_files
 from ghostfunc.store import _files
 
 OPERATIONS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir")
@@ -63,11 +64,14 @@ class Faulty:
 @contextmanager
 def through(stand_in: Any) -> Iterator[None]:
     """Let all writes of stores go through something else than `os`."""
-    _files.os = stand_in
+    modules: list[Any] = [_files, whole_files]
+    for module in modules:
+        module.os = stand_in
     try:
         yield
     finally:
-        _files.os = os
+        for module in modules:
+            module.os = os
 
 
 def die() -> None:

@@ -48,7 +48,7 @@ def test_flushes_of_a_write(chunks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be flushed there")
-@pytest.mark.parametrize("what", ["_flush_folder", "_write_flushed"])
+@pytest.mark.parametrize("what", ["flush_folder", "_write_flushed"])
 def test_a_missing_flush_is_found(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

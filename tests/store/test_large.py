@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from faults import Faulty, through
+from forks import FORKS, forked
 from helpers import make_projection, make_store
 
 import ghostfunc as gf
@@ -134,13 +133,8 @@ def test_four_processes_answer_as_one(tmp_path: Path) -> None:
     """Rows and queries are small whole numbers: many scores are equal, and ids decide."""
     store = make_store(tmp_path / "s", 300)
     store.write(range(300), (rows_of(300) / 2).round().clamp(-1, 1), "final")
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        context.set_forkserver_preload([__name__])  # torch is imported once
-    out = context.SimpleQueue()
-    processes = [context.Process(target=part, args=(tmp_path / "s", r, out)) for r in range(4)]
-    for process in processes:
-        process.start()
+    out = FORKS.SimpleQueue()
+    processes = [forked(part, tmp_path / "s", r, out) for r in range(4)]
     answers = [out.get() for _ in processes]
     for process in processes:
         process.join()

@@ -132,12 +132,18 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
             assert float((x - y).abs().max()) <= tolerance * (1e-3 + float(y.abs().max()))
 
 
+TRACED = {"dot", "step", "vjp"}
+"""Calls of Llama that autograd traces too, which takes most of the time: its ops under all kinds of
+readers. The other calls' readers are traced with GPT-2, whose factors are the same."""
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("model", MODELS)
 def test_captured_whole_and_equal_to_eager(model: str, name: str) -> None:
     model_fn, params, batch = MODELS[model]()
     f = calls(model_fn, params)[name]
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    backend = "aot_eager" if model != "llama" or name in TRACED else "eager"
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
     train, val = batch(3, 9), batch(2, 7)
     close(compiled(params, train, val), f(params, train, val), 1e-12)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from compare import assert_close, leaves_of, sample_grads, wide
 from problems import CASES, Problem
 from torch import Tensor, nn
@@ -145,6 +146,19 @@ def test_the_products_are_those_of_a_plain_step() -> None:
     with flops.CountFlops() as mine:
         gf.ghost_health(model_fn, params, ids)
     assert mine.total <= 1.05 * plain.total
+
+
+def test_the_sum_is_formed_where_it_stays() -> None:
+    """Products go into one block after the other, sums into the gradient itself."""
+    n, p, d = 4, 4096, 384  # more than one block
+    assert cost.spread_rows(n, p, d) < p
+    factor = Outer(torch.randn(n, 64, p), torch.randn(n, 64, d))
+    expected = spread([Outer(factor.left.double(), factor.right.double())])
+    with Allocations(factor) as made:
+        found = spread([factor])
+    block = n * cost.spread_rows(n, p, d) * d
+    assert made.peak <= 4 * (p * d + block) + 10_000
+    assert_close(found.total.double(), expected.total, 3e-6)
 
 
 def test_beside_other_quantities_and_compiled() -> None:

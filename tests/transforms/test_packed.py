@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from counted import Counted
 from every_quantity import ESSENTIAL, GHOST, OTHER_MODES, Case, assert_right
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -605,6 +606,36 @@ def test_other_documents_go_the_way_of_earlier_ones(
             gf.ghost_norm(model_fn, params, batch)
         counts.append(len(looked))
     assert 0 < counts[1] <= 3 * counts[0]
+
+
+def test_uneven_documents_cost_what_their_rows_cost() -> None:
+    """Documents of 3 to 200 positions: products of the clipped sum and of norms are those of the
+    rows, in a number of calls that grows with how different the lengths are."""
+    sizes = {"vocab_size": 40, "n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    module = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **special)).eval()
+    model_fn, params = gf.hf.causal_lm(module)
+    ids = torch.randint(1, 40, (2, 256), generator=torch.Generator().manual_seed(0))
+    segments = torch.arange(4).repeat_interleave(torch.tensor([3, 40, 200, 13])).expand(2, -1)
+    rows = {"input_ids": ids, "labels": ids}
+    packed = gf.documents(rows, segments=segments)
+
+    def clipped(batch: Any) -> Tensor:
+        return gf.ghost_clipped_grad(model_fn, params, batch, max_norm=0.01).norms
+
+    def norms(batch: Any) -> Tensor:
+        return gf.ghost_norm(model_fn, params, batch)
+
+    for asked in (clipped, norms):
+        counted = []
+        for batch in (rows, packed):
+            asked(batch)
+            with Counted() as found:
+                asked(batch)
+            counted.append((found.total, found.calls))
+        (plain, few), (mine, more) = counted
+        assert mine <= 1.02 * plain
+        assert more <= 5 * few
 
 
 def test_numbers_as_labels_have_zeros_behind_the_end() -> None:

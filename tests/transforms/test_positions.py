@@ -144,6 +144,34 @@ def test_a_causal_language_model() -> None:
         train = {"input_ids": train["input_ids"][:, :5]}
 
 
+@pytest.mark.parametrize("case", ["nanogpt", "tied_lm", "rms_norm"])
+def test_what_is_proved_of_a_shape_holds_for_its_shares(case: str) -> None:
+    """Shares are read on the way of scores: of gradients that are proved, only two samples' shares
+    are compared; scores of a shape whose shares were asked for first cost no more."""
+    problem = CASES[case]()
+    runs: list[int] = []
+
+    def model_fn(p: Any, batch: Any) -> Tensor:
+        runs.append(len(leaves_of(batch)[0]))
+        return problem.model_fn(p, batch)
+
+    u = random_direction(problem.params)
+    n = 6
+
+    def passes(length: int, **options: bool) -> list[int]:
+        runs.clear()
+        batch = problem.batch(n, length)
+        gf.ghost_dot_prod(model_fn, problem.params, batch, direction=u, **options)
+        return sorted(runs)
+
+    passes(7)  # traces
+    assert passes(5).count(n) == 2  # a run, and the one that is held against plain autograd
+    assert passes(5, per_position=True) == [2, 2, 2, n]  # two tell where positions lie
+    assert passes(5, per_position=True) == [n]
+    passes(4, per_position=True)
+    assert passes(4) == [2, n]
+
+
 def test_shares_can_be_differentiated() -> None:
     params, batch = weights(**CONV), sequences(4)(2, 5, torch.Generator().manual_seed(0))
     u = random_direction(params)

@@ -7,6 +7,7 @@ that stopped says so there, and all of them stop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import RankError
-from ghostfunc._base.processes.ranks import Ranks
+from ghostfunc._base.processes.ranks import Ranks, as_bytes
 from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import all_gather
 
@@ -78,6 +79,19 @@ class InStep:
         except RuntimeError as error:
             raise self.lost(place, error) from error
         return out
+
+    def rows(self, place: str, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """The rows of every rank's `x`, of which it has as many as `counts` says: each sends as
+        many as the longest has. Bytes travel, since backends do not take all dtypes."""
+        sent = x.new_zeros(max(counts), *x.shape[1:])
+        sent[: len(x)] = x.detach()
+        received = sent.new_empty(self.size, *sent.shape)
+        self.meet(place)
+        try:
+            all_gather(as_bytes(received), as_bytes(sent), group=self.group)
+        except RuntimeError as error:
+            raise self.lost(place, error) from error
+        return [rows[:n] for rows, n in zip(received, counts, strict=True)]
 
     def _meet(self, place: str, state: int = _RUNS, number: int = 0) -> _Told:
         mine = torch.tensor([number_of_text(place), state, number])

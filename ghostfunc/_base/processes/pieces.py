@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ghostfunc._base import batches
@@ -22,11 +24,15 @@ from ghostfunc._base.processes.in_step import InStep
 from ghostfunc._base.processes.plans import check_alike, check_randomness, hold_against_plan
 from ghostfunc._base.processes.sharding import Sharding
 from ghostfunc._base.program import Program
+from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import in_transform
-from ghostfunc._base.trees import ParamSpec, batch_size
+from ghostfunc._base.trees import ParamSpec, batch_size, map_tensors, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+LITTLE = 1 << 20
+"""Bytes of samples that may be brought together in any case."""
 
 
 def _in_pieces(model_fn: ModelFn) -> Sharding | None:
@@ -85,6 +91,46 @@ def samples_of_all(model_fn: ModelFn, n: int) -> int:
     if sharding is None:
         return n
     return sum(sharding.ranks.all("counting samples", n)) // sharding.copies_of_samples
+
+
+def few_of_all(model_fn: ModelFn, train: PyTree, val: PyTree, outline: str | None) -> list[int]:
+    """How many samples of `val` every rank has, where all of them together are at most as many as
+    any rank has of `train`, and no larger than the model or `LITTLE`; nothing elsewhere.
+
+    The answer is the same on all ranks. `outline` says what their batches have to have in common;
+    None that this rank's have not.
+    """
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return []
+    ranks = sharding.ranks
+    alike = ranks.all("comparing batches", 0 if outline is None else number_of_text(outline))
+    counts = ranks.all("counting validation samples", batch_size(val))
+    ours = min(ranks.all("counting samples", batch_size(train)))
+    total = sum(counts) // sharding.copies_of_samples
+    if alike[0] == 0 or len(set(alike)) > 1 or total > ours:
+        return []
+    bytes_of_one = sum(x[0].numel() * x.element_size() for x in tensors_of(val))
+    model = sum(
+        math.prod(sharding.shards[name].shape) * x.element_size()
+        for name, x in sharding.pieces.items()
+    )
+    return counts if total * bytes_of_one <= max(model, LITTLE) else []
+
+
+def batch_of_all(model_fn: ModelFn, batch: PyTree, counts: Sequence[int]) -> PyTree:
+    """The samples of all ranks' batches, of which each has as many as `counts` says: rank by rank,
+    those of a tensor parallel plan once."""
+    sharding = _in_pieces(model_fn)
+    if sharding is None:
+        return batch
+    copies = {rank for row in sharding.alike for rank in row[1:]}
+
+    def of_all(x: Tensor) -> Tensor:
+        rows = sharding.ranks.rows("bringing validation samples together", x, counts)
+        return torch.cat([part for rank, part in enumerate(rows) if rank not in copies])
+
+    return map_tensors(of_all, batch)
 
 
 def chunks_of_all(model_fn: ModelFn, batch: PyTree, chunk_size: int | None) -> int:

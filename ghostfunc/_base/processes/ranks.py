@@ -346,6 +346,11 @@ class Exchange:
         return self._flat_of(k)[start : start + shape.numel()].view(shape)
 
 
+def as_bytes(x: Tensor) -> Tensor:
+    """The same memory, byte by byte."""
+    return x.reshape(-1).view(torch.uint8)
+
+
 def _buckets(like: Sequence[Tensor], order: Sequence[int]) -> list[list[int]]:
     """Numbers of tensors that travel together."""
     buckets: list[list[int]] = []

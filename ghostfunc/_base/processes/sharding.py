@@ -10,9 +10,8 @@ parameters which a plan has cut. What lies outside of units is whole from the be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,9 +19,7 @@ from ghostfunc._base.errors import ParamsError, TransformError
 from ghostfunc._base.processes.in_step import InStep
 from ghostfunc._base.processes.shards import Shards
 from ghostfunc._base.processes.units import Unit
-from ghostfunc._base.torch_private import fsdp_hooks, is_fsdp_unit, plan_hooks
-
-T = TypeVar("T")
+from ghostfunc._base.torch_private import is_fsdp_unit
 
 
 @dataclass(frozen=True)
@@ -122,29 +119,6 @@ class Sharding:
             if places:
                 out.append(Unit(part, places))
         return out
-
-
-@contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Keep FSDP2's hooks, and those of tensor parallel plans, from a module and all in it."""
-    with ExitStack() as stack:
-        for part in module.modules():
-            own = fsdp_hooks(part) if is_fsdp_unit(part) else []
-            for hooks, number in [*own, *plan_hooks(part)]:
-                stack.enter_context(_put_aside(hooks, number))
-        yield
-
-
-@contextmanager
-def _put_aside(hooks: dict[int, Any], own: int) -> Iterator[None]:
-    """A table of hooks without one of them, which comes back to its place."""
-    before = dict(hooks)
-    hooks.pop(own, None)
-    try:
-        yield
-    finally:
-        hooks.clear()
-        hooks.update(before)
 
 
 def reshard(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ghostfunc._base.locks import Loan
 from ghostfunc._base.processes.shards import Shards, gather
-from ghostfunc._base.torch_private import modules_within
+from ghostfunc._base.torch_private import fsdp_hooks, is_fsdp_unit, modules_within, plan_hooks
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ def _run(
     }
     loan = Loan(modules_within(unit.part), tensors.values())
     try:
-        return torch.func.functional_call(
-            _Part(unit.part, forward), tensors, args, kwargs, tie_weights=False
-        )
+        with without_hooks(unit.part):  # the backward pass may come when the call is over
+            return torch.func.functional_call(
+                _Part(unit.part, forward), tensors, args, kwargs, tie_weights=False
+            )
     finally:
         loan.give_back()
 
@@ -121,3 +122,26 @@ def _in_place(own: dict[str, Any], forward: Callable[..., Any]) -> Iterator[None
         del own["forward"]
         for x in before:
             own["forward"] = x
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Keep FSDP2's hooks, and those of tensor parallel plans, from a module and all in it."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            own = fsdp_hooks(part) if is_fsdp_unit(part) else []
+            for hooks, number in [*own, *plan_hooks(part)]:
+                stack.enter_context(_put_aside(hooks, number))
+        yield
+
+
+@contextmanager
+def _put_aside(hooks: dict[int, Any], own: int) -> Iterator[None]:
+    """A table of hooks without one of them, which comes back to its place."""
+    before = dict(hooks)
+    hooks.pop(own, None)
+    try:
+        yield
+    finally:
+        hooks.clear()
+        hooks.update(before)

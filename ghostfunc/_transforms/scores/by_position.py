@@ -177,6 +177,7 @@ class _PositionMode(TapMode):
         changes = self._changes(func, call)
         y = call.run(func, call.consts())
         self._check_layout(layout, y)
+        self.meets(y.shape)
         moved = self._move(
             func,
             call,
@@ -198,6 +199,8 @@ class _PositionMode(TapMode):
             args[i] = copy
         for i, tracked, copy in zip(call.hits, call.tracked, padded, strict=True):
             shape = list(copy.shape)
+            shape[layout.sample_axis] = self._n
+            self.meets(shape)
             if func is not F.scaled_dot_product_attention:  # of a mask and queries, say
                 tensors = [x for x in args if isinstance(x, Tensor)]
                 shape = list(torch.broadcast_shapes(*(x.shape for x in tensors)))

@@ -18,6 +18,7 @@ from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import NonFiniteLossError
 from ghostfunc._base.losses import FiniteLosses, check_losses, close
+from ghostfunc._base.processes.pieces import summed_and_cut
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import lend
 from ghostfunc._base.refusals import Refusals
@@ -77,23 +78,26 @@ def reason_for_two_runs(program: Program, train: PyTree, val: PyTree) -> str | N
     """
     if in_transform():
         return "a torch.func transform is active"
-    if (difference := _difference(train, val)) is not None:
+    if (difference := difference_of(train, val)) is not None:
         return f"the batches differ in {difference}"
-    found = memory(program.model_fn, OneRuns).found.get(_key(program, train, val))
-    found = _shared_or_why_not(program, train, val) if found is None else found
+    found = memory(program.model_fn, OneRuns).found.get(key_of(program, train, val))
+    found = shared_or_why_not(program, train, val) if found is None else found
     return found if isinstance(found, str) else None
 
 
-def _key(program: Program, train: PyTree, val: PyTree) -> Hashable:
+def key_of(program: Program, train: PyTree, val: PyTree) -> Hashable:
     """What tells two batches that differ in size alone from others."""
     return structure(program, train), shapes_key((train, val, program.leaves))
 
 
-def _shared_or_why_not(program: Program, train: PyTree, val: PyTree) -> list[int] | str:
-    """The parameters with several uses, of batches that share a run; of others why they do not."""
+def shared_or_why_not(
+    program: Program, train: PyTree, val: PyTree, *, least: int = TRAIN_PER_VAL
+) -> list[int] | str:
+    """The parameters with several uses, of batches that share a run; of others why they do not.
+    There are to be at least as many train samples per validation sample."""
     n, m = batch_size(train), batch_size(val)
-    if n < TRAIN_PER_VAL * m:
-        return f"one run is for at least {TRAIN_PER_VAL} train samples per validation sample"
+    if n < least * m:
+        return f"one run is for at least {least} train samples per validation sample"
     if program.randomness != "error":
         return "samples draw random numbers"
     if any(wide(x).dtype != x.dtype for x in program.leaves):
@@ -102,7 +106,7 @@ def _shared_or_why_not(program: Program, train: PyTree, val: PyTree) -> list[int
     if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in program.leaves)):
         return "one run would copy batches that are larger than the model"
     model, uses = use_shapes(program, train, exact=False)
-    if (company := _company(model.trace)) is not None:
+    if (company := company_of(model.trace)) is not None:
         return company
     for name, met in zip(program.spec.names, uses, strict=True):
         if not _needs_no_waiting(met):
@@ -124,24 +128,24 @@ def in_one_run(
 ) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
     for two."""
-    if in_transform() or _difference(train, val) is not None:
+    if in_transform() or difference_of(train, val) is not None:
         return None
-    found_before, key = memory(program.model_fn, OneRuns).found, _key(program, train, val)
+    found_before, key = memory(program.model_fn, OneRuns).found, key_of(program, train, val)
     n, m = batch_size(train), batch_size(val)
     alone: Tensor | None = None
     shared = found_before.get(key)
     if shared is None:
-        shared = found_before.put(key, _shared_or_why_not(program, train, val))
+        shared = found_before.put(key, shared_or_why_not(program, train, val))
         if isinstance(shared, list) and m == 1 and check == "never":  # else the proof runs it
             alone = _losses(program, val)  # code may treat one in its own way
     if isinstance(shared, str):
         return None
     scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
-    weights = _weights(n, m, scales, program.leaves[0].device)
+    weights = weights_of(n, m, scales, program.leaves[0].device)
     try:
-        found = _run(
+        found = run_joined(
             program,
-            _joined(train, val),
+            one_batch_of(train, val),
             OneRunReader(n, contract_dtype),
             shared,
             weights,
@@ -152,19 +156,17 @@ def in_one_run(
         )
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
-    company = _company(found.trace)
+    company = company_of(found.trace)
     if alone is not None and not close(found.losses[n:], alone):
         company = "the validation sample has another loss by itself"
     if company is not None:
         # The joined batch took another way than either batch by itself.
         found_before.put(key, company)
         return None
-    dots = found.dots if per_param else [add_up(found.dots)]
-    unscaled = dots if scales[0] == 1 else divide_all(dots, scales[0])
-    return OneRunResult(found.losses[:n], found.grads, unscaled)
+    return found.of_train(n, scales[0], per_param=per_param)
 
 
-def _weights(n: int, m: int, scales: tuple[float, float], device: torch.device) -> Tensor:
+def weights_of(n: int, m: int, scales: tuple[float, float], device: torch.device) -> Tensor:
     """What the losses of both batches are multiplied by, `[n + m]`."""
     weights = torch.full((n + m,), scales[0], dtype=torch.float64, device=device)
     weights[n:].fill_(scales[1])
@@ -179,7 +181,7 @@ def _losses(program: Program, batch: PyTree) -> Tensor:
     return check_losses(losses, batch_size(batch)).detach()
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """`OneRunResult` of all rows, not scaled yet, and the trace that the run followed."""
 
     losses: Tensor
@@ -187,8 +189,14 @@ class _Found(NamedTuple):
     dots: list[Tensor]
     trace: Trace
 
+    def of_train(self, n: int, scale: float, *, per_param: bool) -> OneRunResult:
+        """What there is of the first n rows, whose losses were multiplied by `scale`."""
+        dots = self.dots if per_param else [add_up(self.dots)]
+        unscaled = dots if scale == 1 else divide_all(dots, scale)
+        return OneRunResult(self.losses[:n], self.grads, unscaled)
 
-def _run(
+
+def run_joined(
     program: Program,
     batch: PyTree,
     reader: OneRunReader,
@@ -199,7 +207,7 @@ def _run(
     check: Check,
     per_param: bool,
     finite: FiniteLosses,
-) -> _Found:
+) -> Found:
     """One run of a batch of both. The parameters `shared` are read at its end."""
     single = [i for i in range(len(program.leaves)) if i not in shared]
     readers = [None if i in shared else reader for i in range(len(program.leaves))]
@@ -224,12 +232,13 @@ def _run(
         else:
             dots.append(read)
         if total is not None:
-            out[i] = total.view_as(program.leaves[i])
+            own = summed_and_cut(program.model_fn, program.spec.names[i], total)
+            out[i] = own.view_as(program.leaves[i])
     finite.look()
-    return _Found(result.losses, out, dots, result.trace)
+    return Found(result.losses, out, dots, result.trace)
 
 
-def _company(trace: Trace) -> str | None:
+def company_of(trace: Trace) -> str | None:
     """How a sample could be told by its company: two batches of one kind each are right by
     themselves, and not when mixed."""
     if trace.statistics:
@@ -239,7 +248,7 @@ def _company(trace: Trace) -> str | None:
     return None
 
 
-def _difference(train: PyTree, val: PyTree) -> str | None:
+def difference_of(train: PyTree, val: PyTree) -> str | None:
     """In what batches differ besides their numbers of samples; None if in nothing."""
     (ours, treedef), (theirs, other) = flatten(train), flatten(val)
     if isinstance(train, Documents):
@@ -260,14 +269,14 @@ def _difference(train: PyTree, val: PyTree) -> str | None:
     return None
 
 
-def _joined(train: PyTree, val: PyTree) -> PyTree:
-    """One batch of both. Leaves that are one tensor stay one."""
+def one_batch_of(train: PyTree, val: PyTree) -> PyTree:
+    """One batch of both, the train samples first. Leaves that are one tensor stay one."""
     (ours, treedef), theirs = flatten(train), flatten(val)[0]
-    joined: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
     for x, y in zip(ours, theirs, strict=True):
-        if id(x) not in joined:
-            joined[id(x)] = torch.cat([x, y])
-    return unflatten(treedef, [joined[id(x)] for x in ours])
+        if id(x) not in made:
+            made[id(x)] = torch.cat([x, y])
+    return unflatten(treedef, [made[id(x)] for x in ours])
 
 
 def _needs_no_waiting(uses: Sequence[UseShape]) -> bool:

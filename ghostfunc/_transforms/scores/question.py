@@ -48,6 +48,7 @@ from ghostfunc._taps.use_shapes import use_shapes
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
+from ghostfunc._transforms.scores.on_pieces import in_one_run_of_all
 from ghostfunc._transforms.scores.one_run import in_one_run
 from ghostfunc._transforms.scores.targets import Targets, make_targets
 from ghostfunc._transforms.scores.validation import (
@@ -168,9 +169,7 @@ class Question:
         return [[p for p in row if p is not None] for row in zip_longest(*columns)]
 
     def _pieces(self, val: PyTree) -> list[tuple[PyTree | None, list[Tensor] | None]]:
-        if in_step(self.program.model_fn) is not None:  # of all ranks' samples, and in pieces
-            return [(None, self.direction_of(val))]
-        if self.chunk_size is None:
+        if self.chunk_size is None or in_step(self.program.model_fn) is not None:
             return [(val, None)]
         if self.reduction == "none":
             return [(chunk, None) for _, chunk in batches.chunks(val, self.chunk_size, "val")]
@@ -203,6 +202,10 @@ class Question:
         at_once = self._at_once(pieces, grads=grads)
         if at_once is not None:
             return at_once
+        if in_step(self.program.model_fn) is not None:  # of all ranks' samples, and in pieces
+            pieces = [
+                p if p.val is None else _Piece(p.target, u=self.direction_of(p.val)) for p in pieces
+            ]
         finite = FiniteLosses(self.check_finite)
         n = samples_of_all(self.program.model_fn, batch_size(self.train)) if grads else 0
         program: Program = self.program
@@ -268,7 +271,8 @@ class Question:
             return None
         if self.program.randomness != "error":
             return None
-        found = in_one_run(
+        alone = in_step(self.program.model_fn) is None
+        found = (in_one_run if alone else in_one_run_of_all)(
             self.program,
             self.train,
             piece.val,
