@@ -303,11 +303,14 @@
     by("tiles").append(tile(whole(n), "samples"), tile(Math.round((100 * above) / n) + "%", "above zero"),
       tile(signed(scores[ranked[0]]), "highest"), tile(signed(scores[middle]), "median"), tile(signed(scores[ranked[n - 1]]), "lowest"));
     const best = scores[ranked[0]];
+    // A first order holds for steps that change little: those of a tenth of a unit of loss, or less.
+    let power = 3;
+    while (power < 12 && Math.abs(best) > 0.1 * 10 ** power) power += 1;
     const does = (x) => (x > 0 ? "lowers" : "raises") + ` the target's loss by ${number(Math.abs(x))}`;
     const product = `A sample's score is the ${label} of its loss's gradient with the gradient of the target's loss`;
     by("about").textContent = {
       dot: `${product}: what one step of plain gradient descent on the sample takes off the target's loss, to first order, per unit of learning rate. ` +
-        `The highest: at a learning rate of 0.001, the step ${does(best / 1000)}.`,
+        `The highest: at a learning rate of ${(10 ** -power).toFixed(power)}, the step ${does(best / 10 ** power)}.`,
       influence: "A sample's score is its influence: the dot product of its loss's gradient with the gradient of the target's loss, after that " +
         "went through the inverse curvature of the loss. Divided by the number of samples that are trained on, it is how far the target's loss rises " +
         "where training goes without the sample, to first order.",

@@ -388,6 +388,14 @@ def test_scores_have_their_units(page_of: Any, opened: Any) -> None:
     assert all(text.split("\n")[1] == "dot product" for text in found.texts(".card .meta"))
 
 
+def test_a_step_is_one_that_changes_little(tmp_path: Path, opened: Any) -> None:
+    rows = jsonl(tmp_path / "pool.jsonl", chats(2))
+    scores = gf.Scores(range(2), {"dot_higher_helps": torch.tensor([7480.0, 61.0])}, {})
+    write_report(tmp_path / "r.html", scores, rows)
+    (about,) = opened(tmp_path / "r.html").texts("#about")
+    assert "at a learning rate of 0.00001, the step lowers the target's loss by 0.0748" in about
+
+
 def test_a_narrow_page_needs_no_sideways_scrolling(page_of: Any, opened: Any) -> None:
     found = opened(page_of(group="source"), width=390)
     assert found.page.evaluate("document.querySelector('#table').scrollWidth") <= 390
