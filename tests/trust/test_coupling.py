@@ -320,3 +320,17 @@ def test_dropout_in_a_closure() -> None:
     for name in ASKED:
         verdict = judge(case, name)
         assert verdict.status == "refused", str(verdict)
+
+
+def test_samples_that_do_not_show_in_their_losses_prove_nothing() -> None:
+    """The first two are cut off, so that their company shows with others alone."""
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        h = torch.relu(x @ p["w"] + 0.1 * x.roll(1, 0) @ p["w"])
+        return (h * p["v"] - p["v"]).square().sum(1)
+
+    params = {"w": torch.eye(4).double(), "v": torch.rand(4).double()}
+    cut_off = -torch.rand(2, 4).double() - 1
+    gf.ghost_dot_prod(model_fn, params, cut_off, direction=params)
+    with pytest.raises(gf.CoupledSamplesError):
+        gf.ghost_dot_prod(model_fn, params, torch.rand(2, 4).double(), direction=params)
