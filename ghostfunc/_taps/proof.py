@@ -44,6 +44,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ghostfunc._base.freed import give_back
 from ghostfunc._base.losses import check_finite
