@@ -15,7 +15,7 @@ def write_whole(path: Path, write: Write) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two writers of one path do not share a file, and writers that look at suffixes see its own.
     writer = f"{os.getpid()}-{threading.get_ident()}"
-    aside = path.with_name(f".{path.stem}.{writer}{path.suffix}")
+    aside = path.with_name(_aside(path.name, writer))
     try:
         put(write, aside)
         with aside.open("rb") as file:
@@ -24,6 +24,15 @@ def write_whole(path: Path, write: Write) -> None:
     finally:
         aside.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def half_written(pattern: str) -> str:
+    """A pattern of the names that deaths leave beside files whose names have this one."""
+    return _aside(pattern, "*")
+
+
+def _aside(name: str, writer: str) -> str:
+    return f".{Path(name).stem}.{writer}{Path(name).suffix}"
 
 
 def put(write: Write, aside: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ghostfunc._base.errors import PositionAxisError
 from ghostfunc._base.types import PyTree
-from ghostfunc._base.whole_files import write_whole
+from ghostfunc._base.whole_files import half_written, write_whole
 from ghostfunc._transforms.grads import direction
 from ghostfunc._transforms.verify import verify
 from ghostfunc.cli import _data
@@ -29,8 +29,8 @@ from ghostfunc.report import Heat, write_report
 
 JSON_LINES = (".jsonl", ".ndjson")
 KEPT = ("config.json", "run.json", "part-??????.npz", DONE, STATE)
-HALF = (".config.*.json", ".run.*.json", ".part-??????.*.npz", "*.safetensors.writing")
-"""Names of files that a run has in its folder, and of those that a death leaves half-written."""
+"""Names of the files that a run has in its folder."""
+
 
 ASIDE, TARGET_ASIDE = ".set-aside.jsonl", ".target-set-aside.jsonl"
 
@@ -62,9 +62,10 @@ def score(options: Score) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Remove what a run has left in its folder, and the folder if nothing else is there."""
+    """Remove what a run has left in its folder, half-written files of deaths included, and the
+    folder if nothing else is there."""
     for place in (folder / "curvature", folder):
-        for pattern in (*KEPT, *HALF):
+        for pattern in (*KEPT, *map(half_written, KEPT)):
             for path in place.glob(pattern):
                 path.unlink()
         if place.is_dir() and not any(place.iterdir()):

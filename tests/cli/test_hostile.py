@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ghostfunc._base.whole_files import write_whole
+from ghostfunc.cli import _score
+
 from .conftest import chat, lines
 
 Run = Callable[..., tuple[int, str]]
@@ -170,3 +173,14 @@ def test_tables_of_scores_that_make_no_sense(run: Run, files: Path, kind: str) -
 def test_configs_that_make_no_sense(run: Run, files: Path, content: str, said: str) -> None:
     (files / "bad.json").write_text(content)
     refused(run("score --config bad.json"), said)
+
+
+def test_what_a_death_left_half_written_goes_with_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "sel.run"
+    left: list[Path] = []
+    for name in ("config.json", "part-000003.npz", "curvature/state.safetensors"):
+        write_whole(folder / name, lambda aside: (aside.touch(), left.append(aside)))
+    for path in left:
+        path.touch()
+    _score._remove(folder)
+    assert not folder.exists()
