@@ -42,6 +42,7 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, times
+from ghostfunc._taps.readings import in_order
 from ghostfunc._taps.run import RunResult, run
 from ghostfunc._trace.fitting import Proofs
 from ghostfunc._transforms.kept_proof import KeptProof
@@ -470,8 +471,7 @@ class KeptByLength(NamedTuple):
         return first._spec.unflatten(sums)
 
     def _in_order(self, rows: Sequence[Float[Tensor, "params k"]]) -> Float[Tensor, "params n"]:
-        order = torch.cat([k for k, _ in self.parts]).argsort()
-        return torch.cat(list(rows), dim=1)[:, order]
+        return in_order([(k, x.mT) for (k, _), x in zip(self.parts, rows, strict=True)]).mT
 
 
 def _product(g: Tensor, u: Tensor) -> Tensor:
