@@ -13,8 +13,8 @@ are bounded whatever the sizes; how many blocks there are changes nothing but ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce, singledispatch
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce, singledispatch
 from itertools import chain, product
 from math import isqrt, prod
 from operator import add
@@ -29,6 +29,7 @@ from ghostfunc._factors import cost
 from ghostfunc._factors.bundles import (
     Bundle,
     aligned,
+    counts,
     matrix_shape,
     pooled,
     positions,
@@ -94,49 +95,76 @@ def gram(
 ) -> Tensor:
     """`<g_i, g_j>` for every pair of samples: `[n, n]`, or `[n, m]` with another bundle of the
     same parameter."""
-    groups = _groups(bundle, other, workspace)
+    others = None if other is None else [other]
+    return gram_of_parts([bundle], others, workspace=workspace, contract_dtype=contract_dtype)
+
+
+def gram_of_parts(
+    parts: Sequence[Bundle],
+    others: Sequence[Bundle] | None = None,
+    *,
+    workspace: int = cost.BLOCK_ELEMENTS,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    """`gram` of samples in parts, one after the other, `[n, n]` or `[n, m]`."""
+    groups = _groups(parts, others, workspace)
     if groups:
-        return add_up(
-            [gram(f, g, workspace=workspace, contract_dtype=contract_dtype) for f, g in groups]
-        )
-    p, d = matrix_shape((*bundle, *(other or ())))
-    mine = aligned(bundle, p, d)
-    theirs = mine if other is None else aligned(other, p, d)
-    ours, others = positions(mine), positions(theirs)
-    n, m, same = samples(mine), samples(theirs), other is None
+        own = partial(gram_of_parts, workspace=workspace, contract_dtype=contract_dtype)
+        return add_up([own(*pair) for pair in groups])
+    p, d = matrix_shape([f for bundle in (*parts, *(others or ())) for f in bundle])
+    mine = [aligned(bundle, p, d) for bundle in parts]
+    theirs = mine if others is None else [aligned(bundle, p, d) for bundle in others]
+    same = others is None
     if not p * d:
-        return wide(values(mine[0])).new_zeros(n, m)
-    if cost.gram_by_tokens(n, m, ours, others, p, d, same=same):
-        out = _gram_by_tokens(mine, theirs, n, m, workspace, contract_dtype)
+        n, m = (sum(map(samples, side)) for side in (mine, theirs))
+        return wide(values(mine[0][0])).new_zeros(n, m)
+    if cost.gram_by_tokens(counts(mine), counts(theirs), p, d, same=same):
+        table: list[list[Tensor]] = [[] for _ in mine]
+        for (i, f), (j, g) in product(enumerate(mine), enumerate(theirs)):
+            known_before = same and j < i
+            table[i].append(
+                table[j][i].mT if known_before else _gram_by_tokens(f, g, workspace, contract_dtype)
+            )
+        out = _joined([_joined(row, 1) for row in table], 0)
     else:
         out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
 
+def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
 def _groups(
-    bundle: Bundle, other: Bundle | None, workspace: int
-) -> list[tuple[Bundle, Bundle | None]]:
+    parts: Sequence[Bundle], others: Sequence[Bundle] | None, workspace: int
+) -> list[tuple[list[Bundle], list[Bundle] | None]]:
     """The pairs of groups whose Gram matrices add up; none where groups are small or there are
     other factors: those are formed whole."""
-    everything = [*bundle, *(other or ())]
+    everything = [f for bundle in (*parts, *(others or ())) for f in bundle]
     grouped = [f for f in everything if isinstance(f, Grouped)]
     elements = sum(samples([f]) * prod(f.shape) for f in grouped)
     if len(grouped) < len(everything) or elements <= workspace:
         return []
-    mine = zip(*(f.groups() for f in grouped[: len(bundle)]), strict=True)
-    if other is None:
-        return [(group, None) for group in mine]
-    theirs = zip(*(f.groups() for f in grouped[len(bundle) :]), strict=True)
-    return list(zip(mine, theirs, strict=True))
+    mine, theirs = _by_group(parts), None if others is None else _by_group(others)
+    return list(zip(mine, theirs or [None] * len(mine), strict=True))
+
+
+def _by_group(parts: Sequence[Bundle]) -> list[list[Bundle]]:
+    """Of every group all parts, where all factors are `Grouped`."""
+    own = [
+        zip(*(f.groups() for f in bundle if isinstance(f, Grouped)), strict=True)
+        for bundle in parts
+    ]
+    return [list(group) for group in zip(*own, strict=True)]
 
 
 # --- by rows ----------------------------------------------------------------------------------
 
 
 def _gram_by_rows(
-    mine: Bundle,
-    theirs: Bundle,
+    mine: Sequence[Bundle],
+    theirs: Sequence[Bundle],
     p: int,
     d: int,
     workspace: int,
@@ -144,20 +172,20 @@ def _gram_by_rows(
     *,
     same: bool,
 ) -> Tensor:
-    everyone = samples(mine) + (0 if same else samples(theirs))
+    everyone = sum(map(samples, mine if same else [*mine, *theirs]))
 
     def products() -> Iterator[Tensor]:
         for rows in slices(p, workspace // max(1, everyone * d)):
-            g = _rows(mine, slice(None), rows, contract_dtype).flatten(1)
-            h = g if same else _rows(theirs, slice(None), rows, contract_dtype).flatten(1)
+            g = form_rows(mine, rows, contract_dtype).flatten(1)
+            h = g if same else form_rows(theirs, rows, contract_dtype).flatten(1)
             yield matmul(g, h.mT, contract_dtype)
 
     return reduce(add, products())
 
 
-def form_rows(bundle: Bundle, rows: slice) -> Tensor:
-    """The chosen rows of all gradients, `[n, r, d]`, of factors that are `aligned`."""
-    return _rows(bundle, slice(None), rows, None)
+def form_rows(parts: Sequence[Bundle], rows: slice, contract_dtype: ContractDtype = None) -> Tensor:
+    """The chosen rows of all gradients, `[n, r, d]`, of parts whose factors are `aligned`."""
+    return _joined([_rows(bundle, slice(None), rows, contract_dtype) for bundle in parts])
 
 
 def _rows(bundle: Bundle, block: slice, rows: slice, contract_dtype: ContractDtype) -> Tensor:
@@ -213,9 +241,10 @@ def _sqnorms_by_tokens(
 
 
 def _gram_by_tokens(
-    mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int, contract_dtype: ContractDtype
+    mine: Bundle, theirs: Bundle, workspace: int, contract_dtype: ContractDtype
 ) -> Tensor:
     """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
+    n, m = samples(mine), samples(theirs)
 
     def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
         s = min(known(g[0].shape[1]), isqrt(workspace))

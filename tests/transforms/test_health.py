@@ -120,7 +120,7 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
 def test_single_precision_keeps_its_digits() -> None:
     torch.manual_seed(0)
     f = Outer(torch.randn(4, 256, 300), torch.randn(4, 256, 384))
-    assert cost.spread_choice(4, cost.Positions(256, 0, 0), 300, 384).way == "rows"
+    assert cost.spread_choice([(4, cost.Positions(256, 0, 0))], 300, 384).way == "rows"
     exact = spread([Outer(f.left.double(), f.right.double())])
     found = spread([f])
     assert_close(found.table.double(), exact.table, 3e-6)
