@@ -146,8 +146,10 @@ def _groups(
     elements = sum(samples([f]) * prod(f.shape) for f in grouped)
     if len(grouped) < len(everything) or elements <= workspace:
         return []
-    mine, theirs = _by_group(parts), None if others is None else _by_group(others)
-    return list(zip(mine, theirs or [None] * len(mine), strict=True))
+    mine = _by_group(parts)
+    if others is None:
+        return [(group, None) for group in mine]
+    return list(zip(mine, _by_group(others), strict=True))
 
 
 def _by_group(parts: Sequence[Bundle]) -> list[list[Bundle]]:

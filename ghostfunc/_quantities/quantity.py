@@ -188,9 +188,12 @@ class Gram(Quantity):
         return self.value_of_parts([Part(None, factors)], param)
 
     def value_of_parts(self, parts: Sequence[Part], param: tuple[int, ...]) -> Tensor:
-        each = [part.bundle for part in parts]
-        options = {"workspace": self.workspace, "contract_dtype": self.contract_dtype}
-        grams, index = pairs.gram_of_parts(each, **options), order(parts)
+        grams = pairs.gram_of_parts(
+            [part.bundle for part in parts],
+            workspace=self.workspace,
+            contract_dtype=self.contract_dtype,
+        )
+        index = order(parts)
         return grams if index is None else grams[index][:, index]
 
 

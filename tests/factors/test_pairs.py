@@ -86,6 +86,21 @@ def test_norms_and_grams(kinds: tuple[str, ...], workspace: int, way: str) -> No
         assert_close(pairs.gram(mine, theirs, workspace=workspace), g @ formed(theirs).mT)
 
 
+@pytest.mark.parametrize("workspace", [17, 10**6])
+@pytest.mark.parametrize("kinds", BUNDLES, ids="+".join)
+def test_grams_of_parts(kinds: tuple[str, ...], workspace: int, way: str) -> None:
+    """As those of all samples side by side, whichever of two batches comes in parts."""
+    parts = [bundle(kinds, n, seed=n) for n in (3, 1, 2)]
+    g = torch.cat(list(map(formed, parts)))
+    gram = pairs.gram_of_parts(parts, workspace=workspace)
+    assert_close(gram, g @ g.mT)
+    assert torch.equal(gram, gram.mT)
+    theirs = bundle(kinds, 2, seed=9)
+    beside = pairs.gram_of_parts(parts, [theirs], workspace=workspace)
+    assert_close(beside, g @ formed(theirs).mT)
+    assert_close(pairs.gram_of_parts([theirs], parts, workspace=workspace), beside.mT)
+
+
 @pytest.mark.parametrize("kinds", BUNDLES, ids="+".join)
 def test_weighted_totals_and_pooling(kinds: tuple[str, ...]) -> None:
     mine = bundle(kinds, 4, seed=0)
