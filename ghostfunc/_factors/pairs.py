@@ -23,7 +23,7 @@ import torch
 from torch import SymInt, Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import known
+from ghostfunc._base.torch_private import any_symbolic, in_transform, known
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
 from ghostfunc._factors.bundles import (
@@ -39,7 +39,10 @@ from ghostfunc._factors.bundles import (
 )
 from ghostfunc._factors.contract import add_up, blocks, dot, materialize, row_dots, total
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._factors.matmul import matmul
+from ghostfunc._factors.matmul import matmul, product as matrix_product
+
+LARGE = 1 << 18
+"""Elements of gradients from which on memory costs more than the calls that save it."""
 
 
 def sqnorms(
@@ -175,14 +178,48 @@ def _gram_by_rows(
     same: bool,
 ) -> Tensor:
     everyone = sum(map(samples, mine if same else [*mine, *theirs]))
+    step = max(1, workspace // max(1, everyone * d))
+    if same:
+        blocks = ((g, g) for _, g in row_blocks(mine, p, d, step, contract_dtype))
+    else:
+        sides = (row_blocks(side, p, d, step, contract_dtype) for side in (mine, theirs))
+        blocks = ((g, h) for (_, g), (_, h) in zip(*sides, strict=True))
+    return reduce(add, (matmul(g.flatten(1), h.flatten(1).mT, contract_dtype) for g, h in blocks))
 
-    def products() -> Iterator[Tensor]:
-        for rows in slices(p, workspace // max(1, everyone * d)):
-            g = form_rows(mine, rows, contract_dtype).flatten(1)
-            h = g if same else form_rows(theirs, rows, contract_dtype).flatten(1)
-            yield matmul(g, h.mT, contract_dtype)
 
-    return reduce(add, products())
+def row_blocks(
+    parts: Sequence[Bundle], p: int, d: int, step: int, contract_dtype: ContractDtype = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of all gradients, `step` at a time, `[n, r, d]`, of parts whose factors are
+    `aligned`. Large blocks come each where the last one was, if nothing follows them: memory that
+    is touched for the first time costs about as much as all that is read off it."""
+    sizes = list(map(samples, parts))
+    if contract_dtype is not None or not in_place(parts, p, d):
+        for rows in slices(p, step):
+            yield rows, form_rows(parts, rows, contract_dtype)
+        return
+    n, like = sum(sizes), wide(values(parts[0][0]))
+    memory = like.new_empty(n * min(step, p) * d)
+    for rows in slices(p, step):
+        block = memory[: n * (rows.stop - rows.start) * d].view(n, -1, d)
+        for bundle, g in zip(parts, block.split(sizes), strict=True):
+            outer = next(f for f in bundle if isinstance(f, Outer))
+            matrix_product(wide(outer.left)[:, :, rows].mT, wide(outer.right), out=g)
+            for f in (f for f in bundle if f is not outer):
+                g.add_(_form_rows(f, rows, None))
+        yield rows, block
+
+
+def in_place(parts: Sequence[Bundle], p: int, d: int) -> bool:
+    """Whether gradients are large, are made of products, and no transform, no compiler and no
+    derivative follows them."""
+    factors = [f for bundle in parts for f in bundle]
+    tensors = [x for f in factors for x in f if isinstance(x, Tensor)]
+    if in_transform() or any_symbolic(tensors):
+        return False
+    followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    formed = all(any(isinstance(f, Outer) for f in bundle) for bundle in parts)
+    return formed and not followed and sum(map(samples, parts)) * p * d >= LARGE
 
 
 def form_rows(parts: Sequence[Bundle], rows: slice, contract_dtype: ContractDtype = None) -> Tensor:

@@ -12,13 +12,14 @@ Three ways lead to the same numbers, and to the sum itself; `cost` says which is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import any_symbolic, in_transform, known
+from ghostfunc._base.torch_private import known
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost, pairs
 from ghostfunc._factors.bundles import (
@@ -31,14 +32,14 @@ from ghostfunc._factors.bundles import (
     values,
 )
 from ghostfunc._factors.contract import add_up, dot
-from ghostfunc._factors.factor import Grouped, OneHot, Outer
-from ghostfunc._factors.matmul import product
+from ghostfunc._factors.factor import Dense, Grouped, OneHot
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
 
-LARGE = 1 << 18
-"""Elements of gradients from which on memory costs more than the calls that save it."""
+
+STRETCH = 1 << 18
+"""Elements of gradients that are still in a core's own cache when they are read a second time."""
 
 
 class SpreadAndTotal(NamedTuple):
@@ -64,7 +65,12 @@ def spread_of_parts(
 ) -> SpreadAndTotal:
     """`spread` of samples in parts, one after the other."""
     n, everything = sum(map(samples, parts)), [f for bundle in parts for f in bundle]
-    shape = everything[0].shape
+    first, *others = everything
+    if isinstance(first, Dense) and not others:
+        g = wide(first.g).reshape(n, prod(first.shape))
+        total = g.sum(0)
+        return SpreadAndTotal(_table(g, total, whole=True), total.view(first.shape))
+    shape = first.shape
     p, d = matrix_shape(everything)
     if not p * d:
         like = wide(values(everything[0]))
@@ -98,11 +104,10 @@ def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, T
     formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
     beside = summed([f for bundle in looked_up for f in bundle]) if looked_up[0] else None
     step = cost.spread_rows(known(n), known(p), known(d))
-    alone = _alone(formed) if known(n) * known(p) * known(d) >= LARGE else None
-    if alone is None:
-        tables, total = _formed(formed, beside, p, step)
+    if pairs.in_place(formed, p, d):
+        tables, total = _in_place(formed, beside, p, d, step)
     else:
-        tables, total = _in_place(alone, beside, n, p, step)
+        tables, total = _formed(formed, beside, p, step)
     table = add_up(tables)
     if beside is not None:
         squares = list(map(pairs.squares_beside, formed, looked_up))
@@ -124,36 +129,21 @@ def _formed(
     return tables, totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
-def _alone(parts: Sequence[Bundle]) -> list[Outer] | None:
-    """The single outer products of all parts, if no transform, no compiler and no derivative
-    follows them: their blocks may be formed in one piece of memory."""
-    factors = [f for bundle in parts for f in bundle if isinstance(f, Outer)]
-    if not all(len(bundle) == 1 for bundle in parts) or len(factors) < len(parts):
-        return None
-    tensors = [x for factor in factors for x in factor]
-    followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return None if followed or in_transform() or any_symbolic(tensors) else factors
-
-
 def _in_place(
-    factors: Sequence[Outer], beside: Tensor | None, n: int, p: int, step: int
+    parts: Sequence[Bundle], beside: Tensor | None, p: int, d: int, step: int
 ) -> tuple[list[Tensor], Tensor]:
-    """`_formed`, every block where the last one was, and the total where it stays: memory that is
-    touched for the first time costs about as much as all that is read off it."""
-    sides = [(wide(left), wide(right)) for left, right in factors]
-    like, d = sides[0][0], sides[0][1].shape[-1]
-    memory, total, ones = like.new_empty(n * step * d), like.new_empty(p, d), like.new_ones(n)
+    """`_formed`, every block where the last one was, and the total where it stays."""
+    like, n = wide(values(parts[0][0])), sum(map(samples, parts))
+    total, ones = like.new_empty(p, d), like.new_ones(n)
     tables = []
-    for rows in pairs.slices(p, step):
-        own = total[rows].view(-1)
-        block = memory[: n * len(own)].view(n, -1)
-        formed = block.view(n, -1, d).split([len(left) for left, _ in sides])
-        for (left, right), g in zip(sides, formed, strict=True):
-            product(left[:, :, rows].mT, right, out=g)
-        torch.mv(block.mT, ones, out=own)  # faster than a sum
-        if beside is not None:
-            own.add_(beside[rows].flatten())
-        tables.append(_table(block, own, whole=beside is None))
+    for rows, block in pairs.row_blocks(parts, p, d, step):
+        whole, g = total[rows].view(-1), block.flatten(1)
+        for stretch in pairs.slices(len(whole), STRETCH // n):
+            own = whole[stretch]
+            torch.mv(g[:, stretch].mT, ones, out=own)  # faster than a sum
+            if beside is not None:
+                own.add_(beside[rows].flatten()[stretch])
+            tables.append(_table(g[:, stretch], own, whole=beside is None))
     return tables, total
 
 

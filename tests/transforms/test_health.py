@@ -104,7 +104,7 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
     p, d, t = 30, 12, 9
     monkeypatch.setattr(cost, "SPREAD_ELEMENTS", 7 * n * d)
     monkeypatch.setattr(cost, "SPREAD_ROWS", 1)
-    monkeypatch.setattr("ghostfunc._factors.spread.LARGE", 1 if n == 20 else 1 << 18)
+    monkeypatch.setattr("ghostfunc._factors.pairs.LARGE", 1 if n == 20 else 1 << 18)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     bundle: list[Factor] = [Outer(draw(n, t, p), draw(n, t, d))]
     if kind == "looked up too":
