@@ -4,7 +4,7 @@ directions from a parameter to such a tensor, and of factors back."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -141,9 +141,9 @@ class Tracked:
         """What those parameters are called."""
         return set(self._parameters.values())
 
-    def leaves(self) -> set[int]:
+    def leaves(self) -> KeysView[int]:
         """The parameters this tensor derives from."""
-        return set(self._parameters)
+        return self._parameters.keys()
 
     def pulled(self, factors: Sequence[Factor]) -> list[tuple[Tracked, Factor]]:
         """The factors of the tensors this one derives from, given its own, whose sum counts."""
