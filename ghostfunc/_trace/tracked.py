@@ -132,8 +132,7 @@ class Tracked:
         return self.sources[0].direct(factor)
 
     def __post_init__(self) -> None:
-        own = () if self.leaf is None else ((self.leaf, self.name),)
-        self._parameters: dict[int, str] = dict(own)
+        self._parameters = {} if self.leaf is None else {self.leaf: self.name}
         for source in self.sources:
             self._parameters |= source._parameters
 
