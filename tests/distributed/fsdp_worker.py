@@ -70,7 +70,7 @@ def once(make: Callable[[], Any]) -> Any:
 
 def of_one_process(problem: Problem, whole_fn: Any, whole: dict[str, Tensor]) -> dict[str, Any]:
     """Every quantity of all samples, and the parameters before and after training."""
-    train, val, few = joined(problem.train), joined(problem.val), joined(problem.few)
+    train, val = joined(problem.train), joined(problem.val)
     u = gf.direction(whole_fn, whole, val)
     norms = gf.ghost_norm(whole_fn, whole, train)
     kept = gf.factored_grads(whole_fn, whole, train)
@@ -84,10 +84,15 @@ def of_one_process(problem: Problem, whole_fn: Any, whole: dict[str, Tensor]) ->
         # Llama's norms round to float32, whatever the model's dtype: the same call is compared.
         "along": gf.ghost_dot_prod(whole_fn, whole, train, direction=u),
         "per_param": gf.ghost_dot_prod(whole_fn, whole, train, val, per_param=True),
-        "few": gf.ghost_value_and_grad(whole_fn, whole, train, few),
-        "few per_param": gf.ghost_dot_prod(
-            whole_fn, whole, train, few, per_param=True, reduction="sum"
-        ),
+        "like train": [
+            (
+                gf.ghost_value_and_grad(whole_fn, whole, train, joined(like)),
+                gf.ghost_dot_prod(
+                    whole_fn, whole, train, joined(like), per_param=True, reduction="sum"
+                ),
+            )
+            for like in problem.like_train
+        ],
         "cosines": gf.ghost_cosine(whole_fn, whole, train, val),
         "norms": norms,
         "gram": gf.ghost_gram(whole_fn, whole, train),
@@ -151,7 +156,14 @@ def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
         gf.ghost_dot_prod(model_fn, params, mine, own_val, per_param=True),
         {k: x[rows] for k, x in one["per_param"].items()},
     )
-    found |= with_few(one, (model_fn, params, mine, problem.few[rank]), rows, cut)
+    before = shared_runs(model_fn)
+    for name, like, expected in zip(
+        ("few", "many"), problem.like_train, one["like train"], strict=True
+    ):
+        given = model_fn, params, mine, like[rank]
+        of_like = in_one_run(given, expected, rows, cut)
+        found |= {f"{what}, {name} like train": x for what, x in of_like.items()}
+    found["batches that share a run"] = shared_runs(model_fn) - before
     found["cosines"] = error(gf.ghost_cosine(model_fn, params, mine, own_val), one["cosines"][rows])
 
     found["norms"] = error(gf.ghost_norm(model_fn, params, mine), one["norms"][rows])
@@ -187,26 +199,29 @@ def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
     return found
 
 
-def with_few(
-    one: dict[str, Any],
-    ours: tuple[Any, Any, Any, Any],
+def shared_runs(model_fn: Any) -> int:
+    """How many pairs of batches are known to share a run."""
+    return sum(isinstance(x, list) for x in memory(model_fn, OneRuns).found._found.values())
+
+
+def in_one_run(
+    given: tuple[Any, Any, Any, Any],
+    expected: Any,
     rows: slice,
     cut: Callable[[dict[str, Tensor]], Any],
 ) -> Results:
-    """Scores with so few validation samples that every rank computes all ranks' in one run."""
+    """Scores with validation samples that are like those of train."""
     found: Results = {}
-    step = one["few"]
+    step, per_param = expected
     for again in ("", ", warm"):
-        got = gf.ghost_value_and_grad(*ours)
-        found[f"losses, few{again}"] = error(got.losses, step.losses[rows])
-        found[f"dots, few{again}"] = error(got.dot_prods, step.dot_prods[rows])
-        found[f"grads, few{again}"] = error(got.grads, cut(step.grads))
-    found["dots per parameter, few"] = error(
-        gf.ghost_dot_prod(*ours, per_param=True, reduction="sum"),
-        {k: x[rows] for k, x in one["few per_param"].items()},
+        got = gf.ghost_value_and_grad(*given)
+        found[f"losses{again}"] = error(got.losses, step.losses[rows])
+        found[f"dots{again}"] = error(got.dot_prods, step.dot_prods[rows])
+        found[f"grads{again}"] = error(got.grads, cut(step.grads))
+    found["dots per parameter"] = error(
+        gf.ghost_dot_prod(*given, per_param=True, reduction="sum"),
+        {k: x[rows] for k, x in per_param.items()},
     )
-    known = memory(ours[0], OneRuns).found._found.values()
-    found["runs of few"] = 1.0 if any(isinstance(x, list) for x in known) else 2.0
     return found
 
 
