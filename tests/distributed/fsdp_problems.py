@@ -165,7 +165,10 @@ def _all_sizes(world: int) -> list[list[int]]:
     """Samples of every rank: of train, val, few and many."""
     few = _sizes(world, 1)
     train = _sizes(world, max(3, sum(few)))
-    return [train, _sizes(world, 2), few, [1, *(train[0] + 3 for _ in few[1:])]]
+    many = [train[0] + 3] * world
+    if world > 1:
+        many[-1] = 1  # for this rank all of them would be more than twice its own
+    return [train, _sizes(world, 2), few, many]
 
 
 def _sizes(world: int, start: int) -> list[int]:

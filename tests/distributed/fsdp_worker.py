@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,9 @@ def part_of(x: Tensor, mesh: Any, which: int, dim: int) -> Tensor:
     return x.narrow(dim, start, min(most, length - start))
 
 
-def once(make: Callable[[], Any]) -> Any:
-    """What the first rank makes, on all ranks."""
-    made = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(made, 0)
-    return made[0]
-
-
-def of_one_process(problem: Problem, whole_fn: Any, whole: dict[str, Tensor]) -> dict[str, Any]:
+def of_one_process(problem: Problem) -> dict[str, Any]:
     """Every quantity of all samples, and the parameters before and after training."""
+    whole_fn, whole = problem.make(problem.module)
     train, val = joined(problem.train), joined(problem.val)
     u = gf.direction(whole_fn, whole, val)
     norms = gf.ghost_norm(whole_fn, whole, train)
@@ -123,9 +118,8 @@ def own_rows(batches: list[Any], rank: int) -> slice:
     return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
 
-def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
-    """`rank`: whose samples this one has."""
-    one = once(lambda: of_one_process(problem, *problem.make(copy.deepcopy(problem.module))))
+def every_quantity(problem: Problem, one: dict[str, Any], rank: int, mesh: Any) -> Results:
+    """`one`: what one process finds; `rank`: whose samples this one has."""
     model_fn, params = problem.make(sharded(problem, mesh))
     mine, own_val = problem.train[rank], problem.val[rank]
     rows, columns = own_rows(problem.train, rank), own_rows(problem.val, rank)
@@ -246,6 +240,38 @@ def in_run_values(model_fn: Any, params: Any, train: Any, val: Any) -> dict[str,
     return values
 
 
+@dataclass(frozen=True)
+class Case:
+    """`kind@dims:dtype`: a problem, and how it lies on the ranks.
+
+    Attributes:
+        shape, dims: of the mesh and names of its dimensions; no names for one of all ranks.
+        alike: how many ranks have the same samples.
+    """
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    alike: int
+
+    @staticmethod
+    def of(name: str, world: int) -> Case:
+        kind, _, dtype = name.partition(":")
+        kind, _, names = kind.partition("@")
+        dims = tuple(names.split("+")) if names else ()
+        shape = (world // 2, 2) if len(dims) == 2 else (world,)
+        alike = shape[-1] if "tp" in dims else 1
+        return Case(name, kind, getattr(torch, dtype or "float64"), shape, dims, alike)
+
+    def problem(self) -> Problem:
+        """The same on every rank, and each time."""
+        torch.manual_seed(0)
+        torch.set_default_dtype(self.dtype)
+        return PROBLEMS[self.kind](math.prod(self.shape) // self.alike)
+
+
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -255,20 +281,18 @@ def main() -> None:
     )  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
 
+    cases = [Case.of(name, world) for name in sys.argv[4:]]
+    # Each rank makes some of what all compare with, while the others make the rest.
+    own = {i: of_one_process(x.problem()) for i, x in enumerate(cases) if i % world == rank}
     flat = init_device_mesh("cpu", (world,))
     found = {}
-    for name in sys.argv[4:]:
-        torch.manual_seed(0)
-        kind, _, dtype = name.partition(":")
-        torch.set_default_dtype(getattr(torch, dtype or "float64"))
-        kind, _, names = kind.partition("@")
-        mesh, alike = flat, 1
-        if names:
-            dims = tuple(names.split("+"))
-            shape = (world,) if len(dims) == 1 else (world // 2, 2)
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=dims)
-            alike = mesh["tp"].size() if "tp" in dims else 1
-        found[name] = every_quantity(PROBLEMS[kind](world // alike), rank // alike, mesh)
+    for i, case in enumerate(cases):
+        one = [own.get(i)]
+        torch.distributed.broadcast_object_list(one, i % world)
+        mesh = flat
+        if case.dims:
+            mesh = init_device_mesh("cpu", case.shape, mesh_dim_names=case.dims)
+        found[case.name] = every_quantity(case.problem(), one[0], rank // case.alike, mesh)
     (directory / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

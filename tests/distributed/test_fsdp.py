@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fsdp_ranks import ranks_of
+from fsdp_ranks import started
 
 Found = dict[str, dict[str, float]]
 
@@ -23,12 +23,17 @@ SEVERAL_USES = ("mlp", "planned_mlp")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every rank found, for 2 and for 4 of them."""
-    out = {}
-    for world, problems in ((2, TWO), (4, FOUR)):
-        directory = tmp_path_factory.mktemp(f"ranks{world}")
-        for done in ranks_of("fsdp_worker.py", world, directory, *problems):
+    folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (2, 4)}
+    running = [  # where ranks of one group wait for each other, the other group computes
+        started("fsdp_worker.py", world, folders[world], *problems)
+        for world, problems in ((2, TWO), (4, FOUR))
+    ]
+    for ended in running:
+        for done in ended():
             assert done.returncode == 0, done.stdout[-4000:]
-        out[world] = [json.loads((directory / f"{r}.json").read_text()) for r in range(world)]
+    out = {}
+    for world, folder in folders.items():
+        out[world] = [json.loads((folder / f"{r}.json").read_text()) for r in range(world)]
     return out
 
 
