@@ -165,9 +165,8 @@ def _all_sizes(world: int) -> list[list[int]]:
     """Samples of every rank: of train, val, few and many."""
     few = _sizes(world, 1)
     train = _sizes(world, max(3, sum(few)))
-    many = [train[0] + 3] * world
-    if world > 1:
-        many[-1] = 1  # for this rank all of them would be more than twice its own
+    # All of them are more than twice what the last rank has of its own.
+    many = [train[0] + 5] * (world - 1) + [2]
     return [train, _sizes(world, 2), few, many]
 
 
