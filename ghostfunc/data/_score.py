@@ -174,12 +174,7 @@ def score_dataset(
         check_dataset(dataset)
         check_flags(progress=progress)
         check_functions(collate, length)
-        if resume is not None:
-            check_path("resume", resume)
-        if recipe is not None:
-            check_type(
-                "recipe", recipe, Mapping, "a dict of what else decides the numbers, or None"
-            )
+        _check_resume(resume, recipe)
         n = len(dataset)
         if not n:
             raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
@@ -187,17 +182,8 @@ def score_dataset(
         _check_ids(ids, n)
         us = _directions(model_fn, params, val, direction, quantities, randomness)
         wanted = tuple(dict.fromkeys(quantities))
-        run = _Run(
-            model_fn,
-            params,
-            dataset,
-            us,
-            wanted,
-            collate or default_collate,
-            length,
-            batch_size,
-            randomness,
-        )
+        how = collate or default_collate, length, batch_size, randomness
+        run = _Run(model_fn, params, dataset, us, wanted, *how)
         folder = None if resume is None else Path(resume)
         if token_budget is None:
             token_budget = _budget(run, folder)
@@ -269,6 +255,13 @@ def in_parts(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         own = group_by_length(lengths[start : start + PART], token_budget, None)
         found += [[start + i for i in at] for at in own]
     return found
+
+
+def _check_resume(resume: object, recipe: object) -> None:
+    if resume is not None:
+        check_path("resume", resume)
+    if recipe is not None:
+        check_type("recipe", recipe, Mapping, "a dict of what else decides numbers, or None")
 
 
 def _check_ids(ids: Any, n: int) -> None:

@@ -133,7 +133,7 @@ def batch_of_all(model_fn: ModelFn, batch: PyTree, counts: Sequence[int]) -> PyT
     copies = {rank for row in sharding.alike for rank in row[1:]}
 
     def of_all(x: Tensor) -> Tensor:
-        rows = sharding.ranks.rows("bringing validation samples together", x, counts)
+        rows = sharding.ranks.samples("bringing validation samples together", x, counts)
         return torch.cat([part for rank, part in enumerate(rows) if rank not in copies])
 
     return map_tensors(of_all, batch)
