@@ -194,12 +194,15 @@ class OneRunReader(NamedTuple):
     Attributes:
         way: from the parameter to the tensor in question.
         direct: whether that is the parameter itself, or a mere transpose or cast of it.
+        sum_up: makes `sum_j g_j` of this process's samples that of all ranks' samples, where they
+            have others.
     """
 
     n: int
     contract_dtype: ContractDtype = None
     way: Way = Way()
     direct: bool = True
+    sum_up: DeriveFn | None = None
 
     def tap(self, param: Tensor, n: int) -> Tensor:
         return _zeros(param, self.n)
@@ -220,9 +223,11 @@ class OneRunReader(NamedTuple):
         the first samples is formed, too.
         """
         theirs = [bundles.take(f, slice(self.n, None)) for f in factors]
-        if not self.direct:
-            u = pull(bundles.summed(theirs, self.contract_dtype))
-            return DotReader(self.way(u), self.contract_dtype)
+        if not self.direct or self.sum_up is not None:
+            u = bundles.summed(theirs, self.contract_dtype)
+            u = u if self.direct else pull(u)
+            u = u if self.sum_up is None else self.sum_up(u)
+            return DotReader(u if self.direct else self.way(u), self.contract_dtype)
         ours = [bundles.use_shape(bundles.take(f, slice(self.n))) for f in factors]
         met = list(map(bundles.use_shape, theirs))
         faster = speed(bundles.values(factors[0]), self.contract_dtype)

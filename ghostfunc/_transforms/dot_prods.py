@@ -97,8 +97,8 @@ def ghost_dot_prod(
         chunk_size: the most samples to run at one time, of `train` and of `val`, where all of them
             do not fit into memory. The numbers do not depend on it. With `reduction="none"` every
             chunk of `train` is run once for every chunk of `val`. None also allows one run of both
-            batches, where they are alike and the validation samples few: of a sharded module, all
-            ranks' together at most as many as any rank's train samples, computed on every rank.
+            batches, where they are alike: with few validation samples, or of a sharded module,
+            where every rank may compute those of all (docs/sharded.md).
         check: when numbers are held against plain autograd: "new", where the way through the
             program or the shapes are new, in two more passes; "always", there and with one sample
             drawn at random in every call; or "never".

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from ghostfunc.cli import _options
 from ghostfunc.cli._ask import explain, project, query, report, select, verify
 from ghostfunc.cli._errors import FAILED, USAGE, CommandError
 from ghostfunc.cli._score import score
+from ghostfunc.cli._torchrun import processes_of_torchrun, shared
 from ghostfunc.data import ResumeError, RowsError
 
 FUNCTIONS: dict[type[_options.Command], Callable[[Any], int]] = {
@@ -24,24 +24,17 @@ FUNCTIONS: dict[type[_options.Command], Callable[[Any], int]] = {
 }
 
 
-def refuse_torchrun(size: int) -> None:
-    """Raise where several processes would write the same files."""
-    if size > 1:
-        raise CommandError(
-            f"{size} processes of torchrun (WORLD_SIZE) would each run the whole command and write "
-            "the same files. Start it by itself, on one device (--device). On several, score "
-            "shards of the pool with gf.score_dataset, or project with gf.store.project_dataset, "
-            "which ranks share: docs/distributed.md, 'A corpus'."
-        )
-
-
 def run(options: _options.Command) -> int:
-    """Run the command that these are the options of.
+    """Run the command that these are the options of, beside the other processes of torchrun.
 
     Raises:
         CommandError: it cannot be done, or the data are not right.
     """
-    refuse_torchrun(int(os.environ.get("WORLD_SIZE", "1")))
+    size = processes_of_torchrun()
+    return _run(options) if size == 1 else shared(_run, options, size)
+
+
+def _run(options: _options.Command) -> int:
     try:
         return FUNCTIONS[type(options)](options)
     except (RowsError, ResumeError, OptionError, BatchError) as error:

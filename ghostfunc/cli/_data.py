@@ -21,10 +21,16 @@ from ghostfunc.report._images import thumbnail
 
 
 def read(
-    path: Path, model: Loaded, options: Loading, aside: Path | None, *, quiet: bool
+    path: Path,
+    model: Loaded,
+    options: Loading,
+    aside: Path | None,
+    *,
+    quiet: bool,
+    writes: bool = True,
 ) -> tuple[Rows, Encoded]:
     """The rows of a file, and their tokens. With `--bad-rows set-aside`, rows that cannot be used
-    are written to `aside`."""
+    are written to `aside`, by the process that `writes`."""
     rows = Rows.open(path)
     faults: list[Fault] | None = [] if options.bad_rows == "set-aside" else None
     encoded = encode(
@@ -33,7 +39,8 @@ def read(
     if faults:
         if aside is None:
             raise CommandError("\n".join(f"{fault.where}: {fault.why}" for fault in faults[:10]))
-        _set_aside(faults, aside)
+        if writes:
+            _set_aside(faults, aside)
         say(f"{len(faults):,} of {len(rows):,} rows of {path} cannot be used: see {aside}")
     if not len(encoded):
         raise CommandError(f"{path}: no row can be used.")

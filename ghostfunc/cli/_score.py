@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from ghostfunc.cli._options import Curvature, Score
 from ghostfunc.cli._plan import plan, shares
 from ghostfunc.cli._say import say
 from ghostfunc.cli._scores_file import POOL_CONTENT
+from ghostfunc.cli._torchrun import group_of_torchrun
 from ghostfunc.curvature._errors import check_count, check_damping
 from ghostfunc.data import Encoded, Scores, find_token_budget, score_dataset, write_rows
 from ghostfunc.data._parts import read_recipe
+from ghostfunc.data._processes import Processes
 from ghostfunc.data._progress import progress_bar
 from ghostfunc.report import Heat, write_report
 
@@ -36,19 +38,27 @@ ASIDE, TARGET_ASIDE = ".set-aside.jsonl", ".target-set-aside.jsonl"
 
 
 def score(options: Score) -> int:
-    """Run the command."""
+    """Run the command. Processes of torchrun score the pool together, and rank 0 writes."""
     folder = options.out.with_suffix(".run")
-    _check(options, folder)
-    inputs = _read(options, folder)
+    processes = Processes(group_of_torchrun(), "ghostfunc score")
+    with processes.phase("reading the model and the rows"):
+        _check(options, folder)
+        inputs = _read(options, folder, writes=processes.first)
+    budget = processes.of_first(inputs.token_budget, "agreeing on the token budget")
+    inputs = replace(inputs, token_budget=budget)
     if options.verify and not _verified(inputs, options.verify):
         return UNVERIFIED
     if options.dry_run:
         print(plan(inputs, options))
         return 0
     config = _as_json(options)
-    _write_text(folder / "config.json", config)
-    u = _direction(inputs, options, folder)
+    with processes.phase("computing the gradient of the target"):
+        if processes.first:
+            _write_text(folder / "config.json", config)
+        u = _direction(inputs, options, folder)
     scores = _score(inputs, options, u, folder)
+    if not processes.first:
+        return 0
     best = scores.top(options.top, by=f"{options.score}_higher_helps")
     write_rows(options.out, inputs.rows, best)
     if options.scores is not None:
@@ -126,13 +136,13 @@ def _stopped(folder: Path) -> Path | None:
     return next(found, None)
 
 
-def _read(options: Score, folder: Path) -> Inputs:
+def _read(options: Score, folder: Path, *, writes: bool) -> Inputs:
     model = load(options.model, options.loading)
-    quiet = options.quiet
+    how: dict[str, Any] = {"quiet": options.quiet, "writes": writes}
     aside = options.out.with_suffix(ASIDE)
-    rows, pool = _data.read(options.pool, model, options.loading, aside, quiet=quiet)
+    rows, pool = _data.read(options.pool, model, options.loading, aside, **how)
     aside = options.out.with_suffix(TARGET_ASIDE)
-    _, target = _data.read(options.target, model, options.loading, aside, quiet=quiet)
+    _, target = _data.read(options.target, model, options.loading, aside, **how)
     _tell_shared(pool, target, options)
     if options.top > len(pool):
         raise CommandError(
@@ -198,6 +208,7 @@ def _score(inputs: Inputs, options: Score, u: PyTree, folder: Path) -> Scores:
         resume=folder,
         recipe=recipe,
         progress=not options.quiet,
+        group=group_of_torchrun(),
     )
     facts: dict[str, Any] = {
         name: str(getattr(options, name)) for name in ("model", "pool", "target")

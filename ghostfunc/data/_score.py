@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,14 @@ from ghostfunc.data._batches import (
     Length,
     check_functions,
     check_limits,
-    group,
+    group as group_by_length,
     width,
 )
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
 from ghostfunc.data._errors import ResumeError
 from ghostfunc.data._parts import Columns, Parts, digest, has_recipe, read_recipe
+from ghostfunc.data._processes import Processes
 from ghostfunc.data._progress import Progress, progress_bar
 from ghostfunc.data._scores import Scores
 
@@ -110,6 +111,7 @@ def score_dataset(
     recipe: Mapping[str, Any] | None = None,
     progress: bool = False,
     randomness: Randomness = "error",
+    group: Any = None,
 ) -> Scores:
     """Score every sample of a data set against a validation gradient.
 
@@ -141,6 +143,10 @@ def score_dataset(
         progress: show a bar with what is under way, tokens per second and about how long it takes
             yet (needs tqdm).
         randomness: "error" or "different".
+        group: a process group of `torch.distributed`, whose ranks share the work: whoever is done
+            with a part of 128 samples takes the next. All of them are given the same, and get all
+            scores. The direction and the token budget are those of rank 0. With `resume`, give all
+            ranks one folder; a resumed run may have another number of ranks.
 
     Returns:
         `Scores`: columns `dot_higher_helps`, `cosine_higher_helps`, `gradient_norm`, `loss`, as
@@ -151,62 +157,111 @@ def score_dataset(
         BatchError: the data set is empty, or a batch is not one.
         NonFiniteLossError: a sample has no finite loss; the message lists the batch.
         OptionError: an option has a value that does not exist.
+        RankError: with a `group`, another rank failed, is gone, or was given something else.
         ResumeError: the folder holds another run, or is damaged.
 
     Example:
         scores = gf.score_dataset(model_fn, params, pool, val=target, collate=gf.data.padded(0))
         best = scores.top(100).ids
     """
-    refuse_pieces(model_fn, "gf.data.score_dataset")
-    check_wanted(quantities)
-    check_limits(token_budget, batch_size)
-    one_of("randomness", randomness, ("error", "different"))
-    check_model_fn(model_fn)
-    check_dataset(dataset)
-    check_flags(progress=progress)
-    check_functions(collate, length)
-    if resume is not None:
-        check_path("resume", resume)
-    if recipe is not None:
-        check_type("recipe", recipe, Mapping, "a dict of what else decides the numbers, or None")
-    n = len(dataset)
-    if not n:
-        raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
-    ids = range(n) if ids is None else ids
-    _check_ids(ids, n)
-    us = _directions(model_fn, params, val, direction, quantities, randomness)
-    wanted = tuple(dict.fromkeys(quantities))
-    run = _Run(
-        model_fn,
-        params,
-        dataset,
-        us,
-        wanted,
-        collate or default_collate,
-        length,
-        batch_size,
-        randomness,
-    )
-    folder = None if resume is None else Path(resume)
-    if token_budget is None:
-        token_budget = _budget(run, folder)
+    processes = Processes(group, "score_dataset")
+    with processes.phase("reading its arguments") as phase:
+        refuse_pieces(model_fn, "gf.data.score_dataset")
+        check_wanted(quantities)
+        check_limits(token_budget, batch_size)
+        one_of("randomness", randomness, ("error", "different"))
+        check_model_fn(model_fn)
+        check_dataset(dataset)
+        check_flags(progress=progress)
+        check_functions(collate, length)
+        _check_resume(resume, recipe)
+        n = len(dataset)
+        if not n:
+            raise BatchError(f"the data set ({type(dataset).__name__}) is empty; expected samples.")
+        ids = range(n) if ids is None else ids
+        _check_ids(ids, n)
+        us = _directions(model_fn, params, val, direction, quantities, randomness)
+        wanted = tuple(dict.fromkeys(quantities))
+        how = collate or default_collate, length, batch_size, randomness
+        run = _Run(model_fn, params, dataset, us, wanted, *how)
+        folder = None if resume is None else Path(resume)
+        if token_budget is None:
+            token_budget = _budget(run, folder)
+        if phase is not None:
+            phase.alike = f"{n} samples, {_outline(us)}"
+    token_budget = processes.of_first(token_budget, "agreeing on the token budget")
+    us = processes.tensors_of_first(us, "agreeing on the direction")
     facts = {"samples": n, "token_budget": token_budget, "quantities": list(wanted)}
-    parts = None if folder is None else Parts(folder, _recipe(run, facts, recipe or {}))
-    ranges = [range(start, min(start + PART, n)) for start in range(0, n, PART)]
-    _compare(run, ranges, token_budget, parts)
-    with progress_bar(n, "scoring", shown=progress) as bar:
-        done = [_part(run, i, rows, token_budget, parts, bar) for i, rows in enumerate(ranges)]
+    done = _computed(replace(run, directions=us), facts, folder, recipe or {}, processes, progress)
     parts_of = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
     return Scores(ids, {name: torch.from_numpy(x) for name, x in parts_of.items()}, facts)
+
+
+def _outline(us: Mapping[str, PyTree]) -> str:
+    """Names and shapes of directions."""
+    leaves = {name: flatten_params(u)[0] for name, u in us.items()}
+    return str({k: [(tuple(x.shape), str(x.dtype)) for x in row] for k, row in leaves.items()})
+
+
+def _computed(
+    run: _Run,
+    facts: dict[str, Any],
+    folder: Path | None,
+    more: Mapping[str, Any],
+    processes: Processes,
+    progress: bool,
+) -> list[Columns]:
+    """The columns of all parts, in order."""
+    n, budget = facts["samples"], facts["token_budget"]
+    ranges = [range(start, min(start + PART, n)) for start in range(0, n, PART)]
+    parts: Parts | None = None
+    done: dict[int, Columns] = {}
+    with processes.phase("opening the run") as phase:
+        alone = phase is None
+        recipe = {} if folder is None and alone else _recipe(run, facts, more)
+        if folder is not None and processes.first:
+            parts = Parts(folder, recipe)
+            found = {number: parts.load(number) for number in range(len(ranges))}
+            done = {number: x for number, x in found.items() if x is not None}
+            _compare(run, ranges, budget, done)
+        if phase is not None:
+            phase.alike = str(recipe)
+    missing = [number for number in range(len(ranges)) if number not in done]
+    missing = processes.of_first(missing, "looking what is done")
+    with (
+        processes.phase("scoring"),
+        progress_bar(n, "scoring", shown=progress and processes.first) as bar,
+        processes.dealing(len(missing)) as dealt,
+    ):
+        if folder is not None and parts is None:  # the first has written what the run is
+            parts = Parts(folder, recipe)
+        bar.advance(sum(map(len, ranges)) - sum(len(ranges[i]) for i in missing), 0)
+        taken = 0
+        for at in dealt:
+            bar.advance(sum(len(ranges[i]) for i in missing[taken:at]), 0)  # by others
+            done[missing[at]] = _part(run, ranges[missing[at]], budget, bar)
+            taken = at + 1
+            if parts is not None:
+                parts.save(missing[at], done[missing[at]])
+        bar.advance(sum(len(ranges[i]) for i in missing[taken:]), 0)
+    done = processes.joined(done, "bringing scores together")
+    return [done[number] for number in range(len(ranges))]
 
 
 def in_parts(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """The batches of a whole data set, in order: indices of samples."""
     found: list[list[int]] = []
     for start in range(0, len(lengths), PART):
-        own = group(lengths[start : start + PART], token_budget, None)
+        own = group_by_length(lengths[start : start + PART], token_budget, None)
         found += [[start + i for i in at] for at in own]
     return found
+
+
+def _check_resume(resume: object, recipe: object) -> None:
+    if resume is not None:
+        check_path("resume", resume)
+    if recipe is not None:
+        check_type("recipe", recipe, Mapping, "a dict of what else decides numbers, or None")
 
 
 def _check_ids(ids: Any, n: int) -> None:
@@ -271,35 +326,23 @@ def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dic
     }
 
 
-def _compare(run: _Run, ranges: Sequence[range], token_budget: int, parts: Parts | None) -> None:
+def _compare(
+    run: _Run, ranges: Sequence[range], token_budget: int, done: Mapping[int, Columns]
+) -> None:
     """Compute a batch of the last finished part again: samples that were put in or left out have
     moved those at the end."""
-    if parts is None or run.randomness == "different":  # random numbers are others each time
+    if not done or run.randomness == "different":  # random numbers are others each time
         return
-    for number in reversed(range(len(ranges))):
-        found = parts.load(number)
-        if found is not None:
-            rows = ranges[number]
-            at = group(run.lengths(rows), token_budget, run.batch_size)[-1]
-            _check_same(run, found, [rows[i] for i in at], at)
-            return
+    last = max(done)
+    rows = ranges[last]
+    at = group_by_length(run.lengths(rows), token_budget, run.batch_size)[-1]
+    _check_same(run, done[last], [rows[i] for i in at], at)
 
 
-def _part(
-    run: _Run,
-    number: int,
-    rows: range,
-    token_budget: int,
-    parts: Parts | None,
-    bar: Progress,
-) -> Columns:
-    found = None if parts is None else parts.load(number)
-    if found is not None:
-        bar.advance(len(rows), 0)
-        return found
+def _part(run: _Run, rows: range, token_budget: int, bar: Progress) -> Columns:
     lengths = run.lengths(rows)
     columns: Columns = {}
-    for at in group(lengths, token_budget, run.batch_size):
+    for at in group_by_length(lengths, token_budget, run.batch_size):
         longest = max(lengths[i] for i in at)
         bar.begin(f"{len(at)} of up to {longest:,} tokens", (len(at), width(longest)))
         for name, x in run.columns([rows[i] for i in at]).items():
@@ -307,8 +350,6 @@ def _part(
                 columns[name] = np.empty(len(rows), dtype=x.numpy().dtype)
             columns[name][at] = x.numpy()
         bar.advance(len(at), padded_tokens([lengths[i] for i in at]))
-    if parts is not None:
-        parts.save(number, columns)
     return columns
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ghostfunc._base.processes.ranks import Ranks, as_bytes
+from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc._base.trees import batch_size, flatten, unflatten
 from ghostfunc._base.types import PyTree
 
@@ -40,14 +39,5 @@ def gather(tree: PyTree, group: Any) -> PyTree:
         leaves, treedef = flatten(tree)
         shapes = [(tuple(x.shape[1:]), str(x.dtype)) for x in leaves]
         phase.alike = f"{treedef} of rows {shapes}"
-    return unflatten(treedef, [_rows(ranks, x, phase.numbers) for x in leaves])
-
-
-def _rows(ranks: Ranks, x: Tensor, numbers: list[int]) -> Tensor:
-    """One tensor's rows from all ranks: what is sent has the length of the longest. Bytes travel,
-    since backends do not take all dtypes."""
-    sent = x.new_zeros(max(numbers), *x.shape[1:])
-    sent[: len(x)] = x.detach()
-    received = [torch.empty_like(sent) for _ in numbers]
-    ranks.gather([as_bytes(r) for r in received], as_bytes(sent), "bringing rows together")
-    return torch.cat([rows[:n] for rows, n in zip(received, numbers, strict=True)])
+    of_all = [ranks.samples(x, phase.numbers, "bringing rows together") for x in leaves]
+    return unflatten(treedef, [torch.cat(rows) for rows in of_all])

@@ -46,14 +46,6 @@ def test_select_chooses_as_score_does(run: Run, files: Path) -> None:
     assert "between 1 and all 40" in said
 
 
-def test_torchrun_is_refused(run: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes would write the same files at one time."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, said = run(LINE)
-    assert (code, "2 processes of torchrun" in said) == (2, True), said
-    assert not (files / "sel.jsonl").exists()
-
-
 def test_what_is_read_is_never_written_over(run: Run, files: Path) -> None:
     """Every file that a command writes, against every file that it reads."""
     assert run(LINE + " --scores s.parquet")[0] == 0

@@ -24,7 +24,8 @@ WIDTH, LAYERS, POSITIONS = 1024, 5, 4
 class Moved(DispatchMode):
     """Counts the bytes that collectives make or take, tensors of a meeting by themselves.
 
-    An all-gather counts its output, a reduce-scatter its input: the whole tensor.
+    An all-gather counts its output, a reduce-scatter its input: the whole tensor. An all-reduce is
+    both.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Moved(DispatchMode):
             sizes = [x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor)]
             floats = any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves)
             if floats:
-                self.bytes += max(sizes)
+                self.bytes += max(sizes) * (2 if "allreduce" in str(func) else 1)
                 self.calls += 1
             else:
                 self.meetings += 1
@@ -131,8 +132,11 @@ def main() -> None:
     fully_shard(net, mesh=mesh)
     model_fn, params = gf.from_module(net, loss)
     batch, val = torch.randn(2, POSITIONS, WIDTH), torch.randn(1, POSITIONS, WIDTH)
+    # No samples of all ranks are to be computed on each, so many are those of the second.
+    much = torch.randn(1 + 4 * rank, POSITIONS, WIDTH)
+    longer = torch.randn(1, POSITIONS + 1, WIDTH)
     u = gf.direction(model_fn, params, val)
-    held = [*params.values(), *u.values(), batch, val]
+    held = [*params.values(), *u.values(), batch, val, much, longer]
 
     def scored() -> Any:
         return gf.ghost_value_and_grad(model_fn, params, batch, direction=u)
@@ -150,8 +154,12 @@ def main() -> None:
             model_fn, params, batch, val
         ),
         "ghost_dot_prod with val": lambda: gf.ghost_dot_prod(model_fn, params, batch, val),
-        "ghost_value_and_grad with more of val": lambda: gf.ghost_value_and_grad(
-            model_fn, params, batch, torch.cat([val, val])
+        "ghost_value_and_grad with much val": lambda: gf.ghost_value_and_grad(
+            model_fn, params, batch, much
+        ),
+        "ghost_dot_prod with much val": lambda: gf.ghost_dot_prod(model_fn, params, batch, much),
+        "ghost_value_and_grad with longer val": lambda: gf.ghost_value_and_grad(
+            model_fn, params, batch, longer
         ),
         "ghost_norm": lambda: gf.ghost_norm(model_fn, params, batch),
         "direction": lambda: gf.direction(model_fn, params, val),

@@ -22,7 +22,8 @@ class Problem:
         units: the modules to shard by themselves, besides the whole.
         make: makes `(model_fn, params)` of it.
         train, val: batches, one per rank.
-        few: validation batches that are one with those of train.
+        few: validation batches that are one with those of train; each rank computes all of them.
+        many: the same, of which each rank computes its own.
         plan: the tensor parallel styles of parts, by name.
         loaded: whether its parameters become others once it is sharded.
     """
@@ -33,8 +34,14 @@ class Problem:
     train: list[Any]
     val: list[Any]
     few: list[Any]
+    many: list[Any]
     plan: Mapping[str, Any] = field(default_factory=dict)
     loaded: bool = False
+
+    @property
+    def like_train(self) -> tuple[list[Any], list[Any]]:
+        """Validation batches that may share a run with those of train."""
+        return self.few, self.many
 
 
 class Mlp(nn.Module):
@@ -62,17 +69,14 @@ def mlp(world: int) -> Problem:
         out: Tensor = (module(batch["x"]) - batch["y"]).square().mean((1, 2))
         return out
 
-    def batches(start: int) -> list[Any]:
-        sizes = _sizes(world, start)
+    def batches(sizes: list[int]) -> list[Any]:
         return [{"x": torch.randn(n, 4, 5), "y": torch.randn(n, 4, 1)} for n in sizes]
 
     return Problem(
         net,
         [net.first, net.twice],
         lambda module: gf.from_module(module, loss),
-        batches(_most(world)),
-        batches(2),
-        batches(1),
+        *(batches(sizes) for sizes in _all_sizes(world)),
     )
 
 
@@ -90,7 +94,7 @@ class Scaled(nn.Module):
 def scaled(world: int) -> Problem:
     """No parameter is used twice; all are loaded into pieces."""
     like, net = mlp(world), nn.Sequential(Scaled(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
-    own = net, [net[0], net[1]], like.make, like.train, like.val, like.few
+    own = net, [net[0], net[1]], like.make, like.train, like.val, like.few, like.many
     return Problem(*own, loaded=True)
 
 
@@ -122,7 +126,9 @@ def planned_mlp(world: int) -> Problem:
         "down": RowwiseParallel(),
         "frozen": ColwiseParallel(output_layouts=Replicate()),
     }
-    return Problem(net, [net.up, net.down], like.make, like.train, like.val, like.few, plan)
+    return Problem(
+        net, [net.up, net.down], like.make, like.train, like.val, like.few, like.many, plan
+    )
 
 
 def llama(world: int) -> Problem:
@@ -148,21 +154,25 @@ def llama(world: int) -> Problem:
 
 
 def _tokens(world: int) -> tuple[list[Any], ...]:
-    """Batches of train, val and few."""
+    """Batches of train, val, few and many."""
     return tuple(
-        [{"input_ids": torch.randint(0, 31, (n, length))} for n in _sizes(world, start)]
-        for start, length in ((_most(world), 6), (2, 5), (1, 6))
+        [{"input_ids": torch.randint(0, 31, (n, length))} for n in sizes]
+        for sizes, length in zip(_all_sizes(world), (6, 5, 6, 6), strict=True)
     )
+
+
+def _all_sizes(world: int) -> list[list[int]]:
+    """Samples of every rank: of train, val, few and many."""
+    few = _sizes(world, 1)
+    train = _sizes(world, max(3, sum(few)))
+    # All of them are more than twice what the last rank has of its own.
+    many = [train[0] + 5] * (world - 1) + [2]
+    return [train, _sizes(world, 2), few, many]
 
 
 def _sizes(world: int, start: int) -> list[int]:
     """Samples of every rank."""
     return [start + r % 2 for r in range(world)]
-
-
-def _most(world: int) -> int:
-    """As many as all ranks' few validation samples."""
-    return max(3, sum(_sizes(world, 1)))
 
 
 def gpt2(world: int) -> Problem:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,10 @@ def part_of(x: Tensor, mesh: Any, which: int, dim: int) -> Tensor:
     return x.narrow(dim, start, min(most, length - start))
 
 
-def once(make: Callable[[], Any]) -> Any:
-    """What the first rank makes, on all ranks."""
-    made = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(made, 0)
-    return made[0]
-
-
-def of_one_process(problem: Problem, whole_fn: Any, whole: dict[str, Tensor]) -> dict[str, Any]:
+def of_one_process(problem: Problem) -> dict[str, Any]:
     """Every quantity of all samples, and the parameters before and after training."""
-    train, val, few = joined(problem.train), joined(problem.val), joined(problem.few)
+    whole_fn, whole = problem.make(problem.module)
+    train, val = joined(problem.train), joined(problem.val)
     u = gf.direction(whole_fn, whole, val)
     norms = gf.ghost_norm(whole_fn, whole, train)
     kept = gf.factored_grads(whole_fn, whole, train)
@@ -84,10 +79,15 @@ def of_one_process(problem: Problem, whole_fn: Any, whole: dict[str, Tensor]) ->
         # Llama's norms round to float32, whatever the model's dtype: the same call is compared.
         "along": gf.ghost_dot_prod(whole_fn, whole, train, direction=u),
         "per_param": gf.ghost_dot_prod(whole_fn, whole, train, val, per_param=True),
-        "few": gf.ghost_value_and_grad(whole_fn, whole, train, few),
-        "few per_param": gf.ghost_dot_prod(
-            whole_fn, whole, train, few, per_param=True, reduction="sum"
-        ),
+        "like train": [
+            (
+                gf.ghost_value_and_grad(whole_fn, whole, train, joined(like)),
+                gf.ghost_dot_prod(
+                    whole_fn, whole, train, joined(like), per_param=True, reduction="sum"
+                ),
+            )
+            for like in problem.like_train
+        ],
         "cosines": gf.ghost_cosine(whole_fn, whole, train, val),
         "norms": norms,
         "gram": gf.ghost_gram(whole_fn, whole, train),
@@ -118,9 +118,8 @@ def own_rows(batches: list[Any], rank: int) -> slice:
     return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
 
-def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
-    """`rank`: whose samples this one has."""
-    one = once(lambda: of_one_process(problem, *problem.make(copy.deepcopy(problem.module))))
+def every_quantity(problem: Problem, one: dict[str, Any], rank: int, mesh: Any) -> Results:
+    """`one`: what one process finds; `rank`: whose samples this one has."""
     model_fn, params = problem.make(sharded(problem, mesh))
     mine, own_val = problem.train[rank], problem.val[rank]
     rows, columns = own_rows(problem.train, rank), own_rows(problem.val, rank)
@@ -151,7 +150,14 @@ def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
         gf.ghost_dot_prod(model_fn, params, mine, own_val, per_param=True),
         {k: x[rows] for k, x in one["per_param"].items()},
     )
-    found |= with_few(one, (model_fn, params, mine, problem.few[rank]), rows, cut)
+    before = shared_runs(model_fn)
+    for name, like, expected in zip(
+        ("few", "many"), problem.like_train, one["like train"], strict=True
+    ):
+        given = model_fn, params, mine, like[rank]
+        of_like = in_one_run(given, expected, rows, cut)
+        found |= {f"{what}, {name} like train": x for what, x in of_like.items()}
+    found["batches that share a run"] = shared_runs(model_fn) - before
     found["cosines"] = error(gf.ghost_cosine(model_fn, params, mine, own_val), one["cosines"][rows])
 
     found["norms"] = error(gf.ghost_norm(model_fn, params, mine), one["norms"][rows])
@@ -187,26 +193,29 @@ def every_quantity(problem: Problem, rank: int, mesh: Any) -> Results:
     return found
 
 
-def with_few(
-    one: dict[str, Any],
-    ours: tuple[Any, Any, Any, Any],
+def shared_runs(model_fn: Any) -> int:
+    """How many pairs of batches are known to share a run."""
+    return sum(isinstance(x, list) for x in memory(model_fn, OneRuns).found._found.values())
+
+
+def in_one_run(
+    given: tuple[Any, Any, Any, Any],
+    expected: Any,
     rows: slice,
     cut: Callable[[dict[str, Tensor]], Any],
 ) -> Results:
-    """Scores with so few validation samples that every rank computes all ranks' in one run."""
+    """Scores with validation samples that are like those of train."""
     found: Results = {}
-    step = one["few"]
+    step, per_param = expected
     for again in ("", ", warm"):
-        got = gf.ghost_value_and_grad(*ours)
-        found[f"losses, few{again}"] = error(got.losses, step.losses[rows])
-        found[f"dots, few{again}"] = error(got.dot_prods, step.dot_prods[rows])
-        found[f"grads, few{again}"] = error(got.grads, cut(step.grads))
-    found["dots per parameter, few"] = error(
-        gf.ghost_dot_prod(*ours, per_param=True, reduction="sum"),
-        {k: x[rows] for k, x in one["few per_param"].items()},
+        got = gf.ghost_value_and_grad(*given)
+        found[f"losses{again}"] = error(got.losses, step.losses[rows])
+        found[f"dots{again}"] = error(got.dot_prods, step.dot_prods[rows])
+        found[f"grads{again}"] = error(got.grads, cut(step.grads))
+    found["dots per parameter"] = error(
+        gf.ghost_dot_prod(*given, per_param=True, reduction="sum"),
+        {k: x[rows] for k, x in per_param.items()},
     )
-    known = memory(ours[0], OneRuns).found._found.values()
-    found["runs of few"] = 1.0 if any(isinstance(x, list) for x in known) else 2.0
     return found
 
 
@@ -231,6 +240,38 @@ def in_run_values(model_fn: Any, params: Any, train: Any, val: Any) -> dict[str,
     return values
 
 
+@dataclass(frozen=True)
+class Case:
+    """`kind@dims:dtype`: a problem, and how it lies on the ranks.
+
+    Attributes:
+        shape, dims: of the mesh and names of its dimensions; no names for one of all ranks.
+        alike: how many ranks have the same samples.
+    """
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    alike: int
+
+    @staticmethod
+    def of(name: str, world: int) -> Case:
+        kind, _, dtype = name.partition(":")
+        kind, _, names = kind.partition("@")
+        dims = tuple(names.split("+")) if names else ()
+        shape = (world // 2, 2) if len(dims) == 2 else (world,)
+        alike = shape[-1] if "tp" in dims else 1
+        return Case(name, kind, getattr(torch, dtype or "float64"), shape, dims, alike)
+
+    def problem(self) -> Problem:
+        """The same on every rank, and each time."""
+        torch.manual_seed(0)
+        torch.set_default_dtype(self.dtype)
+        return PROBLEMS[self.kind](math.prod(self.shape) // self.alike)
+
+
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -240,20 +281,18 @@ def main() -> None:
     )  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
 
+    cases = [Case.of(name, world) for name in sys.argv[4:]]
+    # Each rank makes some of what all compare with, while the others make the rest.
+    own = {i: of_one_process(x.problem()) for i, x in enumerate(cases) if i % world == rank}
     flat = init_device_mesh("cpu", (world,))
     found = {}
-    for name in sys.argv[4:]:
-        torch.manual_seed(0)
-        kind, _, dtype = name.partition(":")
-        torch.set_default_dtype(getattr(torch, dtype or "float64"))
-        kind, _, names = kind.partition("@")
-        mesh, alike = flat, 1
-        if names:
-            dims = tuple(names.split("+"))
-            shape = (world,) if len(dims) == 1 else (world // 2, 2)
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=dims)
-            alike = mesh["tp"].size() if "tp" in dims else 1
-        found[name] = every_quantity(PROBLEMS[kind](world // alike), rank // alike, mesh)
+    for i, case in enumerate(cases):
+        one = [own.get(i)]
+        torch.distributed.broadcast_object_list(one, i % world)
+        mesh = flat
+        if case.dims:
+            mesh = init_device_mesh("cpu", case.shape, mesh_dim_names=case.dims)
+        found[case.name] = every_quantity(case.problem(), one[0], rank // case.alike, mesh)
     (directory / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

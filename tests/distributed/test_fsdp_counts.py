@@ -34,7 +34,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("ghost_dot_prod with a direction", 3.0),
         ("ghost_value_and_grad with val", 3.0),  # u comes up on every rank
         ("ghost_dot_prod with val", 2.0),
-        ("ghost_value_and_grad with more of val", 7.0),  # a pass of val, and one with a direction
+        ("ghost_value_and_grad with much val", 5.0),  # u is summed up and gathered
+        ("ghost_dot_prod with much val", 4.0),
+        ("ghost_value_and_grad with longer val", 7.0),  # a pass of val, and one with a direction
         ("ghost_norm", 2.0),
         ("direction", 3.0),
         ("FSDP2", 3.0),
@@ -51,6 +53,8 @@ def test_bytes_moved(counted: dict[str, Any], call: str, models: float) -> None:
         ("ghost_dot_prod with a direction", 2, False),
         ("ghost_value_and_grad with val", 3, True),
         ("ghost_dot_prod with val", 2, False),
+        ("ghost_value_and_grad with much val", 3, True),
+        ("ghost_dot_prod with much val", 3, False),  # the whole that is summed up, and its copy
         ("ghost_norm", 1, False),
         ("direction", 2, True),
     ],

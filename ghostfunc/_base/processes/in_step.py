@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import RankError
-from ghostfunc._base.processes.ranks import Ranks, as_bytes
+from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import all_gather
 
@@ -54,6 +54,7 @@ class InStep:
             self.control = dist.new_group(members, backend="gloo", use_local_synchronization=True)
         self.together = 0
         self._over = False  # all ranks know that this call ended, and have not met since
+        self._tensors = Ranks(self.group, "A sharded module")
         self._ranks = Ranks(self.control, "A sharded module")
 
     # --- waiting for each other ---
@@ -74,24 +75,13 @@ class InStep:
         """The sum of the tensors of all ranks."""
         out = x.detach().clone()
         self.meet(place)
-        try:
-            torch.distributed.all_reduce(out, group=self.group)
-        except RuntimeError as error:
-            raise self.lost(place, error) from error
+        self._tensors.wait(self._tensors.sum_later(out, place), place)
         return out
 
-    def rows(self, place: str, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """The rows of every rank's `x`, of which it has as many as `counts` says: each sends as
-        many as the longest has. Bytes travel, since backends do not take all dtypes."""
-        sent = x.new_zeros(max(counts), *x.shape[1:])
-        sent[: len(x)] = x.detach()
-        received = sent.new_empty(self.size, *sent.shape)
+    def samples(self, place: str, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Every rank's tensor of samples, of which it has as many as `counts` says."""
         self.meet(place)
-        try:
-            all_gather(as_bytes(received), as_bytes(sent), group=self.group)
-        except RuntimeError as error:
-            raise self.lost(place, error) from error
-        return [rows[:n] for rows, n in zip(received, counts, strict=True)]
+        return self._tensors.samples(x, counts, place)
 
     def _meet(self, place: str, state: int = _RUNS, number: int = 0) -> _Told:
         mine = torch.tensor([number_of_text(place), state, number])

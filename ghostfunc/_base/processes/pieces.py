@@ -93,29 +93,35 @@ def samples_of_all(model_fn: ModelFn, n: int) -> int:
     return sum(sharding.ranks.all("counting samples", n)) // sharding.copies_of_samples
 
 
-def few_of_all(model_fn: ModelFn, train: PyTree, val: PyTree, outline: str | None) -> list[int]:
-    """How many samples of `val` every rank has, where all of them together are at most as many as
-    any rank has of `train`, and no larger than the model or `LITTLE`; nothing elsewhere.
+def copies_of_samples(model_fn: ModelFn) -> int:
+    """How many ranks have each sample."""
+    sharding = _in_pieces(model_fn)
+    return 1 if sharding is None else sharding.copies_of_samples
 
-    The answer is the same on all ranks. `outline` says what their batches have to have in common;
-    None that this rank's have not.
+
+def few_of_all(model_fn: ModelFn, train: PyTree, val: PyTree, outline: str) -> list[int]:
+    """How many samples of `val` every rank has, where they are so few that each may compute all of
+    them: no rank then has more than twice the samples of its own two batches, and those of `val`
+    are no larger than the model or `LITTLE`. Nothing elsewhere.
+
+    The answer is the same on all ranks. `outline` says what their batches have to have in common.
     """
     sharding = _in_pieces(model_fn)
     if sharding is None:
         return []
     ranks = sharding.ranks
-    alike = ranks.all("comparing batches", 0 if outline is None else number_of_text(outline))
-    counts = ranks.all("counting validation samples", batch_size(val))
-    ours = min(ranks.all("counting samples", batch_size(train)))
-    total = sum(counts) // sharding.copies_of_samples
-    if alike[0] == 0 or len(set(alike)) > 1 or total > ours:
+    alike = ranks.all("comparing batches", number_of_text(outline))
+    theirs = ranks.all("counting validation samples", batch_size(val))
+    ours = ranks.all("counting samples", batch_size(train))
+    total = sum(theirs) // sharding.copies_of_samples
+    if len(set(alike)) > 1 or any(total > n + 2 * m for n, m in zip(ours, theirs, strict=True)):
         return []
     bytes_of_one = sum(x[0].numel() * x.element_size() for x in tensors_of(val))
     model = sum(
         math.prod(sharding.shards[name].shape) * x.element_size()
         for name, x in sharding.pieces.items()
     )
-    return counts if total * bytes_of_one <= max(model, LITTLE) else []
+    return theirs if total * bytes_of_one <= max(model, LITTLE) else []
 
 
 def batch_of_all(model_fn: ModelFn, batch: PyTree, counts: Sequence[int]) -> PyTree:
@@ -127,7 +133,7 @@ def batch_of_all(model_fn: ModelFn, batch: PyTree, counts: Sequence[int]) -> PyT
     copies = {rank for row in sharding.alike for rank in row[1:]}
 
     def of_all(x: Tensor) -> Tensor:
-        rows = sharding.ranks.rows("bringing validation samples together", x, counts)
+        rows = sharding.ranks.samples("bringing validation samples together", x, counts)
         return torch.cat([part for rank, part in enumerate(rows) if rank not in copies])
 
     return map_tensors(of_all, batch)

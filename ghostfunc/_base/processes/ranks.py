@@ -23,7 +23,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, RankError, TransformError
 from ghostfunc._base.text_number import number_of_text
-from ghostfunc._base.torch_private import group_store, in_transform
+from ghostfunc._base.torch_private import all_gather, group_store, in_transform
 
 BUCKET_BYTES = 25 << 20
 """Of gradients that travel together: what DistributedDataParallel takes, too."""
@@ -99,12 +99,17 @@ class Ranks:
         except RuntimeError as error:
             raise self.lost(place, error) from error
 
-    def gather(self, into: list[Tensor], x: Tensor, place: str) -> None:
-        """`x` of every rank, all of one shape."""
+    def samples(self, x: Tensor, counts: Sequence[int], place: str) -> list[Tensor]:
+        """Every rank's tensor of samples, of which it has as many as `counts` says: each sends as
+        many as the longest has. Bytes travel, since backends do not take all dtypes."""
+        sent = x.new_zeros(max(counts), *x.shape[1:])
+        sent[: len(x)] = x.detach()
+        received = sent.new_empty(self.size, *sent.shape)
         try:
-            dist.all_gather(into, x, group=self.group)
+            all_gather(as_bytes(received), as_bytes(sent), group=self.group)
         except RuntimeError as error:
             raise self.lost(place, error) from error
+        return [rows[:n] for rows, n in zip(received, counts, strict=True)]
 
     def rows(self, row: Sequence[int], place: str) -> list[list[int]]:
         """One row of numbers from every rank."""

@@ -61,6 +61,31 @@ class OneRuns:
     found: Recent[Hashable, list[int] | str] = field(default_factory=lambda: Recent(SHAPES))
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Batches that may share a run, and what is wanted of it.
+
+    Attributes:
+        mean: whether `u` is the gradient of the mean validation loss, and not of the sum.
+        grads: whether the training gradient is wanted, too.
+    """
+
+    program: Program
+    train: PyTree
+    val: PyTree
+    mean: bool
+    grads: bool
+    per_param: bool
+    contract_dtype: ContractDtype
+    check: Check
+    check_finite: bool
+
+    @property
+    def key(self) -> Hashable:
+        """What tells two batches that differ in size alone from others."""
+        return key_of(self.program, self.train, self.val)
+
+
 class OneRunResult(NamedTuple):
     """Losses of the train samples `[n]`, the gradient of their mean, and `<g_i, u>`, `[n]`, for
     every parameter or one in all."""
@@ -102,7 +127,7 @@ def shared_or_why_not(
         return "samples draw random numbers"
     if any(wide(x).dtype != x.dtype for x in program.leaves):
         return "parameters in half precision have their validation gradient added up in float32"
-    copied = sum(known(x.numel()) for x in tensors_of(train))
+    copied = sum(known(x.numel()) for x in tensors_of((train, val)))
     if copied > max(COPIED_ELEMENTS, sum(known(x.numel()) for x in program.leaves)):
         return "one run would copy batches that are larger than the model"
     model, uses = use_shapes(program, train, exact=False)
@@ -114,46 +139,26 @@ def shared_or_why_not(
     return [i for i, met in enumerate(uses) if len(met) > 1]
 
 
-def in_one_run(
-    program: Program,
-    train: PyTree,
-    val: PyTree,
-    *,
-    mean: bool,
-    grads: bool,
-    per_param: bool,
-    contract_dtype: ContractDtype,
-    check: Check,
-    check_finite: bool,
-) -> OneRunResult | None:
+def in_one_run(asked: Sharing) -> OneRunResult | None:
     """Scores, and the training gradient if it is wanted, from one run; None where there is a reason
     for two."""
+    program, train, val = asked.program, asked.train, asked.val
     if in_transform() or difference_of(train, val) is not None:
         return None
-    found_before, key = memory(program.model_fn, OneRuns).found, key_of(program, train, val)
+    found_before = memory(program.model_fn, OneRuns).found
     n, m = batch_size(train), batch_size(val)
     alone: Tensor | None = None
-    shared = found_before.get(key)
+    shared = found_before.get(asked.key)
     if shared is None:
-        shared = found_before.put(key, shared_or_why_not(program, train, val))
-        if isinstance(shared, list) and m == 1 and check == "never":  # else the proof runs it
+        shared = found_before.put(asked.key, shared_or_why_not(program, train, val))
+        if isinstance(shared, list) and m == 1 and asked.check == "never":  # else the proof runs it
             alone = _losses(program, val)  # code may treat one in its own way
     if isinstance(shared, str):
         return None
-    scales = 1 / n if grads else 1.0, 1 / m if mean else 1.0
-    weights = weights_of(n, m, scales, program.leaves[0].device)
+    scales = 1 / n if asked.grads else 1.0, 1 / m if asked.mean else 1.0
+    readers = [OneRunReader(n, asked.contract_dtype)] * len(program.leaves)
     try:
-        found = run_joined(
-            program,
-            one_batch_of(train, val),
-            OneRunReader(n, contract_dtype),
-            shared,
-            weights,
-            grads=grads,
-            check=check,
-            per_param=per_param,
-            finite=FiniteLosses(check_finite),
-        )
+        found = run_joined(asked, readers, shared, scales)
     except NonFiniteLossError:
         return None  # two runs raise, and say whose loss it is
     company = company_of(found.trace)
@@ -161,12 +166,12 @@ def in_one_run(
         company = "the validation sample has another loss by itself"
     if company is not None:
         # The joined batch took another way than either batch by itself.
-        found_before.put(key, company)
+        found_before.put(asked.key, company)
         return None
-    return found.of_train(n, scales[0], per_param=per_param)
+    return found.of_train(n, scales[0], per_param=asked.per_param)
 
 
-def weights_of(n: int, m: int, scales: tuple[float, float], device: torch.device) -> Tensor:
+def _weights(n: int, m: int, scales: tuple[float, float], device: torch.device) -> Tensor:
     """What the losses of both batches are multiplied by, `[n + m]`."""
     weights = torch.full((n + m,), scales[0], dtype=torch.float64, device=device)
     weights[n:].fill_(scales[1])
@@ -197,37 +202,37 @@ class Found(NamedTuple):
 
 
 def run_joined(
-    program: Program,
-    batch: PyTree,
-    reader: OneRunReader,
+    asked: Sharing,
+    readers: Sequence[OneRunReader],
     shared: Sequence[int],
-    weights: Tensor,
-    *,
-    grads: bool,
-    check: Check,
-    per_param: bool,
-    finite: FiniteLosses,
+    scales: tuple[float, float],
 ) -> Found:
-    """One run of a batch of both. The parameters `shared` are read at its end."""
+    """One run of a batch of both.
+
+    Args:
+        readers: one per parameter; the parameters `shared` are read at the end of the run.
+        scales: what the losses of train and of validation samples are multiplied by.
+    """
+    program, finite = asked.program, FiniteLosses(asked.check_finite)
+    n, m = batch_size(asked.train), batch_size(asked.val)
     single = [i for i in range(len(program.leaves)) if i not in shared]
-    readers = [None if i in shared else reader for i in range(len(program.leaves))]
     result = run(
         program,
-        batch,
-        [Prepared(readers, degree=2)],
-        grads=single if grads else (),
+        one_batch_of(asked.train, asked.val),
+        [Prepared([None if i in shared else x for i, x in enumerate(readers)], degree=2)],
+        grads=single if asked.grads else (),
         collect=shared,
-        scale=weights,
-        check=check,
-        summed=() if per_param else (0,),
+        scale=_weights(n, m, scales, program.leaves[0].device),
+        check=asked.check,
+        summed=() if asked.per_param else (0,),
         finite=finite,
     )
     dots, out = list(result.values[0]), list(result.grads)
     for i in shared:
         # Look-ups come last: they are added to the total of the other uses.
         bundle = sorted(result.factors[i], key=lambda f: isinstance(f, OneHot))
-        read, total = _read(reader, bundle, grads=grads)
-        if per_param:
+        read, total = _read(readers[i], bundle, grads=asked.grads)
+        if asked.per_param:
             dots[i] = read
         else:
             dots.append(read)

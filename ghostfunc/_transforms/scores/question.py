@@ -49,7 +49,7 @@ from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores import lengths
 from ghostfunc._transforms.scores.by_position import position_dots
 from ghostfunc._transforms.scores.on_pieces import in_one_run_of_all
-from ghostfunc._transforms.scores.one_run import in_one_run
+from ghostfunc._transforms.scores.one_run import Sharing, in_one_run
 from ghostfunc._transforms.scores.targets import Targets, make_targets
 from ghostfunc._transforms.scores.validation import (
     dense_direction,
@@ -272,7 +272,7 @@ class Question:
         if self.program.randomness != "error":
             return None
         alone = in_step(self.program.model_fn) is None
-        found = (in_one_run if alone else in_one_run_of_all)(
+        asked = Sharing(
             self.program,
             self.train,
             piece.val,
@@ -283,6 +283,7 @@ class Question:
             check=self.check,
             check_finite=self.check_finite,
         )
+        found = in_one_run(asked) if alone else in_one_run_of_all(asked)
         if found is None:
             return None
         return _Step(found.losses, found.grads, [self._summed(found.dots)])
