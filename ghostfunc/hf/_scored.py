@@ -96,7 +96,8 @@ class GhostMixin(ScoreKeeper):
         """The loss that this trainer trains, as sums and counts per sample."""
         given = self._given_loss
         if given is None:
-            smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+            smoother = self.label_smoother  # of the beginning: trials do not change it
+            smoothing = 0.0 if smoother is None else float(smoother.epsilon)
             return trained_loss(cast(nn.Module, self.model), smoothing, self.compute_loss_func)
         return given if isinstance(given, SampleLoss) else one_item_each(given)
 
@@ -135,6 +136,8 @@ class GhostMixin(ScoreKeeper):
         num_items_in_batch: Any,
         exchange: Exchange | None,
     ) -> Tensor:
+        if self._run.divisor is None:  # a run begins; `model_init` gives it a model of its own
+            self._loss = self.sample_loss()
         module.train()
         cast(Any, self.optimizer).train()  # those without a schedule train at other weights
         if self._given_loss is None:

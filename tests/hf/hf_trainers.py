@@ -149,7 +149,7 @@ class Recording:
             {
                 "inputs": {k: x.clone() for k, x in inputs.items()},
                 "weights": {k: x.detach().clone() for k, x in module.state_dict().items()},
-                "rates": {k: rate_of.get(id(p)) for k, p in module.named_parameters()},
+                "rates": {k: rate_of.get(id(p), 0.0) for k, p in module.named_parameters()},
                 "counted": num_items_in_batch,
                 "micro_batches": self.current_gradient_accumulation_steps,
                 "step": self.state.global_step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -14,8 +15,11 @@ from compare import assert_close
 from hf_trainers import (
     Recorded,
     arguments,
+    bert,
+    class_of,
     gpt2,
     in_order,
+    labelled,
     llama,
     mixtral,
     same_training,
@@ -25,6 +29,7 @@ from hf_trainers import (
 from test_trained import TOKENS, lora, token_sums, tokens
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
 import ghostfunc as gf
 
@@ -194,7 +199,7 @@ def test_a_loss_scaler_and_a_step_that_it_skips(form: str, optim: str, tmp_path:
     assert total == int(unscaled.scores.counts.sum()) == sum(map(len, seen)) - len(seen[1])
 
 
-# --- learning rates, score sets ---
+# --- optimizers, runs of one trainer, score sets ---
 
 
 class TwoRates(Recorded):
@@ -208,11 +213,109 @@ class TwoRates(Recorded):
         return self.optimizer
 
 
-def test_two_learning_rates(tmp_path: Path) -> None:
-    trainer = TwoRates(model=gpt2(), args=arguments(tmp_path), **DATA)
+class WithoutBiases(Recorded):
+    """An optimizer of some trainable parameters: the others stay where they are."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        some = [p for k, p in self.model.named_parameters() if not k.endswith("bias")]
+        self.optimizer = torch.optim.SGD(some, lr=1e-2)
+        return self.optimizer
+
+
+class Signs(torch.optim.Optimizer):
+    """An optimizer of one's own."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.sub_(group["lr"] * p.grad.sign())
+
+
+OPTIMIZERS: dict[str, tuple[type[Recorded], dict[str, Any], int]] = {
+    "two rates": (TwoRates, {}, 2),
+    "some parameters": (WithoutBiases, {}, 2),
+    "a class": (
+        Recorded,
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9})},
+        1,
+    ),
+    "one's own": (Recorded, {"optimizer_cls_and_kwargs": (Signs, {"lr": 1e-3})}, 1),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizers_that_a_user_makes(kind: str, tmp_path: Path) -> None:
+    trainer_class, options, rates = OPTIMIZERS[kind]
+    trainer = trainer_class(model=gpt2(), args=arguments(tmp_path), **DATA, **options)
     trainer.train()
-    assert len({*trainer.seen[0]["rates"].values()}) == 2
+    assert len({*trainer.seen[0]["rates"].values()}) == rates
     assert_close(trainer.scores.values, expected(trainer), 1e-4)
+
+
+def test_optimizers_that_cannot_be_scored_by(tmp_path: Path) -> None:
+    own = {"optimizer_cls_and_kwargs": (Signs, {"lr": 1e-3})}
+    with pytest.raises(gf.OptionError, match=r'by the step .*Signs.* score_form="sgd" takes'):
+        ghost(arguments(tmp_path), score_form="exact", **own).train()
+    with pytest.raises(gf.ParamsError, match=r"bias' of GPT2LMHeadModel is trainable but not in"):
+        WithoutBiases(
+            model=gpt2(), args=arguments(tmp_path), **DATA, score_form="previous_state"
+        ).train()
+
+    class OfAnother(gf.hf.GhostTrainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = torch.optim.SGD(gpt2().parameters(), lr=1e-2)
+            return self.optimizer
+
+    with pytest.raises(gf.ParamsError, match="None of the 16 trainable parameters"):
+        OfAnother(model=gpt2(), args=arguments(tmp_path), **DATA).train()
+
+
+def test_every_run_of_model_init_has_a_model_and_a_loss_of_its_own(tmp_path: Path) -> None:
+    made: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        made.append(bert() if len(made) < 2 else bert(problem_type="regression", num_labels=1))
+        return made[-1]
+
+    data = {"train_dataset": labelled(8, 0, class_of), "score_dataset": labelled(5, 1, class_of)}
+    trainer = Recorded(model_init=make, args=arguments(tmp_path), **data)
+    batches = in_order(data["score_dataset"], 4)
+
+    def check() -> None:
+        want = scores_by_definition(trainer, batches, lambda _: 1, counted=False, averaged=True)
+        assert_close(trainer.scores.values, want, 1e-4)
+
+    trainer.train()
+    check()
+    trainer.seen.clear()
+    for part in ("train_dataset", "score_dataset"):
+        for sample in data[part]:
+            sample["labels"] = float(sample["labels"])
+    trainer.train()
+    check()
+    assert len(made) == 3
+
+
+def test_trials_of_a_search_are_runs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `hyperparameter_search` does, without the library that draws."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer = Recorded(model_init=lambda: gpt2(), args=arguments(tmp_path), **DATA)
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    for number, batch_size in enumerate((3, 2)):
+        rate = 1e-2 / (1 + number)
+        params = {"learning_rate": rate, "per_device_train_batch_size": batch_size}
+        trainer.seen.clear()
+        trainer.train(trial=SimpleNamespace(number=number, params=params))
+        assert trainer.seen[0]["rates"]["transformer.wte.weight"] == rate
+        scores = trainer.scores
+        assert len(scores.ids) == min(8, 3 * batch_size)
+        assert_close(scores.values, expected(trainer)[scores.ids], 1e-4)
 
 
 class Stream(torch.utils.data.IterableDataset):

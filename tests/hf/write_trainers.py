@@ -100,11 +100,17 @@ ROWS: dict[str, Any] = {
         ),
         eval_dataset=LM.data(4, 5),
     ),
+    "optimizer_cls_and_kwargs": with_options(
+        LM, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9})
+    ),
     'compile=True, score_form="exact"': with_options(LM, compile=True, score_form="exact"),
 }
 REFUSED: dict[str, Any] = {
     "NEFTune": with_args(LM, neftune_noise_alpha=5.0),
     "routed experts, load balancing loss": LM_BALANCED,
+    'an optimizer of one\'s own, score_form="exact"': with_options(
+        LM, optimizer_cls_and_kwargs=(settings.Signs, {"lr": 1e-3}), score_form="exact"
+    ),
     "token sums for a mean": with_options(LORA, sample_loss=trained.token_sums),
 }
 
