@@ -105,10 +105,9 @@ def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, T
     beside = summed([f for bundle in looked_up for f in bundle]) if looked_up[0] else None
     step = cost.spread_rows(known(n), known(p), known(d))
     if pairs.in_place(formed, p, d):
-        tables, total = _in_place(formed, beside, p, d, step)
+        table, total = _in_place(formed, beside, p, d, step)
     else:
-        tables, total = _formed(formed, beside, p, step)
-    table = add_up(tables)
+        table, total = _formed(formed, beside, p, step)
     if beside is not None:
         squares = list(map(pairs.squares_beside, formed, looked_up))
         dots = [add_up([dot(f, total) for f in bundle]) for bundle in looked_up]
@@ -118,7 +117,7 @@ def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, T
 
 def _formed(
     parts: Sequence[Bundle], beside: Tensor | None, p: int, step: int
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What is read of blocks of rows of all gradients, and the total, with what is `beside` it."""
     tables, totals = [], []
     for rows in pairs.slices(p, step):
@@ -126,33 +125,46 @@ def _formed(
         total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
         totals.append(total)
         tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
-    return tables, totals[0] if len(totals) == 1 else torch.cat(totals)
+    return add_up(tables), totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
 def _in_place(
     parts: Sequence[Bundle], beside: Tensor | None, p: int, d: int, step: int
-) -> tuple[list[Tensor], Tensor]:
-    """`_formed`, every block where the last one was, and the total where it stays."""
+) -> tuple[Tensor, Tensor]:
+    """`_formed`, every block where the last one was, read in stretches, and the total where it
+    stays."""
     like, n = wide(values(parts[0][0])), sum(map(samples, parts))
     total, ones = like.new_empty(p, d), like.new_ones(n)
-    tables = []
+    few = n <= FEW_SAMPLES
+    gram, squares, dots = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
     for rows, block in pairs.row_blocks(parts, p, d, step):
         whole, g = total[rows].view(-1), block.flatten(1)
         for stretch in pairs.slices(len(whole), STRETCH // n):
-            own = whole[stretch]
-            torch.mv(g[:, stretch].mT, ones, out=own)  # faster than a sum
+            own, x = whole[stretch], g[:, stretch]
+            torch.mv(x.mT, ones, out=own)  # faster than a sum
             if beside is not None:
                 own.add_(beside[rows].flatten()[stretch])
-            tables.append(_table(g[:, stretch], own, whole=beside is None))
-    return tables, total
+            if few:
+                gram.addmm_(x, x.mT)
+            else:
+                squares.add_(_squares(x))
+            if beside is not None or not few:
+                dots.addmv_(x, own)
+    if few:
+        squares, dots = gram.diagonal(), gram.sum(1) if beside is None else dots
+    return torch.stack([squares, dots], dim=1), total
+
+
+def _squares(g: Tensor) -> Tensor:
+    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()  # adds up in lanes
+    return squares
 
 
 def _table(g: Tensor, total: Tensor, *, whole: bool) -> Tensor:
     """`||g_i||^2` and `<g_i, total>`, `[n, 2]`, of gradients `[n, elements]`; whether `total` is
     the `whole` sum of them, and no more."""
     if known(len(g)) > FEW_SAMPLES:
-        squares = torch.linalg.vector_norm(g, dim=1).square()  # adds up in lanes
-        return torch.stack([squares, g @ total], dim=1)
+        return torch.stack([_squares(g), g @ total], dim=1)
     gram = g @ g.mT
     dots = gram.sum(1) if whole else g @ total
     return torch.stack([gram.diagonal(), dots], dim=1)

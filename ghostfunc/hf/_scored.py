@@ -136,7 +136,8 @@ class GhostMixin(ScoreKeeper):
         num_items_in_batch: Any,
         exchange: Exchange | None,
     ) -> Tensor:
-        if self._run.divisor is None:  # a run begins; `model_init` gives it a model of its own
+        makes_models: Any = self.model_init
+        if makes_models is not None and self._run.divisor is None:  # a run begins with another one
             self._loss = self.sample_loss()
         module.train()
         cast(Any, self.optimizer).train()  # those without a schedule train at other weights
