@@ -34,8 +34,19 @@ _OTHERS = frozenset((float, type(None), type(...), torch.device, torch.layout, t
 """Types of arguments that are told, and of those that move no sample."""
 _LISTS = frozenset((tuple, list, torch.Size))
 _INT = frozenset((int,))
+_INDICES = frozenset((int, slice, type(None), type(...)))
 
 Pick: TypeAlias = Callable[[Any], Any]
+
+
+def _told_whole(values: Any) -> bool:
+    """Whether a list holds whole numbers, and what indexes without tensors, alone."""
+    return _INDICES.issuperset(map(type, values)) and all(
+        type(x) is int or x is None
+        for s in values
+        if type(s) is slice
+        for x in (s.start, s.stop, s.step)
+    )
 
 
 def _nothing(values: Any) -> None:
@@ -52,7 +63,7 @@ class Step:
             and what it returns is not handed to Python.
         names: of the keyword arguments; `kinds`: the types of all arguments.
         pick: takes whole numbers, words and dtypes out of the arguments; `told`: what they were.
-        lists: which arguments are lists of whole numbers; `listed`: what was in them.
+        lists: which arguments are lists of whole numbers or indices; `listed`: what was in them.
         shape: of the first argument, for ops that may fold axes.
         compared: whether any of these three is to be.
         use: what is known of the use, for calls that are one.
@@ -92,7 +103,7 @@ class Step:
         rest = {k for k in kinds if k not in _NUMBERS and k not in _OTHERS and k not in _LISTS}
         if any(not issubclass(kind, Tensor) for kind in rest):
             return
-        if any(kinds[i] not in _LISTS or not _INT.issuperset(map(type, values[i])) for i in lists):
+        if any(kinds[i] not in _LISTS or not _told_whole(values[i]) for i in lists):
             return
         if may_fold(self.func):
             if not isinstance(values[0], Tensor) or any(isinstance(x, Tensor) for x in values[1:]):
@@ -116,11 +127,13 @@ class Step:
 
     def _same_lists(self, values: tuple[Any, ...]) -> bool:
         """Whether lists hold the same whole numbers: `[1]` equals `[True]`."""
-        given = [values[i] for i in self.lists]
-        return all(
-            tuple(x) == y and _INT.issuperset(map(type, x))
-            for x, y in zip(given, self.listed, strict=True)
-        )
+        for i, listed in zip(self.lists, self.listed, strict=True):
+            given = values[i]
+            if tuple(given) != listed or not (
+                _INT.issuperset(map(type, given)) or _told_whole(given)
+            ):
+                return False
+        return True
 
 
 class KnownUse:

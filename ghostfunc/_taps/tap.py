@@ -157,9 +157,10 @@ class Sinks:
 
     def collects(self, targets: Sequence[tuple[ArgName, Tracked]]) -> bool:
         """Whether the cotangent of a use's output is kept."""
-        return bool(self.collect) and any(
-            not self.collect.isdisjoint(target.leaves()) for _, target in targets
-        )
+        for _, target in targets:  # noqa: SIM110 (a generator is felt in every use)
+            if not target.leaves().isdisjoint(self.collect):
+                return True
+        return False
 
 
 @dataclass(eq=False, kw_only=True)

@@ -4,7 +4,7 @@ directions from a parameter to such a tensor, and of factors back."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -132,8 +132,7 @@ class Tracked:
         return self.sources[0].direct(factor)
 
     def __post_init__(self) -> None:
-        own = () if self.leaf is None else ((self.leaf, self.name),)
-        self._parameters: dict[int, str] = dict(own)
+        self._parameters = {} if self.leaf is None else {self.leaf: self.name}
         for source in self.sources:
             self._parameters |= source._parameters
 
@@ -141,9 +140,9 @@ class Tracked:
         """What those parameters are called."""
         return set(self._parameters.values())
 
-    def leaves(self) -> set[int]:
+    def leaves(self) -> KeysView[int]:
         """The parameters this tensor derives from."""
-        return set(self._parameters)
+        return self._parameters.keys()
 
     def pulled(self, factors: Sequence[Factor]) -> list[tuple[Tracked, Factor]]:
         """The factors of the tensors this one derives from, given its own, whose sum counts."""

@@ -286,7 +286,7 @@ def case(whole: Store_, kind: str, way: str, chance: random.Random) -> Counter[s
             counts["errors"] += 1
             complain(told, name, error, named)
         else:
-            counts["right" if answer == whole.answers[name] else "wrong"] += 1
+            counts["right" if answer == whole.answers[name] else "signed lies"] += 1
             lie = honest(kind, way, spoilt / relative, (whole.whole / relative).read_bytes())
             assert answer == whole.answers[name] or lie, f"{told}: another answer to {name!r}"
     checked(told, spoilt, counts)

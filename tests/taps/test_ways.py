@@ -33,6 +33,11 @@ def listed(p: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return energy(x.flip(dims) @ p["w"])
 
 
+def cut(p: Any, x: Tensor, index: tuple[Any, ...]) -> Tensor:
+    """What a call is told in slices, and in what else indexes without tensors."""
+    return energy(x[index].reshape(len(x), -1).sum(1, keepdim=True).expand(-1, 4) @ p["w"])
+
+
 def kept(p: Any, x: Tensor, keepdim: bool) -> Tensor:
     return energy(x @ p["w"] + x.mean(1, keepdim).view(-1, 1))
 
@@ -135,6 +140,7 @@ def test_another_way_at_the_same_shapes(program: Program, first: Any, then: Any)
     [
         (rolled, 1, 2, True),
         (listed, (1,), (-1,), True),
+        (cut, (slice(None), slice(1, 3)), (slice(None), slice(0, 2)), True),
         (kept, False, True, True),
         (multiplied, 1.5, 2.5, False),
         (scaled, 1.5, 2.5, False),
