@@ -9,8 +9,8 @@ gradient too, where it is wanted.
 
     ReturningTap    inside transforms: every quantity has an input of its own, which is zero, and
                     what is read is the cotangent of that input
-    SinkTap         elsewhere: what is read is put into `Sinks`; the one input is a dummy, the
-                    anchor, which has autograd come by
+    SinkTap         elsewhere: what is read is put into `Sinks`. The one input is a dummy, the
+                    anchor: since it wants a gradient, autograd runs the tap's backward pass
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._quantities.readers import PositionsReader
 from ghostfunc._rules.registry import ArgName, ByPosition
+from ghostfunc._taps.few_calls import FewCalls
 from ghostfunc._taps.read_factor import read_all
 from ghostfunc._taps.read_packed import PackedUse
-from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.use import Use, merge_tensors, split_tensors
 from ghostfunc._trace.tracked import ReaderKey, Tracked
 
@@ -51,7 +51,8 @@ class ReturningTap(Use):
         self.n_taps = 0
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """`y` with the taps of all targets beside it."""
+        """`y`, whose backward pass reads all targets and returns what it reads as cotangents of
+        `taps`."""
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
@@ -134,13 +135,13 @@ class Sinks:
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
-        straight: reads biases and norms of many layers together, where something is `summed`.
+        few_calls: reads biases and norms of many layers together, where something is `summed`.
         by_position: whether positions are read, so that no rule may form the gradient.
     """
 
     collect: frozenset[int]
     summed: frozenset[int]
-    straight: Straight | None
+    few_calls: FewCalls | None
     by_position: bool = False
     open: bool = False
     values: dict[ReaderKey, Tensor] = field(default_factory=dict)
@@ -170,7 +171,8 @@ class SinkTap(Use):
     Attributes:
         blank: makes a zero cotangent of the output, where the cotangent is kept.
         reading: whether something is read.
-        once: whether it is read once, so that what was made whole for it may go then.
+        once: whether the use is read once. It then lets go of its targets, and parameters that
+            were gathered from several ranks are freed.
     """
 
     sinks: Sinks
@@ -179,8 +181,9 @@ class SinkTap(Use):
     once: bool = False
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """`y` with a tap beside it whose inputs are the anchor, and what training gradients are
-        read at that are autograd's to add up."""
+        """`y`, whose backward pass puts what it reads into the sinks. The tap's inputs are the
+        anchor, and one tensor per training gradient that autograd adds up: the cotangent of that
+        tensor."""
         inputs = [target.grad for _, target in self.targets if target.grad_is_autograds]
         self.reading = any(target.readers or target.wants_grad for _, target in self.targets)
         if not self.reading and not self.collected:
@@ -211,7 +214,7 @@ class SinkTap(Use):
         factors = self.factors(b, args)
         packed = None
         if self.recut is not None:
-            packed = PackedUse(self.call, factors, self.recut.packing, sinks.straight, sinks.add)
+            packed = PackedUse(self.call, factors, self.recut.packing, sinks.few_calls, sinks.add)
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
@@ -222,9 +225,9 @@ class SinkTap(Use):
                 if sinks.by_position and isinstance(make, ByPosition):
                     make = make.outer
                 factor = self.fitted(make(), target)
-                straight = sinks.straight
-                if straight is not None and straight.read(self.call, target, factor, sinks.add):
-                    continue
+                few_calls = sinks.few_calls
+                if few_calls is not None and few_calls.read(self.call, target, factor, sinks.add):
+                    continue  # it takes no target whose gradient is one of `out`
                 found = read_all(factor, target, target.own_readers())
             if found is None:
                 continue
