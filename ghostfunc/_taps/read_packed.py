@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ghostfunc._base.documents import Packing
 from ghostfunc._factors.factor import Dense, OneHot, Outer
-from ghostfunc._quantities.readers import DotReader, by_sample
+from ghostfunc._quantities.readers import DotReader, takes_parts
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
 from ghostfunc._taps.few_calls import Add, FewCalls
-from ghostfunc._taps.read_factor import as_param_shape, read_all
+from ghostfunc._taps.read_factor import as_param_shape, read_all, read_all_parts
 from ghostfunc._taps.recut import in_rows, regrouped
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import Tracked
@@ -54,13 +53,10 @@ class PackedUse(NamedTuple):
             packed = None if packed is None else as_param_shape(packed, target)
             if isinstance(packed, (Outer, OneHot)):
                 return read_all(packed, target, readers, packing)
-        apart = len(packing.groups) > 1 and not target.wants_grad
-        if readers and apart and all(map(by_sample, readers)):
+        if len(packing.groups) > 1 and all(map(takes_parts, readers)):
             parts = [
-                read_all(as_param_shape(regrouped(single, part), target), target, readers)
-                for _, part in packing.groups
+                (samples, as_param_shape(regrouped(single, own), target))
+                for samples, own in packing.groups
             ]
-            order = torch.cat([samples for samples, _ in packing.groups]).argsort()
-            columns = zip(*parts, strict=True)
-            return [torch.cat([x for x in column if x is not None])[order] for column in columns]
+            return read_all_parts(parts, target, readers)
         return read_all(as_param_shape(regrouped(single, packing), target), target, readers)
