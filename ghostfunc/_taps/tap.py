@@ -4,8 +4,10 @@ off it: dot products, norms, projections.
 
 The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
 its input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
-output's cotangent and the op's arguments. Readers read quantities off the factor, and the training
-gradient too, where it is wanted.
+output's cotangent and the op's arguments (`Use.factors`, in `use.py`). Readers read quantities off
+the factor, and the training gradient too, where it is wanted (`read_all`, in `read_factor.py`).
+
+Both classes here are uses that place a tap:
 
     ReturningTap    inside transforms: every quantity has an input of its own, which is zero, and
                     what is read is the cotangent of that input
@@ -119,7 +121,7 @@ class _ReturningAtTop(torch.autograd.Function):
 
 
 ANCHOR: ReaderKey = (-1, -1)
-"""The dummy input that all taps of a run with sinks share."""
+"""The key of the dummy input that all taps of a run with sinks share."""
 
 Blank: TypeAlias = Callable[[], Tensor]
 
@@ -231,6 +233,7 @@ class SinkTap(Use):
                 found = read_all(factor, target, target.own_readers())
             if found is None:
                 continue
+            # One value per reader, and the training gradient last, if there is one.
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
                 sinks.add(key, value)
@@ -240,7 +243,8 @@ class SinkTap(Use):
 
 
 class Beside(torch.autograd.Function):
-    """The first of two tensors with the same values; both get its cotangent."""
+    """The first of two tensors with the same values; both get its cotangent. The first is what the
+    program computed, the second what ops with taps did (`TapMode` runs both)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, beside: Tensor) -> Tensor:

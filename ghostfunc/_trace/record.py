@@ -1,5 +1,6 @@
-"""Runs 1 and 2 of tracing, side by side. The second has one sample more: an axis that grew holds
-samples."""
+"""The first two of the three runs that tracing makes (`make.py`). The second has one sample more
+than the first, rarely two or more, and is compared with it call by call: what grew holds samples.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ _ROWS_CHOSEN: set[Callable[..., Any]] = {
     Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk,
     torch.chunk, torch.select, Tensor.select, Tensor.index_select, torch.index_select,
 }  # fmt: skip
-"""Ops that take rows of a tensor; out of one without samples, by the number of samples."""
+"""Ops that take rows of a tensor. A table without samples may be cut by their number so."""
 
 
 class ShapeLog(Refusals):
@@ -105,6 +106,15 @@ class Recorder(TrackingMode):
     Args:
         n_small, n_large: samples in them, the smaller batch the first of the larger one.
         large: the larger batch.
+
+    Attributes:
+        dtypes: of the floating-point tensors that samples lie in.
+        statistics: whether a number may be made of several samples.
+        reads: whether values of the batch come into Python, or rows are chosen by its size;
+            `reads_at`: the numbers of the calls that read values.
+        in_place: what calls are told that leave rows where they are.
+        by_values: what the other calls are told, by number of the call.
+        seen: the calls on tracked tensors, in order.
     """
 
     def __init__(
