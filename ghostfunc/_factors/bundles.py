@@ -175,6 +175,11 @@ def aligned(bundle: Bundle, p: int, d: int) -> list[Factor]:
     return [*out, Dense(add_up(dense))] if dense else out
 
 
+def counts(parts: Sequence[Bundle]) -> cost.Parts:
+    """How many samples of how many positions there are, part by part."""
+    return [(samples(bundle), positions(bundle)) for bundle in parts]
+
+
 def positions(bundle: Bundle) -> cost.Positions:
     """How many positions of each kind the bundle has."""
     count = {Outer: 0, OneHot: 0, Dense: 0}

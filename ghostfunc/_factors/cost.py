@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ghostfunc._base.torch_private import known
 
@@ -241,27 +241,34 @@ def norms_by_tokens(t: Positions, p: int, d: int) -> bool:
     return norm_choice(t, p, d).way == "tokens"
 
 
-def gram_choice(
-    n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
-) -> Choice:
-    """How `<g_i, g_j>` of n and m samples are taken: from inner products of positions ("tokens"),
-    or from blocks of rows ("rows"); `same` if both are one batch."""
+Parts: TypeAlias = Sequence[tuple[int, Positions]]
+"""How many samples there are of so many positions, part by part."""
+
+
+def _all(parts: Parts) -> tuple[int, Positions]:
+    """How many samples and positions there are in all."""
+    n = sum(k for k, _ in parts)
+    return n, Positions(*(sum(k * t[kind] for k, t in parts) for kind in range(3)))
+
+
+def gram_choice(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> Choice:
+    """How `<g_i, g_j>` of two batches are taken: from inner products of positions ("tokens"), or
+    from blocks of rows ("rows"); `same` if both are one batch."""
+    (n, t), (m, s) = _all(mine), _all(theirs)
     sides = [(n, t)] if same else [(n, t), (m, s)]
-    form = sum(2 * k * x.outer * p * d + OPS_PER_ELEMENT * k * x.one_hot * d for k, x in sides)
+    form = sum(2 * x.outer * p * d + OPS_PER_ELEMENT * x.one_hot * d for _, x in sides)
     rows = form + 2 * n * m * p * d + 2 * OPS_PER_ELEMENT * sum(k for k, _ in sides) * p * d
     ways = {"rows": rows}
-    if not (t.dense or s.dense) and t.tokens * s.tokens:
-        pairs = n * m * t.tokens * s.tokens
-        products = 2 * pairs * d + 2 * n * m * t.outer * s.outer * p
+    pairs = t.tokens * s.tokens
+    if not (t.dense or s.dense) and pairs:
+        products = 2 * pairs * d + 2 * t.outer * s.outer * p
         ways["tokens"] = products + 6 * OPS_PER_ELEMENT * pairs
     return _cheapest(ways)
 
 
-def gram_by_tokens(
-    n: int, m: int, t: Positions, s: Positions, p: int, d: int, *, same: bool
-) -> bool:
+def gram_by_tokens(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> bool:
     """Whether a Gram matrix comes from inner products of positions rather than from rows."""
-    return gram_choice(n, m, t, s, p, d, same=same).way == "tokens"
+    return gram_choice(mine, theirs, p, d, same=same).way == "tokens"
 
 
 # --- squares beside dot products with the sum -----------------------------------------------------
@@ -274,21 +281,23 @@ SPREAD_ROWS = 64
 """Rows of a block below which a product of positions is slow."""
 
 
-def spread_choice(n: int, t: Positions, p: int, d: int) -> Choice:
+def spread_choice(parts: Parts, p: int, d: int) -> Choice:
     """How `||g_i||^2` and `<g_i, sum_j g_j>` of n samples are taken beside the sum: off blocks of
     the gradients ("rows"), from their Gram matrix ("tokens"), or one after the other ("apart")."""
-    looked_up = 3 * OPS_PER_ELEMENT * n * t.one_hot * d
-    total = outer_total(n, t.outer, p, d) + looked_up
+    n, t = _all(parts)
+    looked_up = 3 * OPS_PER_ELEMENT * t.one_hot * d
+    total = outer_total(1, t.outer, p, d) + looked_up
     dense = OPS_PER_ELEMENT * n * p * d if t.dense else 0
-    dots = outer_dot(n, t.outer, p, d) + looked_up + 2 * dense
-    ways = {"apart": total + dense + n * norm_choice(t, p, d).ops + dots}
-    met_by_tokens = t.one_hot * (t.one_hot + t.outer)
+    dots = outer_dot(1, t.outer, p, d) + looked_up + 2 * dense
+    norms = sum(k * norm_choice(x, p, d).ops for k, x in parts)
+    ways = {"apart": total + dense + norms + dots}
     if not (t.dense and t.one_hot) and t.outer + t.dense:
         rows = (4 if t.dense else 5) * OPS_PER_CACHED_ELEMENT * n * p * d
-        ways["rows"] = total + rows + n * met_by_tokens * (2 * d + 6 * OPS_PER_ELEMENT)
+        met_by_tokens = sum(k * x.one_hot * (x.one_hot + x.outer) for k, x in parts)
+        ways["rows"] = total + rows + met_by_tokens * (2 * d + 6 * OPS_PER_ELEMENT)
     if not t.dense and t.tokens:
-        pairs = n * n * t.tokens**2
-        products = 2 * pairs * d + 2 * (n * t.outer) ** 2 * p
+        pairs = t.tokens**2
+        products = 2 * pairs * d + 2 * t.outer**2 * p
         ways["tokens"] = total + products + 6 * OPS_PER_ELEMENT * pairs
     return _cheapest(ways)
 

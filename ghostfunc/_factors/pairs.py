@@ -13,8 +13,8 @@ are bounded whatever the sizes; how many blocks there are changes nothing but ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce, singledispatch
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce, singledispatch
 from itertools import chain, product
 from math import isqrt, prod
 from operator import add
@@ -23,12 +23,13 @@ import torch
 from torch import SymInt, Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import known
+from ghostfunc._base.torch_private import any_symbolic, in_transform, known
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
 from ghostfunc._factors.bundles import (
     Bundle,
     aligned,
+    counts,
     matrix_shape,
     pooled,
     positions,
@@ -38,7 +39,10 @@ from ghostfunc._factors.bundles import (
 )
 from ghostfunc._factors.contract import add_up, blocks, dot, materialize, row_dots, total
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._factors.matmul import matmul
+from ghostfunc._factors.matmul import matmul, product as matrix_product
+
+LARGE = 1 << 18
+"""Elements of gradients from which on memory costs more than the calls that save it."""
 
 
 def sqnorms(
@@ -94,49 +98,78 @@ def gram(
 ) -> Tensor:
     """`<g_i, g_j>` for every pair of samples: `[n, n]`, or `[n, m]` with another bundle of the
     same parameter."""
-    groups = _groups(bundle, other, workspace)
+    others = None if other is None else [other]
+    return gram_of_parts([bundle], others, workspace=workspace, contract_dtype=contract_dtype)
+
+
+def gram_of_parts(
+    parts: Sequence[Bundle],
+    others: Sequence[Bundle] | None = None,
+    *,
+    workspace: int = cost.BLOCK_ELEMENTS,
+    contract_dtype: ContractDtype = None,
+) -> Tensor:
+    """`gram` of samples in parts, one after the other, `[n, n]` or `[n, m]`."""
+    groups = _groups(parts, others, workspace)
     if groups:
-        return add_up(
-            [gram(f, g, workspace=workspace, contract_dtype=contract_dtype) for f, g in groups]
-        )
-    p, d = matrix_shape((*bundle, *(other or ())))
-    mine = aligned(bundle, p, d)
-    theirs = mine if other is None else aligned(other, p, d)
-    ours, others = positions(mine), positions(theirs)
-    n, m, same = samples(mine), samples(theirs), other is None
+        own = partial(gram_of_parts, workspace=workspace, contract_dtype=contract_dtype)
+        return add_up([own(*pair) for pair in groups])
+    p, d = matrix_shape([f for bundle in (*parts, *(others or ())) for f in bundle])
+    mine = [aligned(bundle, p, d) for bundle in parts]
+    theirs = mine if others is None else [aligned(bundle, p, d) for bundle in others]
+    same = others is None
     if not p * d:
-        return wide(values(mine[0])).new_zeros(n, m)
-    if cost.gram_by_tokens(n, m, ours, others, p, d, same=same):
-        out = _gram_by_tokens(mine, theirs, n, m, workspace, contract_dtype)
+        n, m = (sum(map(samples, side)) for side in (mine, theirs))
+        return wide(values(mine[0][0])).new_zeros(n, m)
+    if cost.gram_by_tokens(counts(mine), counts(theirs), p, d, same=same):
+        table: list[list[Tensor]] = [[] for _ in mine]
+        for (i, f), (j, g) in product(enumerate(mine), enumerate(theirs)):
+            known_before = same and j < i
+            table[i].append(
+                table[j][i].mT if known_before else _gram_by_tokens(f, g, workspace, contract_dtype)
+            )
+        out = _joined([_joined(row, 1) for row in table], 0)
     else:
         out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
 
+def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
 def _groups(
-    bundle: Bundle, other: Bundle | None, workspace: int
-) -> list[tuple[Bundle, Bundle | None]]:
+    parts: Sequence[Bundle], others: Sequence[Bundle] | None, workspace: int
+) -> list[tuple[list[Bundle], list[Bundle] | None]]:
     """The pairs of groups whose Gram matrices add up; none where groups are small or there are
     other factors: those are formed whole."""
-    everything = [*bundle, *(other or ())]
+    everything = [f for bundle in (*parts, *(others or ())) for f in bundle]
     grouped = [f for f in everything if isinstance(f, Grouped)]
     elements = sum(samples([f]) * prod(f.shape) for f in grouped)
     if len(grouped) < len(everything) or elements <= workspace:
         return []
-    mine = zip(*(f.groups() for f in grouped[: len(bundle)]), strict=True)
-    if other is None:
+    mine = _by_group(parts)
+    if others is None:
         return [(group, None) for group in mine]
-    theirs = zip(*(f.groups() for f in grouped[len(bundle) :]), strict=True)
-    return list(zip(mine, theirs, strict=True))
+    return list(zip(mine, _by_group(others), strict=True))
+
+
+def _by_group(parts: Sequence[Bundle]) -> list[list[Bundle]]:
+    """Of every group all parts, where all factors are `Grouped`."""
+    own = [
+        zip(*(f.groups() for f in bundle if isinstance(f, Grouped)), strict=True)
+        for bundle in parts
+    ]
+    return [list(group) for group in zip(*own, strict=True)]
 
 
 # --- by rows ----------------------------------------------------------------------------------
 
 
 def _gram_by_rows(
-    mine: Bundle,
-    theirs: Bundle,
+    mine: Sequence[Bundle],
+    theirs: Sequence[Bundle],
     p: int,
     d: int,
     workspace: int,
@@ -144,20 +177,54 @@ def _gram_by_rows(
     *,
     same: bool,
 ) -> Tensor:
-    everyone = samples(mine) + (0 if same else samples(theirs))
+    everyone = sum(map(samples, mine if same else [*mine, *theirs]))
+    step = max(1, workspace // max(1, everyone * d))
+    if same:
+        blocks = ((g, g) for _, g in row_blocks(mine, p, d, step, contract_dtype))
+    else:
+        sides = (row_blocks(side, p, d, step, contract_dtype) for side in (mine, theirs))
+        blocks = ((g, h) for (_, g), (_, h) in zip(*sides, strict=True))
+    return reduce(add, (matmul(g.flatten(1), h.flatten(1).mT, contract_dtype) for g, h in blocks))
 
-    def products() -> Iterator[Tensor]:
-        for rows in slices(p, workspace // max(1, everyone * d)):
-            g = _rows(mine, slice(None), rows, contract_dtype).flatten(1)
-            h = g if same else _rows(theirs, slice(None), rows, contract_dtype).flatten(1)
-            yield matmul(g, h.mT, contract_dtype)
 
-    return reduce(add, products())
+def row_blocks(
+    parts: Sequence[Bundle], p: int, d: int, step: int, contract_dtype: ContractDtype = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of all gradients, `step` at a time, `[n, r, d]`, of parts whose factors are
+    `aligned`. Large blocks come each where the last one was, if nothing follows them: memory that
+    is touched for the first time costs about as much as all that is read off it."""
+    sizes = list(map(samples, parts))
+    if contract_dtype is not None or not in_place(parts, p, d):
+        for rows in slices(p, step):
+            yield rows, form_rows(parts, rows, contract_dtype)
+        return
+    n, like = sum(sizes), wide(values(parts[0][0]))
+    memory = like.new_empty(n * min(step, p) * d)
+    for rows in slices(p, step):
+        block = memory[: n * (rows.stop - rows.start) * d].view(n, -1, d)
+        for bundle, g in zip(parts, block.split(sizes), strict=True):
+            outer = next(f for f in bundle if isinstance(f, Outer))
+            matrix_product(wide(outer.left)[:, :, rows].mT, wide(outer.right), out=g)
+            for f in (f for f in bundle if f is not outer):
+                g.add_(_form_rows(f, rows, None))
+        yield rows, block
 
 
-def form_rows(bundle: Bundle, rows: slice) -> Tensor:
-    """The chosen rows of all gradients, `[n, r, d]`, of factors that are `aligned`."""
-    return _rows(bundle, slice(None), rows, None)
+def in_place(parts: Sequence[Bundle], p: int, d: int) -> bool:
+    """Whether gradients are large, are made of products, and no transform, no compiler and no
+    derivative follows them."""
+    factors = [f for bundle in parts for f in bundle]
+    tensors = [x for f in factors for x in f if isinstance(x, Tensor)]
+    if in_transform() or any_symbolic(tensors):
+        return False
+    followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    formed = all(any(isinstance(f, Outer) for f in bundle) for bundle in parts)
+    return formed and not followed and sum(map(samples, parts)) * p * d >= LARGE
+
+
+def form_rows(parts: Sequence[Bundle], rows: slice, contract_dtype: ContractDtype = None) -> Tensor:
+    """The chosen rows of all gradients, `[n, r, d]`, of parts whose factors are `aligned`."""
+    return _joined([_rows(bundle, slice(None), rows, contract_dtype) for bundle in parts])
 
 
 def _rows(bundle: Bundle, block: slice, rows: slice, contract_dtype: ContractDtype) -> Tensor:
@@ -213,9 +280,10 @@ def _sqnorms_by_tokens(
 
 
 def _gram_by_tokens(
-    mine: Bundle, theirs: Bundle, n: int, m: int, workspace: int, contract_dtype: ContractDtype
+    mine: Bundle, theirs: Bundle, workspace: int, contract_dtype: ContractDtype
 ) -> Tensor:
     """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
+    n, m = samples(mine), samples(theirs)
 
     def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
         s = min(known(g[0].shape[1]), isqrt(workspace))

@@ -11,33 +11,35 @@ Three ways lead to the same numbers, and to the sum itself; `cost` says which is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.torch_private import in_transform, known, symbolic
+from ghostfunc._base.torch_private import known
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost, pairs
 from ghostfunc._factors.bundles import (
     Bundle,
     aligned,
+    counts,
     matrix_shape,
-    positions,
     samples,
     summed,
     values,
 )
 from ghostfunc._factors.contract import add_up, dot
-from ghostfunc._factors.factor import Grouped, OneHot, Outer
-from ghostfunc._factors.matmul import product
+from ghostfunc._factors.factor import Dense, Grouped, OneHot
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
 
-LARGE = 1 << 18
-"""Elements of gradients from which on memory costs more than the calls that save it."""
+
+STRETCH = 1 << 18
+"""Elements of gradients that are still in a core's own cache when they are read a second time."""
 
 
 class SpreadAndTotal(NamedTuple):
@@ -55,92 +57,93 @@ class SpreadAndTotal(NamedTuple):
 def spread(bundle: Bundle, contract_dtype: ContractDtype = None) -> SpreadAndTotal:
     """Both columns and the sum, the cheapest way. The sum is never rounded to a
     `contract_dtype`."""
-    n, shape = samples(bundle), bundle[0].shape
-    p, d = matrix_shape(bundle)
+    return spread_of_parts([bundle], contract_dtype)
+
+
+def spread_of_parts(
+    parts: Sequence[Bundle], contract_dtype: ContractDtype = None
+) -> SpreadAndTotal:
+    """`spread` of samples in parts, one after the other."""
+    n, everything = sum(map(samples, parts)), [f for bundle in parts for f in bundle]
+    first, *others = everything
+    if isinstance(first, Dense) and not others:
+        g = wide(first.g).reshape(n, prod(first.shape))
+        total = g.sum(0)
+        return SpreadAndTotal(_table(g, total, whole=True), total.view(first.shape))
+    shape = first.shape
+    p, d = matrix_shape(everything)
     if not p * d:
-        like = wide(values(bundle[0]))
+        like = wide(values(everything[0]))
         return SpreadAndTotal(like.new_zeros(n, 2), like.new_zeros(shape))
-    if any(isinstance(f, Grouped) for f in bundle):
-        return _apart(bundle, contract_dtype)
-    whole = aligned(bundle, p, d)
-    way = cost.spread_choice(n, positions(whole), p, d).way
+    if any(isinstance(f, Grouped) for f in everything):
+        return _apart(parts, contract_dtype)
+    whole = [aligned(bundle, p, d) for bundle in parts]
+    way = cost.spread_choice(counts(whole), p, d).way
     if way == "rows" and contract_dtype is None:
         table, total = _by_rows(whole, n, p, d)
         return SpreadAndTotal(table, total.reshape(shape))
     if way == "tokens":
-        gram = pairs.gram(whole, contract_dtype=contract_dtype)
+        gram = pairs.gram_of_parts(whole, contract_dtype=contract_dtype)
         table = torch.stack([gram.diagonal(), gram.sum(1)], dim=1)
-        return SpreadAndTotal(table, summed(bundle))
-    return _apart(bundle, contract_dtype)
+        return SpreadAndTotal(table, summed(everything))
+    return _apart(parts, contract_dtype)
 
 
-def _apart(bundle: Bundle, contract_dtype: ContractDtype) -> SpreadAndTotal:
-    total = summed(bundle)
-    squares = pairs.sqnorms(bundle, contract_dtype=contract_dtype)
-    dots = add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle])
-    return SpreadAndTotal(torch.stack([squares, dots], dim=1), total)
+def _apart(parts: Sequence[Bundle], contract_dtype: ContractDtype) -> SpreadAndTotal:
+    total = summed([f for bundle in parts for f in bundle])
+    squares = [pairs.sqnorms(bundle, contract_dtype=contract_dtype) for bundle in parts]
+    dots = [
+        add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
+    ]
+    return SpreadAndTotal(torch.stack([torch.cat(squares), torch.cat(dots)], dim=1), total)
 
 
-def _by_rows(bundle: Bundle, n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
+def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
     """Blocks of rows; what is looked up takes part in the sum, and meets the others by tokens."""
-    looked_up = [f for f in bundle if isinstance(f, OneHot)]
-    formed = [f for f in bundle if not isinstance(f, OneHot)]
-    beside = summed(looked_up) if looked_up else None
+    looked_up = [[f for f in bundle if isinstance(f, OneHot)] for bundle in parts]
+    formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
+    beside = summed([f for bundle in looked_up for f in bundle]) if looked_up[0] else None
     step = cost.spread_rows(known(n), known(p), known(d))
-    alone = _alone(formed) if known(n) * known(p) * known(d) >= LARGE else None
-    if alone is None:
-        tables, total = _formed(formed, beside, p, step)
+    if pairs.in_place(formed, p, d):
+        tables, total = _in_place(formed, beside, p, d, step)
     else:
-        tables, total = _in_place(alone, beside, p, step)
+        tables, total = _formed(formed, beside, p, step)
     table = add_up(tables)
-    if looked_up:
-        squares = pairs.squares_beside(formed, looked_up)
-        dots = add_up([dot(f, total) for f in looked_up])
-        table = table + torch.stack([squares, dots], dim=1)
+    if beside is not None:
+        squares = list(map(pairs.squares_beside, formed, looked_up))
+        dots = [add_up([dot(f, total) for f in bundle]) for bundle in looked_up]
+        table = table + torch.stack([torch.cat(squares), torch.cat(dots)], dim=1)
     return table, total
 
 
 def _formed(
-    bundle: Bundle, beside: Tensor | None, p: int, step: int
+    parts: Sequence[Bundle], beside: Tensor | None, p: int, step: int
 ) -> tuple[list[Tensor], Tensor]:
     """What is read of blocks of rows of all gradients, and the total, with what is `beside` it."""
     tables, totals = [], []
     for rows in pairs.slices(p, step):
-        g = pairs.form_rows(bundle, rows)
+        g = pairs.form_rows(parts, rows)
         total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
         totals.append(total)
         tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
     return tables, totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
-def _alone(bundle: Bundle) -> Outer | None:
-    """A single outer product that no transform, no compiler and no derivative follows: its blocks
-    may be formed in one piece of memory."""
-    factor = bundle[0]
-    if len(bundle) != 1 or not isinstance(factor, Outer) or in_transform():
-        return None
-    left, right = factor
-    followed = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    return None if followed or symbolic(left) else factor
-
-
 def _in_place(
-    factor: Outer, beside: Tensor | None, p: int, step: int
+    parts: Sequence[Bundle], beside: Tensor | None, p: int, d: int, step: int
 ) -> tuple[list[Tensor], Tensor]:
-    """`_formed`, every block where the last one was, and the total where it stays: memory that is
-    touched for the first time costs about as much as all that is read off it."""
-    left, right = wide(factor.left), wide(factor.right)
-    n, d = len(left), right.shape[-1]
-    memory, total, ones = left.new_empty(n * step * d), left.new_empty(p, d), left.new_ones(n)
+    """`_formed`, every block where the last one was, and the total where it stays."""
+    like, n = wide(values(parts[0][0])), sum(map(samples, parts))
+    total, ones = like.new_empty(p, d), like.new_ones(n)
     tables = []
-    for rows in pairs.slices(p, step):
-        own = total[rows].view(-1)
-        block = memory[: n * len(own)].view(n, -1)
-        product(left[:, :, rows].mT, right, out=block.view(n, -1, d))
-        torch.mv(block.mT, ones, out=own)  # faster than a sum
-        if beside is not None:
-            own.add_(beside[rows].flatten())
-        tables.append(_table(block, own, whole=beside is None))
+    for rows, block in pairs.row_blocks(parts, p, d, step):
+        whole, g = total[rows].view(-1), block.flatten(1)
+        for stretch in pairs.slices(len(whole), STRETCH // n):
+            own = whole[stretch]
+            torch.mv(g[:, stretch].mT, ones, out=own)  # faster than a sum
+            if beside is not None:
+                own.add_(beside[rows].flatten()[stretch])
+            tables.append(_table(g[:, stretch], own, whole=beside is None))
     return tables, total
 
 

@@ -35,7 +35,8 @@ from ghostfunc._base.trees import ParamSpec, flatten, flatten_like
 from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
 from ghostfunc._factors.factor import Factor
-from ghostfunc._factors.spread import SpreadAndTotal, spread
+from ghostfunc._factors.parts import Part, order
+from ghostfunc._factors.spread import SpreadAndTotal, spread_of_parts
 from ghostfunc._quantities.readers import DotReader, ValueReader
 
 
@@ -61,6 +62,7 @@ class Quantity:
             a weight that is used as `w.t()` is then read where it is used.
         gives_total: whether `value_and_total` has the training gradient, too: it is then not formed
             once more.
+        takes_parts: whether it relates samples that come in parts, by `value_of_parts`.
         takes_contract_dtype: whether it heeds `contract_dtype`.
         contract_dtype: what operands of its matrix products are rounded to; set by `contracting`.
         of_directions: whether it is told of `params` to compare directions with them. Others are
@@ -71,6 +73,7 @@ class Quantity:
     pairs_samples: bool = False
     same_for_transpose: bool = False
     gives_total: bool = False
+    takes_parts: bool = False
     takes_contract_dtype: bool = False
     contract_dtype: ContractDtype = None
     of_directions: bool = False
@@ -83,8 +86,12 @@ class Quantity:
         """One parameter's value, from the factors of its uses, in float32 or wider."""
         raise NotImplementedError(f"{type(self).__name__} must define value(factors, param).")
 
-    def value_and_total(self, factors: Sequence[Factor]) -> SpreadAndTotal:
-        """`value`, and `sum_j g_j` in the shape of the first factor, never rounded."""
+    def value_of_parts(self, parts: Sequence[Part], param: tuple[int, ...]) -> Tensor:
+        """`value` of samples in parts, each with the factors of its uses, in order of samples."""
+        raise NotImplementedError(f"{type(self).__name__} does not take parts.")
+
+    def value_and_total(self, parts: Sequence[Part]) -> SpreadAndTotal:
+        """`value_of_parts`, and `sum_j g_j` in the shape of the first factor, never rounded."""
         raise NotImplementedError(f"{type(self).__name__} does not give the total.")
 
     def readers(self, leaves: Sequence[Tensor], spec: ParamSpec) -> list[Any]:
@@ -168,6 +175,7 @@ class Gram(Quantity):
     degree = 2
     pairs_samples = True
     same_for_transpose = True
+    takes_parts = True
     takes_contract_dtype = True
 
     def __init__(self, *, workspace: int = cost.BLOCK_ELEMENTS) -> None:
@@ -177,7 +185,16 @@ class Gram(Quantity):
         return (n, n)
 
     def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
-        return pairs.gram(factors, workspace=self.workspace, contract_dtype=self.contract_dtype)
+        return self.value_of_parts([Part(None, factors)], param)
+
+    def value_of_parts(self, parts: Sequence[Part], param: tuple[int, ...]) -> Tensor:
+        grams = pairs.gram_of_parts(
+            [part.bundle for part in parts],
+            workspace=self.workspace,
+            contract_dtype=self.contract_dtype,
+        )
+        index = order(parts)
+        return grams if index is None else grams[index][:, index]
 
 
 @node()
@@ -194,16 +211,22 @@ class Spread(Quantity):
     pairs_samples = True
     same_for_transpose = True
     gives_total = True
+    takes_parts = True
     takes_contract_dtype = True
 
     def shape(self, n: int, param: tuple[int, ...]) -> tuple[int, ...]:
         return (n, 2)
 
     def value(self, factors: Sequence[Factor], param: tuple[int, ...]) -> Tensor:
-        return self.value_and_total(factors).table
+        return self.value_of_parts([Part(None, factors)], param)
 
-    def value_and_total(self, factors: Sequence[Factor]) -> SpreadAndTotal:
-        return spread(factors, self.contract_dtype)
+    def value_of_parts(self, parts: Sequence[Part], param: tuple[int, ...]) -> Tensor:
+        return self.value_and_total(parts).table
+
+    def value_and_total(self, parts: Sequence[Part]) -> SpreadAndTotal:
+        table, total = spread_of_parts([part.bundle for part in parts], self.contract_dtype)
+        index = order(parts)
+        return SpreadAndTotal(table if index is None else table[index], total)
 
 
 @node()

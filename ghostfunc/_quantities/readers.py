@@ -21,6 +21,7 @@ from ghostfunc._factors import bundles, contract, cost, pairs
 from ghostfunc._factors.contract import transpose
 from ghostfunc._factors.factor import Dense, Factor
 from ghostfunc._factors.matmul import speed
+from ghostfunc._factors.parts import Part, in_order
 
 DeriveFn: TypeAlias = Callable[..., Tensor]
 """The computation of a derived tensor, of the tensors it derives from."""
@@ -309,9 +310,9 @@ class ValueReader(NamedTuple):
         """Whether `read_with_total` has the training gradient, too."""
         return bool(self.quantity.gives_total)
 
-    def read_with_total(self, factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    def read_with_total(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """The value, and `sum_i g_i` in the shape of the first factor."""
-        value, total = self.quantity.value_and_total(factors)
+        value, total = self.quantity.value_and_total(parts)
         return value, total
 
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
@@ -342,15 +343,25 @@ class TotalReader(NamedTuple):
         return None
 
 
-def by_sample(reader: Reader) -> bool:
-    """Whether what is read of a batch is what is read of its parts, one after the other."""
+def takes_parts(reader: Reader) -> bool:
+    """Whether a batch may be read in parts, by `read_parts`."""
     match reader:
         case ValueReader(quantity):
-            return not quantity.pairs_samples
+            return quantity.takes_parts or not quantity.pairs_samples
         case DotReader() | PairReader() | DeferredReader():
             return True
         case _:
             return False
+
+
+def read_parts(reader: Any, parts: Sequence[Part]) -> Tensor:
+    """What is read of the samples of all parts, in their order."""
+    if isinstance(reader, ValueReader):
+        if reader.quantity.takes_parts:
+            value: Tensor = reader.quantity.value_of_parts(parts, reader.shape)
+            return value
+        return in_order([(samples, reader.read_all(bundle)) for samples, bundle in parts])
+    return in_order([(samples, reader.read(*bundle)) for samples, bundle in parts])
 
 
 def _zeros(param: Tensor, *shape: int) -> Tensor:

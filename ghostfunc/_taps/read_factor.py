@@ -12,7 +12,14 @@ from ghostfunc._base.documents import Packing
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import dots_and_total
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer, flat_positions
-from ghostfunc._quantities.readers import DotReader, OneRunReader, Reader, ValueReader
+from ghostfunc._factors.parts import Part
+from ghostfunc._quantities.readers import (
+    DotReader,
+    OneRunReader,
+    Reader,
+    ValueReader,
+    read_parts,
+)
 from ghostfunc._trace.tracked import Tracked, at_leaves, shaped
 
 
@@ -70,7 +77,7 @@ def _read_with_total(
     value: Tensor | None = None
     grad: Tensor | None = None
     if giving is not None and target.wants_grad:
-        value, grad = giving.read_with_total([factor])
+        value, grad = giving.read_with_total([Part(None, [factor])])
         dots, _ = dots_and_total(
             factor, us, with_total=False, contract_dtype=contract_dtype, packing=packing
         )
@@ -95,6 +102,32 @@ def _read_with_total(
         else:
             read.append(value if r is giving and value is not None else r.read(factor))
     return read, grad
+
+
+def read_all_parts(
+    parts: Sequence[tuple[Tensor, Factor]], target: Tracked, readers: Sequence[Reader]
+) -> list[Tensor | None]:
+    """`read_all` of readers that take samples in parts, each with its factor."""
+    own = [reader is not None for reader, _ in target.readers.values()]
+    pulled = [] if all(own) else [(samples, leaf_factors(target, f)) for samples, f in parts]
+    at_hand = [Part(samples, [f]) for samples, f in parts]
+    out: list[Tensor | None] = []
+    grad: Tensor | None = None
+    for (_, i), here, reader in zip(target.readers, own, readers, strict=True):
+        giving = here and isinstance(reader, ValueReader) and reader.gives_total
+        if giving and target.wants_grad and grad is None:
+            assert isinstance(reader, ValueReader)
+            value, grad = reader.read_with_total(at_hand)
+        else:
+            at_leaf = [Part(samples, [factors[i]]) for samples, factors in pulled if not here]
+            value = read_parts(reader, at_leaf or at_hand)
+        out.append(value)
+    if target.wants_grad:
+        grad = bundles.summed([f for _, f in parts]) if grad is None else grad
+        if target.running is not None:
+            target.running.put(grad)
+        out.append(None if target.running is not None else shaped(grad, target.const))
+    return out
 
 
 def _readers_for_train_rows(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ghostfunc._base.documents import Packing
 from ghostfunc._factors.factor import Dense, OneHot, Outer
-from ghostfunc._quantities.readers import DotReader, by_sample
+from ghostfunc._quantities.readers import DotReader, takes_parts
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
-from ghostfunc._taps.read_factor import as_param_shape, read_all
+from ghostfunc._taps.few_calls import Add, FewCalls
+from ghostfunc._taps.read_factor import as_param_shape, read_all, read_all_parts
 from ghostfunc._taps.recut import in_rows, regrouped
-from ghostfunc._taps.straight import Add, Straight
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import Tracked
 
@@ -25,18 +24,18 @@ class PackedUse(NamedTuple):
         call: what the trace knows of it.
         factors: makes its factors: those of single positions, unless the rule broadcasts.
         packing: where the documents lie.
-        straight: reads small gradients of many layers together, and gives them to `add`.
+        few_calls: reads small gradients of many layers together, and gives them to `add`.
     """
 
     call: CallTrace
     factors: Factors
     packing: Packing
-    straight: Straight | None
+    few_calls: FewCalls | None
     add: Add
 
     def read(self, name: ArgName, target: Tracked) -> list[Tensor | None] | None:
         """What every reader of a target reads, and the training gradient, as `read_all` returns
-        them; None if `straight` has it."""
+        them; None if `few_calls` has it."""
         packing, make = self.packing, self.factors[name]
         readers = target.own_readers()
         single = (make.outer if isinstance(make, ByPosition) else make)()
@@ -44,8 +43,8 @@ class PackedUse(NamedTuple):
         if broadcasts or isinstance(single, Dense):
             factor = single if broadcasts else regrouped(single, packing)
             factor = as_param_shape(factor, target)
-            straight = self.straight
-            if straight is not None and straight.read(self.call, target, factor, self.add):
+            few_calls = self.few_calls
+            if few_calls is not None and few_calls.read(self.call, target, factor, self.add):
                 return None
             return read_all(factor, target, readers)
         here = all(own is not None for own, _ in target.readers.values())
@@ -54,13 +53,10 @@ class PackedUse(NamedTuple):
             packed = None if packed is None else as_param_shape(packed, target)
             if isinstance(packed, (Outer, OneHot)):
                 return read_all(packed, target, readers, packing)
-        apart = len(packing.groups) > 1 and not target.wants_grad
-        if readers and apart and all(map(by_sample, readers)):
+        if len(packing.groups) > 1 and all(map(takes_parts, readers)):
             parts = [
-                read_all(as_param_shape(regrouped(single, part), target), target, readers)
-                for _, part in packing.groups
+                (samples, as_param_shape(regrouped(single, own), target))
+                for samples, own in packing.groups
             ]
-            order = torch.cat([samples for samples, _ in packing.groups]).argsort()
-            columns = zip(*parts, strict=True)
-            return [torch.cat([x for x in column if x is not None])[order] for column in columns]
+            return read_all_parts(parts, target, readers)
         return read_all(as_param_shape(regrouped(single, packing), target), target, readers)

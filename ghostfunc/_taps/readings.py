@@ -30,6 +30,7 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Dense, Factor
+from ghostfunc._factors.parts import Part, in_order
 from ghostfunc._quantities.quantity import Gram, Quantity, SqNorm
 from ghostfunc._quantities.readers import (
     DeferredGradients,
@@ -188,13 +189,9 @@ class KeptPart(NamedTuple):
     samples: Tensor | None
     factors: list[list[Factor]]
 
-
-def in_order(pieces: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
-    """What was read of the samples of several parts, in the order of samples."""
-    if len(pieces) == 1 and pieces[0][0] is None:
-        return pieces[0][1]
-    samples, values = zip(*pieces, strict=True)
-    return torch.cat(values)[torch.cat(samples).argsort()]
+    def of(self, i: int) -> Part:
+        """Parameter i's."""
+        return Part(self.samples, self.factors[i])
 
 
 def _formed_of_parts(parts: Sequence[KeptPart], i: int, shape: tuple[int, ...]) -> Pick:

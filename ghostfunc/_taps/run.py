@@ -34,13 +34,13 @@ from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import owned
 from ghostfunc._factors.factor import Factor
 from ghostfunc._quantities.quantity import Dot, Quantity, kind_of
-from ghostfunc._quantities.readers import DeferredGradients, ValueReader, by_sample
+from ghostfunc._quantities.readers import DeferredGradients, ValueReader, read_parts, takes_parts
 from ghostfunc._taps.claim import Claim, Dots
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.on_ranks import Together
 from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
-from ghostfunc._taps.readings import KeptPart, Read, in_order, what_was_read
+from ghostfunc._taps.readings import KeptPart, Read, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
 from ghostfunc._taps.tap import SinkTap
 from ghostfunc._taps.use import StaleOutputs, Use
@@ -246,17 +246,17 @@ def _run(
         foreign.update(map(address, taken.untapped))
     values = [[taken.values.get((q, i)) for i in range(len(leaves))] for q in range(len(readers))]
     out_grads = _by_leaf(taken.grads, leaves)
-    apart = not (followed or defer or giving) and (by_length or not collect)
+    apart = not (followed or defer) and (by_length or not collect)
     alike = _by_length(model, [readers[q][i] for q, i in met]) if apart else [None]
     later: list[tuple[Tracked, Factor]] = []
     with unrounded(losses):
         parts = _kept_parts(taken.kept, alike, defer, kept, later, len(leaves))
         for q, i in met:
             if giving.get(i) == (q, i):
-                values[q][i], total = readers[q][i].read_with_total(parts[0].factors[i])
+                values[q][i], total = readers[q][i].read_with_total([part.of(i) for part in parts])
                 out_grads[i] = total.reshape(leaves[i].shape).to(leaves[i].dtype)
             else:
-                values[q][i] = _read_parts(readers[q][i], parts, i)
+                values[q][i] = read_parts(readers[q][i], [part.of(i) for part in parts])
     for q, quantity in enumerate(quantities):
         if q in summed:
             values[q] = _added_up(taken.pieces.get(q, ()), values[q])
@@ -271,17 +271,12 @@ def _run(
 
 
 def _by_length(model: TracedModel, readers: Sequence[Any]) -> list[DocumentsAlike | None]:
-    """The documents of packed rows by their lengths, where what is read of parts is what is read of
-    all; otherwise None alone."""
+    """The documents of packed rows by their lengths, where they may be read in parts; otherwise
+    None alone."""
     packing = model.packing
-    if packing is None or len(packing.groups) == 1 or not all(map(by_sample, readers)):
+    if packing is None or len(packing.groups) == 1 or not all(map(takes_parts, readers)):
         return [None]
     return [*packing.groups]
-
-
-def _read_parts(reader: Any, parts: Sequence[KeptPart], i: int) -> Any:
-    """What is read with all uses of parameter i at hand."""
-    return in_order([(part.samples, reader.read_all(part.factors[i])) for part in parts])
 
 
 def _kept_parts(

@@ -255,13 +255,14 @@ def _plan_gram(q: _ParamUses) -> _Answer:
     same = not q.theirs
     m, other = (q.n, q.mine) if same else (q.m, q.theirs)
     t, s = _positions(q.mine), _positions(other)
-    choice = cost.gram_choice(q.n, m, t, s, *q.matrix, same=same)
+    choice = cost.gram_choice([(q.n, t)], [(m, s)], *q.matrix, same=same)
     return _way(choice, t, s, kept=len(q.mine) > 1 and same), choice.ops, _rows_ops(choice)
 
 
 def _plan_dot_prod(q: _ParamUses) -> _Answer:
     t = _positions(q.mine)
-    formed = _rows_ops(cost.gram_choice(q.n, 1, t, cost.Positions(0, 0, 0), *q.matrix, same=False))
+    dense = [(1, cost.Positions(0, 0, 0))]
+    formed = _rows_ops(cost.gram_choice([(q.n, t)], dense, *q.matrix, same=False))
     formed += sum(cost.total_cost(x, q.speed) for x in q.theirs)
     choice = cost.direction_choice(q.mine, q.theirs, grads=q.grads, speed=q.speed)
     if choice.way == "factored":

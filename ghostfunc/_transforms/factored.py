@@ -42,7 +42,7 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, times
-from ghostfunc._taps.readings import in_order
+from ghostfunc._factors.parts import in_order
 from ghostfunc._taps.run import RunResult, run
 from ghostfunc._trace.fitting import Proofs
 from ghostfunc._transforms.kept_proof import KeptProof

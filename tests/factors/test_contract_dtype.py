@@ -169,11 +169,14 @@ def normal(*shape: int) -> Tensor:
 def test_norms_and_grams_by_either_way(
     by_tokens: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(*sizes: Any, **_: Any) -> bool:
-        return by_tokens and not any(isinstance(x, cost.Positions) and x.dense for x in sizes)
+    def norms(t: cost.Positions, *_: int) -> bool:
+        return by_tokens and not t.dense
 
-    monkeypatch.setattr(cost, "norms_by_tokens", chosen)
-    monkeypatch.setattr(cost, "gram_by_tokens", chosen)
+    def grams(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> bool:
+        return by_tokens and not any(t.dense for _, t in (*mine, *theirs))
+
+    monkeypatch.setattr(cost, "norms_by_tokens", norms)
+    monkeypatch.setattr(cost, "gram_by_tokens", grams)
     outer = Outer(normal(3, 5, 8), normal(3, 5, 6))
     one_hot = OneHot(torch.randint(8, (3, 4)), normal(3, 4, 6), 8)
     bundles: list[list[Factor]] = [

@@ -63,8 +63,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     def norms(t: cost.Positions, *args: object) -> bool:
         return request.param == "tokens" and not t.dense
 
-    def gram(n: int, m: int, t: cost.Positions, s: cost.Positions, *a: int, same: bool) -> bool:
-        return request.param == "tokens" and not t.dense and not s.dense
+    def gram(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> bool:
+        return request.param == "tokens" and not any(t.dense for _, t in (*mine, *theirs))
 
     monkeypatch.setattr(cost, "norms_by_tokens", norms)
     monkeypatch.setattr(cost, "gram_by_tokens", gram)
@@ -84,6 +84,21 @@ def test_norms_and_grams(kinds: tuple[str, ...], workspace: int, way: str) -> No
     assert torch.equal(gram, gram.mT)
     for theirs in (bundle(kinds, 2, seed=9), [factor("one-hot", 2, 5, 9)]):
         assert_close(pairs.gram(mine, theirs, workspace=workspace), g @ formed(theirs).mT)
+
+
+@pytest.mark.parametrize("workspace", [17, 10**6])
+@pytest.mark.parametrize("kinds", BUNDLES, ids="+".join)
+def test_grams_of_parts(kinds: tuple[str, ...], workspace: int, way: str) -> None:
+    """As those of all samples side by side, whichever of two batches comes in parts."""
+    parts = [bundle(kinds, n, seed=n) for n in (3, 1, 2)]
+    g = torch.cat(list(map(formed, parts)))
+    gram = pairs.gram_of_parts(parts, workspace=workspace)
+    assert_close(gram, g @ g.mT)
+    assert torch.equal(gram, gram.mT)
+    theirs = bundle(kinds, 2, seed=9)
+    beside = pairs.gram_of_parts(parts, [theirs], workspace=workspace)
+    assert_close(beside, g @ formed(theirs).mT)
+    assert_close(pairs.gram_of_parts([theirs], parts, workspace=workspace), beside.mT)
 
 
 @pytest.mark.parametrize("kinds", BUNDLES, ids="+".join)
@@ -141,8 +156,8 @@ def test_choice_by_cost(t: cost.Positions) -> None:
     """Few positions and a large parameter go by tokens; many positions and a small one by rows."""
     assert cost.norms_by_tokens(t, 500, 500)
     assert not cost.norms_by_tokens(cost.Positions(4000, 0, 0), 16, 16)
-    assert cost.gram_by_tokens(2, 2, t, t, 5000, 5000, same=True)
-    assert not cost.gram_by_tokens(99, 99, t, t, 4, 4, same=True)
+    assert cost.gram_by_tokens([(2, t)], [(2, t)], 5000, 5000, same=True)
+    assert not cost.gram_by_tokens([(99, t)], [(99, t)], 4, 4, same=True)
     dense = cost.Positions(1, 0, 1)
     assert not cost.norms_by_tokens(dense, 10**6, 10**6)
-    assert not cost.gram_by_tokens(1, 1, t, dense, 10**6, 10**6, same=False)
+    assert not cost.gram_by_tokens([(1, t)], [(1, dense)], 10**6, 10**6, same=False)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import ghostfunc as gf
 from ghostfunc._factors import cost
+from ghostfunc._factors.bundles import take
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
-from ghostfunc._factors.spread import spread
+from ghostfunc._factors.spread import spread, spread_of_parts
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -103,6 +104,7 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
     p, d, t = 30, 12, 9
     monkeypatch.setattr(cost, "SPREAD_ELEMENTS", 7 * n * d)
     monkeypatch.setattr(cost, "SPREAD_ROWS", 1)
+    monkeypatch.setattr("ghostfunc._factors.pairs.LARGE", 1 if n == 20 else 1 << 18)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     bundle: list[Factor] = [Outer(draw(n, t, p), draw(n, t, d))]
     if kind == "looked up too":
@@ -112,15 +114,16 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
     way = kind if kind in ("tokens", "apart") else "rows"
     monkeypatch.setattr(cost, "spread_choice", lambda *_: cost.Choice(way, 0, {}))
     g = sum(gf.materialize(f) for f in bundle).flatten(1)
-    table, total = spread(bundle)
-    assert_close(table, torch.stack([g.square().sum(1), g @ g.sum(0)], 1), 1e-12)
-    assert_close(total.flatten(), g.sum(0), 1e-12)
+    in_parts = [[take(f, s) for f in bundle] for s in (slice(1), slice(1, n))]
+    for table, total in (spread(bundle), spread_of_parts(in_parts)):
+        assert_close(table, torch.stack([g.square().sum(1), g @ g.sum(0)], 1), 1e-12)
+        assert_close(total.flatten(), g.sum(0), 1e-12)
 
 
 def test_single_precision_keeps_its_digits() -> None:
     torch.manual_seed(0)
     f = Outer(torch.randn(4, 256, 300), torch.randn(4, 256, 384))
-    assert cost.spread_choice(4, cost.Positions(256, 0, 0), 300, 384).way == "rows"
+    assert cost.spread_choice([(4, cost.Positions(256, 0, 0))], 300, 384).way == "rows"
     exact = spread([Outer(f.left.double(), f.right.double())])
     found = spread([f])
     assert_close(found.table.double(), exact.table, 3e-6)
