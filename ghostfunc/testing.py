@@ -230,7 +230,7 @@ def _check_called(
 ) -> None:
     calls = traced(Program.of(model_fn, params), batch).trace.calls
     met = [canonical(call.func) for call in calls if call.kind == "use"]
-    if canonical(op) not in met and op not in DECOMPOSITIONS:
+    if canonical(op) not in met and canonical(op) not in DECOMPOSITIONS:
         names = ", ".join(sorted({op_name(x) for x in met})) or "nothing"
         raise VerificationError(
             f"{name} does not test {op_name(op)}: its parameters meet samples in {names}."

@@ -18,6 +18,7 @@ from torch._library.custom_ops import CustomOpDef as CustomOpDef  # ops of torch
 from torch._ops import (
     HigherOrderOperator as HigherOrderOperator,  # torch.cond and its kin
     OpOverload as OpOverload,  # one overload of such an op
+    OpOverloadPacket as OpOverloadPacket,  # all of its overloads
 )
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor

@@ -4,7 +4,7 @@ family of ops. An op without a rule is refused, and so is a second rule for an o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import WAYS_OUT, CoupledSamplesError, OptionError, UnsupportedOpError
 from ghostfunc._base.refusals import op_name
-from ghostfunc._base.torch_private import CustomOpDef, OpOverload
+from ghostfunc._base.torch_private import CustomOpDef, OpOverload, OpOverloadPacket
 from ghostfunc._factors.factor import Factor
 
 ArgName: TypeAlias = str | tuple[str, int]
@@ -105,6 +105,12 @@ def canonical(op: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
+def _names(op: Callable[..., Any]) -> Iterable[Callable[..., Any]]:
+    """All that an op is called by. Calls of a custom op show its overload or its packet."""
+    op = canonical(op)
+    return (op, op.default) if isinstance(op, OpOverloadPacket) else (op,)
+
+
 def _check_new(op: Callable[..., Any]) -> None:
     if not callable(op):
         raise OptionError(f"Registering a rule takes the op itself (such as F.linear), not {op!r}.")
@@ -130,10 +136,11 @@ def register_rule(
 
     Returns:
         A decorator for a rule: a function `rule(b, <the op's own signature>)` that returns a dict
-        from argument name to a function that makes the factor of that argument's per-sample
-        gradient (`gf.Outer`, `gf.OneHot` or `gf.Dense`). `b`, the cotangent of the op's output, and
-        every tensor among the arguments are stacked over samples, `[n, *shape]`, where `shape` is
-        what a call with one sample would have; see `docs/adding_a_rule.md` for an example.
+        from argument name (in a list, from `(name, position)`) to a function that makes the factor
+        of that argument's per-sample gradient: `gf.Outer`, `gf.OneHot` or `gf.Dense`. `b`, the
+        cotangent of the op's output, and every tensor among the arguments are stacked over samples,
+        `[n, *shape]`, where `shape` is what a call with one sample would have; see
+        `docs/adding_a_rule.md` for an example.
 
     Raises:
         OptionError: an op is not callable or has a rule already.
@@ -176,9 +183,9 @@ def register_decomposition(
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
         for op in dict.fromkeys(ops):
             _check_new(op)
-            DECOMPOSITIONS[op] = fn
+            DECOMPOSITIONS.update(dict.fromkeys(_names(op), fn))
             if otherwise:
-                REASONS[op] = otherwise
+                no_rule_because(otherwise, op)
         return fn
 
     return decorate
@@ -186,12 +193,13 @@ def register_decomposition(
 
 def no_rule_because(reason: str, *ops: Callable[..., Any]) -> None:
     """Say why ops have no rule."""
-    REASONS.update(dict.fromkeys(ops, reason))
+    for op in ops:
+        REASONS.update(dict.fromkeys(_names(op), reason))
 
 
 def constant(x: Tensor) -> Tensor:
-    """`x` as a constant. A decomposition calls this on a parameter whose gradient another call of
-    the same decomposition accounts for."""
+    """`x` as a constant. A decomposition that runs an op twice on one parameter calls this in one
+    of the two, so that the parameter's gradient is counted once."""
     if has_torch_function((x,)):
         held: Tensor = handle_torch_function(constant, (x,), x)
         return held

@@ -20,8 +20,8 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform, known
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
+from ghostfunc._taps.known_way import KnownUse, Step, known_use, last, remember
 from ghostfunc._taps.recut import Recut
-from ghostfunc._taps.steps import KnownUse, Step, known_use, last, remember
 from ghostfunc._taps.tap import ANCHOR, Beside, ReturningTap, Sinks, SinkTap
 from ghostfunc._taps.use import StaleOutputs, Use, UseOutput, output_of, split_tensors
 from ghostfunc._trace.layout import Layout, StaleLayout

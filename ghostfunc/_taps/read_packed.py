@@ -10,9 +10,9 @@ from ghostfunc._base.documents import Packing
 from ghostfunc._factors.factor import Dense, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, takes_parts
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
+from ghostfunc._taps.few_calls import Add, FewCalls
 from ghostfunc._taps.read_factor import as_param_shape, read_all, read_all_parts
 from ghostfunc._taps.recut import in_rows, regrouped
-from ghostfunc._taps.straight import Add, Straight
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import Tracked
 
@@ -24,18 +24,18 @@ class PackedUse(NamedTuple):
         call: what the trace knows of it.
         factors: makes its factors: those of single positions, unless the rule broadcasts.
         packing: where the documents lie.
-        straight: reads small gradients of many layers together, and gives them to `add`.
+        few_calls: reads small gradients of many layers together, and gives them to `add`.
     """
 
     call: CallTrace
     factors: Factors
     packing: Packing
-    straight: Straight | None
+    few_calls: FewCalls | None
     add: Add
 
     def read(self, name: ArgName, target: Tracked) -> list[Tensor | None] | None:
         """What every reader of a target reads, and the training gradient, as `read_all` returns
-        them; None if `straight` has it."""
+        them; None if `few_calls` has it."""
         packing, make = self.packing, self.factors[name]
         readers = target.own_readers()
         single = (make.outer if isinstance(make, ByPosition) else make)()
@@ -43,8 +43,8 @@ class PackedUse(NamedTuple):
         if broadcasts or isinstance(single, Dense):
             factor = single if broadcasts else regrouped(single, packing)
             factor = as_param_shape(factor, target)
-            straight = self.straight
-            if straight is not None and straight.read(self.call, target, factor, self.add):
+            few_calls = self.few_calls
+            if few_calls is not None and few_calls.read(self.call, target, factor, self.add):
                 return None
             return read_all(factor, target, readers)
         here = all(own is not None for own, _ in target.readers.values())

@@ -22,9 +22,9 @@ from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._quantities.readers import PositionsReader
+from ghostfunc._taps.few_calls import FewCalls
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
-from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.tap import ANCHOR, Sinks, SinkTap
 from ghostfunc._taps.use import Use
 from ghostfunc._trace.fitting import TracedModel
@@ -86,8 +86,8 @@ def run_into_sinks(
     """
     leaves, spec = model.leaves, model.spec
     by_position = any(isinstance(reader, PositionsReader) for reader in readers.values())
-    straight = Straight() if summed else None
-    sinks = Sinks(frozenset(collect), frozenset(summed), straight, by_position)
+    few_calls = FewCalls() if summed else None
+    sinks = Sinks(frozenset(collect), frozenset(summed), few_calls, by_position)
     anchor = leaves[0].new_empty(()).requires_grad_()
     guards = [x.detach().requires_grad_() for x in leaves]
     # A gradient that comes by way of derived tensors is autograd's to add up.
@@ -119,8 +119,8 @@ def run_into_sinks(
     with unrounded(losses):
         given = [*primals.values(), *guards, anchor]
         found = gradients(losses, given, as_cotangent(losses, cotangent))
-        if sinks.straight is not None:
-            sinks.straight.finish(sinks.add)
+        if sinks.few_calls is not None:
+            sinks.few_calls.finish(sinks.add)
     finite.add(losses)
     refuse_unseen(spec, found[len(primals) : -1])
     out: dict[int, Tensor | None] = dict.fromkeys(grads)

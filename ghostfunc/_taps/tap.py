@@ -4,13 +4,15 @@ off it: dot products, norms, projections.
 
 The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
 its input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
-output's cotangent and the op's arguments. Readers read quantities off the factor, and the training
-gradient too, where it is wanted.
+output's cotangent and the op's arguments (`Use.factors`, in `use.py`). Readers read quantities off
+the factor, and the training gradient too, where it is wanted (`read_all`, in `read_factor.py`).
+
+Both classes here are uses that place a tap:
 
     ReturningTap    inside transforms: every quantity has an input of its own, which is zero, and
                     what is read is the cotangent of that input
-    SinkTap         elsewhere: what is read is put into `Sinks`; the one input is a dummy, the
-                    anchor, which has autograd come by
+    SinkTap         elsewhere: what is read is put into `Sinks`. The one input is a dummy, the
+                    anchor: since it wants a gradient, autograd runs the tap's backward pass
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._quantities.readers import PositionsReader
 from ghostfunc._rules.registry import ArgName, ByPosition
+from ghostfunc._taps.few_calls import FewCalls
 from ghostfunc._taps.read_factor import read_all
 from ghostfunc._taps.read_packed import PackedUse
-from ghostfunc._taps.straight import Straight
 from ghostfunc._taps.use import Use, merge_tensors, split_tensors
 from ghostfunc._trace.tracked import ReaderKey, Tracked
 
@@ -51,7 +53,8 @@ class ReturningTap(Use):
         self.n_taps = 0
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """`y` with the taps of all targets beside it."""
+        """`y`, whose backward pass reads all targets and returns what it reads as cotangents of
+        `taps`."""
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
@@ -118,7 +121,7 @@ class _ReturningAtTop(torch.autograd.Function):
 
 
 ANCHOR: ReaderKey = (-1, -1)
-"""The dummy input that all taps of a run with sinks share."""
+"""The key of the dummy input that all taps of a run with sinks share."""
 
 Blank: TypeAlias = Callable[[], Tensor]
 
@@ -134,13 +137,13 @@ class Sinks:
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
-        straight: reads biases and norms of many layers together, where something is `summed`.
+        few_calls: reads biases and norms of many layers together, where something is `summed`.
         by_position: whether positions are read, so that no rule may form the gradient.
     """
 
     collect: frozenset[int]
     summed: frozenset[int]
-    straight: Straight | None
+    few_calls: FewCalls | None
     by_position: bool = False
     open: bool = False
     values: dict[ReaderKey, Tensor] = field(default_factory=dict)
@@ -170,7 +173,8 @@ class SinkTap(Use):
     Attributes:
         blank: makes a zero cotangent of the output, where the cotangent is kept.
         reading: whether something is read.
-        once: whether it is read once, so that what was made whole for it may go then.
+        once: whether the use is read once. It then lets go of its targets, and parameters that
+            were gathered from several ranks are freed.
     """
 
     sinks: Sinks
@@ -179,8 +183,9 @@ class SinkTap(Use):
     once: bool = False
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """`y` with a tap beside it whose inputs are the anchor, and what training gradients are
-        read at that are autograd's to add up."""
+        """`y`, whose backward pass puts what it reads into the sinks. The tap's inputs are the
+        anchor, and one tensor per training gradient that autograd adds up: the cotangent of that
+        tensor."""
         inputs = [target.grad for _, target in self.targets if target.grad_is_autograds]
         self.reading = any(target.readers or target.wants_grad for _, target in self.targets)
         if not self.reading and not self.collected:
@@ -211,7 +216,7 @@ class SinkTap(Use):
         factors = self.factors(b, args)
         packed = None
         if self.recut is not None:
-            packed = PackedUse(self.call, factors, self.recut.packing, sinks.straight, sinks.add)
+            packed = PackedUse(self.call, factors, self.recut.packing, sinks.few_calls, sinks.add)
         for name, target in self.targets:
             if not target.readers and not target.wants_grad:
                 continue
@@ -222,12 +227,13 @@ class SinkTap(Use):
                 if sinks.by_position and isinstance(make, ByPosition):
                     make = make.outer
                 factor = self.fitted(make(), target)
-                straight = sinks.straight
-                if straight is not None and straight.read(self.call, target, factor, sinks.add):
-                    continue
+                few_calls = sinks.few_calls
+                if few_calls is not None and few_calls.read(self.call, target, factor, sinks.add):
+                    continue  # it takes no target whose gradient is one of `out`
                 found = read_all(factor, target, target.own_readers())
             if found is None:
                 continue
+            # One value per reader, and the training gradient last, if there is one.
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
                 sinks.add(key, value)
@@ -237,7 +243,8 @@ class SinkTap(Use):
 
 
 class Beside(torch.autograd.Function):
-    """The first of two tensors with the same values; both get its cotangent."""
+    """The first of two tensors with the same values; both get its cotangent. The first is what the
+    program computed, the second what ops with taps did (`TapMode` runs both)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, beside: Tensor) -> Tensor:

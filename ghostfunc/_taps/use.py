@@ -15,9 +15,9 @@ from ghostfunc._base.trees import unflatten
 from ghostfunc._factors import bundles
 from ghostfunc._factors.factor import Dense, Factor
 from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
+from ghostfunc._taps.known_way import KnownUse
 from ghostfunc._taps.read_factor import as_param_shape
 from ghostfunc._taps.recut import Recut, regrouped
-from ghostfunc._taps.steps import KnownUse
 from ghostfunc._trace.layout import stack_all
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import Tracked, real

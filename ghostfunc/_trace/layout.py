@@ -2,8 +2,7 @@
 
 A tensor that carries samples has them on an axis of their own (`[n, T, d]`, `[T, n, d]`), or folded
 together with positions, sample-major (`[n*T, d]`), position-major (`[T*n, d]`) or between two axes
-of positions (`[A*n*B, d]`). `record.py` finds the axis, by what grows with the number of samples;
-`make.py` settles how it is folded, by whose rows have a cotangent.
+of positions (`[A*n*B, d]`). A `Layout` says which it is. `sample_axis.py` finds it.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ class Layout:
     """The sample axis of one tensor: its position, and what it is folded with.
 
     Attributes:
+        axis: of the tensor, where samples and positions are folded together, if they are.
         outer, inner: how many positions there are before and after the samples where they lie
-            between. Other batch sizes show their product alone, so both stay as they are.
+            between. The shape of another batch tells `outer * inner` alone, so a layout fits only
+            batches with these very numbers.
     """
 
     axis: int

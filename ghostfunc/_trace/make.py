@@ -18,9 +18,7 @@ What is learnt is kept by structure, not by length.
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +27,18 @@ from torch import Tensor
 from ghostfunc._base.documents import apart, packing_of
 from ghostfunc._base.errors import (
     WAYS_OUT,
-    CoupledSamplesError,
     GhostError,
     InPlaceError,
 )
 from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import coupled_samples, lend, prove_independent
-from ghostfunc._base.refusals import op_name
+from ghostfunc._base.purity import lend, prove_independent
 from ghostfunc._base.trees import batch_size, take
-from ghostfunc._base.types import PyTree, Randomness
-from ghostfunc._trace.layout import Layout
+from ghostfunc._base.types import PyTree
 from ghostfunc._trace.probe import probe_uses
-from ghostfunc._trace.record import RecordedCall, Recorder, ShapeLog
-from ghostfunc._trace.trace import CallTrace, Trace, pattern
+from ghostfunc._trace.record import Recorder, ShapeLog
+from ghostfunc._trace.sample_axis import allowed, settled
+from ghostfunc._trace.trace import Trace, pattern
 from ghostfunc._trace.tracked import constants
 from ghostfunc._trace.watch import op_key, reads_attribute
 
@@ -147,10 +143,10 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
     uses = [s for s in recorder.seen if s.trace.kind == "use"]
     marks = probe_uses(program, large, recorder.seen, uses)
     found = [
-        _layouts_of(s, m, k, n, program.randomness)
+        allowed(s, m, k, n, program.randomness)
         for s, m in zip(uses, zip(*marks, strict=True), strict=True)
     ]
-    calls = iter(_settled(uses, found))
+    calls = iter(settled(uses, found))
     counts = [0] * len(program.leaves)
     for use in uses:
         for leaf in (leaf for target in use.tracked for leaf in target.leaves()):
@@ -170,51 +166,3 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
         any(len(own) > 1 for own in found),
     )
     return trace
-
-
-def _layouts_of(
-    seen: RecordedCall, marks: Sequence[Tensor], k: int, n: int, randomness: Randomness
-) -> list[Layout]:
-    """Where samples may lie in the output: where both its marks, which say where there is a
-    cotangent of each loss, and its values allow it. Of n samples those after the first k are copies
-    of the first. There are several where all values are equal, and no gradient tells."""
-    trace, y = seen.trace, seen.y
-    assert y is not None
-    owned = [
-        layout
-        for layout in seen.candidates
-        if all(_only(i, layout.front(mark, n)) for i, mark in enumerate(marks))
-    ]
-    what = f"{op_name(trace.func)} on {', '.join(repr(t.name) for t in seen.tracked)}"
-    if not owned:
-        said = coupled_samples(f"at {what}, a sample's loss has a gradient at other samples' rows")
-        raise CoupledSamplesError(
-            f"{said} If those rows are its own, in an order that model_fn makes (it sorts samples "
-            "by length, say), keep the samples in their order where parameters meet them. "
-            + WAYS_OUT
-        )
-    if len(owned) > 1 and randomness == "error":
-        owned = [x for x in owned if _copies_equal(x.front(y, n), k)] or owned
-    return [x for x in owned if x.fold != "between"] or owned
-
-
-def _settled(uses: Sequence[RecordedCall], found: Sequence[list[Layout]]) -> Iterator[CallTrace]:
-    """The uses with a layout each: the only one, or else one like that of the uses that have no
-    other. Whoever runs a trace with guesses proves every run."""
-    known = Counter(own[0].fold for own in found if len(own) == 1)
-    for seen, own in zip(uses, found, strict=True):
-        out = max(own, key=lambda x: known[x.fold])
-        layouts = tuple(
-            (i, lay if lay.fold == "none" else lay.folded_like(out))
-            for i, lay in seen.trace.layouts
-        )
-        yield replace(seen.trace, out=out, layouts=layouts)
-
-
-def _only(i: int, mark: Tensor) -> bool:
-    """Whether only sample i has a cotangent."""
-    return not bool(mark[:i].any()) and not bool(mark[i + 1 :].any())
-
-
-def _copies_equal(y: Tensor, k: int) -> bool:
-    return torch.allclose(y[k:], y[: len(y) - k], rtol=1e-3, atol=1e-5)

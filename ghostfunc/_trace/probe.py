@@ -18,7 +18,7 @@ from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import HigherOrderOperator, in_transform
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import PyTree
-from ghostfunc._trace.record import RecordedCall
+from ghostfunc._trace.trace import RecordedCall
 from ghostfunc._trace.tracked import CallArgs, Tracked, constants
 from ghostfunc._trace.watch import TrackingMode, gradients
 

@@ -1,11 +1,12 @@
-"""Runs 1 and 2 of tracing, side by side. The second has one sample more: an axis that grew holds
-samples."""
+"""The first two of the three runs that tracing makes (`make.py`). The second has one sample more
+than the first, rarely two or more, and is compared with it call by call: what grew holds samples.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.refusals import Refusals, op_name
 from ghostfunc._base.side_effects import Draws
-from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address, in_transform
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address
 from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
@@ -36,8 +37,10 @@ from ghostfunc._rules.reordering import (
     reorders,
     sorted_dim,
 )
+from ghostfunc._trace.derivatives import has_derivative, has_second_derivative
 from ghostfunc._trace.layout import Layout
-from ghostfunc._trace.trace import CallTrace, Kind, Shape, Told
+from ghostfunc._trace.sample_axis import candidates
+from ghostfunc._trace.trace import CallTrace, Kind, RecordedCall, Shape, Told
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
 from ghostfunc._trace.watch import (
     ALIKE,
@@ -65,7 +68,7 @@ _ROWS_CHOSEN: set[Callable[..., Any]] = {
     Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk,
     torch.chunk, torch.select, Tensor.select, Tensor.index_select, torch.index_select,
 }  # fmt: skip
-"""Ops that take rows of a tensor; out of one without samples, by the number of samples."""
+"""Ops that take rows of a tensor. A table without samples may be cut by their number so."""
 
 
 class ShapeLog(Refusals):
@@ -89,44 +92,6 @@ class ShapeLog(Refusals):
         return out
 
 
-def _has_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
-    """Whether autograd connects what an op returns with what it is given. Inside transforms, which
-    do not say, it is taken to."""
-    if in_transform():
-        return True
-    with torch.random.fork_rng():
-        out = call.run(func, [x.detach().requires_grad_() for x in call.consts()])
-    nodes = [x.grad_fn for x in tensors_of(out) if x.requires_grad]
-    return any(node is None or type(node).__name__ != "NotImplemented" for node in nodes)
-
-
-def _has_second_derivative(func: Callable[..., Any], call: CallArgs) -> bool:
-    """Whether autograd also knows how the gradient of an op depends on the cotangent of its output.
-    Some ops raise, and some whose gradient is made behind its back take that for a constant."""
-    if in_transform():
-        return True
-    if any(x.layout != torch.strided for x in call.consts()):
-        return False
-    inputs = [x.detach().requires_grad_() for x in call.consts()]
-    with torch.random.fork_rng():
-        outs = [x for x in tensors_of(call.run(func, inputs)) if x.requires_grad]
-    if any(x.layout != torch.strided for x in outs):
-        return False
-    b = [torch.ones_like(x, requires_grad=True) for x in outs]
-    try:
-        pulled: tuple[Tensor | None, ...] = torch.autograd.grad(
-            outs, inputs, b, create_graph=True, allow_unused=True
-        )
-        met: list[Tensor] = [g for g in pulled if g is not None]
-        moving = [g for g in met if g.requires_grad]
-        torch.autograd.grad(moving, b, list(map(torch.zeros_like, moving)), allow_unused=True)
-    except RuntimeError as error:
-        if "is not implemented" not in str(error):
-            raise
-        return False
-    return all(g.requires_grad or not bool(g.any()) for g in met)
-
-
 def _memory(tensors: Sequence[Tensor]) -> set[int]:
     return set(map(address, tensors))
 
@@ -135,28 +100,21 @@ def shapes(tree: object) -> list[Shape | None]:
     return [tuple(x.shape) if isinstance(x, Tensor) else None for x in flatten(tree)[0]]
 
 
-@dataclass
-class RecordedCall:
-    """A call on tracked tensors, with what is needed to classify it.
-
-    Attributes:
-        trace: what is known of it so far; `tracked`: the tensors that it met.
-        y: its output, of uses.
-        candidates: where samples may lie in the output, going by its shapes, ordinary ways first.
-    """
-
-    trace: CallTrace
-    tracked: list[Tracked]
-    y: Tensor | None
-    candidates: tuple[Layout, ...]
-
-
 class Recorder(TrackingMode):
     """Runs the larger of two batches beside the log of the smaller one.
 
     Args:
         n_small, n_large: samples in them, the smaller batch the first of the larger one.
         large: the larger batch.
+
+    Attributes:
+        dtypes: of the floating-point tensors that samples lie in.
+        statistics: whether a number may be made of several samples.
+        reads: whether values of the batch come into Python, or rows are chosen by its size;
+            `reads_at`: the numbers of the calls that read values.
+        in_place: what calls are told that leave rows where they are.
+        by_values: what the other calls are told, by number of the call.
+        seen: the calls on tracked tensors, in order.
     """
 
     def __init__(
@@ -252,8 +210,8 @@ class Recorder(TrackingMode):
         kwargs: dict[str, Any],
         before: Sequence[Shape | None],
     ) -> None:
-        """Note what a call is told: apart if values decide where rows go, as an index into a tensor
-        of samples does."""
+        """Note the numbers and words among a call's arguments, in `by_values` where values decide
+        where rows go, as an index into a tensor of samples does."""
         key = op_key(func), told(args, kwargs)
         tensors, known = tensors_of((args, kwargs)), iter(s for s in before if s is not None)
         indices = [x for x in tensors if x.ndim and not differentiable(x)]
@@ -308,10 +266,10 @@ class Recorder(TrackingMode):
             self.seen.append(RecordedCall(plain, [], None, ()))
             return out
         if not any(grew):
-            if not _has_derivative(func, call):
+            if not has_derivative(func, call):
                 self.seen.append(RecordedCall(replace(plain, kind="opaque"), [], None, ()))
                 return out
-            derivation = replace(plain, kind="derived", pushes=_has_second_derivative(func, call))
+            derivation = replace(plain, kind="derived", pushes=has_second_derivative(func, call))
             self.seen.append(RecordedCall(derivation, [], None, ()))
             return self.derive(func, call)
         self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
@@ -352,31 +310,32 @@ class Recorder(TrackingMode):
         if isinstance(rule, FactorRule) and rule.check is not None:
             args, kwargs = call.rebuild(call.leaves)
             rule.check(*args, **kwargs)
-        candidates = self._axis(out_shapes[0], tuple(out.shape), what)
+        sizes = self._n_small, self._n_large
+        found = candidates(out_shapes[0], tuple(out.shape), *sizes, what)
         layouts = []
         for i, x in enumerate(call.leaves):
             shape = arg_shapes[i]
             if isinstance(x, Tensor) and shape is not None and tuple(x.shape) != shape:
-                arg_candidates = self._axis(shape, tuple(x.shape), what)
-                if candidates[0].fold == "none" != arg_candidates[0].fold:
+                of_argument = candidates(shape, tuple(x.shape), *sizes, what)
+                if found[0].fold == "none" and of_argument[0].fold != "none":
                     raise SampleAxisError(
                         f"{what}: argument {i} has shape {tuple(x.shape)} with several rows per "
                         f"sample, the output {tuple(out.shape)} with one. {WAYS_OUT}"
                     )
-                layouts.append((i, arg_candidates[0]))
+                layouts.append((i, of_argument[0]))
         names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
         if not isinstance(rule, BroadcastRule):
-            names = self._try(rule, call, out, candidates[0], dict(layouts), what)
+            names = self._try(rule, call, out, found[0], dict(layouts), what)
         trace = replace(
             self._called(func, call, "use"),
             rule=rule,
             names=names,
             layouts=tuple(layouts),
-            out=candidates[0],
+            out=found[0],
             ndim=out.ndim,
             dtype=out.dtype,
         )
-        return RecordedCall(trace, call.tracked, out.detach(), candidates)
+        return RecordedCall(trace, call.tracked, out.detach(), found)
 
     def _try(
         self,
@@ -416,33 +375,3 @@ class Recorder(TrackingMode):
                 + WAYS_OUT
             ) from error
         return names
-
-    def _axis(self, small: Shape, large: Shape, what: str) -> tuple[Layout, ...]:
-        """The axis that grew, as samples may be folded on it: the ordinary ways first."""
-        if len(small) != len(large):
-            raise SampleAxisError(f"{what}: shape {small} became {large} with one more sample.")
-        axes = [i for i, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
-        if len(axes) != 1:
-            raise SampleAxisError(
-                f"{what}: with one more sample, shape {small} became {large}. Samples must lie on "
-                "exactly one axis: in a table of sample pairs, compute each sample's own entries "
-                f"alone. {WAYS_OUT}"
-            )
-        (axis,) = axes
-        k, n = self._n_small, self._n_large
-        positions = small[axis] // k
-        if small[axis] % k or large[axis] != n * positions:
-            raise SampleAxisError(
-                f"{what}: axis {axis} has {small[axis]} rows for {k} samples and {large[axis]} for "
-                f"{n}: not the same number for every sample. In models of "
-                "transformers, gf.from_module and gf.hf keep the rows of routed experts in order. "
-                + WAYS_OUT
-            )
-        if positions == 1:
-            return (Layout(axis),)
-        between = [
-            Layout(axis, "between", outer, positions // outer)
-            for outer in range(2, positions)
-            if positions % outer == 0
-        ]
-        return Layout(axis, "sample-major"), Layout(axis, "position-major"), *between

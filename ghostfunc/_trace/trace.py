@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ghostfunc._rules.registry import ArgName, Rule
 from ghostfunc._trace.layout import Layout
+from ghostfunc._trace.tracked import Tracked
 
 Kind = Literal["use", "derived", "constant", "opaque"]
 Shape = tuple[int, ...]
@@ -56,6 +57,23 @@ class CallTrace:
     def places(self) -> dict[int, Layout]:
         """`layouts` by argument."""
         return dict(self.layouts)
+
+
+@dataclass
+class RecordedCall:
+    """A call on tracked tensors, with what is needed to classify it.
+
+    Attributes:
+        trace: what is known of it so far; `tracked`: the tensors that it met.
+        y: its output, of uses.
+        candidates: where samples may lie in the output, going by its shapes: the first is tried,
+            the others are for `sample_axis` to choose from.
+    """
+
+    trace: CallTrace
+    tracked: list[Tracked]
+    y: Tensor | None
+    candidates: tuple[Layout, ...]
 
 
 class WayTaken(NamedTuple):

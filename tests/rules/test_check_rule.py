@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import wrap_torch_function
 
 import ghostfunc as gf
-from ghostfunc._rules.registry import RULES, register_decomposition
+from ghostfunc._rules.registry import DECOMPOSITIONS, RULES, register_decomposition
 from ghostfunc.testing import Case, check_rule, ids
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_rule.md"
@@ -174,6 +174,22 @@ def test_a_custom_op_by_every_name(name: str) -> None:
         del RULES[packet]
     with pytest.raises(gf.UnsupportedOpError, match=r"ghostfunc_tests.gate.* 'w': no ghost rule"):
         check_rule(op, [case])
+
+
+@pytest.mark.parametrize("name", ["decorated", "packet", "overload"])
+def test_a_decomposition_of_a_custom_op_by_every_name(name: str) -> None:
+    packet = torch.ops.ghostfunc_tests.gate
+    op = {"decorated": gate, "packet": packet, "overload": packet.default}[name]
+    register_decomposition(op)(lambda x, w: x * w)
+    try:
+        for call in (gate, packet, packet.default):
+            case = Case(lambda p, x, call=call: call(x["x"], p["w"]), {"w": (4,)}, {"x": (3, 4)})
+            check_rule(op, [case])
+            with pytest.raises(gf.OptionError, match="has a rule already"):
+                gf.register_rule(call)(right)
+    finally:
+        for known in (packet, packet.default):
+            del DECOMPOSITIONS[known]
 
 
 @wrap_torch_function(lambda x, w: (x, w))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ghostfunc as gf
 from ghostfunc._base import program as programs
-from ghostfunc._taps import mode, steps
+from ghostfunc._taps import known_way, mode
 from ghostfunc._trace.fitting import traced
 from ghostfunc._trace.trace import Trace
 from ghostfunc._trace.watch import told
@@ -205,7 +205,7 @@ def test_ways_that_are_remembered_are_few(monkeypatch: pytest.MonkeyPatch) -> No
     length, step = 1, next(iter(trace.ways.values()))
     while step.next is not None:
         length, step = length + 1, step.next
-    monkeypatch.setattr(steps, "MAX_STEPS", 3 * length + 1)
+    monkeypatch.setattr(known_way, "MAX_STEPS", 3 * length + 1)
     for n in range(3, 9):
         gf.ghost_norm(model_fn, params, batch(n))
     assert len(trace.ways) == 3
@@ -214,7 +214,7 @@ def test_ways_that_are_remembered_are_few(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("value", [True, 1.0])
 def test_lists_of_other_numbers_are_other_lists(value: Any) -> None:
     """`[1]` equals `[True]` and `[1.0]`."""
-    step = steps.Step(torch.flip, 0, 0)
+    step = known_way.Step(torch.flip, 0, 0)
     x = torch.ones(2, 2)
     step.learn((x, [1]), {})
     assert step.plain

@@ -41,7 +41,7 @@ from ghostfunc._factors.factor import Dense, Outer
 from ghostfunc._quantities import readers
 from ghostfunc._quantities.quantity import Dot
 from ghostfunc._rules.registry import RULES
-from ghostfunc._taps import sinks, straight
+from ghostfunc._taps import few_calls, sinks
 from ghostfunc._trace import tracked
 from ghostfunc._trace.layout import Layout
 from ghostfunc._transforms.scores import by_position
@@ -247,12 +247,12 @@ def totals_off_by_a_hundredth(patch: Patch) -> None:
 
 def small_gradients_in_another_order(patch: Patch) -> None:
     """Those that wait for the end of the backward pass are read side by side."""
-    right = straight._read_table
+    right = few_calls._read_table
 
     def wrong(table: Any, add: Any) -> None:
         right(table, lambda key, value: add(key, value.flip(0)))
 
-    patch.setattr(straight, "_read_table", wrong)
+    patch.setattr(few_calls, "_read_table", wrong)
 
 
 def validation_of_one_sample(patch: Patch) -> None:

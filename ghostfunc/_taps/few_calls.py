@@ -1,4 +1,4 @@
-"""Straight lines: what a step with scores mostly reads, in as few calls as there are.
+"""What a step with scores mostly reads, in as few calls of torch as there are.
 
 At small shapes, and on a GPU, a backward pass costs what its calls cost. Where scores are wanted as
 one number per sample, two kinds of uses take a way of their own:
@@ -55,8 +55,8 @@ class _Waiting:
 
 
 @dataclass
-class Straight:
-    """The straight lines of one run."""
+class FewCalls:
+    """What one run reads so."""
 
     _waiting: list[_Waiting] = field(default_factory=list)
 
