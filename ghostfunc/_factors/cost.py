@@ -247,6 +247,9 @@ Parts: TypeAlias = Sequence[tuple[int, Positions]]
 
 def _all(parts: Parts) -> tuple[int, Positions]:
     """How many samples and positions there are in all."""
+    if len(parts) == 1:
+        ((n, t),) = parts
+        return n, Positions(n * t.outer, n * t.one_hot, n * t.dense)
     n = sum(k for k, _ in parts)
     return n, Positions(*(sum(k * t[kind] for k, t in parts) for kind in range(3)))
 
@@ -254,7 +257,8 @@ def _all(parts: Parts) -> tuple[int, Positions]:
 def gram_choice(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> Choice:
     """How `<g_i, g_j>` of two batches are taken: from inner products of positions ("tokens"), or
     from blocks of rows ("rows"); `same` if both are one batch."""
-    (n, t), (m, s) = _all(mine), _all(theirs)
+    n, t = _all(mine)
+    m, s = (n, t) if same else _all(theirs)
     sides = [(n, t)] if same else [(n, t), (m, s)]
     form = sum(2 * x.outer * p * d + OPS_PER_ELEMENT * x.one_hot * d for _, x in sides)
     rows = form + 2 * n * m * p * d + 2 * OPS_PER_ELEMENT * sum(k for k, _ in sides) * p * d

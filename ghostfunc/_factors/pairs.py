@@ -114,28 +114,34 @@ def gram_of_parts(
     if groups:
         own = partial(gram_of_parts, workspace=workspace, contract_dtype=contract_dtype)
         return add_up([own(*pair) for pair in groups])
-    p, d = matrix_shape([f for bundle in (*parts, *(others or ())) for f in bundle])
+    p, d = matrix_shape(_flat([*parts, *(others or ())]))
     mine = [aligned(bundle, p, d) for bundle in parts]
     theirs = mine if others is None else [aligned(bundle, p, d) for bundle in others]
     same = others is None
     if not p * d:
         n, m = (sum(map(samples, side)) for side in (mine, theirs))
         return wide(values(mine[0][0])).new_zeros(n, m)
-    if cost.gram_by_tokens(counts(mine), counts(theirs), p, d, same=same):
+    ours = counts(mine)
+    if cost.gram_by_tokens(ours, ours if same else counts(theirs), p, d, same=same):
         table: list[list[Tensor]] = [[] for _ in mine]
         for (i, f), (j, g) in product(enumerate(mine), enumerate(theirs)):
             known_before = same and j < i
             table[i].append(
                 table[j][i].mT if known_before else _gram_by_tokens(f, g, workspace, contract_dtype)
             )
-        out = _joined([_joined(row, 1) for row in table], 0)
+        out = joined([joined(row, 1) for row in table], 0)
     else:
         out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
 
-def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+def _flat(parts: Sequence[Bundle]) -> Bundle:
+    return parts[0] if len(parts) == 1 else [f for bundle in parts for f in bundle]
+
+
+def joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """What was made of parts, side by side."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
 
 
@@ -144,7 +150,7 @@ def _groups(
 ) -> list[tuple[list[Bundle], list[Bundle] | None]]:
     """The pairs of groups whose Gram matrices add up; none where groups are small or there are
     other factors: those are formed whole."""
-    everything = [f for bundle in (*parts, *(others or ())) for f in bundle]
+    everything = _flat([*parts, *(others or ())])
     grouped = [f for f in everything if isinstance(f, Grouped)]
     elements = sum(samples([f]) * prod(f.shape) for f in grouped)
     if len(grouped) < len(everything) or elements <= workspace:
@@ -177,29 +183,33 @@ def _gram_by_rows(
     *,
     same: bool,
 ) -> Tensor:
-    everyone = sum(map(samples, mine if same else [*mine, *theirs]))
-    step = max(1, workspace // max(1, everyone * d))
-    if same:
-        blocks = ((g, g) for _, g in row_blocks(mine, p, d, step, contract_dtype))
-    else:
-        sides = (row_blocks(side, p, d, step, contract_dtype) for side in (mine, theirs))
-        blocks = ((g, h) for (_, g), (_, h) in zip(*sides, strict=True))
-    return reduce(add, (matmul(g.flatten(1), h.flatten(1).mT, contract_dtype) for g, h in blocks))
+    numbers = [sum(map(samples, side)) for side in ([mine] if same else [mine, theirs])]
+    step = max(1, workspace // max(1, sum(numbers) * d))
+    sides = [
+        (g.flatten(1) for _, g in row_blocks(side, n, p, d, step, contract_dtype))
+        for side, n in zip([mine, theirs], numbers, strict=False)
+    ]
+    blocks = zip(*sides, strict=True)
+    return reduce(add, (matmul(x[0], x[-1].mT, contract_dtype) for x in blocks))
 
 
 def row_blocks(
-    parts: Sequence[Bundle], p: int, d: int, step: int, contract_dtype: ContractDtype = None
+    parts: Sequence[Bundle],
+    n: int,
+    p: int,
+    d: int,
+    step: int,
+    contract_dtype: ContractDtype = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of all gradients, `step` at a time, `[n, r, d]`, of parts whose factors are
+    """The rows of all n gradients, `step` at a time, `[n, r, d]`, of parts whose factors are
     `aligned`. Large blocks come each where the last one was, if nothing follows them: memory that
     is touched for the first time costs about as much as all that is read off it."""
-    sizes = list(map(samples, parts))
-    if contract_dtype is not None or not in_place(parts, p, d):
+    if contract_dtype is not None or not in_place(parts, n, p, d):
         for rows in slices(p, step):
             yield rows, form_rows(parts, rows, contract_dtype)
         return
-    n, like = sum(sizes), wide(values(parts[0][0]))
-    memory = like.new_empty(n * min(step, p) * d)
+    sizes = list(map(samples, parts))
+    memory = wide(values(parts[0][0])).new_empty(n * min(step, p) * d)
     for rows in slices(p, step):
         block = memory[: n * (rows.stop - rows.start) * d].view(n, -1, d)
         for bundle, g in zip(parts, block.split(sizes), strict=True):
@@ -210,21 +220,24 @@ def row_blocks(
         yield rows, block
 
 
-def in_place(parts: Sequence[Bundle], p: int, d: int) -> bool:
-    """Whether gradients are large, are made of products, and no transform, no compiler and no
+def in_place(parts: Sequence[Bundle], n: int, p: int, d: int) -> bool:
+    """Whether n gradients are large, are made of products, and no transform, no compiler and no
     derivative follows them."""
+    elements = n * p * d
+    if isinstance(elements, SymInt) or elements < LARGE:
+        return False
     factors = [f for bundle in parts for f in bundle]
     tensors = [x for f in factors for x in f if isinstance(x, Tensor)]
     if in_transform() or any_symbolic(tensors):
         return False
     followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     formed = all(any(isinstance(f, Outer) for f in bundle) for bundle in parts)
-    return formed and not followed and sum(map(samples, parts)) * p * d >= LARGE
+    return formed and not followed
 
 
 def form_rows(parts: Sequence[Bundle], rows: slice, contract_dtype: ContractDtype = None) -> Tensor:
     """The chosen rows of all gradients, `[n, r, d]`, of parts whose factors are `aligned`."""
-    return _joined([_rows(bundle, slice(None), rows, contract_dtype) for bundle in parts])
+    return joined([_rows(bundle, slice(None), rows, contract_dtype) for bundle in parts])
 
 
 def _rows(bundle: Bundle, block: slice, rows: slice, contract_dtype: ContractDtype) -> Tensor:

@@ -95,7 +95,7 @@ def _apart(parts: Sequence[Bundle], contract_dtype: ContractDtype) -> SpreadAndT
     dots = [
         add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
     ]
-    return SpreadAndTotal(torch.stack([torch.cat(squares), torch.cat(dots)], dim=1), total)
+    return SpreadAndTotal(torch.stack([pairs.joined(squares), pairs.joined(dots)], dim=1), total)
 
 
 def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
@@ -104,14 +104,14 @@ def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, T
     formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
     beside = summed([f for bundle in looked_up for f in bundle]) if looked_up[0] else None
     step = cost.spread_rows(known(n), known(p), known(d))
-    if pairs.in_place(formed, p, d):
+    if pairs.in_place(formed, n, p, d):
         table, total = _in_place(formed, beside, p, d, step)
     else:
         table, total = _formed(formed, beside, p, step)
     if beside is not None:
         squares = list(map(pairs.squares_beside, formed, looked_up))
         dots = [add_up([dot(f, total) for f in bundle]) for bundle in looked_up]
-        table = table + torch.stack([torch.cat(squares), torch.cat(dots)], dim=1)
+        table = table + torch.stack([pairs.joined(squares), pairs.joined(dots)], dim=1)
     return table, total
 
 
@@ -137,7 +137,7 @@ def _in_place(
     total, ones = like.new_empty(p, d), like.new_ones(n)
     few = n <= FEW_SAMPLES
     gram, squares, dots = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
-    for rows, block in pairs.row_blocks(parts, p, d, step):
+    for rows, block in pairs.row_blocks(parts, n, p, d, step):
         whole, g = total[rows].view(-1), block.flatten(1)
         for stretch in pairs.slices(len(whole), STRETCH // n):
             own, x = whole[stretch], g[:, stretch]
