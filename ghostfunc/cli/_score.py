@@ -192,6 +192,7 @@ def _score(inputs: Inputs, options: Score, u: PyTree, folder: Path) -> Scores:
     model, influence = inputs.model, options.score == "influence"
     recipe = {
         "pool": _data.content_of(options.pool),
+        "target": _data.content_of(options.target),
         "max_length": model.max_length,
         "rows": len(inputs.pool),
     }

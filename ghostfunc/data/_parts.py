@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ class Parts:
         now = json.loads(json.dumps(dict(recipe)))
         if before != now:
             differing = sorted(k for k in before | now if before.get(k) != now.get(k))
-            told = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in differing)
+            told = "; ".join(
+                f"{k}: {_short(before.get(k))} then, {_short(now.get(k))} now" for k in differing
+            )
             raise ResumeError(
                 f"{folder} holds another run, which differs in {told}. Resume it with what it was "
                 "started with, or choose another folder."
@@ -76,6 +79,10 @@ class Parts:
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.npz"
+
+
+def _short(x: object) -> str:
+    return textwrap.shorten(repr(x), 100, placeholder=" ...")
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from ghostfunc.data._batches import (
 )
 from ghostfunc.data._budget import find_token_budget, padded_tokens
 from ghostfunc.data._columns import check_wanted, columns_of, named
+from ghostfunc.data._directions import as_before, outline
 from ghostfunc.data._errors import ResumeError
 from ghostfunc.data._parts import Columns, Parts, digest, has_recipe, read_recipe
 from ghostfunc.data._processes import Processes
@@ -219,13 +220,18 @@ def _computed(
     with processes.phase("opening the run") as phase:
         alone = phase is None
         recipe = {} if folder is None and alone else _recipe(run, facts, more)
+        if phase is not None:
+            phase.alike = str(recipe)
         if folder is not None and processes.first:
+            own = {name: outline(u) for name, u in run.directions.items()}
+            if has_recipe(folder):
+                own = as_before(read_recipe(folder).get("directions"), own)
+            recipe["directions"] = own
             parts = Parts(folder, recipe)
             found = {number: parts.load(number) for number in range(len(ranges))}
             done = {number: x for number, x in found.items() if x is not None}
             _compare(run, ranges, budget, done)
-        if phase is not None:
-            phase.alike = str(recipe)
+    recipe = processes.of_first(recipe, "agreeing on what the run is")
     missing = [number for number in range(len(ranges)) if number not in done]
     missing = processes.of_first(missing, "looking what is done")
     with (
@@ -321,7 +327,6 @@ def _recipe(run: _Run, facts: Mapping[str, Any], more: Mapping[str, Any]) -> dic
         "part": PART,
         "params": digest(run.params),
         "frozen": frozen(run.model_fn, run.params),
-        "directions": {name: digest(u) for name, u in run.directions.items()},
         **more,
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +96,17 @@ def test_a_world_of_no_size_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "two")
     code, text = run(f"{LINE} --out sel.jsonl")
     assert (code, "WORLD_SIZE='two'" in text) == (2, True)
+
+
+def test_a_process_has_a_card_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    code, text = run(f"{LINE} --out sel.jsonl --device cuda")
+    assert (code, "--device cuda:99: " in text) == (2, True), text
+
+
+def test_torchrun_starts_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ghostfunc", "score"])
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ghostfunc", run_name="__main__")
+    assert ended.value.code == 2

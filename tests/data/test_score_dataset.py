@@ -191,6 +191,26 @@ def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any], said
         gf.score_dataset(model_fn, resume=tmp_path, **{**options, **change})
 
 
+def test_a_run_goes_on_along_a_direction_with_other_last_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another number of threads makes it; of another direction, one is told."""
+    monkeypatch.setattr(_score, "PART", 16)
+    u = gf.direction(model_fn, P, target())
+    options: dict[str, Any] = {"resume": tmp_path, **COMMON}
+    first = gf.score_dataset(model_fn, P, POOL, direction=u, **options)
+    (tmp_path / "part-000001.npz").unlink()
+    near = {k: x * (1 + 1e-7 * torch.randn_like(x)) for k, x in u.items()}
+    again = gf.score_dataset(model_fn, P, POOL, direction=near, **options)
+    for name, x in first.columns.items():
+        torch.testing.assert_close(again[name], x, rtol=1e-6, atol=1e-6)
+        assert torch.equal(again[name][:16], x[:16])  # read from the folder
+    of_fewer = gf.direction(model_fn, P, batches(TARGET[:-1], **COMMON))
+    for other in (of_fewer, {k: -x for k, x in u.items()}, {"one": u}):
+        with pytest.raises(gf.data.ResumeError, match=r"directions: {'': \[.* \.\.\. then"):
+            gf.score_dataset(model_fn, P, POOL, direction=other, **options)
+
+
 def test_samples_that_moved_after_the_first_part_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,8 +146,9 @@ def planned(mesh: Any, plain: Tensor, last: bool) -> dict[str, str]:
     return found
 
 
-def few_validation_samples(mesh: Any, plain: Tensor, last: bool) -> dict[str, Any]:
-    """Scores with validation samples that all ranks compute, or do not where one rank differs."""
+def validation_samples_in_one_run(mesh: Any, plain: Tensor, last: bool) -> dict[str, Any]:
+    """Scores with validation samples that share a run: few, which all ranks compute, and many, of
+    which each computes its own. Where one rank differs they may not."""
     from torch.distributed.fsdp import fully_shard
 
     with torch.random.fork_rng():
@@ -158,8 +159,8 @@ def few_validation_samples(mesh: Any, plain: Tensor, last: bool) -> dict[str, An
     fully_shard(net, mesh=mesh)
     model_fn, params = gf.from_module(net, loss)
 
-    def right(*vals: Tensor) -> float:
-        own = gf.ghost_dot_prod(model_fn, params, plain, vals[last])
+    def right(*vals: Tensor, train: Tensor = plain) -> float:
+        own = gf.ghost_dot_prod(model_fn, params, train, vals[last]).flatten()
         sums = [gf.direction(whole_fn, whole, val, reduction="sum") for val in vals]
         m = sum(map(len, vals))
         u = {name: sum(x[name] for x in sums) / m for name in whole}
@@ -170,7 +171,7 @@ def few_validation_samples(mesh: Any, plain: Tensor, last: bool) -> dict[str, An
         return gf.ghost_dot_prod(model_fn, params, train, val)
 
     one, two, longer = plain[:1], plain[1:3], plain[:2, None]
-    bad = one * torch.nan
+    bad, many = one * torch.nan, torch.cat([plain, 2 * plain, -plain])
     return {
         "few": right(one, two),
         "few, of another length on one rank": right(one, longer),
@@ -181,6 +182,12 @@ def few_validation_samples(mesh: Any, plain: Tensor, last: bool) -> dict[str, An
         "few, none on one rank": outcome(lambda: scores(plain, one[: 1 - last])),
         "few, a bad one": outcome(lambda: scores(plain, bad if last else two)),
         "few, after the errors": right(one, two),
+        "many": right(one, many),
+        "many, of another length on one rank": right(
+            one, many[:, None], train=plain[:, None] if last else plain
+        ),
+        "many, a bad one": outcome(lambda: scores(plain, many * torch.nan if last else one)),
+        "many, after the errors": right(one, many),
     }
 
 
@@ -237,7 +244,7 @@ def main() -> None:
             )
         )
         found["after other calls"] = right(plain)
-        found |= few_validation_samples(mesh, plain, last)
+        found |= validation_samples_in_one_run(mesh, plain, last)
         found["planned"] = planned(mesh, plain, last)
         found |= refused_on_one_rank(model_fn, params, plain, last, right)
         found["a wrapped function"] = outcome(

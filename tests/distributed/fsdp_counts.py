@@ -155,9 +155,11 @@ def main() -> None:
         ),
         "ghost_dot_prod with val": lambda: gf.ghost_dot_prod(model_fn, params, batch, val),
         "ghost_value_and_grad with much val": lambda: gf.ghost_value_and_grad(
-            model_fn, params, batch, much
+            model_fn, params, batch[:1], much
         ),
-        "ghost_dot_prod with much val": lambda: gf.ghost_dot_prod(model_fn, params, batch, much),
+        "ghost_dot_prod with much val": lambda: gf.ghost_dot_prod(
+            model_fn, params, batch[:1], much
+        ),
         "ghost_value_and_grad with longer val": lambda: gf.ghost_value_and_grad(
             model_fn, params, batch, longer
         ),

@@ -37,6 +37,9 @@ def differ(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "few, of another length on one rank",
         "few, more of them on one rank",
         "few, after the errors",
+        "many",
+        "many, of another length on one rank",
+        "many, after the errors",
     ],
 )
 def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: str) -> None:
@@ -76,6 +79,11 @@ def test_numbers_are_those_of_one_process(differ: list[dict[str, Any]], what: st
             "few, a bad one",
             "3 validation samples, 2 + 1 of ranks 0 to 1: 1 of 7 losses are not finite: losses[6]",
             "3 validation samples, 2 + 1 of ranks 0 to 1: 1 of 7 losses are not finite: losses[6]",
+        ),
+        (
+            "many, a bad one",
+            "rank 1 failed with NonFiniteLossError while running the model: 12 of 16 losses",
+            "after them its 12 validation samples: 12 of 16 losses are not finite: losses[4] = nan",
         ),
         (
             "a wrapped function",

@@ -72,8 +72,8 @@ class InStep:
         return self._meet(place, number=number).numbers
 
     def add_up(self, place: str, x: Tensor) -> Tensor:
-        """The sum of the tensors of all ranks."""
-        out = x.detach().clone()
+        """The sum of the tensors of all ranks; `x` is written over."""
+        out = x.detach().contiguous()
         self.meet(place)
         self._tensors.wait(self._tensors.sum_later(out, place), place)
         return out
