@@ -15,6 +15,9 @@ from ghostfunc.cli._errors import FAILED, STOPPED, CommandError
 from ghostfunc.cli._options import Command, Score
 from ghostfunc.cli._say import say
 
+MEETING = timedelta(minutes=5)
+"""How long processes wait for each other to begin. torchrun starts all of them at once."""
+
 PATIENCE = timedelta(days=1)
 """How long a process waits for another that still computes. One that died is noticed at once."""
 
@@ -65,15 +68,17 @@ def shared(run: Callable[[Command], int], options: Command, size: int) -> int:
         refuse_shared(options, size)
     except CommandError as error:
         return _said_by_first(int(os.environ.get("RANK", "0")) == 0, error)
+    from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
+
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, _ = next(rendezvous("env://", timeout=MEETING))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise CommandError(
             f"{size} processes of torchrun (WORLD_SIZE) found no way to each other: {error}. Start "
             "them by torchrun, or set RANK, MASTER_ADDR and MASTER_PORT as it does.",
             FAILED,
         ) from error
-    rank = dist.get_rank()
     try:
         with _speaking(rank == 0):
             return run(options)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import runpy
+import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from ghostfunc.cli import _torchrun
 from ghostfunc.data import _score
 
 from .torchrun_ranks import Line, together
@@ -90,6 +93,19 @@ def test_what_processes_do_not_share_is_refused(
     if "no way" not in said:
         assert run(line) == (2, "")
     assert sorted(files.iterdir()) == before
+
+
+def test_a_process_that_is_alone_gives_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others never began. Once all have met, they wait for each other much longer."""
+    monkeypatch.setattr(_torchrun, "MEETING", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in places.items():
+        monkeypatch.setenv(name, str(value))
+    code, text = run(f"{LINE} --out sel.jsonl")
+    assert (code, "2 processes of torchrun (WORLD_SIZE) found no way" in text) == (1, True), text
 
 
 def test_a_world_of_no_size_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

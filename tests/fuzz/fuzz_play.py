@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -28,6 +29,8 @@ assert fuzz_blocks.route
 assert fuzz_steps.product  # both say how steps are written
 
 ALWAYS = ("dots", "norms")
+SEEN: ContextVar[list[int] | None] = ContextVar("SEEN", default=None)
+"""Gets the number of samples of every run of a model."""
 TOLERANCE = 1e-8
 
 
@@ -68,7 +71,16 @@ def compiled(program: Program) -> tuple[Callable[[Any, Any], Tensor], dict[str, 
         name: 0.6 * torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in sorted(shapes.items())
     }
-    return space["model"], params
+    model = space["model"]
+
+    def noting(params: Any, batch: Any) -> Tensor:
+        seen = SEEN.get()
+        if seen is not None:
+            seen.append(batch["x"].shape[0])
+        out: Tensor = model(params, batch)
+        return out
+
+    return noting, params
 
 
 def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
@@ -91,16 +103,12 @@ def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
 
 
 class Watched(Case):
-    """A case that notes which of its two batches a quantity is asked about, and in what chunks."""
+    """A case that notes which of its two batches a quantity is asked about."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("train", "val"):
             self.__dict__.setdefault("asked", set()).add(name)
         return super().__getattribute__(name)
-
-    def of(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        self.__dict__.setdefault("chunks", []).append(options.get("chunk_size"))
-        return super().of(function, *args, **options)
 
 
 def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, set[str]]]:
@@ -142,7 +150,10 @@ def _coupled(case: Case, data: Any, rows: list[Tensor]) -> bool:
 def _coupled_in_chunks(case: Case, side: str, most: int) -> bool:
     """Whether that is so of at most `most` samples, where the model never sees more at a time."""
     data, rows = (case.train, case.g) if side == "train" else (case.val, case.v)
-    cuts = [slice(i, i + most) for i in range(0, len(data["x"]), most)]
+    n = len(data["x"])
+    count = -(-n // most)  # chunks are as equal as can be
+    bounds = [i * n // count for i in range(count + 1)]
+    cuts = list(map(slice, bounds, bounds[1:]))
     return any(
         _coupled(case, {k: v[cut] for k, v in data.items()}, [g[cut] for g in rows]) for cut in cuts
     )
@@ -188,25 +199,29 @@ def play(
             threads = program.settings[number].threads
             for verdict, about, most in _judged(case, names, threads=threads):
                 of_them = coupled & about
-                if most is not None:
-                    of_them = {x for x in of_them if _coupled_in_chunks(case, x, most)}
+                of_them = {x for x in of_them if _coupled_in_chunks(case, x, most)}
                 checks.append(Check(number, verdict, bool(of_them)))
     return checks
 
 
-Judged = tuple[Verdict, set[str], int | None]
+Judged = tuple[Verdict, set[str], int]
 
 
 def _judged(case: Case, names: Sequence[str], *, threads: bool) -> list[Judged]:
     """What becomes of every quantity, the batches that it was asked about, and how many samples it
-    let the model see at a time."""
+    let the model see at a time, at most."""
 
     def judged(name: str) -> Judged:
         assert len(case.losses)  # what the loop reads is not asked of the library
         one = copy.copy(case)
-        vars(one).update(asked=set(), chunks=[])
-        verdict, chunks = judge(one, name, TOLERANCE), vars(one)["chunks"]
-        return verdict, vars(one)["asked"], None if None in chunks else max(chunks, default=None)
+        vars(one).update(asked=set())
+        sizes: list[int] = []
+        before = SEEN.set(sizes)
+        try:
+            verdict = judge(one, name, TOLERANCE)
+        finally:
+            SEEN.reset(before)
+        return verdict, vars(one)["asked"], max(sizes, default=1)
 
     if not threads:
         return list(map(judged, names))
