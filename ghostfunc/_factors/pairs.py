@@ -223,7 +223,7 @@ def row_blocks(
 def in_place(parts: Sequence[Bundle], n: int, p: int, d: int) -> bool:
     """Whether n gradients are large, are made of products, and no transform, no compiler and no
     derivative follows them."""
-    elements = n * p * d
+    elements: int | SymInt = n * p * d
     if isinstance(elements, SymInt) or elements < LARGE:
         return False
     factors = [f for bundle in parts for f in bundle]
