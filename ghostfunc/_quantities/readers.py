@@ -55,6 +55,10 @@ class MomentReader(PositionsReader):
         """The sum by its definition, of gradients that are at hand."""
         raise NotImplementedError
 
+    def read_all(self, factors: Sequence[Factor]) -> Tensor:
+        """The sum, of the factors of all uses of a parameter."""
+        raise NotImplementedError
+
 
 class Push(NamedTuple):
     """How directions travel from parameters to a tensor derived from them.
@@ -356,10 +360,10 @@ def takes_parts(reader: Reader) -> bool:
 
 def read_parts(reader: Any, parts: Sequence[Part]) -> Tensor:
     """What is read of the samples of all parts, in their order."""
-    if isinstance(reader, ValueReader):
-        if reader.quantity.takes_parts:
-            value: Tensor = reader.quantity.value_of_parts(parts, reader.shape)
-            return value
+    if isinstance(reader, ValueReader) and reader.quantity.takes_parts:
+        value: Tensor = reader.quantity.value_of_parts(parts, reader.shape)
+        return value
+    if isinstance(reader, (ValueReader, MomentReader)):
         return in_order([(samples, reader.read_all(bundle)) for samples, bundle in parts])
     return in_order([(samples, reader.read(*bundle)) for samples, bundle in parts])
 

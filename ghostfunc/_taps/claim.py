@@ -60,8 +60,8 @@ class Claim:
     Attributes:
         way: what tells its way through the program from others.
         losses: `[n]`.
-        dots: makes `<g_i^p, v^p>` with the run's trace, for a direction and values of the
-            parameters.
+        dots: makes `<g_i^p, v^p>` with the run's trace, for values of the parameters, a direction,
+            and powers of two that the losses are multiplied by on the way.
         read: what the run read; asked for it `again`, what another run of this batch reads.
         asked: what tells what was read from other questions.
     """
@@ -69,17 +69,22 @@ class Claim:
     model: TracedModel
     way: WayTaken
     losses: Tensor
-    dots: Callable[[TracedModel, Sequence[Tensor]], Dots]
+    dots: Callable[[TracedModel, Sequence[Tensor], Tensor], Dots]
     read: Callable[[bool], Read]
     asked: Callable[[], Hashable]
 
     def dots_by(
-        self, model: TracedModel, v: Sequence[Tensor], seed: int, randomness: Randomness
+        self,
+        model: TracedModel,
+        v: Sequence[Tensor],
+        powers: Tensor,
+        seed: int,
+        randomness: Randomness,
     ) -> Dots:
         """`dots`; of a model that draws random numbers, as plain autograd will draw them."""
         if randomness == "different":
             torch.manual_seed(seed)
-        return self.dots(model, v)
+        return self.dots(model, v, powers)
 
     def read_by(self, seed: int, randomness: Randomness) -> Read:
         """What the run read; of a model that draws random numbers, what another run reads that

@@ -43,6 +43,9 @@ ZEROS = 0.02
 NOISY = 4
 """Samples that rounding noise is looked at with."""
 
+POWERS, POWERS_OF_HALVES = range(-8, 8), range(-1, 3)
+"""Of two, that samples' losses are multiplied by; fewer where float16 would over- or underflow."""
+
 
 @dataclass
 class AlongOneDirection:
@@ -71,9 +74,9 @@ class AlongOneDirection:
         model = claim.model
         generator = np.random.default_rng([seed, model.n])
         # numpy's numbers: torch draws none inside vmap.
-        v = [_normal(generator, x) for x in model.leaves]
-        given = claim.dots_by(model, v, seed, randomness)
-        other, found = _with_numbers_for_zeros(claim, given, v, seed, randomness)
+        v, powers = [_normal(generator, x) for x in model.leaves], _powers(generator, model)
+        given = claim.dots_by(model, v, powers, seed, randomness)
+        other, found = _with_numbers_for_zeros(claim, given, v, powers, seed, randomness)
         table = found.table
         index = table.isfinite().all(0).nonzero().flatten()
         if not len(index):
@@ -140,6 +143,13 @@ def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
     return torch.from_numpy(generator.standard_normal(x.shape, dtype)).to(x)
 
 
+def _powers(generator: np.random.Generator, model: TracedModel) -> Tensor:
+    """Powers of two, `[n]`, alike for as few samples as can be."""
+    exponents = POWERS_OF_HALVES if coarsest(model) is torch.float16 else POWERS
+    chosen = np.asarray(exponents)[generator.permutation(model.n) % len(exponents)]
+    return torch.from_numpy(np.exp2(chosen, dtype=np.float32)).to(model.leaves[0].device)
+
+
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
@@ -148,7 +158,12 @@ def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_numbers_for_zeros(
-    claim: Claim, given: Dots, v: Sequence[Tensor], seed: int, randomness: Randomness
+    claim: Claim,
+    given: Dots,
+    v: Sequence[Tensor],
+    powers: Tensor,
+    seed: int,
+    randomness: Randomness,
 ) -> tuple[TracedModel, Dots]:
     """The model with no parameter that is all zeros, where some hide others, and what it reads."""
     model = claim.model
@@ -163,7 +178,7 @@ def _with_numbers_for_zeros(
         return model, given
     other = replace(model, leaves=filled)
     try:
-        found = claim.dots_by(other, v, seed, randomness)
+        found = claim.dots_by(other, v, powers, seed, randomness)
     except StaleLayout:  # of parameters that the program looks at
         return model, given
     same = found.way == claim.way and bool(found.losses.isfinite().all())

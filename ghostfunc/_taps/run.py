@@ -200,10 +200,10 @@ def refuse_unproved(model: TracedModel) -> None:
         )
 
 
-def dots(model: TracedModel, directions: Sequence[Tensor]) -> Dots:
-    """`<g_i, u>` per parameter."""
-    taken = _run(model, [Dot(model.spec.unflatten(directions))], (), (), 1.0)
-    return Dots(taken.losses, taken.values[0], taken.way)
+def dots(model: TracedModel, directions: Sequence[Tensor], scale: Tensor) -> Dots:
+    """`<g_i, u>` per parameter, of losses that were multiplied by powers of two, `[n]`."""
+    taken = _run(model, [Dot(model.spec.unflatten(directions))], (), (), scale)
+    return Dots(taken.losses, [x / scale.to(x) for x in taken.values[0]], taken.way)
 
 
 def _run(

@@ -184,3 +184,22 @@ def test_the_same_shapes_in_another_order() -> None:
     for seed in range(3):
         case = Case(model, weights(s=(4,)), ragged(4, 3, seed), ordered, first=[ordered])
         assert_right_or_refused(case, *REFUSALS)
+
+
+def test_samples_that_are_alike_and_exchanged() -> None:
+    """Gradients that differ by less than the tolerance of float32 do not hide whose they are."""
+
+    def model_fn(p: Any, b: Any) -> Tensor:
+        order = by_search(b["lengths"])
+        y = (b["x"] @ p["w"]).index_select(0, order)
+        y = torch.where(y > 0, p["c"], y).index_select(0, order.argsort())
+        return (y - 1).square().flatten(1).mean(1)
+
+    generator = Generator().manual_seed(0)
+    params = {k: torch.randn(*s, generator=generator) for k, s in (("w", (4, 6)), ("c", (6,)))}
+    x = torch.randn(5, 2, 4, generator=generator)
+    x[4] = x[3] * 1.0001
+    same, other = torch.ones(5, dtype=torch.long), torch.tensor([1, 1, 1, 2, 1])
+    assert gf.ghost_norm(model_fn, params, {"x": x, "lengths": same}).shape == (5,)
+    with pytest.raises(REFUSALS):
+        gf.ghost_norm(model_fn, params, {"x": x, "lengths": other})
