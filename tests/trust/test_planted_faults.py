@@ -203,12 +203,13 @@ def without_cross_terms(patch: Patch) -> None:
 
 
 def gram_of_the_first_use(patch: Patch) -> None:
-    right = pair_products.gram
+    right = pair_products.gram_of_parts
 
-    def wrong(bundle: Any, other: Any = None, **options: Any) -> Tensor:
-        return right(bundle[:1], None if other is None else other[:1], **options)
+    def wrong(parts: Any, others: Any = None, **options: Any) -> Tensor:
+        first = [[bundle[:1] for bundle in side] for side in (parts, others or ())]
+        return right(first[0], None if others is None else first[1], **options)
 
-    patch.setattr(pair_products, "gram", wrong)
+    patch.setattr(pair_products, "gram_of_parts", wrong)
 
 
 def sides_swapped(patch: Patch) -> None:
@@ -557,14 +558,23 @@ def test_zeros_that_the_program_looks_at_stay(monkeypatch: Patch) -> None:
 
 
 def test_copies_of_one_sample_prove_nothing_of_others(monkeypatch: Patch) -> None:
-    """Rows that are exchanged among copies are right; among others they are not."""
+    """Positions that are exchanged within samples of ones are right; within others they are not."""
     case = case_of(linear)
     assert len(case.g) == 2
-    in_rule(lambda b: b.roll(1, 0))(monkeypatch)
-    alike = case.train[:1].expand(3, -1, -1).clone()
+    in_rule(lambda b: b.flip(-2))(monkeypatch)
+    alike = torch.ones_like(case.train[:1]).expand(3, -1, -1).clone()
     gf.ghost_dot_prod(case.model_fn, case.params, alike, direction=case.u)  # right
     with pytest.raises(gf.GhostError):
         off(case, scores)
+
+
+def test_copies_of_one_sample_are_told_apart(monkeypatch: Patch) -> None:
+    """Rows that are exchanged among copies are seen, though their numbers are right."""
+    case = case_of(linear)
+    in_rule(lambda b: b.roll(1, 0))(monkeypatch)
+    alike = case.train[:1].expand(3, -1, -1).clone()
+    with pytest.raises(gf.SampleAxisError, match="not those of plain autograd"):
+        gf.ghost_dot_prod(case.model_fn, case.params, alike, direction=case.u)
 
 
 def test_parameters_of_one_shape_are_told_apart(monkeypatch: Patch) -> None:

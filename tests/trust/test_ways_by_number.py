@@ -4,6 +4,7 @@ way."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,19 @@ def test_a_model_that_takes_even_numbers_alone() -> None:
     one = case(CONDITIONS["many"], 4, 2)
     one.model_fn = model
     assert_right(one, ("norms", "gram_with_others"))
+
+
+def test_verify_compares_what_a_call_returns() -> None:
+    """A call looks for another trace where the one at hand fits by shapes alone, and so does
+    `verify`."""
+
+    def model_fn(p: Any, x: Tensor) -> Tensor:
+        where = int(x.shape[1] > 3)
+        y = (p["w"].t() @ x.movedim(0, where).mT).mT.movedim(where, 0)
+        return (y - 1).square().flatten(1).mean(1)
+
+    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
+    for train, val in (((1, 1), (3, 1)), ((4, 4), (3, 2))):
+        batches = (torch.randn(*shape, 4, dtype=torch.float64) for shape in (train, val))
+        report = gf.verify(model_fn, params, *batches)
+        assert report.ok, str(report)
