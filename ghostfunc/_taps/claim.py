@@ -61,7 +61,7 @@ class Claim:
         way: what tells its way through the program from others.
         losses: `[n]`.
         dots: makes `<g_i^p, v^p>` with the run's trace, for values of the parameters, a direction,
-            and powers of two that the losses are multiplied by on the way.
+            and factors that the losses are multiplied by on the way.
         read: what the run read; asked for it `again`, what another run of this batch reads.
         asked: what tells what was read from other questions.
     """
@@ -77,14 +77,14 @@ class Claim:
         self,
         model: TracedModel,
         v: Sequence[Tensor],
-        powers: Tensor,
+        factors: Tensor,
         seed: int,
         randomness: Randomness,
     ) -> Dots:
         """`dots`; of a model that draws random numbers, as plain autograd will draw them."""
         if randomness == "different":
             torch.manual_seed(seed)
-        return self.dots(model, v, powers)
+        return self.dots(model, v, factors)
 
     def read_by(self, seed: int, randomness: Randomness) -> Read:
         """What the run read; of a model that draws random numbers, what another run reads that

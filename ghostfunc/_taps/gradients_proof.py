@@ -46,6 +46,10 @@ NOISY = 4
 POWERS, POWERS_OF_HALVES = range(-8, 8), range(-1, 3)
 """Of two, that samples' losses are multiplied by; fewer where float16 would over- or underflow."""
 
+BETWEEN = 1.4
+"""They are multiplied by a random number up to this one besides: gradients may be multiples of each
+other, by a power of two, too."""
+
 
 @dataclass
 class AlongOneDirection:
@@ -74,9 +78,9 @@ class AlongOneDirection:
         model = claim.model
         generator = np.random.default_rng([seed, model.n])
         # numpy's numbers: torch draws none inside vmap.
-        v, powers = [_normal(generator, x) for x in model.leaves], _powers(generator, model)
-        given = claim.dots_by(model, v, powers, seed, randomness)
-        other, found = _with_numbers_for_zeros(claim, given, v, powers, seed, randomness)
+        v, factors = [_normal(generator, x) for x in model.leaves], _factors(generator, model)
+        given = claim.dots_by(model, v, factors, seed, randomness)
+        other, found = _with_numbers_for_zeros(claim, given, v, factors, seed, randomness)
         table = found.table
         index = table.isfinite().all(0).nonzero().flatten()
         if not len(index):
@@ -143,11 +147,12 @@ def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
     return torch.from_numpy(generator.standard_normal(x.shape, dtype)).to(x)
 
 
-def _powers(generator: np.random.Generator, model: TracedModel) -> Tensor:
-    """Powers of two, `[n]`, alike for as few samples as can be."""
+def _factors(generator: np.random.Generator, model: TracedModel) -> Tensor:
+    """Random factors, `[n]`, of as few samples as can be within the same two factors of two."""
     exponents = POWERS_OF_HALVES if coarsest(model) is torch.float16 else POWERS
     chosen = np.asarray(exponents)[generator.permutation(model.n) % len(exponents)]
-    return torch.from_numpy(np.exp2(chosen, dtype=np.float32)).to(model.leaves[0].device)
+    factors = generator.uniform(1.0, BETWEEN, model.n) * np.exp2(chosen)
+    return torch.from_numpy(factors.astype(np.float32)).to(model.leaves[0].device)
 
 
 def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +166,7 @@ def _with_numbers_for_zeros(
     claim: Claim,
     given: Dots,
     v: Sequence[Tensor],
-    powers: Tensor,
+    factors: Tensor,
     seed: int,
     randomness: Randomness,
 ) -> tuple[TracedModel, Dots]:
@@ -178,7 +183,7 @@ def _with_numbers_for_zeros(
         return model, given
     other = replace(model, leaves=filled)
     try:
-        found = claim.dots_by(other, v, powers, seed, randomness)
+        found = claim.dots_by(other, v, factors, seed, randomness)
     except StaleLayout:  # of parameters that the program looks at
         return model, given
     same = found.way == claim.way and bool(found.losses.isfinite().all())

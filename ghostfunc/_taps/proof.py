@@ -9,11 +9,12 @@ arguments of its ops, the values that Python reads, or the shapes.
     plain autograd:   t_p  = <sum_i c_i g_i^p, v^p>     one backward pass, with random weights c
     proved:           sum_i c_i s_ip = t_p              for every parameter p
 
-`v` is a random direction. The run that makes `s` multiplies the loss of every sample by a power of
-two and divides by it in the end, which rounds nothing. The number of a sample that is another's is
-off by a factor of two or more, however alike their gradients are. The weights `c_i` are random too,
-and as large as `1 / |s_i|`, so that a sample with a large gradient hides no other. Plain autograd
-runs the samples in random parts, so their losses are compared in other company at the same time.
+`v` is a random direction. The run that makes `s` multiplies the loss of every sample by a random
+factor, and divides by it in the end. Few samples have a factor within 1.4 times another's, so the
+number of a sample that is another's is off by as much, however alike their gradients are. The
+weights `c_i` are random too, and as large as `1 / |s_i|`, so that a sample with a large gradient
+hides no other. Plain autograd runs the samples in random parts, so their losses are compared in
+other company at the same time.
 
 What is read off the gradients is proved for two samples (`readings`): the run's own norms, scores,
 projections and kept factors against those of whole gradients, as plain autograd has them. These

@@ -201,7 +201,7 @@ def refuse_unproved(model: TracedModel) -> None:
 
 
 def dots(model: TracedModel, directions: Sequence[Tensor], scale: Tensor) -> Dots:
-    """`<g_i, u>` per parameter, of losses that were multiplied by powers of two, `[n]`."""
+    """`<g_i, u>` per parameter, of losses that are multiplied by `scale`, `[n]`, on the way."""
     taken = _run(model, [Dot(model.spec.unflatten(directions))], (), (), scale)
     return Dots(taken.losses, [x / scale.to(x) for x in taken.values[0]], taken.way)
 

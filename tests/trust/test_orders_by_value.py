@@ -186,20 +186,24 @@ def test_the_same_shapes_in_another_order() -> None:
         assert_right_or_refused(case, *REFUSALS)
 
 
-def test_samples_that_are_alike_and_exchanged() -> None:
-    """Gradients that differ by less than the tolerance of float32 do not hide whose they are."""
+@pytest.mark.parametrize("multiple", [1.0001, 2.0, 0.5, 4.0, 0.25, 8.0, 1 / 8])
+def test_samples_that_are_alike_and_exchanged(multiple: float) -> None:
+    """Gradients that differ by less than the tolerance of float32, or that are multiples of each
+    other, do not hide whose they are."""
 
     def model_fn(p: Any, b: Any) -> Tensor:
         order = by_search(b["lengths"])
         y = (b["x"] @ p["w"]).index_select(0, order)
         y = torch.where(y > 0, p["c"], y).index_select(0, order.argsort())
-        return (y - 1).square().flatten(1).mean(1)
+        return b["weights"] * (y - 1).square().flatten(1).mean(1)
 
     generator = Generator().manual_seed(0)
     params = {k: torch.randn(*s, generator=generator) for k, s in (("w", (4, 6)), ("c", (6,)))}
     x = torch.randn(5, 2, 4, generator=generator)
-    x[4] = x[3] * 1.0001
-    same, other = torch.ones(5, dtype=torch.long), torch.tensor([1, 1, 1, 2, 1])
-    assert gf.ghost_norm(model_fn, params, {"x": x, "lengths": same}).shape == (5,)
+    x[4] = x[3]
+    batch = {"x": x, "weights": torch.tensor([1, 1, 1, 1, multiple])}
+    batch["lengths"] = torch.ones(5, dtype=torch.long)
+    assert gf.ghost_norm(model_fn, params, batch).shape == (5,)
+    batch["lengths"] = torch.tensor([1, 1, 1, 2, 1])
     with pytest.raises(REFUSALS):
-        gf.ghost_norm(model_fn, params, {"x": x, "lengths": other})
+        gf.ghost_norm(model_fn, params, batch)
