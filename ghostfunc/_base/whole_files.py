@@ -27,7 +27,8 @@ def write_whole(path: Path, write: Write) -> None:
 
 
 def half_written(pattern: str) -> str:
-    """A pattern of the names that deaths leave beside files whose names have this one."""
+    """The pattern of half-written files: a writer that dies leaves one beside a file whose name
+    matches `pattern`."""
     return _aside(pattern, "*")
 
 

@@ -114,7 +114,7 @@ def gram_of_parts(
     if groups:
         own = partial(gram_of_parts, workspace=workspace, contract_dtype=contract_dtype)
         return add_up([own(*pair) for pair in groups])
-    p, d = matrix_shape(_flat([*parts, *(others or ())]))
+    p, d = matrix_shape(flat([*parts, *(others or ())]))
     mine = [aligned(bundle, p, d) for bundle in parts]
     theirs = mine if others is None else [aligned(bundle, p, d) for bundle in others]
     same = others is None
@@ -136,12 +136,13 @@ def gram_of_parts(
     return (out + out.mT) / 2 if same else out
 
 
-def _flat(parts: Sequence[Bundle]) -> Bundle:
+def flat(parts: Sequence[Bundle]) -> Bundle:
+    """The factors of all parts in one bundle."""
     return parts[0] if len(parts) == 1 else [f for bundle in parts for f in bundle]
 
 
 def joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """What was made of parts, side by side."""
+    """Tensors of several parts, concatenated; a single one as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
 
 
@@ -150,7 +151,7 @@ def _groups(
 ) -> list[tuple[list[Bundle], list[Bundle] | None]]:
     """The pairs of groups whose Gram matrices add up; none where groups are small or there are
     other factors: those are formed whole."""
-    everything = _flat([*parts, *(others or ())])
+    everything = flat([*parts, *(others or ())])
     grouped = [f for f in everything if isinstance(f, Grouped)]
     elements = sum(samples([f]) * prod(f.shape) for f in grouped)
     if len(grouped) < len(everything) or elements <= workspace:
@@ -201,8 +202,8 @@ def row_blocks(
     step: int,
     contract_dtype: ContractDtype = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of all n gradients, `step` at a time, `[n, r, d]`, of parts whose factors are
-    `aligned`. Large blocks come each where the last one was, if nothing follows them: memory that
+    """Blocks of `step` rows of all n gradients, `[n, r, d]`, of parts whose factors are `aligned`.
+    Large blocks come each where the last one was, if nothing follows them: memory that
     is touched for the first time costs about as much as all that is read off it."""
     if contract_dtype is not None or not in_place(parts, n, p, d):
         for rows in slices(p, step):
@@ -226,8 +227,7 @@ def in_place(parts: Sequence[Bundle], n: int, p: int, d: int) -> bool:
     elements: int | SymInt = n * p * d
     if isinstance(elements, SymInt) or elements < LARGE:
         return False
-    factors = [f for bundle in parts for f in bundle]
-    tensors = [x for f in factors for x in f if isinstance(x, Tensor)]
+    tensors = [x for f in flat(parts) for x in f if isinstance(x, Tensor)]
     if in_transform() or any_symbolic(tensors):
         return False
     followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -29,15 +29,13 @@ class Part(NamedTuple):
 
 
 def in_order(pieces: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
-    """What was read of the samples of several parts, in the order of samples."""
-    if len(pieces) == 1 and pieces[0][0] is None:
-        return pieces[0][1]
-    samples, values = zip(*pieces, strict=True)
-    return torch.cat(values)[torch.cat(samples).argsort()]
+    """The values of several parts' samples, `(samples, values)` each, in the order of samples."""
+    index, values = order(pieces), [x for _, x in pieces]
+    return values[0] if index is None else torch.cat(values)[index]
 
 
-def order(parts: Sequence[Part]) -> Tensor | None:
+def order(parts: Sequence[tuple[Tensor | None, object]]) -> Tensor | None:
     """The place of every sample among those of all parts, one after the other; None where they are
     in order."""
-    samples = [part.samples for part in parts if part.samples is not None]
-    return torch.cat(samples).argsort() if samples else None
+    found = [samples for samples, _ in parts if samples is not None]
+    return torch.cat(found).argsort() if found else None

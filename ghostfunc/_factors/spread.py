@@ -64,7 +64,7 @@ def spread_of_parts(
     parts: Sequence[Bundle], contract_dtype: ContractDtype = None
 ) -> SpreadAndTotal:
     """`spread` of samples in parts, one after the other."""
-    n, everything = sum(map(samples, parts)), [f for bundle in parts for f in bundle]
+    n, everything = sum(map(samples, parts)), pairs.flat(parts)
     first, *others = everything
     if isinstance(first, Dense) and not others:
         g = wide(first.g).reshape(n, prod(first.shape))
@@ -90,7 +90,7 @@ def spread_of_parts(
 
 
 def _apart(parts: Sequence[Bundle], contract_dtype: ContractDtype) -> SpreadAndTotal:
-    total = summed([f for bundle in parts for f in bundle])
+    total = summed(pairs.flat(parts))
     squares = [pairs.sqnorms(bundle, contract_dtype=contract_dtype) for bundle in parts]
     dots = [
         add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
@@ -102,7 +102,7 @@ def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, T
     """Blocks of rows; what is looked up takes part in the sum, and meets the others by tokens."""
     looked_up = [[f for f in bundle if isinstance(f, OneHot)] for bundle in parts]
     formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
-    beside = summed([f for bundle in looked_up for f in bundle]) if looked_up[0] else None
+    beside = summed(pairs.flat(looked_up)) if looked_up[0] else None
     step = cost.spread_rows(known(n), known(p), known(d))
     if pairs.in_place(formed, n, p, d):
         table, total = _in_place(formed, beside, p, d, step)

@@ -359,7 +359,7 @@ def takes_parts(reader: Reader) -> bool:
 
 
 def read_parts(reader: Any, parts: Sequence[Part]) -> Tensor:
-    """What is read of the samples of all parts, in their order."""
+    """The values that a reader reads of the samples of all parts, in the order of samples."""
     if isinstance(reader, ValueReader) and reader.quantity.takes_parts:
         value: Tensor = reader.quantity.value_of_parts(parts, reader.shape)
         return value

@@ -56,7 +56,7 @@ class _Waiting:
 
 @dataclass
 class FewCalls:
-    """What one run reads so."""
+    """The readings of one run that take these two ways."""
 
     _waiting: list[_Waiting] = field(default_factory=list)
 

@@ -148,7 +148,7 @@ def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
 
 
 def _factors(generator: np.random.Generator, model: TracedModel) -> Tensor:
-    """Random factors, `[n]`, of as few samples as can be within the same two factors of two."""
+    """Random factors, `[n]`. As few samples as can be have one between the same powers of two."""
     exponents = POWERS_OF_HALVES if coarsest(model) is torch.float16 else POWERS
     chosen = np.asarray(exponents)[generator.permutation(model.n) % len(exponents)]
     factors = generator.uniform(1.0, BETWEEN, model.n) * np.exp2(chosen)

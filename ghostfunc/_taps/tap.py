@@ -53,8 +53,8 @@ class ReturningTap(Use):
         self.n_taps = 0
 
     def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """`y`, whose backward pass reads all targets and returns what it reads as cotangents of
-        `taps`."""
+        """The output `y`. Its backward pass reads all targets, and returns the values as cotangents
+        of `taps`."""
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]

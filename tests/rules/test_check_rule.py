@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,36 +160,41 @@ gate.register_autograd(
 )
 
 
-@pytest.mark.parametrize("name", ["decorated", "packet", "overload"])
+PACKET = torch.ops.ghostfunc_tests.gate
+GATES = {"decorated": gate, "packet": PACKET, "overload": PACKET.default}
+"""All that the op is called by."""
+
+
+def gated(call: Callable[..., Tensor]) -> Case:
+    return Case(lambda p, x: call(x["x"], p["w"]), {"w": (4,)}, {"x": (3, 4)})
+
+
+def check_every_name(op: Callable[..., Tensor]) -> None:
+    for call in GATES.values():
+        check_rule(op, [gated(call)])
+        with pytest.raises(gf.OptionError, match="has a rule already"):
+            gf.register_rule(call)(right)
+
+
+@pytest.mark.parametrize("name", GATES)
 def test_a_custom_op_by_every_name(name: str) -> None:
-    packet = torch.ops.ghostfunc_tests.gate
-    op = {"decorated": gate, "packet": packet, "overload": packet.default}[name]
+    op = GATES[name]
     gf.register_rule(op)(lambda b, x, w: {"w": lambda: gf.Dense((b * x).flatten(1, -2).sum(1))})
     try:
-        for call in (gate, packet, packet.default):
-            case = Case(lambda p, x, call=call: call(x["x"], p["w"]), {"w": (4,)}, {"x": (3, 4)})
-            check_rule(op, [case])
-            with pytest.raises(gf.OptionError, match="has a rule already"):
-                gf.register_rule(call)(right)
+        check_every_name(op)
     finally:
-        del RULES[packet]
+        del RULES[PACKET]
     with pytest.raises(gf.UnsupportedOpError, match=r"ghostfunc_tests.gate.* 'w': no ghost rule"):
-        check_rule(op, [case])
+        check_rule(op, [gated(PACKET.default)])
 
 
-@pytest.mark.parametrize("name", ["decorated", "packet", "overload"])
+@pytest.mark.parametrize("name", GATES)
 def test_a_decomposition_of_a_custom_op_by_every_name(name: str) -> None:
-    packet = torch.ops.ghostfunc_tests.gate
-    op = {"decorated": gate, "packet": packet, "overload": packet.default}[name]
-    register_decomposition(op)(lambda x, w: x * w)
+    register_decomposition(GATES[name])(lambda x, w: x * w)
     try:
-        for call in (gate, packet, packet.default):
-            case = Case(lambda p, x, call=call: call(x["x"], p["w"]), {"w": (4,)}, {"x": (3, 4)})
-            check_rule(op, [case])
-            with pytest.raises(gf.OptionError, match="has a rule already"):
-                gf.register_rule(call)(right)
+        check_every_name(GATES[name])
     finally:
-        for known in (packet, packet.default):
+        for known in (PACKET, PACKET.default):
             del DECOMPOSITIONS[known]
 
 
