@@ -9,6 +9,7 @@ autograd takes gradients again, with parameters moved by units in their last pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -46,13 +47,18 @@ def seen(alone: Alone, part: Part, weights: Tensor) -> Tensor | Coupling:
     others = Part(part.rows, [False] * len(part.rows))  # their losses are not quite the run's
     noise = torch.zeros(len(model.leaves), dtype=torch.float64)
     for k in range(MOVES):
-        moved = [x * (1 + eps * _signs(x, k)) for x in model.leaves]
-        grads = replace(alone, model=replace(model, leaves=moved)).gradient(others, weights)
+        other = replace(model, leaves=moved(model.leaves, eps, k))
+        grads = replace(alone, model=other).gradient(others, weights)
         if isinstance(grads, Coupling):
             return grads
         off = [float((wide(x) - wide(y)).norm()) for x, y in zip(first, grads, strict=True)]
         noise = torch.maximum(noise, torch.tensor(off, dtype=torch.float64))
     return MARGIN * noise
+
+
+def moved(leaves: Sequence[Tensor], eps: float, k: int) -> list[Tensor]:
+    """Parameters, every number of them moved by a share `eps` of itself, up or down."""
+    return [x * (1 + eps * _signs(x, k)) for x in leaves]
 
 
 def _signs(x: Tensor, k: int) -> Tensor:

@@ -1,0 +1,53 @@
+"""`gf.verify` where scores cancel, and where they are wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ghostfunc as gf
+from ghostfunc._transforms import verify as verifying
+
+
+def cancelling(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    """Two terms of a gradient that differ in their eighth digit."""
+    x = batch["x"]
+    return (x @ params["w"]).exp().sum(1) - ((1 + 1e-8) * x @ params["w"]).exp().sum(1)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def problem(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    w, x, y = (random(*s, seed=seed) for s in ((5, 3), (4, 5), (3, 5)))
+    return {"w": w}, {"x": x}, {"x": y}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_that_cancel_are_known_to_no_more_than_rounding_leaves(seed: int) -> None:
+    report = gf.verify(cancelling, *problem(seed))
+    assert report.ok, report
+    assert report.total.noise > 0
+    asked = gf.verify(cancelling, *problem(seed), tolerance=1e-12)
+    assert not asked.ok
+    assert asked.total.noise == 0
+
+
+@pytest.mark.parametrize("error", [1e-4, 1e-8])
+def test_a_wrong_score_is_no_noise(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, mode: str, **options: Any) -> Any:
+        dots = gf.ghost_dot_prod(*args, mode=mode, **options)
+        return {k: x * (1 + error * (mode == "ghost")) for k, x in dots.items()}
+
+    def model_fn(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return (batch["x"] @ params["w"]).tanh().square().sum(1)
+
+    monkeypatch.setattr(verifying, "ghost_dot_prod", wrong)
+    report = gf.verify(model_fn, *problem(0))
+    assert not report.ok
+    assert report.total.error == pytest.approx(error, rel=1e-2)
