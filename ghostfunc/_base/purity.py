@@ -32,7 +32,7 @@ from ghostfunc._base.side_effects import Draws, WriteGuard
 from ghostfunc._base.torch_private import (
     address,
     any_symbolic,
-    batched,
+    batched_within,
     in_transform,
 )
 from ghostfunc._base.trees import batch_size, map_tensors, take, tensors_of
@@ -55,7 +55,7 @@ def prove_independent(
     batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
-    _refuse_batched(program.leaves, batch)
+    refuse_batched(program.leaves, batch)
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)
     ranks = in_step(program.model_fn)
@@ -337,8 +337,9 @@ def _other_sample(batch: PyTree) -> int | None:
     return min(found, default=None)
 
 
-def _refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
-    if any(batched(x) for x in (*leaves, *tensors_of(batch))):
+def refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
+    """Raise `TransformError` if `torch.vmap` runs over parameters or batches."""
+    if in_transform() and any(batched_within(x) for x in (*leaves, *tensors_of(batch))):
         raise TransformError(
             "torch.vmap over params or batches is not supported: a model has to be looked at with "
             "values. vmap over directions works; loop over an ensemble."

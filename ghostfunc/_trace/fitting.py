@@ -17,7 +17,7 @@ from ghostfunc._base.errors import (
     UnsupportedOpError,
 )
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import not_captured, prove_independent
+from ghostfunc._base.purity import not_captured, prove_independent, refuse_batched
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import any_symbolic, wrapped
 from ghostfunc._base.trees import batch_size, tensors_of
@@ -133,6 +133,7 @@ def with_trace(
         except StaleLayout as stale:
             tried, unproved = program.trace, _disproved(stale)
     program = plain(program)
+    refuse_batched(program.leaves, batch)
     n = batch_size(batch)
     known = _look_up(program, batch)
     for trace in known.in_order():

@@ -121,6 +121,29 @@ def test_vmap_over_an_ensemble_is_refused(case: str) -> None:
         torch.vmap(lambda p: gf.ghost_dot_prod(problem.model_fn, p, train, val))(stacked)
 
 
+@pytest.mark.parametrize("warm", [False, True], ids=["new", "warm"])
+@pytest.mark.parametrize("mode", ["ghost", "jvp", "materialized"])
+def test_vmap_over_batches_is_refused(mode: Any, warm: bool) -> None:
+    problem = CASES["mlp"]()
+    train, other = problem.batch(3), problem.batch(3, seed=1)
+    both = optree.tree_map(lambda *x: torch.stack(x), train, other)
+
+    def dots(batch: Any) -> torch.Tensor:
+        return gf.ghost_dot_prod(problem.model_fn, problem.params, batch, train, mode=mode)
+
+    def norms(batch: Any, params: Any = problem.params) -> torch.Tensor:
+        return gf.ghost_norm(problem.model_fn, params, batch, mode=mode)
+
+    def inside_grad(batch: Any) -> Any:
+        return torch.func.grad(lambda p: norms(batch, p).sum())(problem.params)
+
+    if warm:  # the trace of an earlier call fits
+        dots(train)
+    for ask in (dots,) if mode == "jvp" else (dots, norms, inside_grad):
+        with pytest.raises(gf.TransformError, match="loop over an ensemble"):
+            torch.vmap(ask)(both)
+
+
 # --- threads ----------------------------------------------------------------------------------
 
 
