@@ -48,7 +48,9 @@ class Case:
 
 def ids(high: int, *shape: int) -> Draw:
     """Integers in `[0, high)`, of this shape in each sample."""
-    return lambda n, generator: torch.randint(high, (n, *shape), generator=generator)
+    return lambda n, generator: torch.randint(
+        high, (n, *shape), generator=generator, device=generator.device
+    )
 
 
 def check_rule(
@@ -203,7 +205,9 @@ _QUANTITY_CASES: dict[str, Case] = {
 def _draw(spec: Sequence[int] | Draw, generator: Generator, *n: int) -> Tensor:
     if callable(spec):
         return spec(*n, generator)
-    return torch.randn((*n, *spec), generator=generator, dtype=torch.float64)
+    return torch.randn(
+        (*n, *spec), generator=generator, dtype=torch.float64, device=generator.device
+    )
 
 
 def _model(case: Case) -> Callable[[Tensors, Tensors], Tensor]:
@@ -216,7 +220,11 @@ def _model(case: Case) -> Callable[[Tensors, Tensors], Tensor]:
                 f"{tuple(out.shape)}: reshape it in the case."
             )
         out = out.reshape(n, -1)
-        return (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)).sin().sum(1)
+        return (
+            (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype, device="cpu"))
+            .sin()
+            .sum(1)
+        )
 
     return model_fn
 
@@ -246,7 +254,10 @@ def _compare(
 ) -> list[str]:
     """One line for every parameter and quantity that differs."""
     ours, theirs = _loop(model_fn, params, train), _loop(model_fn, params, val)
-    u = {k: torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for k, x in params.items()}
+    u = {
+        k: torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device="cpu").view_as(x)
+        for k, x in params.items()
+    }
     step = ghost_value_and_grad(model_fn, params, train, direction=u, per_param=True, check="never")
     sizes = {k: _norms(g).max() for k, g in ours.items()}
     # Products may cancel; what they are made of does not.

@@ -106,4 +106,6 @@ def _record(number: int, state: dict[str, Any], leaves: list[Any]) -> Any:
     out = function(model_fn, *args, **kwargs)
     # Named tuples would not come through; the caller makes one of this again.
     out = tuple(out) if isinstance(out, tuple) else out
-    return _pytree.tree_map(lambda x: torch.empty(0, dtype=torch.uint8) if x is None else x, out)
+    return _pytree.tree_map(
+        lambda x: torch.empty(0, dtype=torch.uint8, device="cpu") if x is None else x, out
+    )

@@ -26,9 +26,17 @@ from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.processes.pieces import in_step, refuse_other_samples
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import coupled_samples, lend, refuse_checkpoints
+from ghostfunc._base.purity import coupled_samples, lend, pure, refuse_checkpoints
+from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
-from ghostfunc._base.torch_private import autocasting, cast_as, in_transform, symbolic, unrounded
+from ghostfunc._base.torch_private import (
+    autocasting,
+    cast_as,
+    differentiated,
+    in_transform,
+    symbolic,
+    unrounded,
+)
 from ghostfunc._base.trees import batch_size, flatten, take, tensors_of, unflatten
 from ghostfunc._base.types import PyTree
 
@@ -42,7 +50,7 @@ def val_gradient(
 ) -> list[Tensor]:
     """The gradient of the summed validation losses, scaled, by reverse mode alone. `look` gets the
     losses when all is queued; `ready` gets every parameter's gradient as it comes up."""
-    weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64)
+    weights = torch.full((batch_size(val, "val"),), scale, dtype=torch.float64, device="cpu")
     return weighted_gradient(program, val, weights, look, ready)[1]
 
 
@@ -68,20 +76,27 @@ def weighted_gradients(
     use: Callable[[list[Tensor]], None],
     look: Callable[[Tensor], None] = check_finite,
     ready: Callable[[int, Tensor], None] | None = None,
+    *,
+    watched: bool = False,
 ) -> Tensor:
     """The losses of one forward pass. `use` gets the gradients of several weighted sums of them in
-    turn, one backward pass each; `look` and `ready` are those of `weighted_gradient`."""
+    turn, one backward pass each; `look` and `ready` are those of `weighted_gradient`. `watched`,
+    the program has to be `pure` in that pass."""
     n, last = batch_size(batch), len(weights) - 1
     ranks = in_step(program.model_fn)
     if ranks is not None and not ranks.together:
         refuse_other_samples(program, batch)
         with ranks.in_step("computing a gradient"):
             return weighted_gradients(program, batch, weights, use, look, ready)
+    watched = watched and ranks is None
     if in_transform():
-        losses, pullback = _vjp(program, batch, n)
+        losses, pullback = _vjp(program, batch, n, watched=watched)
+        again = differentiated(losses)
         for k, w in enumerate(weights):
             with unrounded(losses):
-                (grads,) = pullback(w.to(losses), retain_graph=k < last, create_graph=False)
+                (grads,) = pullback(
+                    w.to(losses), retain_graph=again or k < last, create_graph=again
+                )
             use(list(map(dense, grads)))
         look(losses)
         return losses
@@ -91,8 +106,10 @@ def weighted_gradients(
             x.register_hook(partial(give_dense, ready, i))
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> Tensor:
+        run = partial(losses_of, batch)
         with torch.enable_grad(), DenseGradients():
-            losses = check_shape(losses_of(batch), n)
+            out = pure(run, program, batch, inputs, Refusals()) if watched else run()
+            losses = check_shape(out, n)
         for k, w in enumerate(weights):
             if not losses.requires_grad:
                 use([torch.zeros_like(x) for x in program.leaves])
@@ -125,16 +142,18 @@ def val_gradients(program: Program, val: PyTree) -> Iterator[list[Tensor]]:
         cotangent = torch.zeros_like(losses)
         cotangent[j] = 1
         with unrounded(losses):
-            (grads,) = pullback(cotangent, retain_graph=True, create_graph=False)
+            (grads,) = pullback(cotangent, retain_graph=True, create_graph=differentiated(losses))
         yield list(map(dense, grads))
 
 
 def _vjp(
-    program: Program, batch: PyTree, n: int
+    program: Program, batch: PyTree, n: int, *, watched: bool = False
 ) -> tuple[Tensor, Callable[..., tuple[list[Tensor]]]]:
     def losses(p: list[Tensor]) -> Tensor:
+        run = partial(program.losses, p, batch)
         with DenseGradients():
-            return check_shape(program.losses(p, batch), n)
+            out = pure(run, program, batch, p, Refusals()) if watched else run()
+            return check_shape(out, n)
 
     with unwrapped_memory():
         out, pullback = torch.func.vjp(losses, list(program.leaves))[:2]
@@ -177,7 +196,10 @@ def prove_independent_tangents(program: Program, batch: PyTree) -> None:
     if remembered.get(key):
         return
     generator = torch.Generator().manual_seed(0)
-    u = [torch.randn(x.shape, generator=generator).to(x) for x in program.leaves]
+    u = [
+        torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+        for x in program.leaves
+    ]
     chosen = neighbours(batch_size(batch), packing_of(batch))
     two, three = (
         jvp_dots(program, few, u, per_param=False)[0][:2].nan_to_num()

@@ -18,9 +18,10 @@ from ghostfunc._base.errors import (
     LossShapeError,
     NonFiniteLossError,
     ParamsError,
+    TransformError,
     UntrackedUseError,
 )
-from ghostfunc._base.torch_private import batched, symbolic, wrapped
+from ghostfunc._base.torch_private import batched_within, symbolic, wrapped
 from ghostfunc._base.trees import ParamSpec
 
 
@@ -67,7 +68,12 @@ def check_finite(losses: Tensor) -> None:
     what it returns is not finite either."""
     if symbolic(losses):
         return
-    if not batched(losses) and math.isfinite(losses.detach().sum().item()):
+    if batched_within(losses):
+        raise TransformError(
+            "torch.vmap over what model_fn closes over is not supported: a model has to be looked "
+            "at with values. Loop over it; vmap over directions works."
+        )
+    if math.isfinite(losses.detach().sum().item()):
         return  # losses in order take this one wait for the device; an error message takes more
     finite = torch.isfinite(losses)
     if not bool(finite.all()):

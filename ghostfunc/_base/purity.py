@@ -21,7 +21,7 @@ from ghostfunc._base.errors import (
     UnsupportedAlwaysError,
     UntrackedUseError,
 )
-from ghostfunc._base.losses import check_losses, close
+from ghostfunc._base.losses import check_losses, check_shape, close
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.processes.dtensors import is_dtensor
 from ghostfunc._base.processes.pieces import held_whole, in_step
@@ -33,6 +33,8 @@ from ghostfunc._base.torch_private import (
     address,
     any_symbolic,
     batched_within,
+    dual,
+    followed,
     in_transform,
 )
 from ghostfunc._base.trees import batch_size, map_tensors, take, tensors_of
@@ -82,8 +84,8 @@ def prove_independent(
     last = min(1, n - 1) if other is None else other
     company = _Company(program, batch, n, (0, last))
     if known:
+        every = company.whole()
         if program.randomness == "error" and n > 1:
-            every = company.whole()
             company.compare({"in a part of the batch": (company.in_parts(), every)})
         return None
     pair = company.of_two(log)
@@ -114,21 +116,8 @@ class _Company:
         program = self.program
         params = lend(program.leaves)
         given = program.spec.unflatten(params)
-        guard = WriteGuard(program, data)
-        try:
-            with guard, mode or Refusals():
-                out = program.model_fn(given, data)
-        except NotImplementedError as error:
-            if "HigherOrderOperator" not in str(error):
-                raise
-            raise UnsupportedAlwaysError(
-                "model_fn calls torch.cond, while_loop or another operator that takes functions, "
-                "which no mode sees into. Write it with if and while, or with torch.where."
-            ) from error
-        check_losses(out, batch_size(data))
-        _refuse_unreached(out)
-        _refuse_kept(out, program, params)
-        return out.detach()
+        out = pure(lambda: program.model_fn(given, data), program, data, params, mode or Refusals())
+        return check_losses(out, batch_size(data)).detach()
 
     def whole(self) -> Tensor:
         """All losses, from one run."""
@@ -161,16 +150,9 @@ class _Company:
         batch, two, randomness = self.batch, self.two, self.program.randomness
         # One sample by itself comes first: errors count its losses, and not those of copies.
         every = self.whole() if self.n == 1 and randomness == "error" else None
-        draws = Draws()
-        with draws:
-            pair = self.losses(take(batch, list(two)), log).detach()
+        pair = self.losses(take(batch, list(two)), log)
         if randomness != "error":
             return pair
-        if draws.seen:
-            raise RandomnessError(
-                "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
-                'pass randomness="different" to give every sample its own draws.'
-            )
         alike = torch.stack([self.losses(take(batch, [i, i]))[0] for i in two])
         company = {"beside a copy of itself": (alike, pair)}
         if every is None and log is None:
@@ -184,6 +166,42 @@ class _Company:
             company["in a part of the batch"] = self.in_parts(), every
         self.compare(company)
         return pair
+
+
+def pure(
+    run: Callable[[], Tensor],
+    program: Program,
+    batch: PyTree,
+    params: Sequence[Tensor],
+    mode: Refusals,
+) -> Tensor:
+    """The losses of a run at `params`, which `mode` watches, too. Raise if the function draws
+    random numbers that it should not, writes to what it is given, or depends on its parameters by
+    no way or by another one.
+
+    What is found of one way through a program says nothing of the next: whoever runs the program by
+    plain autograd because something is new, runs it so.
+    """
+    draws = Draws()
+    try:
+        with draws, WriteGuard(program, batch), mode:
+            out = run()
+    except NotImplementedError as error:
+        if "HigherOrderOperator" not in str(error):
+            raise
+        raise UnsupportedAlwaysError(
+            "model_fn calls torch.cond, while_loop or another operator that takes functions, "
+            "which no mode sees into. Write it with if and while, or with torch.where."
+        ) from error
+    check_shape(out, batch_size(batch))
+    if draws.seen and program.randomness == "error":
+        raise RandomnessError(
+            "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
+            'pass randomness="different" to give every sample its own draws.'
+        )
+    _refuse_unreached(out)
+    _refuse_kept(out, program, params)
+    return out
 
 
 def were_compared(program: Program, batch: PyTree) -> None:
@@ -268,8 +286,11 @@ def _refuse_kept(losses: Tensor, program: Program, params: Sequence[Tensor]) -> 
     named = zip(program.spec.names, program.leaves, strict=True)
     names = {address(x): name for name, x in named if x.numel()}
     own = {x.grad_fn.next_functions[0][0] for x in params if x.grad_fn is not None}
+    given = {id(x) for x in params}
     for node in _nodes(losses):
         if node.name() != "torch::autograd::AccumulateGrad" or node in own:
+            continue
+        if id(node.variable) in given:
             continue
         if is_dtensor(node.variable):
             raise UntrackedUseError(
@@ -338,8 +359,15 @@ def _other_sample(batch: PyTree) -> int | None:
 
 
 def refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
-    """Raise `TransformError` if `torch.vmap` runs over parameters or batches."""
-    if in_transform() and any(batched_within(x) for x in (*leaves, *tensors_of(batch))):
+    """Raise `TransformError` if `torch.vmap` runs over parameters or batches, or if they are dual
+    tensors of no transform."""
+    given = (*leaves, *tensors_of(batch)) if followed() else ()
+    if any(map(dual, given)):
+        raise TransformError(
+            "params or batch have tangents of torch.autograd.forward_ad, which cannot be followed. "
+            "Use torch.func.jvp around the call."
+        )
+    if any(map(batched_within, given)):
         raise TransformError(
             "torch.vmap over params or batches is not supported: a model has to be looked at with "
             "values. vmap over directions works; loop over an ensemble."

@@ -13,7 +13,7 @@ from ghostfunc._base.locks import ForkSafeLock
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.program import Program
 from ghostfunc._base.reach import modules_in_reach
-from ghostfunc._base.torch_private import known, modules_within
+from ghostfunc._base.torch_private import ambient, known, modules_within
 from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree
 
@@ -100,7 +100,8 @@ def memory(model_fn: ModelFn, kind: type[M]) -> M:
 
 
 def structure(program: Program, batch: PyTree) -> Hashable:
-    """What a trace depends on: structures, ranks and dtypes, and the training flags of modules."""
+    """What a trace depends on: structures, ranks and dtypes, the training flags of modules, and
+    what the caller has set for all of torch."""
     batch_leaves, batch_def = flatten(batch)
     return (
         program.spec.treedef,
@@ -111,6 +112,7 @@ def structure(program: Program, batch: PyTree) -> Hashable:
         isinstance(batch, Documents) and batch.packing.several,  # nor a document in its own row
         program.randomness,
         training_flags(program.model_fn),
+        ambient(program.leaves[0].device.type),
     )
 
 

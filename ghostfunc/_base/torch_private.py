@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
@@ -219,6 +219,11 @@ def wrapped(x: Tensor) -> bool:
     return inside
 
 
+def differentiated(x: Tensor) -> bool:
+    """Whether one of the active transforms takes derivatives of what is made of `x`."""
+    return wrapped(x) and x.requires_grad
+
+
 def batched(x: Tensor) -> bool:
     """Whether `torch.vmap` has wrapped `x`."""
     inside: bool = torch._C._functorch.is_batchedtensor(x)
@@ -250,6 +255,19 @@ def address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+def followed() -> bool:
+    """Whether tensors may be a `torch.func` transform's, or have tangents of forward mode."""
+    inside: Any = torch._C._functorch.peek_interpreter_stack()
+    return inside is not None or forward_ad._current_level >= 0
+
+
+def dual(x: Tensor) -> bool:
+    """Whether `torch.autograd.forward_ad` follows `x`, outside `torch.func`."""
+    if forward_ad._current_level < 0 or in_transform():
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 # --- modes ---------------------------------------------------------------------------------------
 # A region that runs again must know which modes watch it, and hide its own work from them.
 
@@ -260,6 +278,23 @@ SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 def function_modes() -> Sequence[TorchFunctionMode]:
     """The active torch-function modes, outermost first."""
     return _get_current_function_mode_stack()
+
+
+_modes_active: Callable[[], int] = torch._C._len_torch_function_stack
+
+
+def ambient(device: str) -> tuple[Hashable, ...]:
+    """What the caller has set that makes another program of the same calls: the default dtype, what
+    `torch.autocast` rounds to, and the types of torch-function modes, which may return what they
+    please: of the products that ghost mode makes, too, and of none that autograd makes."""
+    rounded = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return torch.get_default_dtype(), rounded, _modes_active() and (*map(type, foreign_modes()),)
+
+
+def foreign_modes() -> list[TorchFunctionMode]:
+    """The active modes that are neither torch's own, which change no value, nor this package's."""
+    own = "torch.", "ghostfunc."
+    return [x for x in function_modes() if not f"{type(x).__module__}.".startswith(own)]
 
 
 def without_torch_functions() -> AbstractContextManager[None]:

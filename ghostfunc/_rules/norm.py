@@ -54,7 +54,7 @@ def layer_norm(
 def _default_eps_of_rms_norm(dtype: torch.dtype) -> float:
     """Releases of torch differ: the epsilon of the input's dtype, or of the one it computes in."""
     wide_eps = torch.finfo(torch.float32).eps
-    x = torch.full((1,), wide_eps**0.5, dtype=dtype)
+    x = torch.full((1,), wide_eps**0.5, dtype=dtype, device="cpu")
     return wide_eps if F.rms_norm(x, (1,)).item() > 0.5 else torch.finfo(dtype).eps
 
 

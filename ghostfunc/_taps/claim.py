@@ -130,7 +130,9 @@ class Alone:
         batch = model.batch if rows == list(range(model.n)) else take(model.batch, rows)
         weights = [w for w, _ in passes]
         uses = iter([use for _, use in passes])
-        losses = weighted_gradients(model, batch, weights, lambda grads: next(uses)(grads))
+        losses = weighted_gradients(
+            model, batch, weights, lambda grads: next(uses)(grads), watched=True
+        )
         own = [k for k, counts in enumerate(part.own) if counts]
         found, expected = losses[own], self.losses[rows].detach()[own]
         dtype = coarsest(model)

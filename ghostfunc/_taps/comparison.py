@@ -115,9 +115,9 @@ def _passes(
 ) -> list[tuple[Tensor, Use]]:
     """The backward passes of a part. Of the samples `left`, it takes those that it has."""
     rows, passes = part.rows, list[tuple[Tensor, Use]]()
-    c = torch.zeros(len(rows), dtype=torch.float64)
+    c = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     if along is not None:
-        c = torch.where(torch.tensor(part.own), along.weights[rows], c)
+        c = torch.where(torch.tensor(part.own, device="cpu"), along.weights[rows], c)
 
     def add(use: Callable[[list[Tensor]], None] | None, weights: Tensor) -> None:
         """A pass of these weights, which is part of the sum as well if it is of one sample."""
@@ -134,14 +134,14 @@ def _passes(
         passes.append((weights, both))
 
     if numbers is not None:
-        others = torch.tensor([i in numbers.others and i in left for i in rows])
+        others = torch.tensor([i in numbers.others and i in left for i in rows], device="cpu")
         if bool(others.any()):
             left.difference_update({*numbers.others} & {*rows})
             weights = torch.where(others, numbers.weights_of_others(rows), 0)
             add(numbers.add_others, weights)
         for i in [i for i in numbers.chosen if i in left and i in rows]:
             left.discard(i)
-            weights = torch.zeros(len(rows), dtype=torch.float64)
+            weights = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
             weights[rows.index(i)] = 1
             add(partial(numbers.add, i), weights)
     if along is not None and bool(c.any()):

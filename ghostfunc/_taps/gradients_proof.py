@@ -127,7 +127,10 @@ class AlongOneDirection:
             return None
         for one in read.sums:
             weights = (
-                torch.as_tensor(one.scale, dtype=torch.float64).detach().cpu().expand(len(losses))
+                torch.as_tensor(one.scale, dtype=torch.float64, device="cpu")
+                .detach()
+                .cpu()
+                .expand(len(losses))
             )
             with unrounded(one.value):
                 total, size = _beside(one.value, self.v[one.param])

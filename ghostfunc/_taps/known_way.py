@@ -23,7 +23,7 @@ from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
 from ghostfunc._taps.recut import Recut
 from ghostfunc._trace.trace import CallTrace, WayTaken, may_fold
 from ghostfunc._trace.tracked import CallArgs, Tracked
-from ghostfunc._trace.watch import SIZED_BY_VALUES, nests
+from ghostfunc._trace.watch import SIZED_BY_VALUES, TELLING, nests
 
 MAX_STEPS = 50_000
 """Steps of one trace that are remembered, over all its ways: some 20 MB. A way through a GPT-2 of 4
@@ -31,7 +31,8 @@ layers has 260, through a model of 32 layers some thousands."""
 
 _NUMBERS = frozenset((int, str, bool, torch.dtype))
 _OTHERS = frozenset((float, type(None), type(...), torch.device, torch.layout, torch.memory_format))
-"""Types of arguments that are told, and of those that move no sample."""
+"""Types of arguments that are told, and of those that move no sample: of floats, few are told."""
+_ZERO = frozenset((0.0,))
 _LISTS = frozenset((tuple, list, torch.Size))
 _INT = frozenset((int,))
 _INDICES = frozenset((int, slice, type(None), type(...)))
@@ -62,7 +63,8 @@ class Step:
         plain: whether nothing but what follows has to be looked at: no parameter meets the call,
             and what it returns is not handed to Python.
         names: of the keyword arguments; `kinds`: the types of all arguments.
-        pick: takes whole numbers, words and dtypes out of the arguments; `told`: what they were.
+        pick: takes whole numbers, words, dtypes and telling floats out of the arguments; `told`:
+            what they were.
         lists: which arguments are lists of whole numbers or indices; `listed`: what was in them.
         shape: of the first argument, for ops that may fold axes.
         compared: whether any of these three is to be.
@@ -98,6 +100,8 @@ class Step:
         kinds = tuple(map(type, values))
         lists = tuple(i for i, kind in enumerate(kinds) if issubclass(kind, (tuple, list)))
         told = [i for i, kind in enumerate(kinds) if kind in _NUMBERS]
+        telling = TELLING if told else _ZERO  # a factor of one is no rate, as of dropout
+        told += [i for i, kind in enumerate(kinds) if kind is float and values[i] in telling]
         if makes_sparse(self.func) or self.func in SIZED_BY_VALUES:
             return
         rest = {k for k in kinds if k not in _NUMBERS and k not in _OTHERS and k not in _LISTS}

@@ -60,7 +60,7 @@ class FewSamples:
         scale = next(x.scale for x in self.read.readings if x.samples is not None)
         if isinstance(scale, Tensor):
             return scale[rows].detach().double().cpu()
-        return torch.ones(len(rows), dtype=torch.float64)
+        return torch.ones(len(rows), dtype=torch.float64, device="cpu")
 
     def add_others(self, grads: list[Tensor]) -> None:
         """Take the gradient of the samples that others are beside."""
@@ -131,7 +131,7 @@ def _seen(alone: Alone, samples: list[int]) -> Tensor | Coupling:
     found = []
     for i in samples:
         rows = [i, i] if alone.randomness == "error" else list(range(alone.model.n))
-        weights = torch.zeros(len(rows), dtype=torch.float64)
+        weights = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         weights[rows.index(i)] = 1
         noise = rounding.seen(alone, Part(rows, [False] * len(rows)), weights)
         if isinstance(noise, Coupling):

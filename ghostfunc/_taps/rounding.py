@@ -45,14 +45,14 @@ def seen(alone: Alone, part: Part, weights: Tensor) -> Tensor | Coupling:
     if isinstance(first, Coupling):
         return first
     others = Part(part.rows, [False] * len(part.rows))  # their losses are not quite the run's
-    noise = torch.zeros(len(model.leaves), dtype=torch.float64)
+    noise = torch.zeros(len(model.leaves), dtype=torch.float64, device="cpu")
     for k in range(MOVES):
         other = replace(model, leaves=moved(model.leaves, eps, k))
         grads = replace(alone, model=other).gradient(others, weights)
         if isinstance(grads, Coupling):
             return grads
         off = [float((wide(x) - wide(y)).norm()) for x, y in zip(first, grads, strict=True)]
-        noise = torch.maximum(noise, torch.tensor(off, dtype=torch.float64))
+        noise = torch.maximum(noise, torch.tensor(off, dtype=torch.float64, device="cpu"))
     return MARGIN * noise
 
 

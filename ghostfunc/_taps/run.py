@@ -20,12 +20,12 @@ from ghostfunc._base.program import Program
 from ghostfunc._base.torch_private import (
     address,
     any_symbolic,
+    differentiated,
     divide_all,
     in_transform,
     innermost,
     symbolic,
     unrounded,
-    wrapped,
 )
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import Check, PyTree
@@ -428,7 +428,7 @@ def _by_cotangents(
         (taps, collect_taps, [leaves[i] for i in grads]),
         scale,
         guarded=model,
-        differentiable=_derivative_wanted(leaves, model.batch, list(readers.values())),
+        differentiable=any(map(differentiated, tensors_of(list(readers.values())))),
     )
     uses = [modes[0].uses[number] for number in collected]
     return _Taken(
@@ -467,13 +467,16 @@ def pull_back(
     aux output.
 
     Inside another transform this is `torch.func.vjp`. At the top level plain autograd says the
-    same with a tenth of the overhead on every op and tap.
+    same with a tenth of the overhead on every op and tap. An enclosing transform may differentiate
+    the cotangents where it differentiates the losses, whatever it does so by: parameters, batch, or
+    what the model closes over. By what `f` reads besides, if they are `differentiable`.
     """
     if in_transform():
         guards = [x.view_as(x) for x in guarded.leaves]
         with unwrapped_memory():
             out: Any = torch.func.vjp(f, *primals, guards, has_aux=True)
         losses, pullback, aux = out
+        differentiable = differentiable or differentiated(losses)
         with unrounded(losses):
             cotangents = pullback(
                 as_cotangent(losses, cotangent),
@@ -528,8 +531,3 @@ def with_zeros(cotangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -
 def _in_own_dtype(leaf: Tensor) -> bool:
     """Whether the training gradient of a parameter may be added up in place, in its own dtype."""
     return leaf.is_floating_point() and wide(leaf) is leaf
-
-
-def _derivative_wanted(leaves: Sequence[Tensor], batch: PyTree, readers: Any) -> bool:
-    """Whether an enclosing transform differentiates what this run returns."""
-    return any(x.requires_grad and wrapped(x) for x in tensors_of((list(leaves), batch, readers)))

@@ -125,6 +125,8 @@ class Recorder(TrackingMode):
         self._n_small, self._n_large = n_small, n_large
         self._of_batch = {id(x): x for x in tensors_of(large)}  # what is made of its values
         self._written: set[int] = set()
+        self._here: dict[int, Tensor] = {}  # what the program makes of numbers alone
+        self._made_here = False  # whether the last call was given nothing else
         self._entry = 0
         self._reordered_at: int | None = None
         self.dtypes: set[torch.dtype] = set()
@@ -177,6 +179,7 @@ class Recorder(TrackingMode):
         out = self.elementary(func, args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         outs = shapes(out)
+        self._follow_here(func, args, kwargs, out)
         if not reads_attribute(func):
             self._note_moves(func, args, kwargs, inputs_before)
         self._follow_batch(func, args, kwargs, out)
@@ -184,6 +187,7 @@ class Recorder(TrackingMode):
             self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
         if func in _ROWS_CHOSEN and inputs == inputs_before and outs != outs_before:
             self.reads = True  # `table[:len(x)]`, of a table made for so many samples
+            self.statistics |= not self._made_here  # it may be another one in the next call
         if judged or (inputs != inputs_before and outs == outs_before):
             for x in tensors_of(out):
                 if differentiable(x):
@@ -201,6 +205,7 @@ class Recorder(TrackingMode):
         """Let go of the tensors of a run that is over: what is made of the batch is most of them,
         and another run follows."""
         self._of_batch.clear()
+        self._here.clear()
         self._batch_wide_results.clear()
 
     def _note_moves(
@@ -238,6 +243,17 @@ class Recorder(TrackingMode):
             if writes(func, kwargs) or kwargs.get("out") is not None:
                 # Other tensors with this memory hold values of the batch from now on.
                 self._written |= _memory(tensors_of((args[:1], kwargs.get("out"), out)))
+
+    def _follow_here(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        """Note what is made of nothing but numbers: it is the same in every run."""
+        values = tensors_of((args, kwargs))
+        self._made_here = all(id(x) in self._here for x in values)
+        if self._made_here:
+            self._here.update((id(x), x) for x in tensors_of(out))
+        elif writes(func, kwargs) and values:
+            self._here.pop(id(values[0]), None)
 
     def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._batch_wide_results) and any(

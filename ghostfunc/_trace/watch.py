@@ -97,9 +97,14 @@ SIZED_BY_VALUES: set[Callable[..., Any]] = {
 """Ops whose output's shape depends on values."""
 
 
+TELLING = frozenset((0.0, 1.0))
+"""Of floats, those that make another program of the same calls."""
+
+
 def told(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What a call is told besides tensors, as far as it may be another for other samples: whole
-    numbers, words, dtypes, and slices and arrays of them."""
+    numbers, words, dtypes, and slices and arrays of them. Of other numbers, whether they are zero
+    or one: dropout draws nothing then, and what a zero multiplies does not show."""
     return tuple(map(_told, args)), tuple(map(_told, kwargs.values()))
 
 
@@ -118,6 +123,8 @@ def _told(x: Any) -> Hashable:
         return x.shape, x.dtype.str, x.tobytes()
     if isinstance(x, (int, np.integer)):
         return False, operator.index(x)
+    if isinstance(x, (float, np.floating)):
+        return float(x) if x in TELLING else "float"
     if isinstance(x, (tuple, list)):
         return kind.__name__, tuple(map(_told, x))
     return str(x) if isinstance(x, (str, torch.dtype)) else kind.__name__

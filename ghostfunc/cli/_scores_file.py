@@ -84,7 +84,7 @@ def _column(path: Path, name: str, values: pa.ChunkedArray) -> tuple[str, Tensor
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)) or values.null_count:
         what = f"{values.null_count:,} nulls" if values.null_count else f"the type {kind}"
         raise CommandError(f"{path}: the column {name!r} has {what}; expected a number for a row.")
-    column = torch.tensor(values.to_pylist(), dtype=torch.float64)
+    column = torch.tensor(values.to_pylist(), dtype=torch.float64, device="cpu")
     if name.startswith(VALUE):
         return f"shapley{HELPS}/{name.removeprefix(VALUE)}", -column
     return name, column

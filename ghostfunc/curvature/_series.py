@@ -103,7 +103,9 @@ class Series:
         for _ in range(self.repeats):
             x = [torch.zeros_like(a) for a in u]
             for _ in range(self.iterations):
-                chosen = int(torch.randint(len(batches), (), generator=generator))
+                chosen = int(
+                    torch.randint(len(batches), (), generator=generator, device=generator.device)
+                )
                 x = added(x, residual(x, batches[chosen]), self.scale)
             total = added(total, x, 1 / self.repeats)
         return total

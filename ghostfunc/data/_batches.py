@@ -153,14 +153,16 @@ def padded(pad_id: int, *, label_pad: int = -100, max_length: int | None = None)
             longest = min(width(longest), max_length)
         pads = {"input_ids": pad_id, "labels": label_pad}
         out = {
-            key: torch.full((len(samples), longest), pads.get(key, 0), dtype=torch.long)
+            key: torch.full(
+                (len(samples), longest), pads.get(key, 0), dtype=torch.long, device="cpu"
+            )
             for key in samples[0]
         }
-        mask = torch.zeros((len(samples), longest), dtype=torch.long)
+        mask = torch.zeros((len(samples), longest), dtype=torch.long, device="cpu")
         for i, sample in enumerate(samples):
             count = len(sample["input_ids"])
             for key, row in sample.items():
-                out[key][i, :count] = torch.as_tensor(row)
+                out[key][i, :count] = torch.as_tensor(row, device="cpu")
             mask[i, :count] = 1
         return {"attention_mask": mask} | out
 

@@ -24,7 +24,7 @@ SAME = 1e-4
 
 def outline(u: PyTree) -> list[float]:
     """The length of a direction, and sums of its elements: float64."""
-    sums, square = torch.zeros(SUMS, dtype=torch.float64), 0.0
+    sums, square = torch.zeros(SUMS, dtype=torch.float64, device="cpu"), 0.0
     for x in flatten_params(u)[0]:
         own, length = _sums(x.detach())
         sums, square = sums + own, square + length
@@ -33,7 +33,7 @@ def outline(u: PyTree) -> list[float]:
 
 def _sums(x: Tensor) -> tuple[Tensor, float]:
     flat = x.reshape(-1)
-    sums = torch.zeros(SUMS, dtype=torch.float64)
+    sums = torch.zeros(SUMS, dtype=torch.float64, device="cpu")
     square = 0.0
     for part in flat.split(SUMS << 16):  # float64 only of a part at a time
         wide = torch.nn.functional.pad(part.double(), (0, -len(part) % SUMS)).view(-1, SUMS)

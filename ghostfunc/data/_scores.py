@@ -76,7 +76,7 @@ class Scores:
 
     def take(self, rows: Sequence[int]) -> Scores:
         """The table of some rows, in their order."""
-        index = torch.as_tensor(list(rows), dtype=torch.long)
+        index = torch.as_tensor(list(rows), dtype=torch.long, device="cpu")
         columns = {name: x[index] for name, x in self.columns.items()}
         return Scores([self.ids[i] for i in index.tolist()], columns, self.facts)
 

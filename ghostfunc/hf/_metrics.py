@@ -62,7 +62,7 @@ class Metrics:
             for label, column in zip(self._labels, columns.T, strict=True):
                 out[f"{label}harmful_share"] = float((column > 0).double().mean())
                 out[f"{label}mean_value"] = float(column.mean())
-        norms = torch.cat(self._norms) if self._norms else torch.zeros(0)
+        norms = torch.cat(self._norms) if self._norms else torch.zeros(0, device="cpu")
         if len(norms) and not bool(norms.isnan().any()):
             for q in QUANTILES:
                 out[f"ghost/norm_q{round(100 * q)}"] = float(norms.quantile(q))

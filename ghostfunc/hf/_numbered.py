@@ -48,7 +48,7 @@ class NumberedCollator:
                     f"A training sample has no {self.key!r} to be known by; it has "
                     f"{sorted(feature)}."
                 )
-        ids = torch.tensor([int(feature[self.key]) for feature in features])
+        ids = torch.tensor([int(feature[self.key]) for feature in features], device="cpu")
         rest = [{k: v for k, v in feature.items() if k != self.key} for feature in features]
         batch = dict(self.collate(rest))  # its rows are looked at where the loss is known
         return {**batch, SAMPLE_ID: ids}

@@ -146,7 +146,7 @@ class GhostMixin(ScoreKeeper):
         inputs = dict(self._prepare_inputs(inputs))
         ids = inputs.pop(SAMPLE_ID).cpu()
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones(())))
+        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device="cpu")))
         self._run.scale = scale
         given = self.inputs_of(module, inputs)
         # What calls the trainer's own methods comes first: they may switch checkpoints on and off.

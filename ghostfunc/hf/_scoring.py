@@ -241,7 +241,7 @@ class Scoring:
         named = dict(self.module.named_parameters())
         grads = {k: named[k].grad for k in self.params}
         return {
-            k: torch.zeros(()) if g is None else wide(g).square().sum() / scale**2
+            k: torch.zeros((), device="cpu") if g is None else wide(g).square().sum() / scale**2
             for k, g in grads.items()
         }
 

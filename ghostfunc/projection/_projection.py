@@ -136,7 +136,9 @@ class Projection(ABC):
     def columns(self, layers: Sequence[str]) -> Tensor:
         """The columns of the groups whose names match one of the glob patterns `layers`."""
         chosen = select(list(self.groups), layers)
-        return torch.cat([torch.arange(self.groups[g].start, self.groups[g].stop) for g in chosen])
+        return torch.cat(
+            [torch.arange(self.groups[g].start, self.groups[g].stop, device="cpu") for g in chosen]
+        )
 
     def spec(self) -> dict[str, Any]:
         """All that defines the projection, ready for JSON; `projection_from_spec` reads it."""
@@ -209,7 +211,11 @@ class KroneckerProjection(Projection):
         """`P_o` (`side="o"`) or `P_i` (`side="i"`) of a parameter, in float32."""
         (block,) = [b for b in self.blocks if b.path == path]
         made = self._transposed(block, side)
-        return torch.eye(block.n_o if side == "o" else block.n_i) if made is None else made.mT
+        return (
+            torch.eye(block.n_o if side == "o" else block.n_i, dtype=torch.float32, device="cpu")
+            if made is None
+            else made.mT
+        )
 
     def _on(self, block: Block, side: str, like: Tensor) -> Tensor | None:
         made = self._transposed(block, side)

@@ -100,7 +100,9 @@ def nadam(group: Settings, state: Settings) -> Change:
     mu, following = (
         b1 * (1 - 0.5 * 0.96 ** (s * group["momentum_decay"])) for s in (float(t), float(t + 1))
     )
-    product = float(state.get("mu_product", torch.ones(())) * mu)  # torch's own is in float32
+    product = float(
+        state.get("mu_product", torch.ones((), device="cpu")) * mu
+    )  # torch's own is in float32
     of_g = lr * (1 - mu) / (1 - product)
     of_m = lr * following / (1 - product * following)
 

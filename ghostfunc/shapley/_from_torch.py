@@ -112,7 +112,9 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, fl
 
 
 def _asgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Change, float]:
-    eta = float(state.get("eta", torch.tensor(float(group["lr"]))))  # torch's own is in float32
+    eta = float(
+        state.get("eta", torch.tensor(float(group["lr"]), device="cpu"))
+    )  # torch's own is in float32
     sign = -1.0 if group["maximize"] else 1.0
     decay = group["weight_decay"] + group["lambd"]
 

@@ -45,10 +45,10 @@ def init(num_sets: int = 1) -> State:
         A dict of tensors; `torch.save` it, and `torch.load(..., weights_only=True)` gives it back.
     """
     check_whole("num_sets", num_sets)
-    empty = torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0, dtype=torch.int64, device="cpu")
     return {
         "ids": empty,
-        "values": torch.zeros(0, num_sets, dtype=torch.float64),
+        "values": torch.zeros(0, num_sets, dtype=torch.float64, device="cpu"),
         "counts": empty.clone(),
     }
 
@@ -72,7 +72,7 @@ def update(state: State, ids: Tensor | Sequence[int], values: Float[Tensor, "n s
     check_type("ids", ids, (Tensor, Sequence), "a tensor or a list of integers")
     check_type("values", values, Tensor, f"a tensor [{len(ids)}, sets], a row per id")
     try:
-        ids = torch.as_tensor(ids).cpu()
+        ids = torch.as_tensor(ids, device="cpu").cpu()
     except (TypeError, ValueError) as error:
         raise OptionError(f"ids must be integers [n]: {error}.") from error
     values = values.detach().cpu().double()
@@ -138,8 +138,8 @@ def _with_rows(state: State, ids: Tensor) -> State:
     new = ids[~torch.isin(ids, state["ids"], assume_unique=True)]
     if not len(new):
         return state
-    own = torch.ones(len(state["ids"]) + len(new), dtype=torch.bool)
-    own[torch.searchsorted(state["ids"], new) + torch.arange(len(new))] = False
+    own = torch.ones(len(state["ids"]) + len(new), dtype=torch.bool, device="cpu")
+    own[torch.searchsorted(state["ids"], new) + torch.arange(len(new), device="cpu")] = False
 
     def widened(x: Tensor) -> Tensor:
         out = x.new_zeros(len(own), *x.shape[1:])

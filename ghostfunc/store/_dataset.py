@@ -146,7 +146,9 @@ def _fill(comparison: Comparison, own: list[int], advance: Callable[[int], objec
         writing: Future[None] | None = None
         for job, batch in ahead(loader, jobs_of(store, checkpoint, own, work), work.load):
             if job.first:
-                rows = torch.empty(len(job.ids), work.projection.k)
+                rows = torch.empty(
+                    len(job.ids), work.projection.k, dtype=torch.float32, device="cpu"
+                )
                 advance(job.skipped)
             rows[job.at] = work.rows_of(batch)
             advance(len(job.at))

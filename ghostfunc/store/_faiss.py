@@ -80,7 +80,7 @@ def build(
         (x,) = view.whitened(rows)
         return (unit(x) if normalize == "cosine" else x).contiguous().numpy()
 
-    size = prepared(torch.zeros(1, store.projection.k)).shape[1]
+    size = prepared(torch.zeros(1, store.projection.k, dtype=torch.float32, device="cpu")).shape[1]
     try:
         index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:

@@ -45,7 +45,7 @@ def preconditioner(store: StoredRows, checkpoint: str, *, damping: float) -> Pre
     store.need(checkpoint, None)
     groups = store.projection.groups
     moments = {
-        name: torch.zeros((c.stop - c.start,) * 2, dtype=torch.float64)
+        name: torch.zeros((c.stop - c.start,) * 2, dtype=torch.float64, device="cpu")
         for name, c in groups.items()
     }
     for _, rows in store.chunks(checkpoint):
@@ -61,10 +61,12 @@ def _root(c: Tensor, damping: float) -> Tensor:
     """`L` with `(C + lambda I)^-1 = L L^T`."""
     scale = c.diagonal().mean()
     if scale == 0:  # a parameter without gradient: any metric gives zero
-        return torch.eye(len(c), dtype=c.dtype)
-    damped = c + damping * scale * torch.eye(len(c), dtype=c.dtype)
+        return torch.eye(len(c), dtype=c.dtype, device="cpu")
+    damped = c + damping * scale * torch.eye(len(c), dtype=c.dtype, device="cpu")
     lower = torch.linalg.cholesky(damped)
-    return torch.linalg.solve_triangular(lower, torch.eye(len(c), dtype=c.dtype), upper=False).mT
+    return torch.linalg.solve_triangular(
+        lower, torch.eye(len(c), dtype=c.dtype, device="cpu"), upper=False
+    ).mT
 
 
 class RowView:

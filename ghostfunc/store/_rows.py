@@ -128,7 +128,11 @@ class StoredRows(Presence):
             if out is None:  # only now: a chunk of this width is really there
                 out = rows.new_empty(len(where), self.projection.k)
             out[torch.from_numpy(inside)] = rows
-        return torch.empty(0, self.projection.k) if out is None else out
+        return (
+            torch.empty(0, self.projection.k, dtype=torch.float32, device="cpu")
+            if out is None
+            else out
+        )
 
     def _read_chunk(
         self, checkpoint: str, number: int, wanted: NDArray[np.int64] | None = None

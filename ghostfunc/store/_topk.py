@@ -28,9 +28,12 @@ class TopK(NamedTuple):
 
 def best(stream: Iterator[tuple[range, Tensor]], k: int, *, queries: int) -> TopK:
     """The k best of a stream of scores, in order of ids; what is kept is `[q, k]`."""
-    kept = TopK(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+    kept = TopK(
+        torch.empty(queries, 0, device="cpu"),
+        torch.empty(queries, 0, dtype=torch.int64, device="cpu"),
+    )
     for chunk, s in stream:
-        ids = torch.arange(chunk.start, chunk.stop).expand(len(s), -1)
+        ids = torch.arange(chunk.start, chunk.stop, device="cpu").expand(len(s), -1)
         kept = _head(torch.cat([kept.scores, s], 1), torch.cat([kept.ids, ids], 1), k)
     return kept
 

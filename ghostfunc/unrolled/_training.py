@@ -147,7 +147,11 @@ class Training:
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in self.leaves), torch.float32)
         out = []
         for m in micros:
-            c = torch.ones(len(m.ids)) if self.weights is None else self.weights[m.ids]
+            c = (
+                torch.ones(len(m.ids), device="cpu")
+                if self.weights is None
+                else self.weights[m.ids]
+            )
             out.append(c.to(self.leaves[0].device, dtype) / total)
         return out
 

@@ -84,7 +84,7 @@ class InStep:
         return self._tensors.samples(x, counts, place)
 
     def _meet(self, place: str, state: int = _RUNS, number: int = 0) -> _Told:
-        mine = torch.tensor([number_of_text(place), state, number])
+        mine = torch.tensor([number_of_text(place), state, number], device="cpu")
         rows = mine.new_empty(self.size * 3)
         try:
             all_gather(rows, mine, group=self.control)

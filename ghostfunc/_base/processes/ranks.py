@@ -114,7 +114,7 @@ class Ranks:
     def rows(self, row: Sequence[int], place: str) -> list[list[int]]:
         """One row of numbers from every rank."""
         table = torch.zeros(self.size, len(row), dtype=torch.int64, device=self.device)
-        table[self.rank] = torch.tensor(row, dtype=torch.int64)
+        table[self.rank] = torch.tensor(row, dtype=torch.int64, device="cpu")
         self.wait(self.sum_later(table, place), place)
         return table.tolist()
 
@@ -190,7 +190,7 @@ class Ranks:
         for r in others:
             try:
                 to = dist.get_global_rank(self.group, r)
-                work = dist.isend(torch.zeros(1), to, group=self.group)
+                work = dist.isend(torch.zeros(1, device="cpu"), to, group=self.group)
                 if work is not None:
                     work.wait(timedelta(milliseconds=20))
             except RuntimeError:  # gone, or closed: both are what was wanted

@@ -334,7 +334,7 @@ class Question:
         return self._unflat(flat, len(pieces))
 
     def _prove(self, batch: PyTree) -> None:
-        prove_independent(self.program, batch, anew=self.mode == "jvp" and self.check != "never")
+        prove_independent(self.program, batch, anew=self.check != "never")
 
     def _jvp(self, train: PyTree, piece: _Piece) -> list[Tensor]:
         columns = [
@@ -379,7 +379,7 @@ class Question:
         n = batch_size(self.train)
 
         def of_chunk(train: PyTree) -> tuple[list[Tensor], Tensor]:
-            weights = torch.full((batch_size(train),), 1 / n, dtype=torch.float64)
+            weights = torch.full((batch_size(train),), 1 / n, dtype=torch.float64, device="cpu")
             losses, grads = definition.weighted_gradient(self.program, train, weights)
             return grads, losses
 
