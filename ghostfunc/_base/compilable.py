@@ -17,6 +17,7 @@ import torch
 
 from ghostfunc._base.options import check_model_fn
 from ghostfunc._base.torch_private import _pytree
+from ghostfunc._base.torch_words import in_our_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
@@ -40,7 +41,12 @@ def compilable(returns: Callable[..., Any] | None = None) -> Callable[[F], F]:
 
                 out = compiler.capture(function, model_fn, *args, **kwargs)
                 return out if returns is None else returns(*out)
-            return function(model_fn, *args, **kwargs)
+            try:
+                return function(model_fn, *args, **kwargs)
+            except RuntimeError as error:
+                if (ours := in_our_words(error)) is not None:
+                    raise ours from error
+                raise
 
         return captured  # type: ignore[return-value]
 
