@@ -57,7 +57,8 @@ def prove_independent(
     batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
-    refuse_batched(program.leaves, batch)
+    if in_transform():
+        refuse_batched(program.leaves, batch)
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)
     ranks = in_step(program.model_fn)

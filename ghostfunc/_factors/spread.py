@@ -1,4 +1,5 @@
-"""How the gradients of a batch lie to their sum: `||g_i||^2` and `<g_i, sum_j g_j>`.
+"""Squared norms of a batch's gradients, and their dot products with the sum: `||g_i||^2` and
+`<g_i, sum_j g_j>`.
 
 Three ways lead to the same numbers, and to the sum itself; `cost` says which is cheapest:
 
@@ -99,7 +100,8 @@ def _apart(parts: Sequence[Bundle], contract_dtype: ContractDtype) -> SpreadAndT
 
 
 def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
-    """Blocks of rows; what is looked up takes part in the sum, and meets the others by tokens."""
+    """Form blocks of rows. A `OneHot` factor takes part in the sum; its inner products with the
+    others are made position by position."""
     looked_up = [[f for f in bundle if isinstance(f, OneHot)] for bundle in parts]
     formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
     beside = summed(pairs.flat(looked_up)) if looked_up[0] else None
@@ -156,7 +158,8 @@ def _in_place(
 
 
 def _squares(g: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()  # adds up in lanes
+    # A norm adds up in several lanes, and loses fewer digits than a sum of squares.
+    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()
     return squares
 
 
