@@ -57,7 +57,7 @@ def prove_independent(
     batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
-    if in_transform():
+    if followed():
         refuse_batched(program.leaves, batch)
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)
@@ -362,7 +362,7 @@ def _other_sample(batch: PyTree) -> int | None:
 def refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
     """Raise `TransformError` if `torch.vmap` runs over parameters or batches, or if they are dual
     tensors of no transform."""
-    given = (*leaves, *tensors_of(batch)) if followed() else ()
+    given = *leaves, *tensors_of(batch)
     if any(map(dual, given)):
         raise TransformError(
             "params or batch have tangents of torch.autograd.forward_ad, which cannot be followed. "

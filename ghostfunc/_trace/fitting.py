@@ -19,7 +19,7 @@ from ghostfunc._base.errors import (
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import not_captured, prove_independent, refuse_batched
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
-from ghostfunc._base.torch_private import any_symbolic, in_transform, wrapped
+from ghostfunc._base.torch_private import any_symbolic, followed, wrapped
 from ghostfunc._base.trees import batch_size, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._trace.layout import StaleLayout
@@ -134,7 +134,7 @@ def with_trace(
         except StaleLayout as stale:
             tried, unproved = program.trace, _disproved(stale)
     program = plain(program)
-    if in_transform():
+    if followed():
         refuse_batched(program.leaves, batch)
     n = batch_size(batch)
     known = _look_up(program, batch)
