@@ -333,12 +333,14 @@ def _by_loop(program: Program, batch: PyTree) -> list[Tensor]:
 
 def _compare_alone(program: Program, batch: PyTree, alone: Tensor) -> None:
     """Raise `CoupledSamplesError` unless samples have the same losses beside each other as by
-    themselves."""
+    themselves, in a run that is `pure`."""
     n = batch_size(batch)
     if n == 1 or any(map(symbolic, tensors_of(batch))):
         return
     with torch.enable_grad():  # a model may take gradients itself
-        together = check_losses(program.losses(lend(program.leaves), batch), n).detach()
+        params = lend(program.leaves)
+        run = partial(program.losses, params, batch)
+        together = check_losses(pure(run, program, batch, params, Refusals()), n).detach()
     if not close(alone, together):
         raise coupled_samples(
             f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "

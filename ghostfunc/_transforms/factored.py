@@ -177,7 +177,7 @@ def _collected(
     grads: bool = False,
 ) -> tuple[FactoredGrads, list[Tensor]]:
     if mode == "materialized":
-        prove_independent(program, batch, anew=check != "never")
+        prove_independent(program, batch)
         with torch.no_grad():
             losses = check_losses(program.losses(list(program.leaves), batch), batch_size(batch))
         formed = definition.materialize(program, batch, vectorize=vectorize)

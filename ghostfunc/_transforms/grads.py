@@ -113,5 +113,5 @@ def per_sample_grads(
         taken = run(program, batch, [SampleGrad()], check=check)
         return program.spec.unflatten(taken.values[0])
     refuse_pieces(model_fn, f"mode={mode!r}")
-    prove_independent(program, batch, anew=check != "never")
+    prove_independent(program, batch)
     return program.spec.unflatten(definition.materialize(program, batch, vectorize=vectorize))
