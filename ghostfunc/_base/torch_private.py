@@ -288,7 +288,8 @@ def ambient(device: str) -> tuple[Hashable, ...]:
     `torch.autocast` rounds to, and the types of torch-function modes, which may return what they
     please: of the products that ghost mode makes, too, and of none that autograd makes."""
     rounded = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return torch.get_default_dtype(), rounded, _modes_active() and (*map(type, foreign_modes()),)
+    modes = tuple(map(type, foreign_modes())) if _modes_active() else ()
+    return torch.get_default_dtype(), rounded, modes
 
 
 def foreign_modes() -> list[TorchFunctionMode]:

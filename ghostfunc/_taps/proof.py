@@ -31,7 +31,9 @@ What a proof does not see:
 - What is wrong by less than the tolerance: 1e-8 in float64, 2e-3 in float32, 0.1 in half precision,
   where errors of single samples in large batches pass.
 - What this batch does not show: a branch that is not taken, or that reads values behind torch's
-  back (through a pointer). Values that torch hands to Python are part of what is proved.
+  back (through a pointer). Values that torch hands to Python are part of what is proved. Values
+  that the function closes over are, where they are numbers that are told (`watch.told`), or choose
+  rows by their number.
 - Coupling that is the same in every part as in the whole: that of two samples in one part, where no
   other sample is coupled. Another proof draws other parts.
 - What is no function of a sample's gradient: the shares of single positions (their sum is proved),

@@ -196,9 +196,8 @@ def verify(
         moved = [rounding.moved(leaves, unit, k) for k in range(rounding.MOVES)]
         others = [scores("materialized", None, vectorize, at=spec.unflatten(x)) for x in moved]
         rows = _rows(program, ghost, exact, eps, limit, others)
-    *of_params, total = rows
     unused = _unused(spec.names, ghost, exact)
-    report = Report(tuple(of_params), total, unused, limit, contract_dtype, vectorize)
+    report = Report(tuple(rows[:-1]), rows[-1], unused, limit, contract_dtype, vectorize)
     if check:
         report.check()
     return report
