@@ -285,25 +285,27 @@ SPREAD_ROWS = 64
 """Rows of a block below which a product of positions is slow."""
 
 
-def spread_choice(parts: Parts, p: int, d: int) -> Choice:
+def spread_choice(n: int, t: Positions, p: int, d: int) -> Choice:
     """How `||g_i||^2` and `<g_i, sum_j g_j>` of n samples are taken beside the sum: off blocks of
-    the gradients ("rows"), from their Gram matrix ("tokens"), or one after the other ("apart")."""
-    n, t = _all(parts)
+    the gradients ("rows"), or one after the other ("apart")."""
     looked_up = 3 * OPS_PER_ELEMENT * t.one_hot * d
-    total = outer_total(1, t.outer, p, d) + looked_up
-    dense = OPS_PER_ELEMENT * n * p * d if t.dense else 0
+    dense = OPS_PER_ELEMENT * p * d if t.dense else 0
     dots = outer_dot(1, t.outer, p, d) + looked_up + 2 * dense
-    norms = sum(k * norm_choice(x, p, d).ops for k, x in parts)
-    ways = {"apart": total + dense + norms + dots}
-    if not (t.dense and t.one_hot) and t.outer + t.dense:
-        rows = (4 if t.dense else 5) * OPS_PER_CACHED_ELEMENT * n * p * d
-        met_by_tokens = sum(k * x.one_hot * (x.one_hot + x.outer) for k, x in parts)
-        ways["rows"] = total + rows + met_by_tokens * (2 * d + 6 * OPS_PER_ELEMENT)
-    if not t.dense and t.tokens:
-        pairs = t.tokens**2
-        products = 2 * pairs * d + 2 * t.outer**2 * p
-        ways["tokens"] = total + products + 6 * OPS_PER_ELEMENT * pairs
+    ways = {"apart": n * (dense + norm_choice(t, p, d).ops + dots)}
+    if t.outer + t.dense:
+        passes = 4 if t.dense else 5
+        ways["rows"] = n * (looked_up + passes * OPS_PER_CACHED_ELEMENT * p * d)
     return _cheapest(ways)
+
+
+def spread_by_tokens(parts: Parts, p: int, d: int) -> bool:
+    """Whether the Gram matrix of all samples, from inner products of positions, is the cheapest way
+    to the same numbers."""
+    _, t = _all(parts)
+    pairs = t.tokens**2
+    products = 2 * pairs * d + 2 * t.outer**2 * p
+    others = sum(spread_choice(k, x, p, d).ops for k, x in parts)
+    return 0 < products + 6 * OPS_PER_ELEMENT * pairs < others and not t.dense
 
 
 def spread_rows(n: int, p: int, d: int) -> int:

@@ -18,6 +18,7 @@ from functools import partial, reduce, singledispatch
 from itertools import chain, product
 from math import isqrt, prod
 from operator import add
+from typing import NamedTuple
 
 import torch
 from torch import SymInt, Tensor
@@ -75,18 +76,6 @@ def sqnorms(
             parts.append(row_dots(g, g))
         blocks.append(add_up(parts))
     return torch.cat(blocks)
-
-
-def squares_beside(formed: Bundle, looked_up: Bundle) -> Tensor:
-    """What rows that are looked up add to the squares of outer products: `||h_i||^2 + 2 <g_i,
-    h_i>`, `[n]`, from inner products of positions."""
-    n = samples(looked_up)
-    workspace = min(cost.BLOCK_ELEMENTS, cost.CACHE_ELEMENTS)
-    parts = [_sqnorms_by_tokens(looked_up, n, workspace, None)]
-    for f, h in product(formed, looked_up):
-        for a, b in product(_chunks(f, cost.TOKENS), _chunks(h, cost.TOKENS)):
-            parts.append(2 * _token_dots(a, b, None).sum((1, 2)))
-    return add_up(parts)
 
 
 def gram(
@@ -210,15 +199,50 @@ def row_blocks(
             yield rows, form_rows(parts, rows, contract_dtype)
         return
     sizes = list(map(samples, parts))
+    tables = [[_Table.of(f, p, step) for f in bundle if isinstance(f, OneHot)] for bundle in parts]
     memory = wide(values(parts[0][0])).new_empty(n * min(step, p) * d)
     for rows in slices(p, step):
         block = memory[: n * (rows.stop - rows.start) * d].view(n, -1, d)
-        for bundle, g in zip(parts, block.split(sizes), strict=True):
+        for bundle, looked_up, g in zip(parts, tables, block.split(sizes), strict=True):
             outer = next(f for f in bundle if isinstance(f, Outer))
             matrix_product(wide(outer.left)[:, :, rows].mT, wide(outer.right), out=g)
-            for f in (f for f in bundle if f is not outer):
-                g.add_(_form_rows(f, rows, None))
+            for f in bundle:
+                if f is not outer and not isinstance(f, OneHot):
+                    g.add_(_form_rows(f, rows, None))
+            for table in looked_up:
+                table.add_to(g, rows)
         yield rows, block
+
+
+class _Table(NamedTuple):
+    """What is looked up, in the order of the rows of the table.
+
+    Attributes:
+        sample, row, b: of every position, `[n * t]` and `[n * t, d]`.
+        bounds: where each block of `step` rows begins, and last the number of positions.
+    """
+
+    sample: Tensor
+    row: Tensor
+    b: Tensor
+    bounds: list[int]
+    step: int
+
+    @classmethod
+    def of(cls, factor: OneHot, p: int, step: int) -> _Table:
+        """The table of a factor of p rows, which come `step` at a time."""
+        row, order = factor.ids.flatten().sort(stable=True)
+        starts = torch.arange(0, p + step, step, device=row.device)
+        bounds: list[int] = torch.searchsorted(row, starts.to(row.dtype)).tolist()
+        sample = order // factor.ids.shape[1]
+        return cls(sample, row, wide(factor.b).flatten(0, 1)[order], bounds, step)
+
+    def add_to(self, g: Tensor, rows: slice) -> None:
+        """Add these rows of all gradients to `g`, `[n, r, d]`."""
+        first = rows.start // self.step
+        own = slice(*self.bounds[first : first + 2])
+        places = self.sample[own] * g.shape[1] + (self.row[own] - rows.start)
+        g.view(-1, g.shape[2]).index_add_(0, places, self.b[own])
 
 
 def in_place(parts: Sequence[Bundle], n: int, p: int, d: int) -> bool:

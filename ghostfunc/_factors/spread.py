@@ -1,6 +1,7 @@
 """How the gradients of a batch lie to their sum: `||g_i||^2` and `<g_i, sum_j g_j>`.
 
-Three ways lead to the same numbers, and to the sum itself; `cost` says which is cheapest:
+Three ways lead to the same numbers, and to the sum itself; `cost` says which is cheapest, the
+first or the last for samples of every length:
 
     by rows     a block of rows of every `g_i` is formed, added up, contracted with itself and with
                 the sum, and dropped: the products are those of a training gradient, and no more
@@ -32,7 +33,7 @@ from ghostfunc._factors.bundles import (
     values,
 )
 from ghostfunc._factors.contract import add_up, dot
-from ghostfunc._factors.factor import Dense, Grouped, OneHot
+from ghostfunc._factors.factor import Dense, Grouped
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
@@ -76,82 +77,82 @@ def spread_of_parts(
         like = wide(values(everything[0]))
         return SpreadAndTotal(like.new_zeros(n, 2), like.new_zeros(shape))
     if any(isinstance(f, Grouped) for f in everything):
-        return _apart(parts, contract_dtype)
+        return _by_parts(parts, [False] * len(parts), contract_dtype)
     whole = [aligned(bundle, p, d) for bundle in parts]
-    way = cost.spread_choice(counts(whole), p, d).way
-    if way == "rows" and contract_dtype is None:
-        table, total = _by_rows(whole, n, p, d)
-        return SpreadAndTotal(table, total.reshape(shape))
-    if way == "tokens":
+    sizes = counts(whole)
+    if cost.spread_by_tokens(sizes, p, d):
         gram = pairs.gram_of_parts(whole, contract_dtype=contract_dtype)
         table = torch.stack([gram.diagonal(), gram.sum(1)], dim=1)
         return SpreadAndTotal(table, summed(everything))
-    return _apart(parts, contract_dtype)
+    ways = [cost.spread_choice(k, t, p, d).way for k, t in sizes]
+    formed = [way == "rows" and contract_dtype is None for way in ways]
+    table, total = _by_parts(whole, formed, contract_dtype)
+    return SpreadAndTotal(table, total.reshape(shape))
 
 
-def _apart(parts: Sequence[Bundle], contract_dtype: ContractDtype) -> SpreadAndTotal:
-    total = summed(pairs.flat(parts))
-    squares = [pairs.sqnorms(bundle, contract_dtype=contract_dtype) for bundle in parts]
-    dots = [
-        add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
+def _by_parts(
+    parts: Sequence[Bundle], formed: Sequence[bool], contract_dtype: ContractDtype
+) -> SpreadAndTotal:
+    """The gradients of some parts are formed. Those of the others come first into the sum, and are
+    read last, one quantity after the other."""
+    by_rows = [bundle for bundle, here in zip(parts, formed, strict=True) if here]
+    apart = [bundle for bundle, here in zip(parts, formed, strict=True) if not here]
+    total = summed(pairs.flat(apart)) if apart else None
+    tables: Sequence[Tensor] = []
+    if by_rows:
+        table, total = _by_rows(by_rows, total)
+        tables = table.split(list(map(samples, by_rows)))
+    assert total is not None
+    read, whole = iter(tables), total
+    found = [
+        next(read) if here else _apart(bundle, whole, contract_dtype)
+        for bundle, here in zip(parts, formed, strict=True)
     ]
-    return SpreadAndTotal(torch.stack([pairs.joined(squares), pairs.joined(dots)], dim=1), total)
+    return SpreadAndTotal(pairs.joined(found), whole)
 
 
-def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
-    """Blocks of rows; what is looked up takes part in the sum, and meets the others by tokens."""
-    looked_up = [[f for f in bundle if isinstance(f, OneHot)] for bundle in parts]
-    formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
-    beside = summed(pairs.flat(looked_up)) if looked_up[0] else None
+def _apart(bundle: Bundle, total: Tensor, contract_dtype: ContractDtype) -> Tensor:
+    dots = add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle])
+    return torch.stack([pairs.sqnorms(bundle, contract_dtype=contract_dtype), dots], dim=1)
+
+
+def _by_rows(parts: Sequence[Bundle], before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both columns, and the sum, which is added to what is there `before`."""
+    n, (p, d) = sum(map(samples, parts)), parts[0][0].shape
     step = cost.spread_rows(known(n), known(p), known(d))
-    if pairs.in_place(formed, n, p, d):
-        table, total = _in_place(formed, beside, p, d, step)
-    else:
-        table, total = _formed(formed, beside, p, step)
-    if beside is not None:
-        squares = list(map(pairs.squares_beside, formed, looked_up))
-        dots = [add_up([dot(f, total) for f in bundle]) for bundle in looked_up]
-        table = table + torch.stack([pairs.joined(squares), pairs.joined(dots)], dim=1)
-    return table, total
-
-
-def _formed(
-    parts: Sequence[Bundle], beside: Tensor | None, p: int, step: int
-) -> tuple[Tensor, Tensor]:
-    """What is read of blocks of rows of all gradients, and the total, with what is `beside` it."""
+    if pairs.in_place(parts, n, p, d):
+        return _in_place(parts, before, n, step)
     tables, totals = [], []
     for rows in pairs.slices(p, step):
         g = pairs.form_rows(parts, rows)
-        total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
+        total = g.sum(0) if before is None else g.sum(0) + before[rows]
         totals.append(total)
-        tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
+        tables.append(_table(g.flatten(1), total.flatten(), whole=before is None))
     return add_up(tables), totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
 def _in_place(
-    parts: Sequence[Bundle], beside: Tensor | None, p: int, d: int, step: int
+    parts: Sequence[Bundle], before: Tensor | None, n: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """`_formed`, every block where the last one was, read in stretches, and the total where it
+    """`_by_rows`, every block where the last one was, read in stretches, and the total where it
     stays."""
-    like, n = wide(values(parts[0][0])), sum(map(samples, parts))
-    total, ones = like.new_empty(p, d), like.new_ones(n)
-    few = n <= FEW_SAMPLES
+    like, (p, d) = wide(values(parts[0][0])), parts[0][0].shape
+    total, ones = like.new_empty(p, d) if before is None else before, like.new_ones(n)
+    alone, few = before is None, n <= FEW_SAMPLES
     gram, squares, dots = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
     for rows, block in pairs.row_blocks(parts, n, p, d, step):
-        whole, g = total[rows].view(-1), block.flatten(1)
-        for stretch in pairs.slices(len(whole), STRETCH // n):
-            own, x = whole[stretch], g[:, stretch]
-            torch.mv(x.mT, ones, out=own)  # faster than a sum
-            if beside is not None:
-                own.add_(beside[rows].flatten()[stretch])
+        size = max(1, STRETCH // n)
+        pieces = total[rows].view(-1).split(size), block.flatten(1).split(size, 1)
+        for own, x in zip(*pieces, strict=True):
+            own.addmv_(x.mT, ones, beta=0 if alone else 1)  # faster than a sum
             if few:
                 gram.addmm_(x, x.mT)
             else:
                 squares.add_(_squares(x))
-            if beside is not None or not few:
+            if not (few and alone):
                 dots.addmv_(x, own)
     if few:
-        squares, dots = gram.diagonal(), gram.sum(1) if beside is None else dots
+        squares, dots = gram.diagonal(), gram.sum(1) if alone else dots
     return torch.stack([squares, dots], dim=1), total
 
 
