@@ -270,9 +270,23 @@ def gram_choice(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> Ch
     return _cheapest(ways)
 
 
-def gram_by_tokens(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> bool:
-    """Whether a Gram matrix comes from inner products of positions rather than from rows."""
-    return gram_choice(mine, theirs, p, d, same=same).way == "tokens"
+def gram_formed(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> int:
+    """How many parts, from the first on, are formed for a Gram matrix; the others meet all of them
+    by inner products of positions. Of two batches all parts or none."""
+    if not same or len(mine) == 1:
+        by_tokens = gram_choice(mine, theirs, p, d, same=same).way == "tokens"
+        return 0 if by_tokens else len(mine)
+    _, t = _all(mine)
+    if t.dense:
+        return len(mine)
+    ops = []
+    for k in range(len(mine) + 1):
+        m, s = _all(mine[:k])
+        rows = 2 * s.outer * p * d + OPS_PER_ELEMENT * s.one_hot * d
+        rows += 2 * m * (m + OPS_PER_ELEMENT) * p * d
+        tokens = (2 * d + 6 * OPS_PER_ELEMENT) * (t.tokens - s.tokens) * t.tokens
+        ops.append(rows + tokens + 2 * (t.outer - s.outer) * t.outer * p)
+    return ops.index(min(ops))
 
 
 # --- squares beside dot products with the sum -----------------------------------------------------

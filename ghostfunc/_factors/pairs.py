@@ -110,17 +110,20 @@ def gram_of_parts(
     if not p * d:
         n, m = (sum(map(samples, side)) for side in (mine, theirs))
         return wide(values(mine[0][0])).new_zeros(n, m)
+    by_tokens = partial(_gram_by_tokens, workspace=workspace, contract_dtype=contract_dtype)
     ours = counts(mine)
-    if cost.gram_by_tokens(ours, ours if same else counts(theirs), p, d, same=same):
-        table: list[list[Tensor]] = [[] for _ in mine]
-        for (i, f), (j, g) in product(enumerate(mine), enumerate(theirs)):
-            known_before = same and j < i
-            table[i].append(
-                table[j][i].mT if known_before else _gram_by_tokens(f, g, workspace, contract_dtype)
-            )
-        out = joined([joined(row, 1) for row in table], 0)
+    formed = cost.gram_formed(ours, ours if same else counts(theirs), p, d, same=same)
+    if formed:
+        sides = [mine[:formed]] if same else [mine, theirs]
+        out = _gram_by_rows(sides, p, d, workspace, contract_dtype)
+    elif same:
+        out = by_tokens(mine[0], mine[0])
     else:
-        out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
+        out = joined([joined([by_tokens(f, g) for g in theirs], 1) for f in mine])
+    for i in range(max(formed, 1), len(mine) if same else 0):
+        strip = joined([by_tokens(mine[i], g) for g in mine[: i + 1]], 1)
+        above = strip[:, : len(out)].mT
+        out = torch.cat([torch.cat([out, above], 1), strip])
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
@@ -164,22 +167,22 @@ def _by_group(parts: Sequence[Bundle]) -> list[list[Bundle]]:
 
 
 def _gram_by_rows(
-    mine: Sequence[Bundle],
-    theirs: Sequence[Bundle],
+    sides: Sequence[Sequence[Bundle]],
     p: int,
     d: int,
     workspace: int,
     contract_dtype: ContractDtype,
-    *,
-    same: bool,
 ) -> Tensor:
-    numbers = [sum(map(samples, side)) for side in ([mine] if same else [mine, theirs])]
+    """Of one batch with itself, or of two; each in parts."""
+    numbers = [sum(map(samples, side)) for side in sides]
     step = max(1, workspace // max(1, sum(numbers) * d))
-    sides = [
-        (g.flatten(1) for _, g in row_blocks(side, n, p, d, step, contract_dtype))
-        for side, n in zip([mine, theirs], numbers, strict=False)
-    ]
-    blocks = zip(*sides, strict=True)
+    blocks = zip(
+        *(
+            (g.flatten(1) for _, g in row_blocks(side, n, p, d, step, contract_dtype))
+            for side, n in zip(sides, numbers, strict=True)
+        ),
+        strict=True,
+    )
     return reduce(add, (matmul(x[0], x[-1].mT, contract_dtype) for x in blocks))
 
 

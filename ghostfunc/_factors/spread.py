@@ -28,12 +28,13 @@ from ghostfunc._factors.bundles import (
     aligned,
     counts,
     matrix_shape,
+    pooled,
     samples,
     summed,
     values,
 )
-from ghostfunc._factors.contract import add_up, dot
-from ghostfunc._factors.factor import Dense, Grouped
+from ghostfunc._factors.contract import add_up, dot, position_dots
+from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
@@ -97,23 +98,45 @@ def _by_parts(
     read last, one quantity after the other."""
     by_rows = [bundle for bundle, here in zip(parts, formed, strict=True) if here]
     apart = [bundle for bundle, here in zip(parts, formed, strict=True) if not here]
-    total = summed(pairs.flat(apart)) if apart else None
+    together = _side_by_side(apart)
+    total = summed(together or pairs.flat(apart)) if apart else None
     tables: Sequence[Tensor] = []
     if by_rows:
         table, total = _by_rows(by_rows, total)
         tables = table.split(list(map(samples, by_rows)))
     assert total is not None
-    read, whole = iter(tables), total
-    found = [
-        next(read) if here else _apart(bundle, whole, contract_dtype)
-        for bundle, here in zip(parts, formed, strict=True)
-    ]
-    return SpreadAndTotal(pairs.joined(found), whole)
+    squares = [pairs.sqnorms(bundle, contract_dtype=contract_dtype) for bundle in apart]
+    others = zip(squares, _dots(apart, together, total, contract_dtype), strict=True)
+    read = iter(tables), (torch.stack(both, dim=1) for both in others)
+    return SpreadAndTotal(pairs.joined([next(read[not here]) for here in formed]), total)
 
 
-def _apart(bundle: Bundle, total: Tensor, contract_dtype: ContractDtype) -> Tensor:
-    dots = add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle])
-    return torch.stack([pairs.sqnorms(bundle, contract_dtype=contract_dtype), dots], dim=1)
+def _side_by_side(parts: Sequence[Bundle]) -> Bundle | None:
+    """For every use the positions of all parts, as those of one sample: their products are large.
+    None of a single part, and of factors without positions."""
+    if len(parts) < 2 or not all(isinstance(f, (Outer, OneHot)) for f in pairs.flat(parts)):
+        return None
+    out: list[Factor] = []
+    for use in zip(*parts, strict=True):
+        x, y = (torch.cat(side, 1) for side in zip(*(pooled(f)[:2] for f in use), strict=True))
+        out.append(OneHot(x, y, use[0].rows) if isinstance(use[0], OneHot) else Outer(x, y))
+    return out
+
+
+def _dots(
+    parts: Sequence[Bundle], together: Bundle | None, u: Tensor, contract_dtype: ContractDtype
+) -> list[Tensor]:
+    """`<g_i, u>` of the samples of every part."""
+    if together is None:
+        return [
+            add_up([dot(f, u.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
+        ]
+    found = []
+    for whole, use in zip(together, zip(*parts, strict=True), strict=True):
+        sizes = [samples([f]) * f[0].shape[1] for f in use]
+        shares = position_dots(whole, u, contract_dtype)[0].split(sizes)
+        found.append([x.view(samples([f]), -1).sum(1) for x, f in zip(shares, use, strict=True)])
+    return [add_up(x) for x in zip(*found, strict=True)]
 
 
 def _by_rows(parts: Sequence[Bundle], before: Tensor | None) -> tuple[Tensor, Tensor]:

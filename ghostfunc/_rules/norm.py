@@ -16,7 +16,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import InPlaceError
 from ghostfunc._base.refusals import refuse
-from ghostfunc._factors.factor import Dense
+from ghostfunc._factors.factor import Dense, over_positions
 from ghostfunc._rules.registry import Factors, coupled, register_rule
 
 # --- over the last axes -------------------------------------------------------------------------
@@ -30,8 +30,8 @@ def _of_last_axes(b: Tensor, normed: Callable[[], Tensor], shape: Any) -> Factor
         return x[:, None].flatten(1, x.ndim - last)
 
     return {
-        "weight": lambda: Dense(positions(wide(b) * normed()).sum(1)),
-        "bias": lambda: Dense(positions(wide(b)).sum(1)),
+        "weight": lambda: Dense(over_positions(positions(wide(b) * normed()))),
+        "bias": lambda: Dense(over_positions(positions(b))),
     }
 
 

@@ -56,18 +56,21 @@ BUNDLES = [
 ]
 
 
-@pytest.fixture(params=["tokens", "rows"])
+@pytest.fixture(params=["tokens", "rows", "both"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether costs say tokens or rows; what cannot go by tokens goes by rows."""
+    """Whether costs say tokens or rows, or rows for the first part; by rows goes what cannot go by
+    tokens."""
 
     def norms(t: cost.Positions, *args: object) -> bool:
-        return request.param == "tokens" and not t.dense
+        return request.param != "rows" and not t.dense
 
-    def gram(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> bool:
-        return request.param == "tokens" and not any(t.dense for _, t in (*mine, *theirs))
+    def gram(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> int:
+        if request.param == "rows" or any(t.dense for _, t in (*mine, *theirs)):
+            return len(mine)
+        return 1 if request.param == "both" and same else 0
 
     monkeypatch.setattr(cost, "norms_by_tokens", norms)
-    monkeypatch.setattr(cost, "gram_by_tokens", gram)
+    monkeypatch.setattr(cost, "gram_formed", gram)
     monkeypatch.setattr(cost, "TOKENS", 3)
     return request.param
 
@@ -156,8 +159,10 @@ def test_choice_by_cost(t: cost.Positions) -> None:
     """Few positions and a large parameter go by tokens; many positions and a small one by rows."""
     assert cost.norms_by_tokens(t, 500, 500)
     assert not cost.norms_by_tokens(cost.Positions(4000, 0, 0), 16, 16)
-    assert cost.gram_by_tokens([(2, t)], [(2, t)], 5000, 5000, same=True)
-    assert not cost.gram_by_tokens([(99, t)], [(99, t)], 4, 4, same=True)
+    assert cost.gram_formed([(2, t)], [(2, t)], 5000, 5000, same=True) == 0
+    assert cost.gram_formed([(99, t)], [(99, t)], 4, 4, same=True) == 1
+    parts = [(4, cost.Positions(200, 0, 0)), (4, t)]
+    assert cost.gram_formed(parts, parts, 500, 500, same=True) == 1
     dense = cost.Positions(1, 0, 1)
     assert not cost.norms_by_tokens(dense, 10**6, 10**6)
-    assert not cost.gram_by_tokens([(1, t)], [(1, dense)], 10**6, 10**6, same=False)
+    assert cost.gram_formed([(1, t)], [(1, dense)], 10**6, 10**6, same=False) == 1
