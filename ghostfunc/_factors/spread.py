@@ -28,13 +28,13 @@ from ghostfunc._factors.bundles import (
     aligned,
     counts,
     matrix_shape,
-    pooled,
     samples,
+    side_by_side,
     summed,
     values,
 )
 from ghostfunc._factors.contract import add_up, dot, position_dots
-from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer
+from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
@@ -116,11 +116,7 @@ def _side_by_side(parts: Sequence[Bundle]) -> Bundle | None:
     None of a single part, and of factors without positions."""
     if len(parts) < 2 or not all(isinstance(f, (Outer, OneHot)) for f in pairs.flat(parts)):
         return None
-    out: list[Factor] = []
-    for use in zip(*parts, strict=True):
-        x, y = (torch.cat(side, 1) for side in zip(*(pooled(f)[:2] for f in use), strict=True))
-        out.append(OneHot(x, y, use[0].rows) if isinstance(use[0], OneHot) else Outer(x, y))
-    return out
+    return [side_by_side(use) for use in zip(*parts, strict=True)]
 
 
 def _dots(
