@@ -21,6 +21,9 @@ ONEDNN: dict[str, Callable[[], object]] = {
 """Whose float32 products go to oneDNN: ghostfunc's, where it is the faster one; every contestant's
 (bfloat16 is allowed then, too, which processors without AMX make no use of); nobody's."""
 
+NO_BFLOAT16 = "only oneDNN multiplies bfloat16 fast; see the table of --onednn all"
+"""Why rows in bfloat16 have no figure where oneDNN is off: a step takes minutes."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -38,7 +41,9 @@ def main() -> None:
         found = grow(shape, args.seconds, quick=args.quick)
     else:
         contestants = JOBS[job](TINY if args.quick else SHAPES[shape])
-        found = measure(contestants, args.seconds)
+        left_out = [x for x in contestants if args.onednn == "none" and "bf16" in x]
+        found = measure({k: x for k, x in contestants.items() if k not in left_out}, args.seconds)
+        found |= {name: {"fails": NO_BFLOAT16} for name in left_out}
     args.out.write_text(json.dumps(found))
 
 

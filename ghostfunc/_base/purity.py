@@ -55,7 +55,8 @@ def prove_independent(
     batch and its parts. Returned are, if the two samples were run, the second one and both losses.
     """
     n = batch_size(batch)
-    refuse_batched(program.leaves, batch)
+    if in_transform():
+        refuse_batched(program.leaves, batch)
     remembered = memory(program.model_fn, Structures).independent
     key = structure(program, batch), layout_key(batch)
     ranks = in_step(program.model_fn)
@@ -339,7 +340,7 @@ def _other_sample(batch: PyTree) -> int | None:
 
 def refuse_batched(leaves: Sequence[Tensor], batch: PyTree) -> None:
     """Raise `TransformError` if `torch.vmap` runs over parameters or batches."""
-    if in_transform() and any(batched_within(x) for x in (*leaves, *tensors_of(batch))):
+    if any(batched_within(x) for x in (*leaves, *tensors_of(batch))):
         raise TransformError(
             "torch.vmap over params or batches is not supported: a model has to be looked at with "
             "values. vmap over directions works; loop over an ensemble."

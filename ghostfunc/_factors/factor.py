@@ -1,4 +1,4 @@
-"""The four factors of a per-sample gradient.
+"""The four forms that a factor of a per-sample gradient has.
 
 A *factor* is one use's per-sample gradient `g_i` of a parameter, unmaterialised. The sample axis
 is always first and positions, where there are any, second:
@@ -6,7 +6,7 @@ is always first and positions, where there are any, second:
     Outer(left [n, t, p], right [n, t, d])   g_i = sum_t left_it right_it^T          shape [p, d]
     OneHot(ids [n, t], b [n, t, d], rows)    g_i = sum_t onehot(ids_it) b_it^T       shape [rows, d]
     Grouped(left [n, g, t, p], right)        an outer-product factor per group       shape [g, p, d]
-    Dense(g [n, *shape])                     g_i itself, where it is as small as its factors
+    Dense(g [n, *shape])                     g_i itself: of biases, say, nothing is smaller
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How the gradients of a batch lie to their sum: `||g_i||^2` and `<g_i, sum_j g_j>`.
+"""Squared norms of a batch's gradients, and their dot products with the sum: `||g_i||^2` and
+`<g_i, sum_j g_j>`.
 
 Three ways lead to the same numbers, and to the sum itself; `cost` says which is cheapest, the
 first or the last for samples of every length:
@@ -176,7 +177,8 @@ def _in_place(
 
 
 def _squares(g: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()  # adds up in lanes
+    # A norm adds up in several lanes, and loses fewer digits than a sum of squares.
+    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()
     return squares
 
 

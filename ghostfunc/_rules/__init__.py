@@ -15,7 +15,11 @@ of arguments that are parameters are called. One layout holds everywhere: every 
 over samples, `[n, *shape]`, where `shape` is what a call with one sample would have, whatever the
 model does with its axes. See `docs/adding_a_rule.md`.
 
-Importing this room registers every rule. Read: registry, products, contraction, and any rule file.
+Two kinds of ops need no rule of their own: one that broadcasts a parameter against samples takes
+`register_broadcasting`, one that is a composition of other ops `register_decomposition`.
+
+A rule goes into the file of its family of ops; importing this room registers every rule, so a new
+file joins the list below. Read: registry, products, contraction, and any rule file.
 """
 
 from ghostfunc._rules import (

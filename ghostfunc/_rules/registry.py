@@ -82,10 +82,10 @@ def _flat(values: Any) -> list[Any]:
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
-
+"""The rule of an op."""
 
 DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
-
+"""What is called instead of an op: the same in ops that have rules."""
 
 REASONS: dict[Callable[..., Any], str] = {}
 """Why an op, or some calls of it, have no rule, and what to do."""
@@ -212,6 +212,7 @@ def lookup(op: Callable[..., Any]) -> Rule | None:
 
 
 def coupled(what: str, remedy: str) -> CoupledSamplesError:
+    """What a rule raises for a call that makes one sample's output of others, too."""
     return CoupledSamplesError(
         f"{what}: the loss of one sample depends on the others, so per-sample gradients do not "
         f"exist. {remedy}"

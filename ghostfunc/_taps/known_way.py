@@ -1,9 +1,9 @@
-"""The way of an earlier run at the same shapes, step by step.
+"""The way of an earlier run at the same shapes, recognised step by step.
 
-A run hashes what its calls are told, so that other ways through the program are known by it. A run
-that goes a way that was gone before at these shapes need not: of most calls it is enough to see
-that they are the step that comes next, by comparing what it was told. Where a call is another one,
-the hash goes on from what it was before that step, so both find the same way.
+A run hashes what its calls are told: the hash tells ways through the program apart. A run that
+repeats a way that is known at these shapes hashes nothing for most calls. It compares what a call
+is told with the step that comes next. Where a call is another one, the hash goes on from what it
+was before that step, so both find the same way.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ MAX_STEPS = 50_000
 layers has 260, through a model of 32 layers some thousands."""
 
 _NUMBERS = frozenset((int, str, bool, torch.dtype))
+"""Types of arguments that are told, and compared."""
+
 _OTHERS = frozenset((float, type(None), type(...), torch.device, torch.layout, torch.memory_format))
-"""Types of arguments that are told, and of those that move no sample."""
+"""Types of arguments that move no sample: nobody compares them."""
+
 _LISTS = frozenset((tuple, list, torch.Size))
 _INT = frozenset((int,))
 _INDICES = frozenset((int, slice, type(None), type(...)))
@@ -49,8 +52,8 @@ def _told_whole(values: Any) -> bool:
     )
 
 
-def _nothing(values: Any) -> None:
-    """What a call that is told nothing is told."""
+def _pick_none(values: Any) -> None:
+    """Pick what a call without such arguments is told."""
 
 
 class Step:
@@ -62,17 +65,17 @@ class Step:
         plain: whether nothing but what follows has to be looked at: no parameter meets the call,
             and what it returns is not handed to Python.
         names: of the keyword arguments; `kinds`: the types of all arguments.
-        pick: takes whole numbers, words and dtypes out of the arguments; `told`: what they were.
+        pick: takes whole numbers, words and dtypes out of the arguments; `picked`: what they were.
         lists: which arguments are lists of whole numbers or indices; `listed`: what was in them.
         shape: of the first argument, for ops that may fold axes.
-        compared: whether any of these three is to be.
+        compared: whether `picked`, `listed` or `shape` has to be compared.
         use: what is known of the use, for calls that are one.
         next: the step after this one.
     """
 
     __slots__ = (
-        "compared", "func", "kinds", "listed", "lists", "names", "next", "number", "pick", "plain",
-        "shape", "told", "use", "way",
+        "compared", "func", "kinds", "listed", "lists", "names", "next", "number", "pick", "picked",
+        "plain", "shape", "use", "way",
     )  # fmt: skip
 
     def __init__(self, func: Callable[..., Any] | None, number: int, way: int) -> None:
@@ -80,8 +83,8 @@ class Step:
         self.plain = False
         self.names: tuple[str, ...] = ()
         self.kinds: tuple[type, ...] = ()
-        self.pick: Pick = _nothing
-        self.told: Any = None
+        self.pick: Pick = _pick_none
+        self.picked: Any = None
         self.lists: tuple[int, ...] = ()
         self.listed: list[tuple[int, ...]] = []
         self.compared = False
@@ -112,7 +115,7 @@ class Step:
         self.names, self.kinds, self.lists = tuple(kwargs), kinds, lists
         if told:
             self.pick = itemgetter(*told)
-            self.told = self.pick(values)
+            self.picked = self.pick(values)
         self.listed = [tuple(values[i]) for i in lists]  # a caller may write to a list of its own
         self.compared = bool(told or lists) or self.shape is not None
         self.plain = True
@@ -120,7 +123,7 @@ class Step:
     def again(self, values: tuple[Any, ...]) -> bool:
         """Whether arguments of the same types tell the call the same."""
         return (
-            self.pick(values) == self.told
+            self.pick(values) == self.picked
             and (self.shape is None or values[0].shape == self.shape)
             and (not self.lists or self._same_lists(values))
         )
@@ -165,16 +168,16 @@ class KnownUse:
         values: tuple[Any, ...] = tuple(list(x) if type(x) is list else x for x in given)
         self.call, self.numbers = call, call.numbers
         self.names, self.kinds = tuple(kwargs), tuple(map(type, values))
-        place = {id(x): i for i, x in enumerate(values)}
+        index_of = {id(x): i for i, x in enumerate(values)}
         tensors = [i for i, x in enumerate(made.leaves) if isinstance(x, Tensor)]
-        self.hits = tuple(place[id(made.leaves[i])] for i in call.hits)
-        self.tensors = tuple(place[id(made.leaves[i])] for i in tensors)
+        self.hits = tuple(index_of[id(made.leaves[i])] for i in call.hits)
+        self.tensors = tuple(index_of[id(made.leaves[i])] for i in tensors)
         self.leaves = tuple(tensors)
-        self.layouts = tuple(call.places.get(i) for i in tensors)
+        self.layouts = tuple(call.layout_of.get(i) for i in tensors)
         self.shapes = [values[i].shape for i in self.tensors]
         others = [i for i in range(len(values)) if i not in self.tensors]
         self.lists = tuple(i for i in others if isinstance(values[i], (tuple, list)))
-        self.pick = itemgetter(*others) if others else _nothing
+        self.pick = itemgetter(*others) if others else _pick_none
         self.others = self.pick(values)
         self.template = [None if i in self.tensors else x for i, x in enumerate(values)]
         self.out = torch.Size(())
@@ -207,19 +210,19 @@ class KnownUse:
         return y, [given[i] for i in self.tensors]
 
     def factors(
-        self, b: Tensor, tensors: Sequence[Tensor], n: int, recut: Recut | None, place: int
+        self, b: Tensor, tensors: Sequence[Tensor], n: int, recut: Recut | None, call_number: int
     ) -> Factors:
         """What makes the factors of all targets, given the output's cotangent: those of samples,
-        or of the single positions that a `recut` makes of a use in its place."""
+        or of the single positions that a `recut` makes of packed rows."""
         given = list(self.template)
         if recut is None:
             b = self.call.out.stack(b, n)
             for i, x, layout in zip(self.tensors, tensors, self.layouts, strict=True):
                 given[i] = x.expand(n, *x.shape) if layout is None else layout.stack(x, n)
         else:
-            b = recut.cotangent(place, self.call, b)
+            b = recut.cotangent(call_number, self.call, b)
             for i, leaf, x in zip(self.tensors, self.leaves, tensors, strict=True):
-                given[i] = recut.argument(place, self.call, leaf, x)
+                given[i] = recut.argument(call_number, self.call, leaf, x)
         fn: Any = self.call.rule.fn  # type: ignore[union-attr]
         return self._apply(partial(fn, b), given)
 
@@ -255,7 +258,7 @@ def known_use(
 
 def last(way: WayTaken) -> Step:
     """What stands after the last call."""
-    return Step(None, way.calls, way.told)
+    return Step(None, way.calls, way.hashed)
 
 
 def remember(ways: dict[Hashable, Step], shapes: Hashable, steps: list[Step]) -> None:

@@ -22,7 +22,7 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import ArgName, BroadcastRule
 from ghostfunc._taps.known_way import KnownUse, Step, known_use, last, remember
 from ghostfunc._taps.recut import Recut
-from ghostfunc._taps.tap import ANCHOR, Beside, ReturningTap, Sinks, SinkTap
+from ghostfunc._taps.tap import ANCHOR, Beside, ReturningUse, Sinks, SinkUse
 from ghostfunc._taps.use import StaleOutputs, Use, UseOutput, output_of, split_tensors
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
@@ -185,9 +185,9 @@ class TapMode(TrackingMode):
             raise
         if y.shape != known.out:
             raise StaleLayout(f"{op_name(known.call.func)} returned another shape than before")
-        place, self._n_calls, self._step = self._n_calls, self._n_calls + 1, step.next
+        number, self._n_calls, self._step = self._n_calls, self._n_calls + 1, step.next
         targets = list(zip(known.call.names, met, strict=True))
-        how = {"known": known, "recut": self._recut, "place": place}
+        how = {"known": known, "recut": self._recut, "call_number": number}
         return self._tapped(y, known.call, targets, tensors, known.call.out.axis, **how)
 
     def _raised(self, step: Step, error: Exception) -> None:
@@ -233,7 +233,7 @@ class TapMode(TrackingMode):
         read = not self._as_traced or entry in self._trace.reads_at
         call = op_key(func), told(args, kwargs)
         if not self._same_ops:
-            self._seen = self._seen and call in self._trace.in_place
+            self._seen = self._seen and call in self._trace.order_keeping
         elif entry in self._trace.by_values:
             self._seen = self._seen and call[1] == self._trace.by_values[entry]
         self._way = hash((self._way, entry, call))
@@ -314,7 +314,7 @@ class TapMode(TrackingMode):
         tensors, rest = split_tensors(args)
         return self._tapped(
             y, call, targets, tensors, axis, rest=rest, treedef=treedef, recut=self._recut,
-            place=self._n_calls - 1,
+            call_number=self._n_calls - 1,
         )  # fmt: skip
 
     def _tapped(
@@ -326,12 +326,12 @@ class TapMode(TrackingMode):
         axis: int,
         **how: Any,
     ) -> Tensor:
-        """The output of a use with its tap beside it; `how` its arguments are told."""
+        """The output of a use with its taps; `how` tells what the use knows of its arguments."""
         number = len(self.uses)
         facts = call, self._samples, targets, tensors, axis, number
-        use: SinkTap | ReturningTap
+        use: SinkUse | ReturningUse
         if self.sinks is not None:
-            use = SinkTap(*facts, **how, sinks=self.sinks)
+            use = SinkUse(*facts, **how, sinks=self.sinks)
             if self.sinks.collects(targets):
                 use.collected = True
                 use.blank = partial(torch.zeros, y.shape, dtype=y.dtype, device=y.device)
@@ -339,12 +339,12 @@ class TapMode(TrackingMode):
             tap = self.collect.get(number)
             if tap is not None and tap.shape != y.shape:
                 raise StaleOutputs
-            use = ReturningTap(*facts, **how, collect_tap=tap)
+            use = ReturningUse(*facts, **how, collect_tap=tap)
         self.uses.append(use)
         if self._note_outputs:
             self.outputs.append(output_of(use, y, use.axis, self._n))
         if self._tapping:
-            y = use.tap(y, self.taps)
+            y = use.tapped(y, self.taps)
         if not use.collected:
             use.release()
         return y

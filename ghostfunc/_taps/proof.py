@@ -72,7 +72,7 @@ def gradients_unproved(model: TracedModel, way: WayTaken, check: Check) -> bool:
     if check == "never":
         return False
     known = model.proofs.get(model.proof_key(way))
-    return not known or check == "always" or model.in_every_run(way)
+    return not known or check == "always" or model.needs_proof_every_run(way)
 
 
 def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
@@ -92,7 +92,7 @@ def prove(claim: Claim, check: Check, randomness: Randomness) -> None:
     gradients, numbers = map(proofs.get, keys)
     if gradients is False or numbers is False:
         raise Disproved(f"{NOT_THEIRS} (found before)")
-    by_values = model.in_every_run(claim.way)
+    by_values = model.needs_proof_every_run(claim.way)
     if gradients and numbers and check == "new" and not by_values:
         return
     check_finite(claim.losses)

@@ -64,7 +64,7 @@ class Recut:
 
     def argument(self, number: int, call: CallTrace, i: int, x: Tensor) -> Tensor:
         """A tensor among a call's flattened arguments, stacked over positions."""
-        rows, layout = self.packing.rows, call.places.get(i)
+        rows, layout = self.packing.rows, call.layout_of.get(i)
         if layout is None:
             return x.expand(rows * self.packing.width, *x.shape)
         layout.check(x, rows)
@@ -93,9 +93,9 @@ class Recut:
         return shape
 
     def _of(self, number: int) -> Positions:
-        places = self.positions[number]
-        assert places is not None
-        return places
+        axes = self.positions[number]
+        assert axes is not None
+        return axes
 
     def _single(self, x: Tensor, axis: int | None) -> Tensor:
         """`[R, ..., T, ...]` as `[R * T, ..., 1, ...]`."""

@@ -41,7 +41,7 @@ from ghostfunc._taps.positions import recut_of
 from ghostfunc._taps.proof import prove
 from ghostfunc._taps.readings import KeptPart, Read, what_was_read
 from ghostfunc._taps.sinks import Ready, as_cotangent, run_into_sinks
-from ghostfunc._taps.tap import SinkTap
+from ghostfunc._taps.tap import SinkUse
 from ghostfunc._taps.use import StaleOutputs, Use
 from ghostfunc._taps.use_shapes import collecting_outputs
 from ghostfunc._trace.fitting import TracedModel, plain, with_trace
@@ -292,11 +292,11 @@ def _kept_parts(
     for use, b, tensors in uses:
         for name, target in use.targets:
             made = use.factors(b, tensors)[name]()
-            whole = use.fitted(made, target) if isinstance(made, Dense) else None
+            whole = use.for_target(made, target) if isinstance(made, Dense) else None
             for documents, own in zip(alike, at_once, strict=True):
                 pairs = own if target.leaves().isdisjoint(defer) else later
                 if whole is None:
-                    factor = use.fitted(made, target, documents)
+                    factor = use.for_target(made, target, documents)
                 else:
                     factor = whole if documents is None else bundles.take(whole, documents.samples)
                 pairs.append((target, factor))
@@ -373,7 +373,7 @@ def _by_sinks(
     for key, reader in readers.items():
         if key not in values and key[0] not in pieces:
             values[key] = torch.zeros_like(reader.tap(leaves[key[1]], n))
-    uses = [use for use in sunk.mode.uses if isinstance(use, SinkTap) and use.collected]
+    uses = [use for use in sunk.mode.uses if isinstance(use, SinkUse) and use.collected]
     kept = [(use, sunk.cotangent(use), [x.detach() for x in use.arg_tensors]) for use in uses]
     untapped = [x for use in uses for x in use.arg_tensors if not x.requires_grad]
     return _Taken(sunk.losses, values, pieces, sunk.grads, kept, untapped, sunk.mode.way)

@@ -25,7 +25,7 @@ from ghostfunc._quantities.readers import PositionsReader
 from ghostfunc._taps.few_calls import FewCalls
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
-from ghostfunc._taps.tap import ANCHOR, Sinks, SinkTap
+from ghostfunc._taps.tap import ANCHOR, Sinks, SinkUse
 from ghostfunc._taps.use import Use
 from ghostfunc._trace.fitting import TracedModel
 from ghostfunc._trace.tracked import ReaderKey, constants
@@ -51,9 +51,9 @@ class SinkRun:
     mode: TapMode
     sinks: Sinks
 
-    def cotangent(self, use: SinkTap) -> Tensor:
+    def cotangent(self, use: SinkUse) -> Tensor:
         """That of a collected use's output; zero where the losses do not depend on it."""
-        b = self.sinks.cotangents.get(use.number)
+        b = self.sinks.cotangents.get(use.use_number)
         assert use.blank is not None
         return use.blank() if b is None else b
 

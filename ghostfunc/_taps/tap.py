@@ -1,18 +1,20 @@
-"""A tap: the identity on an op's output, with further inputs that no value of the output depends
-on. The backward pass of the tap gets the output's cotangent, and reads quantities of the samples
-off it: dot products, norms, projections.
+"""A tap: a zero input beside an op's output, which no value depends on.
+
+Taps go into a function that is the identity on the op's output. The backward pass of that function
+gets the output's cotangent, and reads quantities of the samples off it: dot products, norms,
+projections. Each is the cotangent of its tap.
 
 The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
-its input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
+the op's input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
 output's cotangent and the op's arguments (`Use.factors`, in `use.py`). Readers read quantities off
-the factor, and the training gradient too, where it is wanted (`read_all`, in `read_factor.py`).
+the factor, and form the training gradient where it is wanted (`read_all`, in `read_factor.py`).
 
-Both classes here are uses that place a tap:
+Two kinds of uses have taps:
 
-    ReturningTap    inside transforms: every quantity has an input of its own, which is zero, and
-                    what is read is the cotangent of that input
-    SinkTap         elsewhere: what is read is put into `Sinks`. The one input is a dummy, the
-                    anchor: since it wants a gradient, autograd runs the tap's backward pass
+    ReturningUse    inside transforms: every quantity has a tap of its own, and what is read is
+                    returned as the cotangent of that tap
+    SinkUse         elsewhere: what is read is put into `Sinks`. The one tap is a dummy, the anchor:
+                    since it wants a gradient, autograd runs the backward pass
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from ghostfunc._trace.tracked import ReaderKey, Tracked
 
 
 @dataclass(eq=False, kw_only=True)
-class ReturningTap(Use):
-    """A use whose tap returns what is read as the cotangents of its inputs.
+class ReturningUse(Use):
+    """A use that returns what is read as the cotangents of its taps.
 
     Attributes:
-        collect_tap: an input that hands out the output's cotangent, where that is kept.
+        collect_tap: the tap whose cotangent is the output's, where that is kept.
     """
 
     collect_tap: Tensor | None = None
@@ -52,9 +54,9 @@ class ReturningTap(Use):
         self._n_args = len(self.arg_tensors)
         self.n_taps = 0
 
-    def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """The output `y`. Its backward pass reads all targets, and returns the values as cotangents
-        of `taps`."""
+    def tapped(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
+        """The output `y` with its taps. The backward pass reads all targets, and returns the values
+        as cotangents of `taps`."""
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
@@ -69,7 +71,7 @@ class ReturningTap(Use):
         return function.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
-        """The cotangents of all inputs of the tap, in the order of `tap`."""
+        """The cotangents of all taps, in the order of `tapped`."""
         args, tensors = saved[: self._n_args], saved[self._n_args :]
         readers = unflatten(self._reader_spec, merge_tensors(self._reader_rest, tensors))
         out: list[Tensor | None] = []
@@ -90,7 +92,7 @@ class _Returning(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, use: ReturningTap, *tensors: Tensor) -> Tensor:
+    def forward(y: Tensor, use: ReturningUse, *tensors: Tensor) -> Tensor:
         return y
 
     @staticmethod
@@ -113,7 +115,7 @@ class _ReturningAtTop(torch.autograd.Function):
     """`_Returning` outside transforms, where a `setup_context` by itself would only cost time."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, use: ReturningTap, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, use: ReturningUse, *tensors: Tensor) -> Tensor:
         _Returning.setup_context(ctx, (y, use, *tensors), y)
         return y.detach()  # y itself would count as a view, which in-place ops may not touch
 
@@ -132,12 +134,13 @@ class Sinks:
 
     Attributes:
         collect: parameters, by number; the outputs' cotangents of all their uses are kept.
-        summed: quantities that are added up over parameters.
+        summed: quantities that are added up over parameters, by number.
         open: whether the backward pass has begun; until then taps read nothing.
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
-        few_calls: reads biases and norms of many layers together, where something is `summed`.
+        few_calls: reads biases and norms of many layers together. Only what is `summed` is read so:
+            one number per layer is not kept.
         by_position: whether positions are read, so that no rule may form the gradient.
     """
 
@@ -167,8 +170,8 @@ class Sinks:
 
 
 @dataclass(eq=False, kw_only=True)
-class SinkTap(Use):
-    """A use whose tap puts what it reads into sinks.
+class SinkUse(Use):
+    """A use that puts what it reads into sinks.
 
     Attributes:
         blank: makes a zero cotangent of the output, where the cotangent is kept.
@@ -182,10 +185,10 @@ class SinkTap(Use):
     reading: bool = False
     once: bool = False
 
-    def tap(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """`y`, whose backward pass puts what it reads into the sinks. The tap's inputs are the
-        anchor, and one tensor per training gradient that autograd adds up: the cotangent of that
-        tensor."""
+    def tapped(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
+        """The output `y` with its taps. The backward pass puts what it reads into the sinks. The
+        taps are the anchor, and one for every training gradient that autograd adds up, which is
+        the cotangent of that tap."""
         inputs = [target.grad for _, target in self.targets if target.grad_is_autograds]
         self.reading = any(target.readers or target.wants_grad for _, target in self.targets)
         if not self.reading and not self.collected:
@@ -210,7 +213,7 @@ class SinkTap(Use):
         if not sinks.open:
             return out
         if self.collected:
-            sinks.cotangents[self.number] = b
+            sinks.cotangents[self.use_number] = b
         if not self.reading:
             return out
         factors = self.factors(b, args)
@@ -226,7 +229,7 @@ class SinkTap(Use):
                 make = factors[name]
                 if sinks.by_position and isinstance(make, ByPosition):
                     make = make.outer
-                factor = self.fitted(make(), target)
+                factor = self.for_target(make(), target)
                 few_calls = sinks.few_calls
                 if few_calls is not None and few_calls.read(self.call, target, factor, sinks.add):
                     continue  # it takes no target whose gradient is one of `out`
@@ -259,7 +262,7 @@ class _IntoSinks(torch.autograd.Function):
     """The identity on `y`; its backward has the use put what it reads into its sinks."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, use: SinkTap, n_inputs: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, use: SinkUse, n_inputs: int, *tensors: Tensor) -> Tensor:
         ctx.use, ctx.n_inputs = use, n_inputs
         ctx.save_for_backward(*tensors[n_inputs:])
         return y.detach()  # y itself would count as a view, which in-place ops may not touch

@@ -33,10 +33,10 @@ class Use:
         targets: the tracked tensors that meet samples here, with the rule's names for them.
         arg_tensors: the tensors among the call's arguments.
         axis: where the samples lie in the op's output.
-        number: of this use in the run.
+        use_number: of this use in the run.
         rest, treedef: the call's arguments, flattened, with holes for the tensors.
         recut: lays packed rows out as documents, if these are the samples.
-        place: number of the call in the trace.
+        call_number: of the call in the trace.
         known: of a use that was met before at these shapes, what stands for `rest` and `treedef`.
         collected: whether the cotangent of its output is kept, for factors that outlive the run.
     """
@@ -46,11 +46,11 @@ class Use:
     targets: list[tuple[ArgName, Tracked]]
     arg_tensors: list[Tensor]
     axis: int = 0
-    number: int = 0
+    use_number: int = 0
     rest: list[Any] = field(default_factory=list)
     treedef: optree.PyTreeSpec | None = None
     recut: Recut | None = None
-    place: int = 0
+    call_number: int = 0
     known: KnownUse | None = None
     collected: bool = False
 
@@ -62,21 +62,21 @@ class Use:
         """What makes the factors of all targets, by the rule's names for them, given the output's
         cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
         if self.known is not None:
-            return self.known.factors(b, args, self.n, self.recut, self.place)
+            return self.known.factors(b, args, self.n, self.recut, self.call_number)
         layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
             if recut is not None:
-                g = recut.broadcast(self.place, self.call, g, const)
+                g = recut.broadcast(self.call_number, self.call, g, const)
             return {"": lambda: Dense(real(g.reshape(n, *const.shape)))}
         leaves = merge_tensors(self.rest, args)
         if recut is None:
-            b, leaves = layout.stack(b, n), stack_all(leaves, self.call.places, n)
+            b, leaves = layout.stack(b, n), stack_all(leaves, self.call.layout_of, n)
         else:
-            b = recut.cotangent(self.place, self.call, b)
+            b = recut.cotangent(self.call_number, self.call, b)
             leaves = [
-                recut.argument(self.place, self.call, i, x) if isinstance(x, Tensor) else x
+                recut.argument(self.call_number, self.call, i, x) if isinstance(x, Tensor) else x
                 for i, x in enumerate(leaves)
             ]
         assert self.treedef is not None
@@ -98,9 +98,9 @@ class Use:
         make = self.factors(b, args)[name]
         if by_position and isinstance(make, ByPosition):
             make = make.outer
-        return self.fitted(make(), target)
+        return self.for_target(make(), target)
 
-    def fitted(
+    def for_target(
         self, factor: Factor, target: Tracked, documents: DocumentsAlike | None = None
     ) -> Factor:
         """What the rule made, in the shape of the target; of packed rows the factor of all

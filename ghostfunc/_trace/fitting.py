@@ -19,7 +19,7 @@ from ghostfunc._base.errors import (
 from ghostfunc._base.program import Program
 from ghostfunc._base.purity import not_captured, prove_independent, refuse_batched
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
-from ghostfunc._base.torch_private import any_symbolic, wrapped
+from ghostfunc._base.torch_private import any_symbolic, in_transform, wrapped
 from ghostfunc._base.trees import batch_size, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._trace.layout import StaleLayout
@@ -106,10 +106,10 @@ class TracedModel(Program):
         layout = None if self.packing is None else self.packing.layout
         return self.trace, way, self.shapes, layout
 
-    def in_every_run(self, way: WayTaken) -> bool:
-        """Whether every run is proved. Programs that make numbers of several samples, or that may
-        reorder them by their values, are others at the same shapes where values are others. So may
-        be a layout that was guessed, and a way with calls that no trace has seen."""
+    def needs_proof_every_run(self, way: WayTaken) -> bool:
+        """Whether a proof does not hold for the next run at the same shapes. Other values may have
+        the program mix or reorder samples in another way. A layout that was guessed may be wrong
+        for them, and so may calls that no trace has seen."""
         if self.trace.statistics or self.trace.guessed:
             return True
         return self.n > 1 and (self.trace.reorders or not way.seen)
@@ -118,22 +118,24 @@ class TracedModel(Program):
         """Whether nothing is left to prove of a run, and of what was `asked` of it."""
         proofs, key = self.proofs, self.proof_key(way)
         known = proofs.get(key) and proofs.get((key, asked))
-        return bool(known) and not self.in_every_run(way)
+        return bool(known) and not self.needs_proof_every_run(way)
 
 
 def with_trace(
-    use: Callable[[TracedModel], T], program: Program, batch: PyTree
+    run: Callable[[TracedModel], T], program: Program, batch: PyTree
 ) -> tuple[TracedModel, T]:
-    """`use` a trace that fits this batch: one of those remembered, or a new one. Of a program that
-    has its trace for this very batch, from `with_trace` or `traced`, nothing is looked up."""
+    """`run` the program with a trace that fits this batch: a remembered one, or else a new one. Of
+    a program that has its trace for this very batch, from `with_trace` or `traced`, nothing is
+    looked up."""
     tried, unproved = None, ""
     if isinstance(program, TracedModel) and program.batch is batch:
         try:
-            return program, use(program)
+            return program, run(program)
         except StaleLayout as stale:
             tried, unproved = program.trace, _disproved(stale)
     program = plain(program)
-    refuse_batched(program.leaves, batch)
+    if in_transform():
+        refuse_batched(program.leaves, batch)
     n = batch_size(batch)
     known = _look_up(program, batch)
     for trace in known.in_order():
@@ -141,7 +143,7 @@ def with_trace(
             continue
         model = TracedModel.on(program, batch, n, trace)
         try:
-            result = use(model)
+            result = run(model)
         except StaleLayout as stale:
             unproved = _disproved(stale)
             continue  # control flow went another way: perhaps one that was traced before
@@ -149,7 +151,7 @@ def with_trace(
         return model, result
     if any_symbolic(tensors_of(batch)):
         raise not_captured()
-    model, result = _with_new_trace(use, program, batch, unproved)
+    model, result = _with_new_trace(run, program, batch, unproved)
     known.remember(model.trace)
     return model, result
 
@@ -169,14 +171,15 @@ class _Known:
     shapes: Hashable
 
     @property
-    def fitted(self) -> Trace | None:
+    def last_fitting(self) -> Trace | None:
         """The trace that fitted the last batch of these shapes; None if there was none."""
         found = self.fitting.get(self.shapes)
         return found if found in self.traces else None
 
     def in_order(self) -> list[Trace]:
-        """The traces, the likeliest first. Other batches may tell what was guessed of one."""
-        first = self.fitted
+        """The traces, the likeliest first, without those that were guessed: this batch may tell
+        what others left open."""
+        first = self.last_fitting
         every = self.traces if first is None else [first, *_without(self.traces, first)]
         return [x for x in list(every) if not x.guessed]
 
@@ -199,7 +202,7 @@ def _look_up(program: Program, batch: PyTree) -> _Known:
 
 
 def _with_new_trace(
-    use: Callable[[TracedModel], T], program: Program, batch: PyTree, unproved: str
+    run: Callable[[TracedModel], T], program: Program, batch: PyTree, unproved: str
 ) -> tuple[TracedModel, T]:
     """`with_trace` of a trace that is made now. `unproved` is what was wrong with a known one."""
     observed, refused = "", None
@@ -215,7 +218,7 @@ def _with_new_trace(
             continue
         model = TracedModel.on(program, batch, batch_size(batch), trace)
         try:
-            return model, use(model)
+            return model, run(model)
         except StaleLayout as stale:
             observed, unproved = str(stale), _disproved(stale)
     prove_independent(program, batch)
@@ -256,7 +259,7 @@ def traced(program: Program, batch: PyTree) -> TracedModel:
 
 def known_trace(program: Program, batch: PyTree) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
-    return _look_up(program, batch).fitted
+    return _look_up(program, batch).last_fitting
 
 
 def plain(program: Program) -> Program:

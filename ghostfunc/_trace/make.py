@@ -161,7 +161,7 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
         recorder.reads,
         frozenset(recorder.reads_at),
         frozenset(recorder.dtypes),
-        frozenset(recorder.in_place),
+        frozenset(recorder.order_keeping),
         recorder.by_values,
         any(len(own) > 1 for own in found),
     )

@@ -1,4 +1,5 @@
-"""Run 3 of tracing. One loss is pulled back at a time: rows with a cotangent are that sample's."""
+"""The third of the runs that tracing makes (`make.py`). One loss is pulled back at a time: rows of
+a use's output that have a cotangent then are that sample's."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ class _Probe(torch.autograd.Function):
         return b, b
 
 
-class _TopLevelProbe(torch.autograd.Function):
+class _ProbeAtTop(torch.autograd.Function):
     """`_Probe` outside transforms."""
 
     @staticmethod
@@ -85,7 +86,7 @@ class Prober(TrackingMode):
         out = call.run(func, call.consts())
         if expected.trace.kind != "use":
             return out
-        probe = _Probe if in_transform() else _TopLevelProbe
+        probe = _Probe if in_transform() else _ProbeAtTop
         return probe.apply(out, next(self._taps))
 
 

@@ -112,7 +112,7 @@ class Recorder(TrackingMode):
         statistics: whether a number may be made of several samples.
         reads: whether values of the batch come into Python, or rows are chosen by its size;
             `reads_at`: the numbers of the calls that read values.
-        in_place: what calls are told that leave rows where they are.
+        order_keeping: what calls are told that leave rows where they are.
         by_values: what the other calls are told, by number of the call.
         seen: the calls on tracked tensors, in order.
     """
@@ -131,7 +131,7 @@ class Recorder(TrackingMode):
         self.statistics = False
         self.reads = False
         self.reads_at: set[int] = set()
-        self.in_place: set[Told] = set()
+        self.order_keeping: set[Told] = set()
         self.by_values: dict[int, Hashable] = {}
         self._number = -1  # of the call, reads of attributes not counted
         self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
@@ -222,7 +222,7 @@ class Recorder(TrackingMode):
         if moves or any(i is not x for i in indices for x in grown):
             self.by_values[self._number] = key[1]
         else:
-            self.in_place.add(key)
+            self.order_keeping.add(key)
 
     def _follow_batch(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

@@ -25,8 +25,8 @@ from ghostfunc._trace.trace import CallTrace, RecordedCall, Shape
 
 def candidates(small: Shape, large: Shape, k: int, n: int, what: str) -> tuple[Layout, ...]:
     """Where samples may lie in a tensor whose shape is `small` for k samples and `large` for n, one
-    more: on the axis that grew, folded in one of several ways, sample-major first. `what` the
-    tensor is of, for errors."""
+    more: on the axis that grew, folded in one of several ways, sample-major first. Errors name
+    `what` the tensor is."""
     if len(small) != len(large):
         raise SampleAxisError(f"{what}: shape {small} became {large} with one more sample.")
     axes = [i for i, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
@@ -58,9 +58,10 @@ def candidates(small: Shape, large: Shape, k: int, n: int, what: str) -> tuple[L
 def allowed(
     seen: RecordedCall, marks: Sequence[Tensor], k: int, n: int, randomness: Randomness
 ) -> list[Layout]:
-    """Where samples may lie in the output: where both its marks, which say where there is a
-    cotangent of each loss, and its values allow it. Of n samples those after the first k are copies
-    of the first. There are several where all values are equal, and no gradient tells."""
+    """Where samples may lie in the output: where its marks and its values allow it. The marks say
+    where the output has a cotangent of each loss. The last n - k samples are copies of the first
+    n - k, so their values are equal. Several layouts are left where all values are equal, and no
+    gradient tells."""
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
@@ -76,14 +77,15 @@ def allowed(
             "by length, say), keep the samples in their order where parameters meet them. "
             + WAYS_OUT
         )
-    if len(owned) > 1 and randomness == "error":
+    if len(owned) > 1 and randomness == "error":  # copies draw other numbers where it is allowed
         owned = [x for x in owned if _copies_equal(x.front(y, n), k)] or owned
+    # Samples seldom lie between positions; the proof would tell.
     return [x for x in owned if x.fold != "between"] or owned
 
 
 def settled(uses: Sequence[RecordedCall], found: Sequence[list[Layout]]) -> Iterator[CallTrace]:
-    """The uses with a layout each: the only one, or else one like that of the uses that have no
-    other. Whoever runs a trace with guesses proves every run."""
+    """The uses with one layout each. A use that has several takes the fold that most of the uses
+    with a single layout have. Every run of a trace with such guesses is proved."""
     known = Counter(own[0].fold for own in found if len(own) == 1)
     for seen, own in zip(uses, found, strict=True):
         out = max(own, key=lambda x: known[x.fold])
@@ -100,4 +102,5 @@ def _only(i: int, mark: Tensor) -> bool:
 
 
 def _copies_equal(y: Tensor, k: int) -> bool:
+    """Whether copies have equal values, to far fewer digits than any dtype of a model has."""
     return torch.allclose(y[k:], y[: len(y) - k], rtol=1e-3, atol=1e-5)

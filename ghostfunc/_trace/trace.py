@@ -26,16 +26,20 @@ class CallTrace:
     """One torch call on tracked tensors.
 
     Attributes:
-        func: the op; `hits`: which of its flattened arguments are tracked.
-        numbers: which tracked tensors they are; `grad_enabled`: whether gradients were taken.
-        kind: "use" where samples are met, "derived" where not yet, "constant" where autograd
-            sees no dependence, "opaque" where it has no derivative: what comes of it may be used
-            as a constant only.
+        func: the op.
+        hits: which of its flattened arguments are tracked.
+        numbers: which tracked tensors they are.
+        grad_enabled: whether gradients were taken.
+        kind: "use" where samples are met, "derived" where not yet, "constant" where autograd sees
+            no way from the parameter. "opaque" is a call with a way but no derivative: its result
+            may be used as a constant only.
         pushes: for what derives, whether directions can be pushed through it, which takes second
             derivatives; else factors are pulled back, which takes first ones.
-        rule, names: for uses, the op's rule and its names for the tracked arguments.
+        rule: for uses, that of the op.
+        names: for uses, the rule's names for the tracked arguments.
         layouts: where samples lie in the flattened arguments that carry them.
-        out, ndim, dtype: where samples lie in the output, its number of axes, and its dtype.
+        out: where samples lie in the output.
+        ndim, dtype: those of the output.
         plans: choices made for uses of certain shapes.
     """
 
@@ -54,7 +58,7 @@ class CallTrace:
     plans: dict[Hashable, bool] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
-    def places(self) -> dict[int, Layout]:
+    def layout_of(self) -> dict[int, Layout]:
         """`layouts` by argument."""
         return dict(self.layouts)
 
@@ -83,12 +87,12 @@ class WayTaken(NamedTuple):
         seen: whether all its calls are calls of its trace, or keep samples in place. Of others
             nobody has seen whether they reorder samples by their values.
         calls: how many calls it made.
-        told: a hash of all that tells it from other ways.
+        hashed: a hash of the ops and of what they were told besides tensors: ways differ by it.
     """
 
     seen: bool
     calls: int
-    told: int
+    hashed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +109,13 @@ class Trace:
         reorders: whether an op before one of the uses may reorder samples by their values, so that
             whose row is whose has to be checked in every run.
         statistics: whether a number is made of several samples, so that their independence has to
-            be.
+            be checked in every run, too.
         reads_at: the calls, by number, that hand values of the batch to Python.
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
         dtypes: of floating-point tensors that carry samples; the coarsest decides what rounding is.
-        in_place: calls, by op and what it was told, that move no sample by values: a recurrence
-            over more steps makes more of them.
+        order_keeping: calls, by op and what it was told, that move no sample by values: a
+            recurrence over more steps makes more of them.
         by_values: what the other calls were told: told another axis, they may move samples.
         guessed: whether nothing told how samples are folded at some use: all values were equal.
         ways: the first steps of ways that were gone with this trace, by shapes.
@@ -126,7 +130,7 @@ class Trace:
     reads: bool
     reads_at: frozenset[int]
     dtypes: frozenset[torch.dtype]
-    in_place: frozenset[Told]
+    order_keeping: frozenset[Told]
     by_values: Mapping[int, Hashable]
     guessed: bool = False
     ways: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -155,7 +159,8 @@ def may_fold(func: Callable[..., Any]) -> bool:
 def pattern(
     func: Callable[..., Any], inputs: Sequence[Shape | None], outs: Sequence[Shape | None]
 ) -> Pattern | None:
-    """What tells two folds apart, however long their axes are; of the first argument."""
+    """Which axes of an op's first two tensors have more than one row, and whether the op leaves the
+    shape of the first as it is. Folds that differ in nothing but lengths have one pattern."""
     if func not in _FOLDS:
         return None
     shapes = [x for x in inputs if x is not None][:2]

@@ -133,8 +133,8 @@ def verify(
     dtype or of `contract_dtype`, whichever is coarser, so that parameters whose true score is zero
     (key biases of attention) are not compared noise to noise. `noise_p` is zero unless a parameter
     fails the default tolerance without it. It is then 100 times as much as the materialized scores
-    move where parameters move by two units in their last place. Where terms cancel, scores are
-    known to no more than that.
+    move where parameters move by two units in their last place, and at most the square root of the
+    tolerance, of the largest score: where terms cancel, scores have no more digits.
 
     Args:
         model_fn, params, train, val: as in `ghost_dot_prod`. Materialized gradients are as large as
@@ -243,6 +243,7 @@ def _rows(
         if moved and not row.error <= limit:
             noise = rounding.MARGIN * max(_difference(exact[i], x[i]) for x in moved)
             if math.isfinite(noise):
+                noise = min(noise, limit**0.5 * _scale(ghost[i], exact[i], floor))
                 row = _row(name, shape, ghost[i], exact[i], floor, noise)
         found.append(row)
     return found
@@ -256,12 +257,16 @@ def _row(
     floor: float,
     noise: float = 0.0,
 ) -> Row:
-    both_nan = ghost.isnan() & exact.isnan()
-    scale = max(float(exact.masked_fill(both_nan, 0).abs().max()), floor)
-    difference = _difference(ghost, exact)
+    scale, difference = _scale(ghost, exact, floor), _difference(ghost, exact)
     beyond = difference if math.isnan(difference) else max(0.0, difference - noise)
     error = 0.0 if beyond == 0 else beyond / scale if scale else float("inf")
     return Row(name, shape, float(ghost.norm()), float(exact.norm()), error, noise)
+
+
+def _scale(ghost: Tensor, exact: Tensor, floor: float) -> float:
+    """What an error is relative to."""
+    both_nan = ghost.isnan() & exact.isnan()
+    return max(float(exact.masked_fill(both_nan, 0).abs().max()), floor)
 
 
 def _difference(ghost: Tensor, exact: Tensor) -> float:

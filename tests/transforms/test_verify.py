@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor
@@ -38,8 +39,12 @@ def test_scores_that_cancel_are_known_to_no_more_than_rounding_leaves(seed: int)
     assert asked.total.noise == 0
 
 
-@pytest.mark.parametrize("error", [1e-4, 1e-8])
-def test_a_wrong_score_is_no_noise(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-4), (torch.float64, 1e-8), (torch.bfloat16, 0.5)]
+)
+def test_a_wrong_score_is_no_noise(
+    dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(*args: Any, mode: str, **options: Any) -> Any:
         dots = gf.ghost_dot_prod(*args, mode=mode, **options)
         return {k: x * (1 + error * (mode == "ghost")) for k, x in dots.items()}
@@ -48,6 +53,6 @@ def test_a_wrong_score_is_no_noise(error: float, monkeypatch: pytest.MonkeyPatch
         return (batch["x"] @ params["w"]).tanh().square().sum(1)
 
     monkeypatch.setattr(verifying, "ghost_dot_prod", wrong)
-    report = gf.verify(model_fn, *problem(0))
+    report = gf.verify(model_fn, *optree.tree_map(lambda x: x.to(dtype), problem(0)))
     assert not report.ok
-    assert report.total.error == pytest.approx(error, rel=1e-2)
+    assert report.total.error >= 0.5 * error

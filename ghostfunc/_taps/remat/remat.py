@@ -41,7 +41,7 @@ from ghostfunc._taps.remat.stand_ins import (
     hidden_tensor,
     standing_in,
 )
-from ghostfunc._taps.tap import SinkTap
+from ghostfunc._taps.tap import SinkUse
 from ghostfunc._trace.tracked import ReaderKey, differentiable
 from ghostfunc._trace.watch import TrackingMode
 
@@ -232,7 +232,7 @@ class _Again:
         with self.surroundings.restored(), mode, free:
             leaves = flatten(self.region.again(*inputs))[0]
         for use in mode.uses[len(self.start.uses) :]:
-            if isinstance(use, SinkTap):
+            if isinstance(use, SinkUse):
                 use.once = True
         return [leaves[i] for i in self.moving]
 
