@@ -312,14 +312,16 @@ def spread_choice(n: int, t: Positions, p: int, d: int) -> Choice:
     return _cheapest(ways)
 
 
-def spread_by_tokens(parts: Parts, p: int, d: int) -> bool:
-    """Whether the Gram matrix of all samples, from inner products of positions, is the cheapest way
-    to the same numbers."""
+def spread_ways(parts: Parts, p: int, d: int) -> list[str]:
+    """The way of `spread_choice` for every part; "tokens" for all where the Gram matrix of all
+    samples, from inner products of positions, is cheapest."""
+    choices = [spread_choice(n, t, p, d) for n, t in parts]
     _, t = _all(parts)
-    pairs = t.tokens**2
-    products = 2 * pairs * d + 2 * t.outer**2 * p
-    others = sum(spread_choice(k, x, p, d).ops for k, x in parts)
-    return 0 < products + 6 * OPS_PER_ELEMENT * pairs < others and not t.dense
+    products = 2 * t.tokens**2 * d + 2 * t.outer**2 * p
+    gram = products + 6 * OPS_PER_ELEMENT * t.tokens**2
+    if t.tokens > 0 and not t.dense and gram < sum(choice.ops for choice in choices):
+        return ["tokens"] * len(parts)
+    return [choice.way for choice in choices]
 
 
 def spread_rows(n: int, p: int, d: int) -> int:

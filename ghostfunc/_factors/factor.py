@@ -25,9 +25,10 @@ def flat_positions(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def over_positions(x: Float[Tensor, "n t ..."]) -> Float[Tensor, "n ..."]:
-    """The sum over positions, float32 or wider; a single one as it is."""
-    return wide(x[:, 0]) if x.shape[1] == 1 else wide(x).sum(1)
+def over_positions(x: Tensor) -> Tensor:
+    """`[n, ..., d]` added up over all positions, float32 or wider; a single one as it is."""
+    x = wide(x).reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    return x[:, 0] if x.shape[1] == 1 else x.sum(1)
 
 
 class Outer(NamedTuple):

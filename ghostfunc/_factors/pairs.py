@@ -176,13 +176,11 @@ def _gram_by_rows(
     """Of one batch with itself, or of two; each in parts."""
     numbers = [sum(map(samples, side)) for side in sides]
     step = max(1, workspace // max(1, sum(numbers) * d))
-    blocks = zip(
-        *(
-            (g.flatten(1) for _, g in row_blocks(side, n, p, d, step, contract_dtype))
-            for side, n in zip(sides, numbers, strict=True)
-        ),
-        strict=True,
-    )
+    formed = [
+        (g.flatten(1) for _, g in row_blocks(side, n, p, d, step, contract_dtype))
+        for side, n in zip(sides, numbers, strict=True)
+    ]
+    blocks = zip(*formed, strict=True)
     return reduce(add, (matmul(x[0], x[-1].mT, contract_dtype) for x in blocks))
 
 

@@ -70,9 +70,8 @@ def spread_of_parts(
     n, everything = sum(map(samples, parts)), pairs.flat(parts)
     first, *others = everything
     if isinstance(first, Dense) and not others:
-        g = wide(first.g).reshape(n, prod(first.shape))
-        total = g.sum(0)
-        return SpreadAndTotal(_table(g, total, whole=True), total.view(first.shape))
+        table, total = spread_of_formed(wide(first.g).reshape(n, prod(first.shape)))
+        return SpreadAndTotal(table, total.view(first.shape))
     shape = first.shape
     p, d = matrix_shape(everything)
     if not p * d:
@@ -81,15 +80,20 @@ def spread_of_parts(
     if any(isinstance(f, Grouped) for f in everything):
         return _by_parts(parts, [False] * len(parts), contract_dtype)
     whole = [aligned(bundle, p, d) for bundle in parts]
-    sizes = counts(whole)
-    if cost.spread_by_tokens(sizes, p, d):
+    ways = cost.spread_ways(counts(whole), p, d)
+    if ways[0] == "tokens":
         gram = pairs.gram_of_parts(whole, contract_dtype=contract_dtype)
         table = torch.stack([gram.diagonal(), gram.sum(1)], dim=1)
         return SpreadAndTotal(table, summed(everything))
-    ways = [cost.spread_choice(k, t, p, d).way for k, t in sizes]
     formed = [way == "rows" and contract_dtype is None for way in ways]
     table, total = _by_parts(whole, formed, contract_dtype)
     return SpreadAndTotal(table, total.reshape(shape))
+
+
+def spread_of_formed(g: Tensor) -> SpreadAndTotal:
+    """`spread` of gradients at hand, `[..., n, elements]`: of one parameter, or several."""
+    total = g.sum(-2)
+    return SpreadAndTotal(_table(g, total, whole=True), total)
 
 
 def _by_parts(
@@ -177,16 +181,15 @@ def _in_place(
 
 
 def _squares(g: Tensor) -> Tensor:
-    # A norm adds up in several lanes, and loses fewer digits than a sum of squares.
-    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()
+    squares: Tensor = torch.linalg.vector_norm(g, dim=-1).square()  # adds up in lanes
     return squares
 
 
 def _table(g: Tensor, total: Tensor, *, whole: bool) -> Tensor:
-    """`||g_i||^2` and `<g_i, total>`, `[n, 2]`, of gradients `[n, elements]`; whether `total` is
-    the `whole` sum of them, and no more."""
-    if known(len(g)) > FEW_SAMPLES:
-        return torch.stack([_squares(g), g @ total], dim=1)
+    """`||g_i||^2` and `<g_i, total>`, `[..., n, 2]`, of gradients `[..., n, elements]`; whether
+    `total` is the `whole` sum of them, and no more."""
+    if known(g.shape[-2]) > FEW_SAMPLES:
+        return torch.stack([_squares(g), (g @ total[..., None])[..., 0]], dim=-1)
     gram = g @ g.mT
-    dots = gram.sum(1) if whole else g @ total
-    return torch.stack([gram.diagonal(), dots], dim=1)
+    dots = gram.sum(-1) if whole else (g @ total[..., None])[..., 0]
+    return torch.stack([gram.diagonal(dim1=-2, dim2=-1), dots], dim=-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import InPlaceError
 from ghostfunc._base.refusals import refuse
-from ghostfunc._factors.factor import Dense, over_positions
+from ghostfunc._factors.factor import Dense
 from ghostfunc._rules.registry import Factors, coupled, register_rule
 
 # --- over the last axes -------------------------------------------------------------------------
@@ -26,12 +26,13 @@ def _of_last_axes(b: Tensor, normed: Callable[[], Tensor], shape: Any) -> Factor
     """Scale and shift with the shape of the last axes."""
     last = len(tuple(shape))
 
-    def positions(x: Tensor) -> Tensor:
-        return x[:, None].flatten(1, x.ndim - last)
+    def summed(x: Tensor) -> Dense:
+        x = x[:, None].flatten(1, x.ndim - last)
+        return Dense(x[:, 0] if x.shape[1] == 1 else x.sum(1))
 
     return {
-        "weight": lambda: Dense(over_positions(positions(wide(b) * normed()))),
-        "bias": lambda: Dense(over_positions(positions(b))),
+        "weight": lambda: summed(wide(b) * normed()),
+        "bias": lambda: summed(wide(b)),
     }
 
 

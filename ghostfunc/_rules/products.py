@@ -29,7 +29,7 @@ def linear(b: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return {
         "input": of_input,
         "weight": lambda: Outer(flat_positions(b), flat_positions(input)),
-        "bias": lambda: Dense(over_positions(flat_positions(b))),
+        "bias": lambda: Dense(over_positions(b)),
     }
 
 
@@ -179,5 +179,5 @@ def bilinear(
     equation = explicit("...a,...d,Pad->...P", input1, input2, weight)
     return {
         **products(b, equation, {"input1": input1, "input2": input2, "weight": weight}),
-        "bias": lambda: Dense(over_positions(flat_positions(b))),
+        "bias": lambda: Dense(over_positions(b)),
     }

@@ -114,9 +114,8 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
     if kind == "dense too":
         bundle.append(Dense(draw(n, p, d)))
     way = kind if kind in ("tokens", "apart") else "rows"
-    monkeypatch.setattr(cost, "spread_by_tokens", lambda *_: way == "tokens")
     ways = {"by part": lambda k: "apart" if k == 1 else "rows"}.get(kind, lambda _: way)
-    monkeypatch.setattr(cost, "spread_choice", lambda k, *_: cost.Choice(ways(k), 0, {}))
+    monkeypatch.setattr(cost, "spread_ways", lambda parts, *_: [ways(k) for k, _ in parts])
     g = sum(gf.materialize(f) for f in bundle).flatten(1)
     in_parts = [[take(f, s) for f in bundle] for s in (slice(1), slice(1, n))]
     for table, total in (spread(bundle), spread_of_parts(in_parts)):
@@ -127,7 +126,7 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
 def test_single_precision_keeps_its_digits() -> None:
     torch.manual_seed(0)
     f = Outer(torch.randn(4, 256, 300), torch.randn(4, 256, 384))
-    assert cost.spread_choice(4, cost.Positions(256, 0, 0), 300, 384).way == "rows"
+    assert cost.spread_ways([(4, cost.Positions(256, 0, 0))], 300, 384) == ["rows"]
     exact = spread([Outer(f.left.double(), f.right.double())])
     found = spread([f])
     assert_close(found.table.double(), exact.table, 3e-6)
