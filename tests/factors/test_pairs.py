@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -111,6 +112,19 @@ def test_weighted_totals_and_pooling(kinds: tuple[str, ...]) -> None:
     weights = torch.tensor([0.5, 0.0, -2.0, 1.0], dtype=torch.float64)
     assert_close(bundles.weighted_total(mine, weights).flatten(), weights @ g)
     assert_close(formed([bundles.pooled(f) for f in mine]), g.sum(0, keepdim=True))
+
+
+def test_products_smaller_than_their_sum_are_one() -> None:
+    draw = partial(torch.randn, dtype=torch.float64)
+    small = [Outer(draw(n, 1, 20), draw(n, 1, 30)) for n in (2, 3, 4)]
+    others: list[Factor] = [
+        OneHot(torch.randint(20, (2, 5)), draw(2, 5, 30), 20),
+        Dense(draw(3, 20, 30)),
+    ]
+    mine = [small[0], others[0], *small[1:], others[1]]
+    assert len(bundles._few_products(mine)) == 3
+    expected = sum(materialize(f).sum(0) for f in mine)
+    assert_close(bundles.summed(mine), expected)
 
 
 def test_weight_zero_leaves_a_poisoned_sample_out() -> None:
