@@ -10,7 +10,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-LOUD_PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Python compiles a file when it is first imported; compiling all of them takes a minute more.
+LOUD_PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 
 # A venv of its own for `make bench`.
 BENCH := .venv-bench
