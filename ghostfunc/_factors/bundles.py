@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from math import prod
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
@@ -91,17 +92,44 @@ def dot(factor: Factor, u: Tensor) -> Tensor:
     return contract.dot(factor, u.reshape(factor.shape).to(wide(values(factor)).dtype))
 
 
+def side_by_side(factors: Sequence[Outer] | Sequence[OneHot]) -> Outer | OneHot:
+    """The positions of several factors of one kind, as those of a single sample."""
+    x, y = (torch.cat(side, 1) for side in zip(*(pooled(f)[:2] for f in factors), strict=True))
+    first = factors[0]
+    return OneHot(x, y, first.rows) if isinstance(first, OneHot) else Outer(x, y)
+
+
 def summed(bundle: Bundle, contract_dtype: ContractDtype = None) -> Tensor:
     """`sum_i g_i`, in the shape of the first factor."""
     first, *others = bundle
     out = total(first, contract_dtype)
-    for factor in others:
+    for factor in _few_products(others):
         contract.add_total(factor, out.view(factor.shape), contract_dtype)
     return out
 
 
+def _few_products(bundle: Bundle) -> Bundle:
+    """The factors, with outer products that are smaller than what they add up to in one: each by
+    itself would read and write the sum."""
+    if len(bundle) < 2:
+        return bundle
+    small: dict[tuple[int, ...], list[Outer]] = {}
+    rest: list[Factor] = []
+    for f in bundle:
+        if isinstance(f, Outer) and known(f.left.numel() + f.right.numel()) < prod(f.shape):
+            small.setdefault(f.shape, []).append(f)
+        else:
+            rest.append(f)
+    return [*rest, *(fs[0] if len(fs) == 1 else side_by_side(fs) for fs in small.values())]
+
+
 def weighted_total(bundle: Bundle, weights: Tensor, *, finite: bool = False) -> Tensor:
-    """`sum_i w_i g_i`, in the shape of the first factor.
+    """`sum_i w_i g_i`, in the shape of the first factor."""
+    return summed(weighted(bundle, weights, finite=finite))
+
+
+def weighted(bundle: Bundle, weights: Tensor, *, finite: bool = False) -> Bundle:
+    """The factors of `w_i g_i`.
 
     Samples of weight zero are left out: whatever their gradients hold, they cost and spoil nothing.
     Of gradients that are taken to be `finite`, nobody asks which: that would wait for the device.
@@ -113,8 +141,7 @@ def weighted_total(bundle: Bundle, weights: Tensor, *, finite: bool = False) -> 
     elif bool((weights == 0).any()):
         kept = weights.nonzero().flatten()
         bundle, weights = [take(f, kept) for f in bundle], weights[kept]
-    shape = bundle[0].shape
-    return add_up([total(_weighted(f, weights)).reshape(shape) for f in bundle])
+    return [_weighted(f, weights) for f in bundle]
 
 
 def _blanked(factor: Factor, blank: Tensor) -> Factor:

@@ -270,9 +270,23 @@ def gram_choice(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> Ch
     return _cheapest(ways)
 
 
-def gram_by_tokens(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> bool:
-    """Whether a Gram matrix comes from inner products of positions rather than from rows."""
-    return gram_choice(mine, theirs, p, d, same=same).way == "tokens"
+def gram_formed(mine: Parts, theirs: Parts, p: int, d: int, *, same: bool) -> int:
+    """How many parts, from the first on, are formed for a Gram matrix; the others meet all of them
+    by inner products of positions. Of two batches all parts or none."""
+    if not same or len(mine) == 1:
+        by_tokens = gram_choice(mine, theirs, p, d, same=same).way == "tokens"
+        return 0 if by_tokens else len(mine)
+    _, t = _all(mine)
+    if t.dense:
+        return len(mine)
+    ops = []
+    for k in range(len(mine) + 1):
+        m, s = _all(mine[:k])
+        rows = 2 * s.outer * p * d + OPS_PER_ELEMENT * s.one_hot * d
+        rows += 2 * m * (m + OPS_PER_ELEMENT) * p * d
+        tokens = (2 * d + 6 * OPS_PER_ELEMENT) * (t.tokens - s.tokens) * t.tokens
+        ops.append(rows + tokens + 2 * (t.outer - s.outer) * t.outer * p)
+    return ops.index(min(ops))
 
 
 # --- squares beside dot products with the sum -----------------------------------------------------
@@ -285,25 +299,29 @@ SPREAD_ROWS = 64
 """Rows of a block below which a product of positions is slow."""
 
 
-def spread_choice(parts: Parts, p: int, d: int) -> Choice:
+def spread_choice(n: int, t: Positions, p: int, d: int) -> Choice:
     """How `||g_i||^2` and `<g_i, sum_j g_j>` of n samples are taken beside the sum: off blocks of
-    the gradients ("rows"), from their Gram matrix ("tokens"), or one after the other ("apart")."""
-    n, t = _all(parts)
+    the gradients ("rows"), or one after the other ("apart")."""
     looked_up = 3 * OPS_PER_ELEMENT * t.one_hot * d
-    total = outer_total(1, t.outer, p, d) + looked_up
-    dense = OPS_PER_ELEMENT * n * p * d if t.dense else 0
+    dense = OPS_PER_ELEMENT * p * d if t.dense else 0
     dots = outer_dot(1, t.outer, p, d) + looked_up + 2 * dense
-    norms = sum(k * norm_choice(x, p, d).ops for k, x in parts)
-    ways = {"apart": total + dense + norms + dots}
-    if not (t.dense and t.one_hot) and t.outer + t.dense:
-        rows = (4 if t.dense else 5) * OPS_PER_CACHED_ELEMENT * n * p * d
-        met_by_tokens = sum(k * x.one_hot * (x.one_hot + x.outer) for k, x in parts)
-        ways["rows"] = total + rows + met_by_tokens * (2 * d + 6 * OPS_PER_ELEMENT)
-    if not t.dense and t.tokens:
-        pairs = t.tokens**2
-        products = 2 * pairs * d + 2 * t.outer**2 * p
-        ways["tokens"] = total + products + 6 * OPS_PER_ELEMENT * pairs
+    ways = {"apart": n * (dense + norm_choice(t, p, d).ops + dots)}
+    if t.outer + t.dense:
+        passes = 4 if t.dense else 5
+        ways["rows"] = n * (looked_up + passes * OPS_PER_CACHED_ELEMENT * p * d)
     return _cheapest(ways)
+
+
+def spread_ways(parts: Parts, p: int, d: int) -> list[str]:
+    """The way of `spread_choice` for every part; "tokens" for all where the Gram matrix of all
+    samples, from inner products of positions, is cheapest."""
+    choices = [spread_choice(n, t, p, d) for n, t in parts]
+    _, t = _all(parts)
+    products = 2 * t.tokens**2 * d + 2 * t.outer**2 * p
+    gram = products + 6 * OPS_PER_ELEMENT * t.tokens**2
+    if t.tokens > 0 and not t.dense and gram < sum(choice.ops for choice in choices):
+        return ["tokens"] * len(parts)
+    return [choice.way for choice in choices]
 
 
 def spread_rows(n: int, p: int, d: int) -> int:

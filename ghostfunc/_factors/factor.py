@@ -25,6 +25,12 @@ def flat_positions(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
+def over_positions(x: Tensor) -> Tensor:
+    """`[n, ..., d]` added up over all positions, float32 or wider; a single one as it is."""
+    x = wide(x).reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    return x[:, 0] if x.shape[1] == 1 else x.sum(1)
+
+
 class Outer(NamedTuple):
     """`g_i = sum_t left_it right_it^T`, shape `[p, d]`."""
 

@@ -18,6 +18,7 @@ from functools import partial, reduce, singledispatch
 from itertools import chain, product
 from math import isqrt, prod
 from operator import add
+from typing import NamedTuple
 
 import torch
 from torch import SymInt, Tensor
@@ -77,18 +78,6 @@ def sqnorms(
     return torch.cat(blocks)
 
 
-def squares_beside(formed: Bundle, looked_up: Bundle) -> Tensor:
-    """What rows that are looked up add to the squares of outer products: `||h_i||^2 + 2 <g_i,
-    h_i>`, `[n]`, from inner products of positions."""
-    n = samples(looked_up)
-    workspace = min(cost.BLOCK_ELEMENTS, cost.CACHE_ELEMENTS)
-    parts = [_sqnorms_by_tokens(looked_up, n, workspace, None)]
-    for f, h in product(formed, looked_up):
-        for a, b in product(_chunks(f, cost.TOKENS), _chunks(h, cost.TOKENS)):
-            parts.append(2 * _token_dots(a, b, None).sum((1, 2)))
-    return add_up(parts)
-
-
 def gram(
     bundle: Bundle,
     other: Bundle | None = None,
@@ -121,17 +110,20 @@ def gram_of_parts(
     if not p * d:
         n, m = (sum(map(samples, side)) for side in (mine, theirs))
         return wide(values(mine[0][0])).new_zeros(n, m)
+    by_tokens = partial(_gram_by_tokens, workspace=workspace, contract_dtype=contract_dtype)
     ours = counts(mine)
-    if cost.gram_by_tokens(ours, ours if same else counts(theirs), p, d, same=same):
-        table: list[list[Tensor]] = [[] for _ in mine]
-        for (i, f), (j, g) in product(enumerate(mine), enumerate(theirs)):
-            known_before = same and j < i
-            table[i].append(
-                table[j][i].mT if known_before else _gram_by_tokens(f, g, workspace, contract_dtype)
-            )
-        out = joined([joined(row, 1) for row in table], 0)
+    formed = cost.gram_formed(ours, ours if same else counts(theirs), p, d, same=same)
+    if formed:
+        sides = [mine[:formed]] if same else [mine, theirs]
+        out = _gram_by_rows(sides, p, d, workspace, contract_dtype)
+    elif same:
+        out = by_tokens(mine[0], mine[0])
     else:
-        out = _gram_by_rows(mine, theirs, p, d, workspace, contract_dtype, same=same)
+        out = joined([joined([by_tokens(f, g) for g in theirs], 1) for f in mine])
+    for i in range(max(formed, 1), len(mine) if same else 0):
+        strip = joined([by_tokens(mine[i], g) for g in mine[: i + 1]], 1)
+        above = strip[:, : len(out)].mT
+        out = torch.cat([torch.cat([out, above], 1), strip])
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
@@ -175,22 +167,20 @@ def _by_group(parts: Sequence[Bundle]) -> list[list[Bundle]]:
 
 
 def _gram_by_rows(
-    mine: Sequence[Bundle],
-    theirs: Sequence[Bundle],
+    sides: Sequence[Sequence[Bundle]],
     p: int,
     d: int,
     workspace: int,
     contract_dtype: ContractDtype,
-    *,
-    same: bool,
 ) -> Tensor:
-    numbers = [sum(map(samples, side)) for side in ([mine] if same else [mine, theirs])]
+    """Of one batch with itself, or of two; each in parts."""
+    numbers = [sum(map(samples, side)) for side in sides]
     step = max(1, workspace // max(1, sum(numbers) * d))
-    sides = [
+    formed = [
         (g.flatten(1) for _, g in row_blocks(side, n, p, d, step, contract_dtype))
-        for side, n in zip([mine, theirs], numbers, strict=False)
+        for side, n in zip(sides, numbers, strict=True)
     ]
-    blocks = zip(*sides, strict=True)
+    blocks = zip(*formed, strict=True)
     return reduce(add, (matmul(x[0], x[-1].mT, contract_dtype) for x in blocks))
 
 
@@ -210,15 +200,50 @@ def row_blocks(
             yield rows, form_rows(parts, rows, contract_dtype)
         return
     sizes = list(map(samples, parts))
+    tables = [[_Table.of(f, p, step) for f in bundle if isinstance(f, OneHot)] for bundle in parts]
     memory = wide(values(parts[0][0])).new_empty(n * min(step, p) * d)
     for rows in slices(p, step):
         block = memory[: n * (rows.stop - rows.start) * d].view(n, -1, d)
-        for bundle, g in zip(parts, block.split(sizes), strict=True):
+        for bundle, looked_up, g in zip(parts, tables, block.split(sizes), strict=True):
             outer = next(f for f in bundle if isinstance(f, Outer))
             matrix_product(wide(outer.left)[:, :, rows].mT, wide(outer.right), out=g)
-            for f in (f for f in bundle if f is not outer):
-                g.add_(_form_rows(f, rows, None))
+            for f in bundle:
+                if f is not outer and not isinstance(f, OneHot):
+                    g.add_(_form_rows(f, rows, None))
+            for table in looked_up:
+                table.add_to(g, rows)
         yield rows, block
+
+
+class _Table(NamedTuple):
+    """What is looked up, in the order of the rows of the table.
+
+    Attributes:
+        sample, row, b: of every position, `[n * t]` and `[n * t, d]`.
+        bounds: where each block of `step` rows begins, and last the number of positions.
+    """
+
+    sample: Tensor
+    row: Tensor
+    b: Tensor
+    bounds: list[int]
+    step: int
+
+    @classmethod
+    def of(cls, factor: OneHot, p: int, step: int) -> _Table:
+        """The table of a factor of p rows, which come `step` at a time."""
+        row, order = factor.ids.flatten().sort(stable=True)
+        starts = torch.arange(0, p + step, step, device=row.device)
+        bounds: list[int] = torch.searchsorted(row, starts.to(row.dtype)).tolist()
+        sample = order // factor.ids.shape[1]
+        return cls(sample, row, wide(factor.b).flatten(0, 1)[order], bounds, step)
+
+    def add_to(self, g: Tensor, rows: slice) -> None:
+        """Add these rows of all gradients to `g`, `[n, r, d]`."""
+        first = rows.start // self.step
+        own = slice(*self.bounds[first : first + 2])
+        places = self.sample[own] * g.shape[1] + (self.row[own] - rows.start)
+        g.view(-1, g.shape[2]).index_add_(0, places, self.b[own])
 
 
 def in_place(parts: Sequence[Bundle], n: int, p: int, d: int) -> bool:

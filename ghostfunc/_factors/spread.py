@@ -1,7 +1,8 @@
 """Squared norms of a batch's gradients, and their dot products with the sum: `||g_i||^2` and
 `<g_i, sum_j g_j>`.
 
-Three ways lead to the same numbers, and to the sum itself; `cost` says which is cheapest:
+Three ways lead to the same numbers, and to the sum itself; `cost` says which is cheapest, the
+first or the last for samples of every length:
 
     by rows     a block of rows of every `g_i` is formed, added up, contracted with itself and with
                 the sum, and dropped: the products are those of a training gradient, and no more
@@ -29,11 +30,12 @@ from ghostfunc._factors.bundles import (
     counts,
     matrix_shape,
     samples,
+    side_by_side,
     summed,
     values,
 )
-from ghostfunc._factors.contract import add_up, dot
-from ghostfunc._factors.factor import Dense, Grouped, OneHot
+from ghostfunc._factors.contract import add_up, dot, position_dots
+from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
@@ -68,106 +70,126 @@ def spread_of_parts(
     n, everything = sum(map(samples, parts)), pairs.flat(parts)
     first, *others = everything
     if isinstance(first, Dense) and not others:
-        g = wide(first.g).reshape(n, prod(first.shape))
-        total = g.sum(0)
-        return SpreadAndTotal(_table(g, total, whole=True), total.view(first.shape))
+        table, total = spread_of_formed(wide(first.g).reshape(n, prod(first.shape)))
+        return SpreadAndTotal(table, total.view(first.shape))
     shape = first.shape
     p, d = matrix_shape(everything)
     if not p * d:
         like = wide(values(everything[0]))
         return SpreadAndTotal(like.new_zeros(n, 2), like.new_zeros(shape))
     if any(isinstance(f, Grouped) for f in everything):
-        return _apart(parts, contract_dtype)
+        return _by_parts(parts, [False] * len(parts), contract_dtype)
     whole = [aligned(bundle, p, d) for bundle in parts]
-    way = cost.spread_choice(counts(whole), p, d).way
-    if way == "rows" and contract_dtype is None:
-        table, total = _by_rows(whole, n, p, d)
-        return SpreadAndTotal(table, total.reshape(shape))
-    if way == "tokens":
+    ways = cost.spread_ways(counts(whole), p, d)
+    if ways[0] == "tokens":
         gram = pairs.gram_of_parts(whole, contract_dtype=contract_dtype)
         table = torch.stack([gram.diagonal(), gram.sum(1)], dim=1)
         return SpreadAndTotal(table, summed(everything))
-    return _apart(parts, contract_dtype)
+    formed = [way == "rows" and contract_dtype is None for way in ways]
+    table, total = _by_parts(whole, formed, contract_dtype)
+    return SpreadAndTotal(table, total.reshape(shape))
 
 
-def _apart(parts: Sequence[Bundle], contract_dtype: ContractDtype) -> SpreadAndTotal:
-    total = summed(pairs.flat(parts))
-    squares = [pairs.sqnorms(bundle, contract_dtype=contract_dtype) for bundle in parts]
-    dots = [
-        add_up([dot(f, total.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
-    ]
-    return SpreadAndTotal(torch.stack([pairs.joined(squares), pairs.joined(dots)], dim=1), total)
+def spread_of_formed(g: Tensor) -> SpreadAndTotal:
+    """`spread` of gradients at hand, `[..., n, elements]`: of one parameter, or several."""
+    total = g.sum(-2)
+    return SpreadAndTotal(_table(g, total, whole=True), total)
 
 
-def _by_rows(parts: Sequence[Bundle], n: int, p: int, d: int) -> tuple[Tensor, Tensor]:
-    """Form blocks of rows. A `OneHot` factor takes part in the sum; its inner products with the
-    others are made position by position."""
-    looked_up = [[f for f in bundle if isinstance(f, OneHot)] for bundle in parts]
-    formed = [[f for f in bundle if not isinstance(f, OneHot)] for bundle in parts]
-    beside = summed(pairs.flat(looked_up)) if looked_up[0] else None
+def _by_parts(
+    parts: Sequence[Bundle], formed: Sequence[bool], contract_dtype: ContractDtype
+) -> SpreadAndTotal:
+    """The gradients of some parts are formed. Those of the others come first into the sum, and are
+    read last, one quantity after the other."""
+    by_rows = [bundle for bundle, here in zip(parts, formed, strict=True) if here]
+    apart = [bundle for bundle, here in zip(parts, formed, strict=True) if not here]
+    together = _side_by_side(apart)
+    total = summed(together or pairs.flat(apart)) if apart else None
+    tables: Sequence[Tensor] = []
+    if by_rows:
+        table, total = _by_rows(by_rows, total)
+        tables = table.split(list(map(samples, by_rows)))
+    assert total is not None
+    squares = [pairs.sqnorms(bundle, contract_dtype=contract_dtype) for bundle in apart]
+    others = zip(squares, _dots(apart, together, total, contract_dtype), strict=True)
+    read = iter(tables), (torch.stack(both, dim=1) for both in others)
+    return SpreadAndTotal(pairs.joined([next(read[not here]) for here in formed]), total)
+
+
+def _side_by_side(parts: Sequence[Bundle]) -> Bundle | None:
+    """For every use the positions of all parts, as those of one sample: their products are large.
+    None of a single part, and of factors without positions."""
+    if len(parts) < 2 or not all(isinstance(f, (Outer, OneHot)) for f in pairs.flat(parts)):
+        return None
+    return [side_by_side(use) for use in zip(*parts, strict=True)]
+
+
+def _dots(
+    parts: Sequence[Bundle], together: Bundle | None, u: Tensor, contract_dtype: ContractDtype
+) -> list[Tensor]:
+    """`<g_i, u>` of the samples of every part."""
+    if together is None:
+        return [
+            add_up([dot(f, u.reshape(f.shape), contract_dtype) for f in bundle]) for bundle in parts
+        ]
+    found = []
+    for whole, use in zip(together, zip(*parts, strict=True), strict=True):
+        sizes = [samples([f]) * f[0].shape[1] for f in use]
+        shares = position_dots(whole, u, contract_dtype)[0].split(sizes)
+        found.append([x.view(samples([f]), -1).sum(1) for x, f in zip(shares, use, strict=True)])
+    return [add_up(x) for x in zip(*found, strict=True)]
+
+
+def _by_rows(parts: Sequence[Bundle], before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both columns, and the sum, which is added to what is there `before`."""
+    n, (p, d) = sum(map(samples, parts)), parts[0][0].shape
     step = cost.spread_rows(known(n), known(p), known(d))
-    if pairs.in_place(formed, n, p, d):
-        table, total = _in_place(formed, beside, p, d, step)
-    else:
-        table, total = _formed(formed, beside, p, step)
-    if beside is not None:
-        squares = list(map(pairs.squares_beside, formed, looked_up))
-        dots = [add_up([dot(f, total) for f in bundle]) for bundle in looked_up]
-        table = table + torch.stack([pairs.joined(squares), pairs.joined(dots)], dim=1)
-    return table, total
-
-
-def _formed(
-    parts: Sequence[Bundle], beside: Tensor | None, p: int, step: int
-) -> tuple[Tensor, Tensor]:
-    """What is read of blocks of rows of all gradients, and the total, with what is `beside` it."""
+    if pairs.in_place(parts, n, p, d):
+        return _in_place(parts, before, n, step)
     tables, totals = [], []
     for rows in pairs.slices(p, step):
         g = pairs.form_rows(parts, rows)
-        total = g.sum(0) if beside is None else g.sum(0) + beside[rows]
+        total = g.sum(0) if before is None else g.sum(0) + before[rows]
         totals.append(total)
-        tables.append(_table(g.flatten(1), total.flatten(), whole=beside is None))
+        tables.append(_table(g.flatten(1), total.flatten(), whole=before is None))
     return add_up(tables), totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
 def _in_place(
-    parts: Sequence[Bundle], beside: Tensor | None, p: int, d: int, step: int
+    parts: Sequence[Bundle], before: Tensor | None, n: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """`_formed`, every block where the last one was, read in stretches, and the total where it
+    """`_by_rows`, every block where the last one was, read in stretches, and the total where it
     stays."""
-    like, n = wide(values(parts[0][0])), sum(map(samples, parts))
-    total, ones = like.new_empty(p, d), like.new_ones(n)
-    few = n <= FEW_SAMPLES
+    like, (p, d) = wide(values(parts[0][0])), parts[0][0].shape
+    total, ones = like.new_empty(p, d) if before is None else before, like.new_ones(n)
+    alone, few = before is None, n <= FEW_SAMPLES
     gram, squares, dots = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
     for rows, block in pairs.row_blocks(parts, n, p, d, step):
-        whole, g = total[rows].view(-1), block.flatten(1)
-        for stretch in pairs.slices(len(whole), STRETCH // n):
-            own, x = whole[stretch], g[:, stretch]
-            torch.mv(x.mT, ones, out=own)  # faster than a sum
-            if beside is not None:
-                own.add_(beside[rows].flatten()[stretch])
+        size = max(1, STRETCH // n)
+        pieces = total[rows].view(-1).split(size), block.flatten(1).split(size, 1)
+        for own, x in zip(*pieces, strict=True):
+            own.addmv_(x.mT, ones, beta=0 if alone else 1)  # faster than a sum
             if few:
                 gram.addmm_(x, x.mT)
             else:
                 squares.add_(_squares(x))
-            if beside is not None or not few:
+            if not (few and alone):
                 dots.addmv_(x, own)
     if few:
-        squares, dots = gram.diagonal(), gram.sum(1) if beside is None else dots
+        squares, dots = gram.diagonal(), gram.sum(1) if alone else dots
     return torch.stack([squares, dots], dim=1), total
 
 
 def _squares(g: Tensor) -> Tensor:
-    # A norm adds up in several lanes, and loses fewer digits than a sum of squares.
-    squares: Tensor = torch.linalg.vector_norm(g, dim=1).square()
+    squares: Tensor = torch.linalg.vector_norm(g, dim=-1).square()  # adds up in lanes
     return squares
 
 
 def _table(g: Tensor, total: Tensor, *, whole: bool) -> Tensor:
-    """`||g_i||^2` and `<g_i, total>`, `[n, 2]`, of gradients `[n, elements]`; whether `total` is
-    the `whole` sum of them, and no more."""
-    if known(len(g)) > FEW_SAMPLES:
-        return torch.stack([_squares(g), g @ total], dim=1)
+    """`||g_i||^2` and `<g_i, total>`, `[..., n, 2]`, of gradients `[..., n, elements]`; whether
+    `total` is the `whole` sum of them, and no more."""
+    if known(g.shape[-2]) > FEW_SAMPLES:
+        return torch.stack([_squares(g), (g @ total[..., None])[..., 0]], dim=-1)
     gram = g @ g.mT
-    dots = gram.sum(1) if whole else g @ total
-    return torch.stack([gram.diagonal(), dots], dim=1)
+    dots = gram.sum(-1) if whole else (g @ total[..., None])[..., 0]
+    return torch.stack([gram.diagonal(dim1=-2, dim2=-1), dots], dim=-1)

@@ -36,7 +36,7 @@ from ghostfunc._base.types import ContractDtype, PyTree
 from ghostfunc._factors import bundles, contract, cost, pairs
 from ghostfunc._factors.factor import Factor
 from ghostfunc._factors.parts import Part, order
-from ghostfunc._factors.spread import SpreadAndTotal, spread_of_parts
+from ghostfunc._factors.spread import SpreadAndTotal, spread_of_formed, spread_of_parts
 from ghostfunc._quantities.readers import DotReader, ValueReader
 
 
@@ -227,6 +227,10 @@ class Spread(Quantity):
         table, total = spread_of_parts([part.bundle for part in parts], self.contract_dtype)
         index = order(parts)
         return SpreadAndTotal(table if index is None else table[index], total)
+
+    def values_and_totals(self, g: Tensor) -> SpreadAndTotal:
+        """`value_and_total` of parameters of one size, given the gradients `[k, n, elements]`."""
+        return spread_of_formed(g)
 
 
 @node()

@@ -319,6 +319,11 @@ class ValueReader(NamedTuple):
         value, total = self.quantity.value_and_total(parts)
         return value, total
 
+    def read_side_by_side(self, g: Float[Tensor, "k n elements"]) -> tuple[Tensor, Tensor]:
+        """Values and sums of k parameters of one size, given their gradients."""
+        values, totals = self.quantity.values_and_totals(g)
+        return values, totals
+
     def read_all(self, factors: Sequence[Factor]) -> Tensor:
         value: Tensor = self.quantity.value(factors, self.shape)
         return value

@@ -26,12 +26,13 @@ def _of_last_axes(b: Tensor, normed: Callable[[], Tensor], shape: Any) -> Factor
     """Scale and shift with the shape of the last axes."""
     last = len(tuple(shape))
 
-    def positions(x: Tensor) -> Tensor:
-        return x[:, None].flatten(1, x.ndim - last)
+    def summed(x: Tensor) -> Dense:
+        x = x[:, None].flatten(1, x.ndim - last)
+        return Dense(x[:, 0] if x.shape[1] == 1 else x.sum(1))
 
     return {
-        "weight": lambda: Dense(positions(wide(b) * normed()).sum(1)),
-        "bias": lambda: Dense(positions(wide(b)).sum(1)),
+        "weight": lambda: summed(wide(b) * normed()),
+        "bias": lambda: summed(wide(b)),
     }
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostfunc._base.dtypes import wide
-from ghostfunc._factors.factor import Dense, Factor, Outer, flat_positions
+from ghostfunc._factors.factor import Dense, Factor, Outer, flat_positions, over_positions
 from ghostfunc._rules.contraction import BATCH_LETTERS, explicit, products
 from ghostfunc._rules.registry import Factors, register_rule, sum_to
 
@@ -30,7 +29,7 @@ def linear(b: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return {
         "input": of_input,
         "weight": lambda: Outer(flat_positions(b), flat_positions(input)),
-        "bias": lambda: Dense(wide(flat_positions(b)).sum(1)),
+        "bias": lambda: Dense(over_positions(b)),
     }
 
 
@@ -180,5 +179,5 @@ def bilinear(
     equation = explicit("...a,...d,Pad->...P", input1, input2, weight)
     return {
         **products(b, equation, {"input1": input1, "input2": input2, "weight": weight}),
-        "bias": lambda: Dense(wide(flat_positions(b)).sum(1)),
+        "bias": lambda: Dense(over_positions(b)),
     }

@@ -1,7 +1,8 @@
 """What a step with scores mostly reads, in as few calls of torch as there are.
 
 At small shapes, and on a GPU, a backward pass costs what its calls cost. Where scores are wanted as
-one number per sample, two kinds of uses take a way of their own:
+one number per sample, two kinds of uses take a way of their own. The second kind does where a
+quantity is read beside the gradient, too (`gf.Spread`), parameters of one size in a table:
 
     a matrix, one run    <g_i, sum_j g_j> of the rows of both batches: two Gram matrices of
                          positions, and one product of them; the total is one more product
@@ -13,7 +14,7 @@ Everything else is read by the readers themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -26,7 +27,7 @@ from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import use_shape
 from ghostfunc._factors.factor import Dense, Factor, Outer
 from ghostfunc._factors.matmul import matmul, speed
-from ghostfunc._quantities.readers import DotReader, OneRunReader
+from ghostfunc._quantities.readers import DotReader, OneRunReader, ValueReader
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked
 
@@ -49,15 +50,20 @@ class _Waiting:
     """Small gradients of one parameter, `[n, elements]`, and what they are read by."""
 
     key: ReaderKey
-    reader: DotReader | OneRunReader
+    reader: DotReader | OneRunReader | ValueReader
     running: RunningTotal | None
     g: Tensor
 
 
 @dataclass
 class FewCalls:
-    """The readings of one run that take these two ways."""
+    """The readings of one run that take these two ways.
 
+    Attributes:
+        summed: quantities that are added up over parameters.
+    """
+
+    summed: Collection[int]
     _waiting: list[_Waiting] = field(default_factory=list)
 
     def read(self, call: CallTrace, target: Tracked, factor: Factor, add: Add) -> bool:
@@ -65,6 +71,11 @@ class FewCalls:
         if target.leaf is None or target.grad_is_autograds or len(target.readers) != 1:
             return False
         ((key, (reader, _)),) = target.readers.items()
+        if isinstance(reader, ValueReader):
+            if not reader.gives_total:
+                return False
+        elif key[0] not in self.summed or not isinstance(reader, (DotReader, OneRunReader)):
+            return False
         if isinstance(factor, Outer):
             if not isinstance(reader, OneRunReader) or reader.contract_dtype is not None:
                 return False
@@ -72,9 +83,7 @@ class FewCalls:
             if dots is not None:
                 add(key, dots)
             return dots is not None
-        if not isinstance(factor, Dense) or not isinstance(reader, (DotReader, OneRunReader)):
-            return False
-        if factor.g.numel() > SMALL:
+        if not isinstance(factor, Dense) or factor.g.numel() > SMALL:
             return False
         g = wide(factor.g).reshape(len(factor.g), -1)
         self._waiting.append(_Waiting(key, reader, target.running, g))
@@ -84,10 +93,12 @@ class FewCalls:
         """Read what has waited."""
         tables: dict[Any, list[_Waiting]] = {}
         for one in self._waiting:
-            kind = one.key[0], type(one.reader), one.g.dtype, one.g.device
+            each = one.g.shape[1] if isinstance(one.reader, ValueReader) else None
+            kind = one.key[0], type(one.reader), one.g.dtype, one.g.device, each
             tables.setdefault(kind, []).append(one)
         for table in tables.values():
-            _read_table(table, add)
+            read = _read_each if isinstance(table[0].reader, ValueReader) else _read_table
+            read(table, add)
         self._waiting.clear()
 
 
@@ -126,6 +137,17 @@ def _pairs_are_cheapest(factor: Outer, n: int, *, grads: bool) -> bool:
     return pairs <= cost.CACHE_ELEMENTS and cost.keep_direction_factored(
         [ours], [theirs], grads=grads, speed=speed(factor.left)
     )
+
+
+def _read_each(table: list[_Waiting], add: Add) -> None:
+    """Read gradients of many parameters of one size, each by itself."""
+    reader = table[0].reader
+    assert isinstance(reader, ValueReader)
+    values, totals = reader.read_side_by_side(torch.stack([one.g for one in table]))
+    for one, value, total in zip(table, values.unbind(), totals.unbind(), strict=True):
+        add(one.key, value)
+        if one.running is not None:
+            one.running.put(total)
 
 
 def _read_table(table: list[_Waiting], add: Add) -> None:

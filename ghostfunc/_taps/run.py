@@ -29,10 +29,9 @@ from ghostfunc._base.torch_private import (
 )
 from ghostfunc._base.trees import ParamSpec, tensors_of
 from ghostfunc._base.types import Check, PyTree
-from ghostfunc._factors import contract
+from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.beside_total import RunningTotal
-from ghostfunc._factors.bundles import owned
-from ghostfunc._factors.factor import Factor
+from ghostfunc._factors.factor import Dense, Factor
 from ghostfunc._quantities.quantity import Dot, Quantity, kind_of
 from ghostfunc._quantities.readers import DeferredGradients, ValueReader, read_parts, takes_parts
 from ghostfunc._taps.claim import Claim, Dots
@@ -263,7 +262,7 @@ def _run(
         values[q] = _unscaled(values[q], scale, quantity.degree)
     whole = parts.pop().factors if alike == [None] else [[] for _ in leaves]
     if outlives:
-        whole = [[owned(f, foreign) for f in bundle] for bundle in whole]
+        whole = [[bundles.owned(f, foreign) for f in bundle] for bundle in whole]
     deferred = [_deferred(i, later) if later else None for i in range(len(leaves))]
     return RunResult(
         losses, values, out_grads, whole, parts, deferred, model.trace, taken.way, readers
@@ -293,9 +292,14 @@ def _kept_parts(
     for use, b, tensors in uses:
         for name, target in use.targets:
             made = use.factors(b, tensors)[name]()
+            whole = use.for_target(made, target) if isinstance(made, Dense) else None
             for documents, own in zip(alike, at_once, strict=True):
                 pairs = own if target.leaves().isdisjoint(defer) else later
-                pairs.append((target, use.for_target(made, target, documents)))
+                if whole is None:
+                    factor = use.for_target(made, target, documents)
+                else:
+                    factor = whole if documents is None else bundles.take(whole, documents.samples)
+                pairs.append((target, factor))
     parts = []
     for documents, own in zip(alike, at_once, strict=True):
         found = at_leaves(own)

@@ -21,7 +21,7 @@ from ghostfunc._base.losses import FiniteLosses, check_shape, refuse_unseen
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.beside_total import RunningTotal
-from ghostfunc._quantities.readers import PositionsReader
+from ghostfunc._quantities.readers import PositionsReader, ValueReader
 from ghostfunc._taps.few_calls import FewCalls
 from ghostfunc._taps.mode import TapMode
 from ghostfunc._taps.positions import recut_of
@@ -86,7 +86,8 @@ def run_into_sinks(
     """
     leaves, spec = model.leaves, model.spec
     by_position = any(isinstance(reader, PositionsReader) for reader in readers.values())
-    few_calls = FewCalls() if summed else None
+    giving = [r for r in readers.values() if isinstance(r, ValueReader) and r.quantity.gives_total]
+    few_calls = FewCalls(summed) if summed or giving else None
     sinks = Sinks(frozenset(collect), frozenset(summed), few_calls, by_position)
     anchor = leaves[0].new_empty(()).requires_grad_()
     guards = [x.detach().requires_grad_() for x in leaves]

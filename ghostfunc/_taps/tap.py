@@ -139,8 +139,8 @@ class Sinks:
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
-        few_calls: reads biases and norms of many layers together. Only what is `summed` is read so:
-            one number per layer is not kept.
+        few_calls: reads biases and norms of many layers together: what is `summed`, of which one
+            number per layer is not kept, and what is read beside gradients.
         by_position: whether positions are read, so that no rule may form the gradient.
     """
 

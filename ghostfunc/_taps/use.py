@@ -106,7 +106,7 @@ class Use:
         """What the rule made, in the shape of the target; of packed rows the factor of all
         documents, or of some."""
         if isinstance(self.call.rule, BroadcastRule):
-            return factor if documents is None else bundles.take(factor, documents.samples)
+            return factor
         if documents is not None:
             factor = regrouped(factor, documents.packing)
         elif self.recut is not None:

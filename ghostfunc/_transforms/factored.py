@@ -415,22 +415,7 @@ class FactoredGrads:
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False) -> PyTree:
         """`weighted_sum` with weights of its own for every parameter. Where all gradients are
         `finite`, nobody looks for those to leave out."""
-        totals = self.param_totals(weights, finite=finite)
-        sums = [total.to(x.dtype) for total, x in zip(totals, self.leaves, strict=True)]
-        return self._spec.unflatten(sums)
-
-    def param_totals(
-        self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool = False
-    ) -> list[Tensor]:
-        """`param_sums`, parameter by parameter, float32 or wider."""
-        totals = (
-            bundles.weighted_total(bundle, w, finite=finite)
-            for bundle, w in zip(self.bundles, weights, strict=True)
-        )
-        sums = [self._at_leaf(i, x) for i, x in enumerate(totals)]
-        if self._proof is not None:
-            self._proof.sums(self.bundles, self.losses, self._spec, self.leaves, sums, weights)
-        return sums
+        return _param_sums([(self, weights)], finite=finite)
 
     def _at_leaf(self, i: int, total: Tensor) -> Tensor:
         """A sum of gradients like parameter i; of a sharded one, this rank's piece of the sum over
@@ -462,16 +447,24 @@ class KeptByLength(NamedTuple):
 
     def param_sums(self, weights: Sequence[Float[Tensor, " n"]], *, finite: bool) -> PyTree:
         """`FactoredGrads.param_sums`."""
-        totals = [own.param_totals([w[k] for w in weights], finite=finite) for k, own in self.parts]
-        _, first = self.parts[0]
-        sums = [
-            add_up(x).to(leaf.dtype)
-            for x, leaf in zip(zip(*totals, strict=True), first.leaves, strict=True)
-        ]
-        return first._spec.unflatten(sums)
+        own = [(kept, [w[k] for w in weights]) for k, kept in self.parts]
+        return _param_sums(own, finite=finite)
 
     def _in_order(self, rows: Sequence[Float[Tensor, "params k"]]) -> Float[Tensor, "params n"]:
         return in_order([(k, x.mT) for (k, _), x in zip(self.parts, rows, strict=True)]).mT
+
+
+def _param_sums(parts: Sequence[tuple[FactoredGrads, Sequence[Tensor]]], *, finite: bool) -> PyTree:
+    """`param_sums` of the samples of all parts."""
+    first, _ = parts[0]
+    sums = []
+    for i in range(len(first.leaves)):
+        weighted = [bundles.weighted(own.bundles[i], w[i], finite=finite) for own, w in parts]
+        sums.append(first._at_leaf(i, bundles.summed(pairs.flat(weighted))))
+    if first._proof is not None:
+        kept = [(own.bundles, w) for own, w in parts]
+        first._proof.sums(kept, first.losses, first._spec, first.leaves, sums)
+    return first._spec.unflatten([x.to(y.dtype) for x, y in zip(sums, first.leaves, strict=True)])
 
 
 def _product(g: Tensor, u: Tensor) -> Tensor:

@@ -98,26 +98,26 @@ class KeptProof:
 
     def sums(
         self,
-        kept: Sequence[bundles.Bundle],
+        parts: Sequence[tuple[Sequence[bundles.Bundle], Sequence[Tensor]]],
         losses: Tensor,
         spec: ParamSpec,
         leaves: Sequence[Tensor],
         values: Sequence[Tensor],
-        weights: Sequence[Tensor],
     ) -> None:
-        """Raise `VerificationError` unless `values` are `sum_i w_i g_i`. They are of all samples,
-        so they are proved once even where others always are."""
+        """Raise `VerificationError` unless `values` are `sum_i w_i g_i` of the samples of all
+        parts, which have bundles and weights for every parameter. They are of all samples, so they
+        are proved once even where others always are."""
+        kept = [bundle for own, _ in parts for bundle in own]
         key = "kept", "weighted sums", kind_of(kept)
         if self.proofs.get(key) is not None or not self._asks(key, losses):
             return
         drawn = np.random.default_rng([len(losses), self.proofs.turn()]).standard_normal(PERIOD)
         numbers = torch.from_numpy(drawn)
         off, limits = [], []
-        for bundle, x, total, w in zip(kept, leaves, values, weights, strict=True):
+        for i, (x, total) in enumerate(zip(leaves, values, strict=True)):
             v = numbers.repeat(-(-x.numel() // PERIOD))[: x.numel()].view(x.shape).to(wide(x))
             with unrounded(v):
-                dots = contract.add_up([bundles.dot(f, v) for f in bundle]).double()
-                terms = torch.where(w == 0, 0, dots * w.double())
+                terms = torch.cat([_shares(own[i], v, weights[i]) for own, weights in parts])
                 g = wide(total).flatten()
                 off.append((terms.sum() - (g @ v.flatten().to(g)).double()).abs())
                 limits.append(extreme_norms.length(terms) + extreme_norms.length(g))
@@ -136,6 +136,12 @@ class KeptProof:
         if torch.compiler.is_compiling() or symbolic(losses) or in_transform():
             return False
         return self.always or self.proofs.get(key) is None
+
+
+def _shares(bundle: bundles.Bundle, v: Tensor, weights: Tensor) -> Tensor:
+    """`w_i <g_i, v>`, in float64; zero for samples of weight zero."""
+    dots = contract.add_up([bundles.dot(f, v) for f in bundle]).double()
+    return torch.where(weights == 0, 0, dots * weights.double())
 
 
 def _numbers(i: int, value: Tensor, define: Plain, *, pairs: bool) -> Numbers:

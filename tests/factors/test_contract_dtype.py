@@ -172,11 +172,11 @@ def test_norms_and_grams_by_either_way(
     def norms(t: cost.Positions, *_: int) -> bool:
         return by_tokens and not t.dense
 
-    def grams(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> bool:
-        return by_tokens and not any(t.dense for _, t in (*mine, *theirs))
+    def grams(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> int:
+        return 0 if by_tokens and not any(t.dense for _, t in (*mine, *theirs)) else len(mine)
 
     monkeypatch.setattr(cost, "norms_by_tokens", norms)
-    monkeypatch.setattr(cost, "gram_by_tokens", grams)
+    monkeypatch.setattr(cost, "gram_formed", grams)
     outer = Outer(normal(3, 5, 8), normal(3, 5, 6))
     one_hot = OneHot(torch.randint(8, (3, 4)), normal(3, 4, 6), 8)
     bundles: list[list[Factor]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -56,18 +57,21 @@ BUNDLES = [
 ]
 
 
-@pytest.fixture(params=["tokens", "rows"])
+@pytest.fixture(params=["tokens", "rows", "both"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether costs say tokens or rows; what cannot go by tokens goes by rows."""
+    """Whether costs say tokens or rows, or rows for the first part; by rows goes what cannot go by
+    tokens."""
 
     def norms(t: cost.Positions, *args: object) -> bool:
-        return request.param == "tokens" and not t.dense
+        return request.param != "rows" and not t.dense
 
-    def gram(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> bool:
-        return request.param == "tokens" and not any(t.dense for _, t in (*mine, *theirs))
+    def gram(mine: cost.Parts, theirs: cost.Parts, *_: int, same: bool) -> int:
+        if request.param == "rows" or any(t.dense for _, t in (*mine, *theirs)):
+            return len(mine)
+        return 1 if request.param == "both" and same else 0
 
     monkeypatch.setattr(cost, "norms_by_tokens", norms)
-    monkeypatch.setattr(cost, "gram_by_tokens", gram)
+    monkeypatch.setattr(cost, "gram_formed", gram)
     monkeypatch.setattr(cost, "TOKENS", 3)
     return request.param
 
@@ -108,6 +112,19 @@ def test_weighted_totals_and_pooling(kinds: tuple[str, ...]) -> None:
     weights = torch.tensor([0.5, 0.0, -2.0, 1.0], dtype=torch.float64)
     assert_close(bundles.weighted_total(mine, weights).flatten(), weights @ g)
     assert_close(formed([bundles.pooled(f) for f in mine]), g.sum(0, keepdim=True))
+
+
+def test_products_smaller_than_their_sum_are_one() -> None:
+    draw = partial(torch.randn, dtype=torch.float64)
+    small = [Outer(draw(n, 1, 20), draw(n, 1, 30)) for n in (2, 3, 4)]
+    others: list[Factor] = [
+        OneHot(torch.randint(20, (2, 5)), draw(2, 5, 30), 20),
+        Dense(draw(3, 20, 30)),
+    ]
+    mine = [small[0], others[0], *small[1:], others[1]]
+    assert len(bundles._few_products(mine)) == 3
+    expected = sum(materialize(f).sum(0) for f in mine)
+    assert_close(bundles.summed(mine), expected)
 
 
 def test_weight_zero_leaves_a_poisoned_sample_out() -> None:
@@ -156,8 +173,10 @@ def test_choice_by_cost(t: cost.Positions) -> None:
     """Few positions and a large parameter go by tokens; many positions and a small one by rows."""
     assert cost.norms_by_tokens(t, 500, 500)
     assert not cost.norms_by_tokens(cost.Positions(4000, 0, 0), 16, 16)
-    assert cost.gram_by_tokens([(2, t)], [(2, t)], 5000, 5000, same=True)
-    assert not cost.gram_by_tokens([(99, t)], [(99, t)], 4, 4, same=True)
+    assert cost.gram_formed([(2, t)], [(2, t)], 5000, 5000, same=True) == 0
+    assert cost.gram_formed([(99, t)], [(99, t)], 4, 4, same=True) == 1
+    parts = [(4, cost.Positions(200, 0, 0)), (4, t)]
+    assert cost.gram_formed(parts, parts, 500, 500, same=True) == 1
     dense = cost.Positions(1, 0, 1)
     assert not cost.norms_by_tokens(dense, 10**6, 10**6)
-    assert not cost.gram_by_tokens([(1, t)], [(1, dense)], 10**6, 10**6, same=False)
+    assert cost.gram_formed([(1, t)], [(1, dense)], 10**6, 10**6, same=False) == 1

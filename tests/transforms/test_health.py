@@ -98,7 +98,9 @@ def test_the_noise_scale_of_gaussian_gradients() -> None:
 
 
 @pytest.mark.parametrize("n", [3, 20])  # by a Gram matrix of a block, and by its rows
-@pytest.mark.parametrize("kind", ["rows", "looked up too", "dense too", "tokens", "apart"])
+@pytest.mark.parametrize(
+    "kind", ["rows", "looked up too", "dense too", "tokens", "apart", "by part"]
+)
 def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     p, d, t = 30, 12, 9
@@ -107,12 +109,13 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("ghostfunc._factors.pairs.LARGE", 1 if n == 20 else 1 << 18)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     bundle: list[Factor] = [Outer(draw(n, t, p), draw(n, t, d))]
-    if kind == "looked up too":
+    if kind in ("looked up too", "by part"):
         bundle.append(OneHot(torch.randint(p, (n, t)), draw(n, t, d), p))
     if kind == "dense too":
         bundle.append(Dense(draw(n, p, d)))
     way = kind if kind in ("tokens", "apart") else "rows"
-    monkeypatch.setattr(cost, "spread_choice", lambda *_: cost.Choice(way, 0, {}))
+    ways = {"by part": lambda k: "apart" if k == 1 else "rows"}.get(kind, lambda _: way)
+    monkeypatch.setattr(cost, "spread_ways", lambda parts, *_: [ways(k) for k, _ in parts])
     g = sum(gf.materialize(f) for f in bundle).flatten(1)
     in_parts = [[take(f, s) for f in bundle] for s in (slice(1), slice(1, n))]
     for table, total in (spread(bundle), spread_of_parts(in_parts)):
@@ -123,7 +126,7 @@ def test_every_way_gives_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyP
 def test_single_precision_keeps_its_digits() -> None:
     torch.manual_seed(0)
     f = Outer(torch.randn(4, 256, 300), torch.randn(4, 256, 384))
-    assert cost.spread_choice([(4, cost.Positions(256, 0, 0))], 300, 384).way == "rows"
+    assert cost.spread_ways([(4, cost.Positions(256, 0, 0))], 300, 384) == ["rows"]
     exact = spread([Outer(f.left.double(), f.right.double())])
     found = spread([f])
     assert_close(found.table.double(), exact.table, 3e-6)

@@ -267,9 +267,9 @@ def validation_of_one_sample(patch: Patch) -> None:
 
 
 def weights_forgotten(patch: Patch) -> None:
-    right = bundles.weighted_total
+    right = bundles.weighted
     patch.setattr(
-        bundles, "weighted_total", lambda f, w, **options: right(f, w.clamp(min=0.9), **options)
+        bundles, "weighted", lambda f, w, **options: right(f, w.clamp(min=0.9), **options)
     )
 
 
