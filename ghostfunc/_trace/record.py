@@ -187,7 +187,8 @@ class Recorder(TrackingMode):
             self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
         if func in _ROWS_CHOSEN and inputs == inputs_before and outs != outs_before:
             self.reads = True  # `table[:len(x)]`, of a table made for so many samples
-            self.statistics |= not self._made_here  # it may be another one in the next call
+            if not self._made_here:  # an index or a mask may be another one in the next call
+                self.statistics |= not all(map(differentiable, tensors_of(out)))
         if judged or (inputs != inputs_before and outs == outs_before):
             for x in tensors_of(out):
                 if differentiable(x):
