@@ -93,7 +93,7 @@ bench-gpu: $(STAMP) ## Tests marked gpu, then a table: docs/benchmarks/gpu.md (o
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above benchmarks/recorded.json.
+bench-check: $(BENCH_STAMP) ## Fail if a ratio is 10 % above this processor's in benchmarks/recorded.json.
 	$(BENCH)/bin/python benchmarks/run.py --check $(ARGS)
 
 $(BOARD_STAMP): pyproject.toml constraints.txt benchmarks/leaderboard/requirements.txt benchmarks/leaderboard/peers.txt

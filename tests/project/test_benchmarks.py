@@ -15,7 +15,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("shapes", "exact", "flops", "measure", "rows", "scaling", "verdict", "report")
+NAMES = (
+    "shapes", "exact", "flops", "measure", "rows", "scaling", "verdict", "recorded", "report",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,18 @@ def test_regressions(bench: SimpleNamespace) -> None:
     assert regressions([slower], {key: 1.0}) == [f"{key}: 1.00 recorded, now 1.20"]
     assert regressions([gone], {key: 1.0}) == [f"{key}: 1.00 recorded, now step fails: x"]
     assert regressions([slower], {}) == []
+
+
+def test_ratios_are_those_of_a_processor(bench: SimpleNamespace, tmp_path: Path) -> None:
+    recorded, path = bench.recorded, tmp_path / "recorded.json"
+    assert recorded.processor()
+    assert recorded.ratios(path, "Some 100") == {}
+    recorded.record(path, "Some 100", {"a": 1.0, "b": 2.0})
+    recorded.record(path, "Some 100 rev 2", {"b": 3.0})
+    recorded.record(path, "Other", {"a": 5.0})
+    assert recorded.ratios(path, "Some 100") == {"a": 1.0, "b": 3.0}
+    assert recorded.ratios(path, "Other") == {"a": 5.0}
+    assert recorded.ratios(path, "Third") == {}
 
 
 def test_every_row_has_a_name_a_process_and_a_place_in_the_page(bench: SimpleNamespace) -> None:
