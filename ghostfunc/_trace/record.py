@@ -39,6 +39,7 @@ from ghostfunc._rules.reordering import (
 )
 from ghostfunc._trace.derivatives import has_derivative, has_second_derivative
 from ghostfunc._trace.layout import Layout
+from ghostfunc._trace.movement import moves_samples
 from ghostfunc._trace.sample_axis import candidates
 from ghostfunc._trace.trace import CallTrace, Kind, RecordedCall, Shape, Told
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
@@ -176,8 +177,16 @@ class Recorder(TrackingMode):
             ):
                 self._reordered_at = len(self.seen)
         inputs, judged = shapes((args, kwargs)), self._verdicts_among(args, kwargs)
-        out = self.elementary(func, args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
+        if not self.statistics and inputs != inputs_before and not reads_attribute(func):
+            self.statistics = (
+                any(outs_before)
+                and "out" not in kwargs
+                and moves_samples(
+                    func, (args, kwargs), (inputs_before, outs_before), self._n_large, self._here
+                )
+            )
+        out = self.elementary(func, args, kwargs)
         outs = shapes(out)
         self._follow_here(func, args, kwargs, out)
         if not reads_attribute(func):

@@ -1,0 +1,132 @@
+"""Whether an op leaves every sample where it is, whatever the numbers are.
+
+An op that works on each sample by itself takes samples in another order, and returns them in that
+order. One that moves rows from sample to sample (a flip, a roll, an index along the samples) does
+not. What it returns may be multiplied by zero at first, so that no value and no gradient tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._base.side_effects import Draws
+from ghostfunc._base.torch_private import without_torch_functions
+from ghostfunc._base.trees import flatten, unflatten
+from ghostfunc._trace.trace import Shape
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@torch.no_grad()
+def moves_samples(
+    func: Callable[..., Any],
+    call: Call,
+    before: tuple[Sequence[Shape | None], Sequence[Shape | None]],
+    n: int,
+    same: Container[int],
+) -> bool:
+    """Whether a call on n samples does not commute with an exchange of them.
+
+    Args:
+        before: shapes of its arguments and results with fewer samples.
+        same: tensors, by `id`, that are the same for samples in every order.
+    """
+    leaves, treedef = flatten(call)
+    given, expected = before
+    if len(leaves) != len(given):
+        return True  # a list with something for every sample
+    grown = [
+        (i, _axis(x, shape))
+        for i, (x, shape) in enumerate(zip(leaves, given, strict=True))
+        if isinstance(x, Tensor) and tuple(x.shape) != shape and id(x) not in same
+    ]
+    if not grown or any(x.layout != torch.strided for x in leaves if isinstance(x, Tensor)):
+        return False
+    if any(axis is None for _, axis in grown):
+        return False  # a table of pairs of samples, which is noted where it is made
+    with without_torch_functions(), Draws() as draws:
+        first = _results(func, unflatten(treedef, leaves))
+        if draws.seen or len(first) != len(expected):
+            return not draws.seen
+        for others in _exchanged(leaves, grown, n):
+            try:
+                second = _results(func, unflatten(treedef, others))
+            except (RuntimeError, IndexError, ValueError):
+                continue
+            if all(map(_Alike(n), first, second, expected)):
+                return False
+    return True
+
+
+def _results(func: Callable[..., Any], call: Call) -> list[Any]:
+    args, kwargs = call
+    leaves, treedef = flatten(args)
+    args = unflatten(treedef, [x.clone() if isinstance(x, Tensor) else x for x in leaves])
+    out = func(*args, **kwargs)
+    return flatten(args[0] if out is None else out)[0]
+
+
+def _axis(x: Tensor, before: Shape | None) -> int | None:
+    """The axis that grew, if one did."""
+    if before is None or x.ndim != len(before):
+        return None
+    axes = [i for i, (a, b) in enumerate(zip(x.shape, before, strict=True)) if a != b]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _orders(size: int, n: int) -> list[Tensor]:
+    """An axis with samples in another order, in every way that they may be folded on it."""
+    count = size // n
+    if size % n:
+        return []
+    after = torch.tensor([1, 0, *range(2, n)], device="cpu")  # a turn of all commutes with a roll
+    rows = torch.arange(size, device="cpu")
+    return [
+        rows.view(outer, n, count // outer)[:, after].flatten()
+        for outer in range(1, count + 1)
+        if count % outer == 0
+    ]
+
+
+def _exchanged(
+    leaves: Sequence[Any], grown: Sequence[tuple[int, int | None]], n: int
+) -> list[list[Any]]:
+    """The arguments with samples in another order; once for each way that they may be folded."""
+    found = []
+    ways = [_orders(leaves[i].shape[axis], n) for i, axis in grown if axis is not None]
+    for k in range(max(map(len, ways)) if all(ways) else 0):
+        others = list(leaves)
+        for (i, axis), own in zip(grown, ways, strict=True):
+            order = own[k % len(own)].to(leaves[i].device)
+            others[i] = leaves[i].index_select(axis, order)
+        found.append(others)
+    return found
+
+
+class _Alike:
+    """Whether results of samples in two orders are the same but for the order."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __call__(self, first: Any, second: Any, before: Shape | None) -> bool:
+        if not isinstance(first, Tensor) or tuple(first.shape) == before:
+            return True  # made of all samples: that is noted elsewhere
+        axis = _axis(first, before)
+        if axis is None:
+            return True
+        if first.shape != second.shape:
+            return False
+        orders = _orders(first.shape[axis], self.n)
+        return any(_close(first.index_select(axis, o.to(first.device)), second) for o in orders)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    tolerance = max(1e-3, 8 * torch.finfo(a.dtype).eps)
+    return torch.allclose(a, b, rtol=tolerance, atol=1e-5, equal_nan=True)
