@@ -25,18 +25,18 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def moves_samples(
     func: Callable[..., Any],
     call: Call,
-    before: tuple[Sequence[Shape | None], Sequence[Shape | None]],
+    given: Sequence[Shape | None],
+    expected: Sequence[Shape | None],
     n: int,
     same: Container[int],
 ) -> bool:
     """Whether a call on n samples does not commute with an exchange of them.
 
     Args:
-        before: shapes of its arguments and results with fewer samples.
+        given, expected: shapes of its arguments and of its results with fewer samples.
         same: tensors, by `id`, that are the same for samples in every order.
     """
     leaves, treedef = flatten(call)
-    given, expected = before
     if len(leaves) != len(given):
         return True  # a list with something for every sample
     grown = [

@@ -178,14 +178,7 @@ class Recorder(TrackingMode):
                 self._reordered_at = len(self.seen)
         inputs, judged = shapes((args, kwargs)), self._verdicts_among(args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
-        if not self.statistics and inputs != inputs_before and not reads_attribute(func):
-            self.statistics = (
-                any(outs_before)
-                and "out" not in kwargs
-                and moves_samples(
-                    func, (args, kwargs), (inputs_before, outs_before), self._n_large, self._here
-                )
-            )
+        self.statistics = self.statistics or self._moves_samples(func, args, kwargs, inputs)
         out = self.elementary(func, args, kwargs)
         outs = shapes(out)
         self._follow_here(func, args, kwargs, out)
@@ -210,6 +203,19 @@ class Recorder(TrackingMode):
             for now, then in zip(outs, outs_before, strict=False)
         )
         return out
+
+    def _moves_samples(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Shape | None],
+    ) -> bool:
+        """Whether a call that is about to be made moves rows from sample to sample."""
+        _, given, expected = self._log.calls[self._entry - 1]
+        if reads_attribute(func) or "out" in kwargs or inputs == given or not any(expected):
+            return False
+        return moves_samples(func, (args, kwargs), given, expected, self._n_large, self._here)
 
     def release(self) -> None:
         """Let go of the tensors of a run that is over: what is made of the batch is most of them,
