@@ -215,6 +215,8 @@ class Recorder(TrackingMode):
         _, given, expected = self._log.calls[self._entry - 1]
         if reads_attribute(func) or "out" in kwargs or inputs == given or not any(expected):
             return False
+        if (getattr(func, "__module__", None) or "").startswith("ghostfunc."):
+            return False  # ops of this package know whose rows are whose
         return moves_samples(func, (args, kwargs), given, expected, self._n_large, self._here)
 
     def release(self) -> None:
