@@ -284,7 +284,8 @@ def _local(root: Path) -> LocalFiles:
             f"{LONGEST_NAME}. Choose a shorter one."
         )
     try:
-        fault = None if root.is_dir() or not os.path.lexists(root) else "is a file"
+        # What is there is looked at second: another thread may just be making the folder.
+        fault = "is a file" if os.path.lexists(root) and not root.is_dir() else None
         part = next((x for x in root.parents if os.path.lexists(x) and not x.is_dir()), None)
     except (OSError, ValueError) as error:
         raise OptionError(f"url={str(root)!r} cannot be the folder of a store: {error}.") from error
