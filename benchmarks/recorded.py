@@ -27,7 +27,7 @@ def read(path: Path) -> dict[str, Ratios]:
 
 
 def ratios(path: Path, name: str) -> Ratios:
-    """What is recorded of a processor; nothing if it is unknown."""
+    """The ratios that are recorded of a processor; none if the processor is unknown."""
     return next((x for known, x in read(path).items() if known in name), {})
 
 

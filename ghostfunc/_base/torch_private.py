@@ -220,7 +220,7 @@ def wrapped(x: Tensor) -> bool:
 
 
 def differentiated(x: Tensor) -> bool:
-    """Whether one of the active transforms takes derivatives of what is made of `x`."""
+    """Whether an active transform takes derivatives of the tensors that are made of `x`."""
     return wrapped(x) and x.requires_grad
 
 

@@ -109,8 +109,8 @@ def summed(bundle: Bundle, contract_dtype: ContractDtype = None) -> Tensor:
 
 
 def _few_products(bundle: Bundle) -> Bundle:
-    """The factors, with outer products that are smaller than what they add up to in one: each by
-    itself would read and write the sum."""
+    """The factors, with small outer products put into one. An outer product that is smaller than
+    the sum would read and write the whole sum for itself."""
     if len(bundle) < 2:
         return bundle
     small: dict[tuple[int, ...], list[Outer]] = {}

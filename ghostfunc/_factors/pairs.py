@@ -216,7 +216,7 @@ def row_blocks(
 
 
 class _Table(NamedTuple):
-    """What is looked up, in the order of the rows of the table.
+    """Looked-up vectors, in the order of the rows of the table.
 
     Attributes:
         sample, row, b: of every position, `[n * t]` and `[n * t, d]`.

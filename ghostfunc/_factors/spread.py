@@ -141,7 +141,7 @@ def _dots(
 
 
 def _by_rows(parts: Sequence[Bundle], before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both columns, and the sum, which is added to what is there `before`."""
+    """Both columns of the table, and the sum of the gradients and of `before`."""
     n, (p, d) = sum(map(samples, parts)), parts[0][0].shape
     step = cost.spread_rows(known(n), known(p), known(d))
     if pairs.in_place(parts, n, p, d):
