@@ -36,8 +36,8 @@ What a proof does not see:
   rows by their number.
 - Coupling that is the same in every part as in the whole: that of two samples in one part, where no
   other sample is coupled. Another proof draws other parts.
-- Rows that move from sample to sample and count for nothing yet, where the batch that was traced
-  has one sample, or samples that are all alike there: an exchange shows nothing (`movement`).
+- Whole numbers that move from sample to sample and count for nothing yet, where each sample of the
+  traced batch has the same one (`movement`).
 - What is no function of a sample's gradient: the shares of single positions (their sum is proved),
   and the sums over positions whose eigenvectors are the bases of a curvature (its second moments
   in these bases are proved). Numbers that vmap has several of.

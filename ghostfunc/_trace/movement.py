@@ -48,11 +48,17 @@ def moves_samples(
         return False
     if any(axis is None for _, axis in grown):
         return False  # a table of pairs of samples, which is noted where it is made
+    apart = [(i, axis) for i, axis in grown if axis is not None]
     with without_torch_functions(), Draws() as draws:
-        first = _results(func, unflatten(treedef, leaves))
+        try:
+            told = _told_apart(leaves, apart, n)
+            first = _results(func, unflatten(treedef, told))
+        except (RuntimeError, IndexError, ValueError):  # the op has other demands on its numbers
+            first, told = _results(func, unflatten(treedef, leaves)), leaves
         if draws.seen or len(first) != len(expected):
             return not draws.seen
-        for others in _exchanged(leaves, grown, n):
+        leaves = told
+        for others in _exchanged(leaves, apart, n):
             try:
                 second = _results(func, unflatten(treedef, others))
             except (RuntimeError, IndexError, ValueError):
@@ -92,12 +98,33 @@ def _orders(size: int, n: int) -> list[Tensor]:
     ]
 
 
-def _exchanged(
-    leaves: Sequence[Any], grown: Sequence[tuple[int, int | None]], n: int
-) -> list[list[Any]]:
+def _told_apart(leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int) -> list[Any]:
+    """The arguments, in which no two samples are alike: an exchange of equal rows shows nothing.
+
+    Samples are alike where a batch of one sample is traced, and where rows are zero so far. Rows
+    of floats are scaled by at most 1, so that they stay what the op takes: sorted, positive
+    definite, a probability. Other rows are rolled along the other axes, and keep their values.
+    """
+    found = list(leaves)
+    for i, axis in grown:
+        x = leaves[i]
+        orders = _orders(x.shape[axis], n)
+        if not any(torch.equal(x, x.index_select(axis, o.to(x.device))) for o in orders):
+            continue
+        if x.is_floating_point() or x.is_complex():
+            scales = torch.linspace(1, 0.75, x.shape[axis], device=x.device).to(x.dtype)
+            scales = scales.view(-1, *[1] * (x.ndim - 1 - axis))
+            found[i] = x * scales if x.any() else scales.expand(x.shape)
+        elif x.ndim > 1:
+            rows = [row.flatten().roll(k).view(row.shape) for k, row in enumerate(x.unbind(axis))]
+            found[i] = torch.stack(rows, axis)
+    return found
+
+
+def _exchanged(leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int) -> list[list[Any]]:
     """The arguments with samples in another order; once for each way that they may be folded."""
     found = []
-    ways = [_orders(leaves[i].shape[axis], n) for i, axis in grown if axis is not None]
+    ways = [_orders(leaves[i].shape[axis], n) for i, axis in grown]
     for k in range(max(map(len, ways)) if all(ways) else 0):
         others = list(leaves)
         for (i, axis), own in zip(grown, ways, strict=True):

@@ -74,6 +74,44 @@ def test_rows_of_others_that_count_later_are_seen(move: str, where: bool) -> Non
         gf.ghost_norm(model_fn, params(), batch(0.3 if not where else 0))
 
 
+@pytest.mark.parametrize("move", MOVES)
+def test_rows_of_others_are_seen_in_a_batch_of_one(move: str) -> None:
+    def model_fn(p: Params, b: Params) -> Tensor:
+        own, f = losses_of(p, b["x"]), b["f"]
+        return f * own + (1 - f) * MOVES[move](own)
+
+    gf.ghost_norm(model_fn, params(), batch(1, n=1))
+    alone = gf.ghost_norm(losses_of, params(), batch(1)["x"])
+    torch.testing.assert_close(gf.ghost_norm(model_fn, params(), batch(1)), alone)
+    with pytest.raises(gf.CoupledSamplesError):
+        gf.ghost_norm(model_fn, params(), batch(0.3))
+
+
+def test_rows_of_others_are_seen_while_they_are_zero() -> None:
+    def model_fn(p: Params, b: Params) -> Tensor:
+        return (losses_of(p, b["x"]) * b["f"]).flip(0) + losses_of(p, b["x"])
+
+    gf.ghost_norm(model_fn, params(), batch(0))
+    with pytest.raises(gf.CoupledSamplesError):
+        gf.ghost_norm(model_fn, params(), batch(1))
+
+
+def test_ids_of_others_are_seen_in_a_batch_of_one() -> None:
+    def model_fn(p: Params, b: Params) -> Tensor:
+        own = p["w"][b["i"]].tanh().square().sum((1, 2))
+        others = p["w"][b["i"].flip(0)].sum((1, 2))
+        return own + b["f"] * others
+
+    def ids(f: float, n: int) -> Params:
+        i = torch.randint(5, (n, 3), generator=torch.Generator().manual_seed(2))
+        return {"i": i, "f": torch.full((n,), f, dtype=torch.float64)}
+
+    gf.ghost_norm(model_fn, params(), ids(0, 1))
+    gf.ghost_norm(model_fn, params(), ids(0, 4))
+    with pytest.raises(gf.CoupledSamplesError):
+        gf.ghost_norm(model_fn, params(), ids(1, 4))
+
+
 STAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "last of each": lambda h, i: h[torch.arange(len(h)), i],
     "gather": lambda h, i: h.gather(1, i[:, None, None].expand(-1, -1, h.shape[2]))[:, 0],
@@ -88,13 +126,14 @@ STAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("op", STAYS)
-def test_programs_that_leave_samples_apart_are_proved_once(op: str) -> None:
+def test_programs_that_leave_samples_apart_are_proved_once(op: str, size: int) -> None:
     def model_fn(p: Params, b: Params) -> Tensor:
         return STAYS[op](b["h"] * p["scale"], b["i"]).square().sum(1)
 
     h = torch.randn(4, 3, 5, dtype=torch.float64)
-    given = {"h": h, "i": torch.tensor([0, 2, 1, 2])}
+    given = {"h": h[:size], "i": torch.tensor([0, 2, 1, 2])[:size]}
     p = {"scale": torch.rand(5, dtype=torch.float64)}
     exact: Any = gf.ghost_norm(model_fn, p, given, mode="materialized")
     torch.testing.assert_close(gf.ghost_norm(model_fn, p, given), exact)
