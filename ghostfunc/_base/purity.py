@@ -28,7 +28,7 @@ from ghostfunc._base.processes.pieces import held_whole, in_step
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
-from ghostfunc._base.side_effects import Draws, WriteGuard
+from ghostfunc._base.side_effects import SideEffects
 from ghostfunc._base.torch_private import (
     address,
     any_symbolic,
@@ -183,9 +183,9 @@ def pure(
     What is found of one way through a program says nothing of the next: whoever runs the program by
     plain autograd because something is new, runs it so.
     """
-    draws = Draws()
+    effects = SideEffects(program, batch)
     try:
-        with draws, WriteGuard(program, batch), mode:
+        with effects, mode:
             out = run()
     except NotImplementedError as error:
         if "HigherOrderOperator" not in str(error):
@@ -195,7 +195,7 @@ def pure(
             "which no mode sees into. Write it with if and while, or with torch.where."
         ) from error
     check_shape(out, batch_size(batch))
-    if draws.seen and program.randomness == "error":
+    if effects.seen and program.randomness == "error":
         raise RandomnessError(
             "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
             'pass randomness="different" to give every sample its own draws.'

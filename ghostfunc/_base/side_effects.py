@@ -51,8 +51,9 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-class WriteGuard(DispatchMode):
-    """Raises before an op writes to memory of the program or of its batch."""
+class SideEffects(Draws):
+    """Raises, besides, before an op writes to memory of the program or of its batch, or sends
+    anything to another process."""
 
     def __init__(self, program: Program, batch: PyTree) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class WriteGuard(DispatchMode):
             for argument, value in given:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._check(func, value)
-        return func(*args, **kwargs)
+        return super().call(func, args, kwargs)
 
     def _check(self, func: Any, value: object) -> None:
         for x in tensors_of(value):
