@@ -4,6 +4,7 @@ that depends on no other sample. Every mode asks for it once per structure."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
 from ghostfunc._base.errors import (
     CoupledSamplesError,
+    GhostError,
     RandomnessError,
     TransformError,
     UnsupportedAlwaysError,
@@ -91,7 +93,7 @@ def prove_independent(
         return None
     pair = company.of_two(log)
     if program.randomness == "error" and other is None:
-        beside = _beside_another(company.losses, batch)
+        beside = _beside_another(company.run, batch)
         if beside is not None:
             company.compare({"beside another sample": (beside, pair[:1])})
     if other is not None or n == 1:
@@ -114,6 +116,13 @@ class _Company:
 
     def losses(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
         """The losses of other samples, `[n]`, in a run that a mode watches."""
+        if data is self.batch:
+            return self.run(data, mode)
+        with taken_in_any_company(self.whole, self.n):
+            return self.run(data, mode)
+
+    def run(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
+        """`losses`, or what the model raises."""
         program = self.program
         params = lend(program.leaves)
         given = program.spec.unflatten(params)
@@ -205,6 +214,32 @@ def pure(
     return out
 
 
+MODEL_FAILED = RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError
+"""What a model raises on a batch that it does not take."""
+
+
+@contextmanager
+def taken_in_any_company(whole: Callable[[], object], n: int) -> Iterator[None]:
+    """Raise `CoupledSamplesError` where a model fails on other samples than its batch of n, though
+    it takes that. What it raises there, too, is the caller's own error."""
+    try:
+        yield
+    except GhostError:
+        raise
+    except MODEL_FAILED as error:
+        try:
+            whole()
+        except MODEL_FAILED:
+            raise error from None
+        raise CoupledSamplesError(
+            f"model_fn takes this batch of {n} samples, but not some of them in other company "
+            f"({type(error).__name__}: {error}). The loss of a sample has to be found whatever "
+            "samples are beside it. Usual causes: an index in the batch that points at other "
+            f"samples, or a batch size that is written down (view({n}, ...), an assertion). Keep "
+            "what a sample needs in its own row, and take sizes from the batch."
+        ) from error
+
+
 def were_compared(program: Program, batch: PyTree) -> None:
     """Note that a proof has compared the losses of a whole batch with those of its parts, which
     `prove_independent` left to it."""
@@ -223,7 +258,7 @@ def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor
         return None
     try:
         return losses(two)[:1]
-    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+    except MODEL_FAILED:
         return None  # lengths that no longer fit, say
 
 

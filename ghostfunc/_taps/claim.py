@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.company import Part
-from ghostfunc._base.definition import weighted_gradients
+from ghostfunc._base.definition import weighted_gradient, weighted_gradients
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.losses import close
-from ghostfunc._base.purity import coupled_samples
+from ghostfunc._base.purity import coupled_samples, taken_in_any_company
 from ghostfunc._base.trees import take
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps.readings import Read
@@ -130,9 +130,10 @@ class Alone:
         batch = model.batch if rows == list(range(model.n)) else take(model.batch, rows)
         weights = [w for w, _ in passes]
         uses = iter([use for _, use in passes])
-        losses = weighted_gradients(
-            model, batch, weights, lambda grads: next(uses)(grads), watched=True
-        )
+        with taken_in_any_company(self._whole, model.n):
+            losses = weighted_gradients(
+                model, batch, weights, lambda grads: next(uses)(grads), watched=True
+            )
         own = [k for k, counts in enumerate(part.own) if counts]
         found, expected = losses[own], self.losses[rows].detach()[own]
         dtype = coarsest(model)
@@ -146,6 +147,10 @@ class Alone:
             model.batch,
         )
         return Coupling([rows[own[k]] for k in off or range(len(own))], error)
+
+    def _whole(self) -> None:
+        model = self.model
+        weighted_gradient(model, model.batch, torch.ones(model.n, device="cpu"))
 
     def gradient(self, part: Part, weights: Tensor) -> list[Tensor] | Coupling:
         """`sum_i w_i g_i` of a part's samples."""

@@ -32,7 +32,7 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import lend, prove_independent
+from ghostfunc._base.purity import MODEL_FAILED, lend, prove_independent
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._trace.probe import probe_uses
@@ -85,7 +85,7 @@ def few_to_trace(program: Program, batch: PyTree) -> Iterator[Few]:
     def same(rows: tuple[int, ...]) -> bool:
         try:
             return way(rows) == whole
-        except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError):
+        except MODEL_FAILED:
             return False  # a number of samples that the model does not take
 
     pairs = [Few((0, i)) for i in range(2, min(n, PAIRS_TRIED))]
@@ -118,7 +118,7 @@ def trace_model(program: Program, batch: PyTree, few: Few) -> Trace:
                 plain = program.model_fn(params, small)
             plain = check_losses(plain, len(few.rows)).detach()
         return _traced(program, batch, few, log, plain)
-    except GhostError:
+    except (GhostError, *MODEL_FAILED):
         prove_independent(program, batch)
         raise
 

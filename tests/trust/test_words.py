@@ -283,3 +283,60 @@ def test_unseen_uses_raise_everywhere(name: str) -> None:
     verdict = judge(case, name)
     refused = verdict.status == "refused" and "UntrackedUseError" in verdict.said
     assert verdict.status == "right" or refused, str(verdict)
+
+
+# --- a batch that the model takes as a whole only -----------------------------------------------
+
+Batch = dict[str, Tensor]
+
+
+def squares(p: Batch, b: Batch) -> Tensor:
+    return (b["x"] @ p["w"]).square()
+
+
+def of_four(p: Batch, b: Batch) -> Tensor:
+    assert len(b["x"]) == 4
+    return squares(p, b).sum(1)
+
+
+WHOLE_ONLY: dict[str, Callable[[Batch, Batch], Tensor]] = {
+    "index of rows": lambda p, b: squares(p, b)[b["i"]].sum(1),
+    "index of losses": lambda p, b: squares(p, b).sum(1)[b["i"]],
+    "index_select": lambda p, b: squares(p, b).sum(1).index_select(0, b["i"]),
+    "written size": lambda p, b: squares(p, b).view(4, 2).sum(1),
+    "constant of a size": lambda p, b: squares(p, b).sum(1) + torch.ones(4),
+    "assertion": of_four,
+    "pairs": lambda p, b: squares(p, b).view(-1, 2, 2).sum(2).flatten(),
+}
+
+
+@pytest.mark.parametrize("ask", [gf.ghost_norm, gf.per_sample_grads, gf.ghost_gram])
+@pytest.mark.parametrize("model", WHOLE_ONLY)
+def test_batches_that_are_taken_as_a_whole_only(model: str, ask: Callable[..., Any]) -> None:
+    batch = {"x": torch.randn(4, 3).double(), "i": torch.arange(4).flip(0)}
+    with pytest.raises(gf.CoupledSamplesError, match=r"takes this batch of 4 samples, but not"):
+        ask(WHOLE_ONLY[model], {"w": torch.randn(3, 2).double()}, batch)
+
+
+def test_an_index_that_points_at_other_samples_later() -> None:
+    def model(p: Batch, b: Batch) -> Tensor:
+        own = squares(p, b).sum(1)
+        return own + b["f"] * own[b["i"]]
+
+    x, f = torch.randn(4, 3).double(), torch.zeros(4).double()
+    params = {"w": torch.randn(3, 2).double()}
+    first = {"x": x, "i": torch.tensor([0, 1, 0, 1]), "f": f}
+    exact = gf.ghost_norm(lambda p, b: squares(p, b).sum(1), params, first)
+    torch.testing.assert_close(gf.ghost_norm(model, params, first), exact)
+    with pytest.raises(gf.CoupledSamplesError, match="takes this batch of 4 samples"):
+        gf.ghost_norm(model, params, first | {"i": torch.arange(4).flip(0)})
+
+
+def test_what_a_model_raises_of_every_batch_is_its_own() -> None:
+    batch = {"x": torch.randn(4, 3).double()}
+    with pytest.raises(KeyError, match="wrong"):
+        gf.ghost_norm(
+            lambda p, b: squares(p, {"x": b["wrong"]}).sum(1), {"w": torch.rand(3, 2)}, batch
+        )
+    with pytest.raises(RuntimeError, match="invalid for input of size 6"):
+        gf.ghost_norm(lambda p, b: b["x"] @ p["w"].view(7), {"w": torch.rand(3, 2)}, batch)
