@@ -446,7 +446,7 @@ def sample_grads_in_a_loop(case: Case) -> Iterator[Held]:
 def verified(case: Case) -> Iterator[Held]:
     report = gf.verify(case.model_fn, case.params, case.train, case.val)
     if not report.ok:  # it compares what nobody has proved: a call that proves it must raise
-        case.of(gf.ghost_dot_prod, case.val)
+        case.of(gf.ghost_dot_prod, case.val, per_param=True)
     ok = torch.tensor(float(report.ok))
     yield Held("report.ok", ok, torch.tensor(1.0), torch.tensor(1.0))
 

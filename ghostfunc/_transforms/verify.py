@@ -50,6 +50,8 @@ class Report:
         contract_dtype: what ghost mode rounded the operands of matrix products to.
         vectorized: whether the materialized gradients were made by vmap; if not, by a loop over
             samples.
+        refused: the error that `ghost_dot_prod` raises in place of these numbers, if it does. They
+            are then numbers that no call returns.
     """
 
     rows: tuple[Row, ...]
@@ -58,6 +60,7 @@ class Report:
     tolerance: float
     contract_dtype: ContractDtype = None
     vectorized: bool = True
+    refused: str = ""
 
     @property
     def max_error(self) -> float:
@@ -109,6 +112,8 @@ class Report:
             verdict = f"contractions in {self.contract_dtype}: {within}"
         lines.append(f"{verdict} a tolerance of {self.tolerance:.1e}")
         lines.append(f"materialized by {'vmap' if self.vectorized else 'a loop over samples'}")
+        if self.refused:
+            lines.append(f"ghost_dot_prod refuses these numbers: {self.refused}")
         return "\n".join(lines)
 
 
@@ -181,9 +186,11 @@ def verify(
         return flatten_params(dots)[0]
 
     # Ghost mode goes first: it proves that the model is one that has per-sample gradients.
+    refused = ""
     try:
         ghost = scores("ghost", contract_dtype)
-    except SampleAxisError:  # what a call refuses to return is compared all the same
+    except SampleAxisError as error:  # what a call refuses to return is compared all the same
+        refused = str(error)
         ghost = scores("ghost", contract_dtype, proof="never")
     if vectorize is None:
         vectorize = all(vmap_runs(program, batch) for batch in (train, val))
@@ -197,7 +204,8 @@ def verify(
         others = [scores("materialized", None, vectorize, at=spec.unflatten(x)) for x in moved]
         rows = _rows(program, ghost, exact, eps, limit, others)
     unused = _unused(spec.names, ghost, exact)
-    report = Report(tuple(rows[:-1]), rows[-1], unused, limit, contract_dtype, vectorize)
+    found = tuple(rows[:-1]), rows[-1], unused
+    report = Report(*found, limit, contract_dtype, vectorize, refused)
     if check:
         report.check()
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import optree
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import ghostfunc as gf
+from ghostfunc._rules.registry import RULES
 from ghostfunc._transforms import verify as verifying
 
 
@@ -56,3 +58,27 @@ def test_a_wrong_score_is_no_noise(
     report = gf.verify(model_fn, *optree.tree_map(lambda x: x.to(dtype), problem(0)))
     assert not report.ok
     assert report.total.error >= 0.5 * error
+
+
+def test_a_report_says_that_no_call_returns_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model_fn(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return (batch["x"] @ params["w"]).tanh().square().sum(1)
+
+    assert gf.verify(model_fn, *problem(0)).refused == ""
+
+    def another(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return (batch["x"] @ params["w"]).tanh().square().sum(1)
+
+    rule = RULES[Tensor.matmul]
+
+    def off(b: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert rule.fn is not None
+        return rule.fn(b * 1.01, *args, **kwargs)
+
+    monkeypatch.setitem(RULES, Tensor.matmul, replace(rule, fn=off))
+    report = gf.verify(another, *problem(0))
+    assert not report.ok
+    assert "not those of plain autograd" in report.refused
+    assert f"refuses these numbers: {report.refused}" in str(report)
+    with pytest.raises(gf.SampleAxisError):
+        gf.ghost_dot_prod(another, *problem(0))
