@@ -68,7 +68,7 @@ class FewCalls:
 
     def read(self, call: CallTrace, target: Tracked, factor: Factor, add: Add) -> bool:
         """Read one use of a parameter, now or later; False if that is left to its readers."""
-        if target.leaf is None or target.grad_is_autograds or len(target.readers) != 1:
+        if target.leaf is None or target.grad_is_returned or len(target.readers) != 1:
             return False
         ((key, (reader, _)),) = target.readers.items()
         if isinstance(reader, ValueReader):

@@ -91,19 +91,19 @@ class TapMode(TrackingMode):
 
     def fork(
         self,
-        grads: Mapping[int, Tensor] = MappingProxyType({}),
+        primals: Mapping[int, Tensor] = MappingProxyType({}),
         taps: Mapping[ReaderKey, Tensor] = MappingProxyType({}),
         collect: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> TapMode:
         """Another mode in the state of this one, to watch the same part of the program again.
 
         Args:
-            grads: by identity of tracked tensors, what their training gradients are read at.
+            primals: by identity of tracked tensors, other primals for them.
             taps, collect: taps to use instead.
         """
         other = copy.copy(self)
         other._tracked = {
-            key: (x, replace(t, grad=grads[key], running=None) if key in grads else t)
+            key: (x, replace(t, primal=primals[key], running=None) if key in primals else t)
             for key, (x, t) in self._tracked.items()
         }
         other.taps, other.collect = {**self.taps, **taps}, {**self.collect, **collect}
@@ -403,7 +403,7 @@ class TapMode(TrackingMode):
     def _beside(self, func: Callable[..., Any], call: CallArgs, args: list[Any]) -> bool:
         """Whether the copies of parameters run in a call of their own, beside the program's, whose
         gradients are autograd's. The other arguments are constants there."""
-        own = self._tapping and any(t.by_autograd for t in call.tracked)
+        own = self._tapping and any(t.formed_by_autograd for t in call.tracked)
         if not own or writes(func, call.kwargs()):
             return False
         for i, x in enumerate(args):
@@ -412,7 +412,7 @@ class TapMode(TrackingMode):
 
     def _operands(self, tracked: Sequence[Tracked]) -> list[Tensor]:
         """What an op runs on: constants where taps read the training gradient, or nothing does."""
-        return [t.grad if self._tapping and t.by_autograd else t.const for t in tracked]
+        return [t.primal if self._tapping and t.formed_by_autograd else t.const for t in tracked]
 
     def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
         """The op on every sample by itself, samples first."""
@@ -436,7 +436,7 @@ class TapMode(TrackingMode):
 
 def _with_own(func: Callable[..., Any], call: CallArgs, beside: Tensor) -> Tensor:
     """What the program's own call returns, whose cotangent the taps of a call `beside` it get."""
-    out: Tensor = Beside.apply(call.run(func, [t.grad for t in call.tracked]), beside)
+    out: Tensor = Beside.apply(call.run(func, [t.primal for t in call.tracked]), beside)
     return out
 
 

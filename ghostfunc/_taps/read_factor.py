@@ -60,7 +60,7 @@ def read_all(
     read, grad = _read_with_total(factor, target, readers, packing)
     here = iter(read)
     out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
-    if target.wants_grad:
+    if target.reads_grad:
         out.append(None if grad is None else shaped(grad, target.const))
     return out
 
@@ -76,7 +76,7 @@ def _read_with_total(
     giving = next((r for r in readers if isinstance(r, ValueReader) and r.gives_total), None)
     value: Tensor | None = None
     grad: Tensor | None = None
-    if giving is not None and target.wants_grad:
+    if giving is not None and target.reads_grad:
         value, grad = giving.read_with_total([Part(None, [factor])])
         dots, _ = dots_and_total(
             factor, us, with_total=False, contract_dtype=contract_dtype, packing=packing
@@ -90,7 +90,7 @@ def _read_with_total(
         dots, grad = dots_and_total(
             factor,
             us,
-            with_total=target.wants_grad,
+            with_total=target.reads_grad,
             contract_dtype=contract_dtype,
             packing=packing,
         )
@@ -115,14 +115,14 @@ def read_all_parts(
     grad: Tensor | None = None
     for (_, i), here, reader in zip(target.readers, own, readers, strict=True):
         giving = here and isinstance(reader, ValueReader) and reader.gives_total
-        if giving and target.wants_grad and grad is None:
+        if giving and target.reads_grad and grad is None:
             assert isinstance(reader, ValueReader)
             value, grad = reader.read_with_total(at_hand)
         else:
             at_leaf = [Part(samples, [factors[i]]) for samples, factors in pulled if not here]
             value = read_parts(reader, at_leaf or at_hand)
         out.append(value)
-    if target.wants_grad:
+    if target.reads_grad:
         grad = bundles.summed([f for _, f in parts]) if grad is None else grad
         if target.running is not None:
             target.running.put(grad)
@@ -140,7 +140,7 @@ def _readers_for_train_rows(
         return g
 
     return [
-        reader.for_train_rows([factor], grads=target.wants_grad, pull=partial(at_parameter, i))
+        reader.for_train_rows([factor], grads=target.reads_grad, pull=partial(at_parameter, i))
         for i, reader in zip(leaves, readers, strict=True)
     ]
 

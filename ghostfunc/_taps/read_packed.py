@@ -37,7 +37,7 @@ class PackedUse(NamedTuple):
         """What every reader of a target reads, and the training gradient, as `read_all` returns
         them; None if `few_calls` has it."""
         packing, make = self.packing, self.factors[name]
-        readers = target.own_readers()
+        readers = target.readers_in_order()
         single = (make.outer if isinstance(make, ByPosition) else make)()
         broadcasts = isinstance(self.call.rule, BroadcastRule)
         if broadcasts or isinstance(single, Dense):

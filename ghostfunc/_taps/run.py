@@ -402,7 +402,7 @@ def _by_cotangents(
     ) -> tuple[Tensor, list[list[Tensor]]]:
         tracked = constants(leaves, spec)
         for i, primal in zip(grads, primals, strict=True):
-            tracked[i].grad = tracked[i].shown = primal
+            tracked[i].primal = tracked[i].shown = primal
         for leaf, guard in zip(tracked, guards, strict=False):
             leaf.shown = guard
         for key, reader in readers.items():

@@ -99,7 +99,7 @@ def run_into_sinks(
     }
     tracked = constants(leaves, spec, guards)
     for i, primal in primals.items():
-        tracked[i].grad, tracked[i].by_autograd = primal, by_autograd
+        tracked[i].primal, tracked[i].formed_by_autograd = primal, by_autograd
     for i, total in running.items():
         tracked[i].running = total
     for key, reader in readers.items():

@@ -49,7 +49,7 @@ class ReturningUse(Use):
 
     def __post_init__(self) -> None:
         self.collected = self.collect_tap is not None
-        leaves, self._reader_spec = flatten([t.own_readers() for _, t in self.targets])
+        leaves, self._reader_spec = flatten([t.readers_in_order() for _, t in self.targets])
         self._reader_tensors, self._reader_rest = split_tensors(leaves)
         self._n_args = len(self.arg_tensors)
         self.n_taps = 0
@@ -60,8 +60,8 @@ class ReturningUse(Use):
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
-            if target.wants_grad:
-                inputs.append(target.grad)
+            if target.reads_grad:
+                inputs.append(target.primal)
         if self.collect_tap is not None:
             inputs.append(self.collect_tap)
         self.n_taps = len(inputs)
@@ -77,7 +77,7 @@ class ReturningUse(Use):
         out: list[Tensor | None] = []
         with unrounded(b):
             for (name, target), own in zip(self.targets, readers, strict=True):
-                if own or target.wants_grad:
+                if own or target.reads_grad:
                     by_position = any(isinstance(r, PositionsReader) for r in own)
                     factor = self.factor(name, target, b, args, by_position=by_position)
                     out += read_all(factor, target, own)
@@ -189,8 +189,8 @@ class SinkUse(Use):
         """The output `y` with its taps. The backward pass puts what it reads into the sinks. The
         taps are the anchor, and one for every training gradient that autograd adds up, which is
         the cotangent of that tap."""
-        inputs = [target.grad for _, target in self.targets if target.grad_is_autograds]
-        self.reading = any(target.readers or target.wants_grad for _, target in self.targets)
+        inputs = [target.primal for _, target in self.targets if target.grad_is_returned]
+        self.reading = any(target.readers or target.reads_grad for _, target in self.targets)
         if not self.reading and not self.collected:
             return y
         out: Tensor = _IntoSinks.apply(
@@ -221,7 +221,7 @@ class SinkUse(Use):
         if self.recut is not None:
             packed = PackedUse(self.call, factors, self.recut.packing, sinks.few_calls, sinks.add)
         for name, target in self.targets:
-            if not target.readers and not target.wants_grad:
+            if not target.readers and not target.reads_grad:
                 continue
             if packed is not None:
                 found = packed.read(name, target)
@@ -233,14 +233,14 @@ class SinkUse(Use):
                 few_calls = sinks.few_calls
                 if few_calls is not None and few_calls.read(self.call, target, factor, sinks.add):
                     continue  # it takes no target whose gradient is one of `out`
-                found = read_all(factor, target, target.own_readers())
+                found = read_all(factor, target, target.readers_in_order())
             if found is None:
                 continue
             # One value per reader, and the training gradient last, if there is one.
             for key, value in zip(target.readers, found, strict=False):
                 assert value is not None
                 sinks.add(key, value)
-            if target.grad_is_autograds:
+            if target.grad_is_returned:
                 out.append(found[-1])
         return out
 

@@ -100,7 +100,7 @@ def probe_uses(
     def run(taps: list[Tensor], primals: list[Tensor]) -> Tensor:
         tracked = constants(program.leaves, program.spec)
         for leaf, primal in zip(tracked, primals, strict=True):
-            leaf.grad = leaf.shown = primal
+            leaf.primal = leaf.shown = primal
         with Prober(tracked, seen, taps):
             return program.losses(primals, large)
 

@@ -27,7 +27,7 @@ from ghostfunc._trace.layout import Layout, stack_all
 
 Derivation: TypeAlias = Literal["general", "transpose", "cast"]
 ReaderKey: TypeAlias = tuple[int, int]
-"""(quantity, parameter): which tap a reader belongs to."""
+"""(quantity, parameter): what a reader reads."""
 
 
 def getter(name: str) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ _LINEAR: set[Callable[..., Any]] = _TRANSPOSES | {
     Tensor.expand, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze,
     Tensor.flatten, torch.flatten, Tensor.chunk, torch.chunk, Tensor.split, torch.split, gather,
 }  # fmt: skip
-"""Ops that are linear in their first tensor, so that they are their own derivative."""
+"""Ops that are linear in the one tensor that is tracked, and so are their own derivative."""
 LONGEST_NAME = 80
 """Characters of a derived tensor's name: an expression in full, or its end is left out."""
 _EMBEDDING = inspect.signature(F.embedding)
@@ -62,17 +62,18 @@ class Tracked:
     Attributes:
         name: the parameter's name, or an expression of them: what errors call it.
         const: its value, constant at the level of the transform that is running.
-        grad: the same value, connected to the transform's primals: its cotangent is the
-            training gradient. The same object as `const` where none is wanted.
+        primal: the same value again, no gradient: its cotangent is the training gradient. Of a
+            derived tensor, it is computed from the primals of the parameters. The same object as
+            `const` where no training gradient is wanted.
         shown: the same value, as the program gets it. Outside transforms it is a leaf of autograd's
             graph of its own, which no gradient may reach: all that are seen go another way.
         number: the order in which tracked tensors come up, the parameters first.
-        readers: per tap, the reader of this tensor's factors, None where they have to be pulled
-            back to the parameter first, and the parameter's own reader.
+        readers: by quantity and parameter, the reader of this tensor's factors, None where they
+            have to be pulled back to the parameter first, and the parameter's own reader.
         running: where the training gradient is added up, for parameters outside transforms; the
-            cotangent of `grad` is then only what comes from derived tensors.
-        by_autograd: whether autograd forms the training gradient by itself: ops run on `grad`
-            then, and taps leave it alone.
+            cotangent of `primal` is then only what comes from derived tensors.
+        formed_by_autograd: whether autograd forms the training gradient by itself: ops run on
+            `primal` then, and taps leave it alone.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
         made_whole: whether it, or what it derives from, was made of the pieces of several ranks.
@@ -82,12 +83,12 @@ class Tracked:
 
     name: str
     const: Tensor
-    grad: Tensor
+    primal: Tensor
     shown: Tensor
     number: int = 0
     readers: dict[ReaderKey, tuple[Reader | None, Reader]] = field(default_factory=dict)
     running: RunningTotal | None = None
-    by_autograd: bool = False
+    formed_by_autograd: bool = False
     leaf: int | None = None
     sources: tuple[Tracked, ...] = ()
     derivation: Derivation = "general"
@@ -96,14 +97,15 @@ class Tracked:
     made_whole: bool = False
 
     @property
-    def wants_grad(self) -> bool:
-        """Whether the training gradient is to be read here."""
-        return self.running is not None or self.grad_is_autograds
+    def reads_grad(self) -> bool:
+        """Whether the taps read the training gradient off this tensor's factors."""
+        return self.running is not None or self.grad_is_returned
 
     @property
-    def grad_is_autograds(self) -> bool:
-        """Whether what is read of the training gradient, or a part, is autograd's to add up."""
-        return self.grad is not self.const and not self.by_autograd
+    def grad_is_returned(self) -> bool:
+        """Whether taps return the training gradient that they read, or a part of it, as the
+        cotangent of `primal`: autograd adds it up over the uses."""
+        return self.primal is not self.const and not self.formed_by_autograd
 
     @property
     def real_shape(self) -> tuple[int, ...]:
@@ -111,13 +113,13 @@ class Tracked:
         return (*self.const.shape, *(2,) * self.const.is_complex())
 
     @property
-    def connected(self) -> bool:
-        """Whether anybody wants its training gradient."""
-        return self.wants_grad or self.by_autograd
+    def wants_grad(self) -> bool:
+        """Whether the training gradient is wanted, from the taps or from autograd itself."""
+        return self.reads_grad or self.formed_by_autograd
 
-    def own_readers(self) -> list[Reader]:
-        """What reads this tensor's factors: of every tap the reader made for it, or the parameter's
-        where they have to be pulled back to the parameter first."""
+    def readers_in_order(self) -> list[Reader]:
+        """What reads this tensor's factors, in the order of `readers`: the reader made for it, or
+        the parameter's, where the factors have to be pulled back to the parameter first."""
         return [root if own is None else own for own, root in self.readers.values()]
 
     def direct(self, factor: Factor) -> bool:
@@ -136,13 +138,13 @@ class Tracked:
         for source in self.sources:
             self._parameters |= source._parameters
 
-    def leaf_names(self) -> set[str]:
-        """What those parameters are called."""
-        return set(self._parameters.values())
-
     def leaves(self) -> KeysView[int]:
         """The parameters this tensor derives from."""
         return self._parameters.keys()
+
+    def leaf_names(self) -> set[str]:
+        """The names of the parameters this tensor derives from."""
+        return set(self._parameters.values())
 
     def pulled(self, factors: Sequence[Factor]) -> list[tuple[Tracked, Factor]]:
         """The factors of the tensors this one derives from, given its own, whose sum counts."""
@@ -218,16 +220,16 @@ def gradient_at(leaf: int, targets: Sequence[Tracked], factors: Sequence[Factor]
 def constants(
     leaves: Sequence[Tensor], spec: ParamSpec, shown: Sequence[Tensor] = ()
 ) -> list[Tracked]:
-    """Every parameter as a constant; a new object each, whatever is tied outside. The program may
-    get others (`shown`) with the same values."""
+    """Every parameter as a constant. The program gets `shown`, with the same values; without
+    them a new view of each parameter, as parameters may be one object outside."""
     if shown:
         return [
-            Tracked(name, const=x, grad=x, shown=y, leaf=i)
+            Tracked(name, const=x, primal=x, shown=y, leaf=i)
             for i, (name, x, y) in enumerate(zip(spec.names, leaves, shown, strict=True))
         ]
     values = [x.view_as(x) for x in leaves]
     return [
-        Tracked(name, const=x, grad=x, shown=x, leaf=i)
+        Tracked(name, const=x, primal=x, shown=x, leaf=i)
         for i, (name, x) in enumerate(zip(spec.names, values, strict=True))
     ]
 
@@ -300,11 +302,12 @@ def derived(
     *,
     pushes: bool = True,
 ) -> Tracked:
-    """What is known of a result of a call on tracked tensors alone.
+    """What is known of a result of a call on tracked tensors alone; `values` are the program's, the
+    primal and the constant.
 
     Unless it `pushes`, no direction travels through the call: factors are pulled back instead.
     """
-    shown, grad, const = values
+    shown, primal, const = values
 
     pure = _replayed(pure, call)
     rounding = autocasting(const.device.type)
@@ -321,9 +324,9 @@ def derived(
     tracked = Tracked(
         name=_named(func, call),
         const=const,
-        grad=grad,
+        primal=primal,
         shown=shown,
-        by_autograd=any(source.by_autograd for source in call.tracked),
+        formed_by_autograd=any(source.formed_by_autograd for source in call.tracked),
         sources=tuple(call.tracked),
         derivation=derivation,
         fn=fn,

@@ -315,29 +315,29 @@ class TrackingMode(Mode):
             args, kwargs = call.replaced([t.shown for t in call.tracked])
             func(target, *args[1:], **kwargs)
         outs, spec = flatten(call.run(pure, [t.shown for t in call.tracked]))
-        if all(t.shown is t.grad for t in call.tracked):
-            grads = outs
-            connected = any(t.connected for t in call.tracked)
-            consts = flatten(call.run(pure, call.consts()))[0] if connected else outs
+        if all(t.shown is t.primal for t in call.tracked):
+            primals = outs
+            wanted = any(t.wants_grad for t in call.tracked)
+            consts = flatten(call.run(pure, call.consts()))[0] if wanted else outs
         else:
             # An enclosing transform may differentiate what is made of constants.
             nested = in_transform()
             consts = [x.detach() if isinstance(x, Tensor) else x for x in outs]
             consts = flatten(call.run(pure, call.consts()))[0] if nested else consts
-            connected = any(t.connected for t in call.tracked)
-            grads = (
-                flatten(call.run(pure, [t.grad for t in call.tracked]))[0] if connected else consts
+            wanted = any(t.wants_grad for t in call.tracked)
+            primals = (
+                flatten(call.run(pure, [t.primal for t in call.tracked]))[0] if wanted else consts
             )
         if in_place:
             if call.hits[0] == 0:
                 self._outdate(target, call.tracked[0])
-            values = outs[0], grads[0], consts[0]
+            values = outs[0], primals[0], consts[0]
             made = derived(func, pure, call, values, None, pushes=pushes)
             self.track(outs[0], made)
             self.track(target, made)
             return target
         known = {id(t.shown) for t in call.tracked}
-        for i, values in enumerate(zip(outs, grads, consts, strict=True)):
+        for i, values in enumerate(zip(outs, primals, consts, strict=True)):
             if id(values[0]) not in known and differentiable(values[0]):
                 index = i if len(outs) > 1 else None
                 made = derived(func, func, call, values, index, pushes=pushes)
@@ -345,15 +345,15 @@ class TrackingMode(Mode):
         return unflatten(spec, outs)
 
     def _gather(self, call: CallArgs) -> Tensor:
-        """Make a piece whole once, and show the same values as what is constant, what training
-        gradients come by, and what the program gets."""
+        """Make a piece whole once: the same values serve as the constant, the primal and what the
+        program gets."""
         (piece,), shards = call.tracked, call.leaves[1]
         whole = shards.all_gather(piece.const)
-        grad = whole
-        if piece.grad is not piece.const:
-            grad = attached(piece.grad, whole, shards)
+        primal = whole
+        if piece.primal is not piece.const:
+            primal = attached(piece.primal, whole, shards)
         out = shown(piece.shown, whole)
-        self.track(out, derived(gather, gather, call, (out, grad, whole), None))
+        self.track(out, derived(gather, gather, call, (out, primal, whole), None))
         return out
 
 

@@ -250,7 +250,7 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     ]
     met = [(x, start.find(x)) for x in found]
     free = [x for x, t in met if t is None and standing_in(x).requires_grad]
-    tracked = [(x, t.grad) for x, t in met if t is not None and t.grad is not t.const]
+    tracked = [(x, t.primal) for x, t in met if t is not None and t.primal is not t.const]
     uses = range(len(start.uses), len(mode.uses))
     taps = mode.tap_keys(mode.uses[number] for number in uses)
     collected = [number for number in uses if number in mode.collect]
@@ -260,7 +260,7 @@ def _under_taps(mode: TapMode, region: Region) -> Any:
     )
     inputs = [
         *(standing_in(x) for x in (*region.inputs, *free)),
-        *(grad for _, grad in tracked),
+        *(primal for _, primal in tracked),
         *(mode.taps[key] for key in taps),
         *(mode.collect[number] for number in collected),
     ]
