@@ -1,13 +1,13 @@
 """Op rules: what an op's per-sample gradient looks like as a factor.
 
 A rule is needed only where a parameter meets samples. It is a function with the op's own
-signature, after the cotangent `b` of the op's output:
+signature, after the cotangent `b` of the op's output. That of `F.linear`, shortened:
 
     @register_rule(F.linear)
     def linear(b, input, weight, bias=None):
         return {
             "weight": lambda: Outer(flat_positions(b), flat_positions(input)),
-            "bias": lambda: Dense(flat_positions(b).sum(1)),
+            "bias": lambda: Dense(over_positions(b)),
         }
 
 It returns, for every argument that may be a parameter, a function that makes the factor; only those

@@ -11,7 +11,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense
 from ghostfunc._rules.registry import (
-    Factors,
+    FactorMakers,
     register_broadcasting,
     register_decomposition,
     register_rule,
@@ -46,7 +46,7 @@ register_broadcasting(
 
 
 @register_rule(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to, multilinear=True)
-def expand(b: Tensor, input: Tensor, *size: Any) -> Factors:
+def expand(b: Tensor, input: Tensor, *size: Any) -> FactorMakers:
     return {"input": lambda: Dense(sum_to(b, input.shape[1:]))}
 
 
@@ -59,7 +59,9 @@ def expand_as(input: Tensor, other: Tensor) -> Tensor:
 
 
 @register_rule(Tensor.repeat, torch.tile, Tensor.tile, multilinear=True)
-def repeat(b: Tensor, input: Tensor, *sizes: Any, dims: Any = None, repeats: Any = None) -> Factors:
+def repeat(
+    b: Tensor, input: Tensor, *sizes: Any, dims: Any = None, repeats: Any = None
+) -> FactorMakers:
     def of_input() -> Dense:
         shape = (1,) * (b.ndim - input.ndim) + tuple(input.shape[1:])
         pairs = [(out // size, size) for out, size in zip(b.shape[1:], shape, strict=True)]
@@ -72,7 +74,7 @@ def repeat(b: Tensor, input: Tensor, *sizes: Any, dims: Any = None, repeats: Any
 @register_rule(torch.repeat_interleave, Tensor.repeat_interleave, multilinear=True)
 def repeat_interleave(
     b: Tensor, input: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None
-) -> Factors:
+) -> FactorMakers:
     def of_input() -> Dense:
         if dim is None or not isinstance(repeats, int):
             raise unsupported("repeat_interleave of a parameter without dim, or uneven", "Use dim.")

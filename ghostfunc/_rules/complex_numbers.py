@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ghostfunc._base.trees import map_leaves
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._rules.registry import FactorRule, Factors
+from ghostfunc._rules.registry import FactorMakers, FactorRule
 
 
 @cache
 def for_complex(rule: FactorRule) -> FactorRule:
     """The rule of the same op for complex operands."""
 
-    def fn(b: Tensor, *args: Any, **kwargs: Any) -> Factors:
+    def fn(b: Tensor, *args: Any, **kwargs: Any) -> FactorMakers:
         conjugated = rule.fn(b, *map_leaves(_conj, args), **map_leaves(_conj, kwargs))
         return {name: partial(_made_real, make) for name, make in conjugated.items()}
 

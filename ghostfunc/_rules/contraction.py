@@ -1,4 +1,4 @@
-"""Products of tensors in general: the factor of one operand of an einsum.
+"""A helper of rule files, which registers no op: the factor of one operand of an einsum.
 
     y[out] = sum  W[...] A[...]        g_i[W] = sum  b_i[out] A_i[...]
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense, Factor, Grouped, Outer
-from ghostfunc._rules.registry import Factors, unsupported
+from ghostfunc._rules.registry import FactorMakers, unsupported
 
 Indices: TypeAlias = Sequence[str]
 
@@ -28,7 +28,7 @@ BATCH_LETTERS = "zyxwvutsrqponmlkjihgfedc"
 """Indices for batch axes, beside those called a, P and D."""
 
 
-def products(b: Tensor, equation: str, operands: Mapping[Any, Tensor]) -> Factors:
+def einsum_factors(b: Tensor, equation: str, operands: Mapping[Any, Tensor]) -> FactorMakers:
     """The factors of all operands of an einsum, by their names.
 
     Args:
@@ -85,7 +85,7 @@ def contraction(
     b, out = _squeeze(b, out, sizes)
     a, of_a = _product([_squeeze(x, i, sizes) for x, i in others], {*of_w, *out})
     kept = [i for i, s in zip(of_w, w.shape[1:], strict=True) if s > 1]
-    factor = _outer(wide(b), out, kept, wide(a), of_a, sizes)
+    factor = _compact(wide(b), out, kept, wide(a), of_a, sizes)
     if isinstance(factor, Dense):
         return Dense(factor.g.reshape(len(b), *w.shape[1:]))
     return factor
@@ -119,9 +119,10 @@ def letters_for(indices: Iterable[str]) -> dict[str, str]:
     return dict(zip(distinct, string.ascii_letters, strict=False))
 
 
-def _outer(
+def _compact(
     b: Tensor, of_b: Indices, of_w: Indices, a: Tensor, of_a: Indices, sizes: dict[str, int]
 ) -> Factor:
+    """The factor of `W`: one outer product, one per group, or the gradient itself."""
     loose = [i for i in of_w if i not in of_a and i not in of_b]
     if loose:  # summed over in W alone: the gradient is the same along it
         a = a[(...,) + (None,) * len(loose)].expand(*a.shape, *(sizes[i] for i in loose))
@@ -134,15 +135,17 @@ def _outer(
     a = _ordered(a, of_a, group, positions, right, sizes)
     p, d = b.shape[-1], a.shape[-1]
     t = b.shape[-2]
-    if min(p, d) == 1:
+    if min(p, d) == 1:  # the gradient is no larger than its factor
         g = (b * a).sum(2)  # [n, group, p or d]
     elif group == of_w[: len(group)] and (not group or p * d > t * (p + d)):
+        # An `Outer` factor may be larger than the gradient: its contractions weigh the two, and
+        # form the gradient in blocks where that is cheaper. Those of `Grouped` factors do not.
         if of_w == [*group, *left, *right]:
             return Grouped(b, a) if group else Outer(b[:, 0], a[:, 0])
         if of_w == [*group, *right, *left]:
             return Grouped(a, b) if group else Outer(a[:, 0], b[:, 0])
-        g = b.mT @ a
-    else:
+        g = b.mT @ a  # the axes of `W` are in neither order
+    else:  # groups do not come first, or the gradient is the smaller one
         g = b.mT @ a
     order = [*group, *left, *right]
     g = g.reshape(len(g), *(sizes[i] for i in order))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense, Factor, Grouped, Outer
-from ghostfunc._rules.registry import ByPosition, Factors, register_rule
+from ghostfunc._rules.registry import FactorMakers, TwoForms, register_rule
 
 
 def _kernel_factor(
@@ -118,11 +118,11 @@ def _each(x: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-def _factors(dims: int, b: Tensor, of_weight: Callable[..., Factor]) -> Factors:
+def _factors(dims: int, b: Tensor, of_weight: Callable[..., Factor]) -> FactorMakers:
     def of_bias() -> Dense:
         return Dense(wide(_batched(b, dims)).flatten(3).sum((1, 3)))
 
-    by_position = ByPosition(of_weight, partial(of_weight, outer=True))
+    by_position = TwoForms(of_weight, partial(of_weight, outer=True))
     return {"weight": by_position, "bias": of_bias}
 
 
@@ -151,7 +151,7 @@ def conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Factors:
+) -> FactorMakers:
     kernel = weight.shape[3:]
     dims = len(kernel)
 
@@ -183,7 +183,7 @@ def conv_transpose(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> Factors:
+) -> FactorMakers:
     kernel = weight.shape[3:]
     dims = len(kernel)
 

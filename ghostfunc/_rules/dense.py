@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense
-from ghostfunc._rules.registry import Factors, register_rule
+from ghostfunc._rules.registry import FactorMakers, register_rule
 
 
-def pulled_back(b: Tensor, op: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Factors:
+def pulled_back(b: Tensor, op: Callable[..., Tensor], tensors: dict[str, Tensor]) -> FactorMakers:
     """The factors of all tensors of `op(*tensors)`, as dense as they come."""
 
     def factor_of(position: int) -> Dense:
@@ -36,7 +36,7 @@ def pulled_back(b: Tensor, op: Callable[..., Tensor], tensors: dict[str, Tensor]
 @register_rule(F.cosine_similarity)
 def cosine_similarity(
     b: Tensor, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8
-) -> Factors:
+) -> FactorMakers:
     return pulled_back(
         b, lambda x1, x2: F.cosine_similarity(x1, x2, dim, eps), {"x1": x1, "x2": x2}
     )
@@ -45,7 +45,7 @@ def cosine_similarity(
 @register_rule(F.pairwise_distance)
 def pairwise_distance(
     b: Tensor, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Factors:
+) -> FactorMakers:
     return pulled_back(
         b, lambda x1, x2: F.pairwise_distance(x1, x2, p, eps, keepdim), {"x1": x1, "x2": x2}
     )
@@ -58,29 +58,31 @@ def cdist(
     x2: Tensor,
     p: float = 2.0,
     compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
-) -> Factors:
+) -> FactorMakers:
     return pulled_back(b, lambda x1, x2: torch.cdist(x1, x2, p, compute_mode), {"x1": x1, "x2": x2})
 
 
 @register_rule(torch.linalg.vecdot)
-def vecdot(b: Tensor, x: Tensor, y: Tensor, *, dim: int = -1) -> Factors:
+def vecdot(b: Tensor, x: Tensor, y: Tensor, *, dim: int = -1) -> FactorMakers:
     return pulled_back(b, lambda x, y: torch.linalg.vecdot(x, y, dim=dim), {"x": x, "y": y})
 
 
 @register_rule(torch.linalg.cross)
-def linalg_cross(b: Tensor, input: Tensor, other: Tensor, *, dim: int = -1) -> Factors:
+def linalg_cross(b: Tensor, input: Tensor, other: Tensor, *, dim: int = -1) -> FactorMakers:
     return pulled_back(
         b, lambda x, y: torch.linalg.cross(x, y, dim=dim), {"input": input, "other": other}
     )
 
 
 @register_rule(torch.kron, Tensor.kron)
-def kron(b: Tensor, input: Tensor, other: Tensor) -> Factors:
+def kron(b: Tensor, input: Tensor, other: Tensor) -> FactorMakers:
     return pulled_back(b, torch.kron, {"input": input, "other": other})
 
 
 @register_rule(F.grid_sample)
-def grid_sample(b: Tensor, input: Tensor, grid: Tensor, *options: Any, **named: Any) -> Factors:
+def grid_sample(
+    b: Tensor, input: Tensor, grid: Tensor, *options: Any, **named: Any
+) -> FactorMakers:
     return pulled_back(
         b,
         lambda input, grid: F.grid_sample(input, grid, *options, **named),
@@ -89,12 +91,12 @@ def grid_sample(b: Tensor, input: Tensor, grid: Tensor, *options: Any, **named: 
 
 
 @register_rule(torch.linalg.solve)
-def solve(b: Tensor, A: Tensor, B: Tensor, *, left: bool = True) -> Factors:
+def solve(b: Tensor, A: Tensor, B: Tensor, *, left: bool = True) -> FactorMakers:
     return pulled_back(b, lambda A, B: torch.linalg.solve(A, B, left=left), {"A": A, "B": B})
 
 
 @register_rule(F.prelu)
-def prelu(b: Tensor, input: Tensor, weight: Tensor) -> Factors:
+def prelu(b: Tensor, input: Tensor, weight: Tensor) -> FactorMakers:
     def of_weight() -> Dense:
         g = wide(b) * wide(input).clamp(max=0)
         if weight.shape[1:].numel() == 1:

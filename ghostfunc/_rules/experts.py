@@ -15,18 +15,20 @@ from torch import Tensor
 
 from ghostfunc._base.experts import routed, static
 from ghostfunc._factors.factor import Grouped, flat_positions
-from ghostfunc._rules.registry import ByPosition, Factors, register_rule
+from ghostfunc._rules.registry import FactorMakers, TwoForms, register_rule
 
 
 @register_rule(routed)
-def experts(b: Tensor, x: Tensor, weight: Tensor, ids: Tensor, transposed: bool = False) -> Factors:
+def experts(
+    b: Tensor, x: Tensor, weight: Tensor, ids: Tensor, transposed: bool = False
+) -> FactorMakers:
     def of_weight(apart: bool) -> Grouped:
         number, own = weight.shape[1], ids.flatten(1)
         places, size = (_apart if apart else _together)(own, number)
         left, right = (_grouped(flat_positions(v), places, size, number) for v in (b, x))
         return Grouped(right, left) if transposed else Grouped(left, right)
 
-    return {"weight": ByPosition(partial(of_weight, False), partial(of_weight, True))}
+    return {"weight": TwoForms(partial(of_weight, False), partial(of_weight, True))}
 
 
 def _apart(ids: Tensor, experts: int) -> tuple[Tensor, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ghostfunc._base.errors import UnsupportedOpError
 from ghostfunc._base.refusals import refuse
 from ghostfunc._factors.factor import OneHot
-from ghostfunc._rules.registry import Factors, coupled, register_rule, unsupported
+from ghostfunc._rules.registry import FactorMakers, coupled, register_rule, unsupported
 
 # --- F.embedding ----------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Factors:
+) -> FactorMakers:
     def of_weight() -> OneHot:
         cotangent = b
         if padding_idx is not None:
@@ -115,7 +115,7 @@ def embedding_bag(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> Factors:
+) -> FactorMakers:
     rows = weight.shape[1]
     ids = input  # [n, bags, t]
     kept = torch.ones_like(ids, dtype=torch.bool)
@@ -155,7 +155,7 @@ def _selection(b: Tensor, table: Tensor, op: Callable[..., Tensor], *ids: Tensor
 
 
 @register_rule(Tensor.__getitem__, multilinear=True)
-def getitem(b: Tensor, input: Tensor, index: Any) -> Factors:
+def getitem(b: Tensor, input: Tensor, index: Any) -> FactorMakers:
     def of_input() -> OneHot:
         entries = index if isinstance(index, tuple) else (index,)
         ids = [x for x in entries if isinstance(x, Tensor)]
@@ -180,7 +180,7 @@ def getitem(b: Tensor, input: Tensor, index: Any) -> Factors:
 
 
 @register_rule(torch.index_select, Tensor.index_select, multilinear=True)
-def index_select(b: Tensor, input: Tensor, dim: int, index: Tensor) -> Factors:
+def index_select(b: Tensor, input: Tensor, dim: int, index: Tensor) -> FactorMakers:
     def of_input() -> OneHot:
         if dim % (input.ndim - 1) == 0:
             return _look_up(b, index, input.shape[1])
@@ -192,12 +192,14 @@ def index_select(b: Tensor, input: Tensor, dim: int, index: Tensor) -> Factors:
 @register_rule(torch.gather, Tensor.gather, multilinear=True)
 def gather(
     b: Tensor, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False
-) -> Factors:
+) -> FactorMakers:
     return {"input": lambda: _selection(b, input, lambda x, ids: x.gather(dim, ids), index)}
 
 
 @register_rule(torch.take_along_dim, Tensor.take_along_dim, multilinear=True)
-def take_along_dim(b: Tensor, input: Tensor, indices: Tensor, dim: int | None = None) -> Factors:
+def take_along_dim(
+    b: Tensor, input: Tensor, indices: Tensor, dim: int | None = None
+) -> FactorMakers:
     def op(table: Tensor, ids: Tensor) -> Tensor:
         return torch.take_along_dim(table, ids, dim)
 
@@ -205,7 +207,7 @@ def take_along_dim(b: Tensor, input: Tensor, indices: Tensor, dim: int | None = 
 
 
 @register_rule(torch.take, Tensor.take, multilinear=True)
-def take(b: Tensor, input: Tensor, index: Tensor) -> Factors:
+def take(b: Tensor, input: Tensor, index: Tensor) -> FactorMakers:
     def of_input() -> OneHot:
         flat = index[:, None].flatten(1)
         size = input[0].numel()

@@ -17,12 +17,12 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import InPlaceError
 from ghostfunc._base.refusals import refuse
 from ghostfunc._factors.factor import Dense
-from ghostfunc._rules.registry import Factors, coupled, register_rule
+from ghostfunc._rules.registry import FactorMakers, coupled, register_rule
 
 # --- over the last axes -------------------------------------------------------------------------
 
 
-def _of_last_axes(b: Tensor, normed: Callable[[], Tensor], shape: Any) -> Factors:
+def _of_last_axes(b: Tensor, normed: Callable[[], Tensor], shape: Any) -> FactorMakers:
     """Scale and shift with the shape of the last axes."""
     last = len(tuple(shape))
 
@@ -45,7 +45,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
-) -> Factors:
+) -> FactorMakers:
     def normed() -> Tensor:
         return F.layer_norm(wide(input), tuple(normalized_shape), eps=eps)
 
@@ -69,7 +69,7 @@ def rms_norm(
     normalized_shape: Any,
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Factors:
+) -> FactorMakers:
     def normed() -> Tensor:
         default = _RMS_EPS.get(input.dtype) if eps is None else eps
         return F.rms_norm(wide(input), tuple(normalized_shape), eps=default)
@@ -80,7 +80,7 @@ def rms_norm(
 # --- over channels ------------------------------------------------------------------------------
 
 
-def _of_channels(b: Tensor, normed: Callable[[], Tensor]) -> Factors:
+def _of_channels(b: Tensor, normed: Callable[[], Tensor]) -> FactorMakers:
     """Scale and shift per channel; `b` is `[n, batch of the call, channels, ...]`."""
 
     def summed(x: Tensor) -> Dense:
@@ -98,7 +98,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
-) -> Factors:
+) -> FactorMakers:
     def normed() -> Tensor:
         return F.group_norm(wide(input).flatten(0, 1), num_groups, eps=eps).view(b.shape)
 
@@ -123,7 +123,7 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Factors:
+) -> FactorMakers:
     return _of_channels(b, lambda: _with_statistics(input, running_mean, running_var, eps))
 
 
@@ -157,7 +157,7 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Factors:
+) -> FactorMakers:
     def normed() -> Tensor:
         if running_mean is None or running_var is None:
             return F.instance_norm(wide(input).flatten(0, 1), eps=eps).view(b.shape)

@@ -1,5 +1,9 @@
 """The registry of op rules: from torch ops to rules, which live in the other files of this room, by
-family of ops. An op without a rule is refused, and so is a second rule for an op."""
+family of ops.
+
+Where a parameter meets samples, an op with neither a rule nor a decomposition is refused. Nowhere
+else is a rule looked for. An op has one rule or one decomposition; a second one is refused.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +25,28 @@ ArgName: TypeAlias = str | tuple[str, int]
 """An argument of an op: its name, or for one inside a list its name and position there."""
 
 
-Factors: TypeAlias = dict[Any, Callable[[], Factor]]
-"""What a rule returns: argument name -> a function without arguments that returns its factor."""
+COPY: ArgName = ""
+"""The name of every parameter that a `BroadcastRule` is for: its argument is the expanded copy."""
 
 
-RuleFn: TypeAlias = Callable[..., Factors]
+FactorMakers: TypeAlias = dict[Any, Callable[[], Factor]]
+"""What a rule returns: argument name -> a function without arguments that makes its factor. The
+names are `ArgName`s; dict is invariant in them, and the rules of users return `dict[str, ...]`."""
+
+
+RuleFn: TypeAlias = Callable[..., FactorMakers]
 
 
 @dataclass(frozen=True)
-class ByPosition:
-    """Makes a factor in one of two forms. A call gives the cheaper one. `outer` keeps positions
-    apart, even where that is larger: readers of single positions ask for it."""
+class TwoForms:
+    """Makes a factor in one of two forms. A call gives the cheaper one. `by_position` keeps
+    positions apart, even where that is larger: readers of single positions ask for it."""
 
-    smaller: Callable[[], Factor]
-    outer: Callable[[], Factor]
+    cheaper: Callable[[], Factor]
+    by_position: Callable[[], Factor]
 
     def __call__(self) -> Factor:
-        return self.smaller()
+        return self.cheaper()
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,9 @@ def _check_new(op: Callable[..., Any]) -> None:
         raise OptionError(f"Registering a rule takes the op itself (such as F.linear), not {op!r}.")
     op = canonical(op)
     if op in RULES or op in DECOMPOSITIONS:
-        raise OptionError(f"{op_name(op)} has a rule already; an op has exactly one.")
+        raise OptionError(
+            f"{op_name(op)} has a rule or a decomposition already; an op has one of them."
+        )
 
 
 def register_rule(
@@ -137,13 +148,13 @@ def register_rule(
     Returns:
         A decorator for a rule: a function `rule(b, <the op's own signature>)` that returns a dict
         from argument name (in a list, from `(name, position)`) to a function that makes the factor
-        of that argument's per-sample gradient: `gf.Outer`, `gf.OneHot` or `gf.Dense`. `b`, the
-        cotangent of the op's output, and every tensor among the arguments are stacked over samples,
-        `[n, *shape]`, where `shape` is what a call with one sample would have; see
-        `docs/adding_a_rule.md` for an example.
+        of that argument's per-sample gradient: `gf.Outer`, `gf.OneHot`, `gf.Grouped` or
+        `gf.Dense`. `b`, the cotangent of the op's output, and every tensor among the arguments are
+        stacked over samples, `[n, *shape]`, where `shape` is what a call with one sample would
+        have; see `docs/adding_a_rule.md` for an example.
 
     Raises:
-        OptionError: an op is not callable or has a rule already.
+        OptionError: an op is not callable or has a rule or a decomposition already.
     """
 
     def decorate(fn: RuleFn) -> RuleFn:
@@ -198,15 +209,16 @@ def no_rule_because(reason: str, *ops: Callable[..., Any]) -> None:
 
 
 def constant(x: Tensor) -> Tensor:
-    """`x` as a constant. A decomposition that runs an op twice on one parameter calls this in one
-    of the two, so that the parameter's gradient is counted once."""
+    """Marks `x` for a tracking mode, which holds the result constant. Without such a mode the
+    result is a view of `x`, through which gradients flow. A decomposition that runs an op twice on
+    one parameter calls this in one of the two: the parameter's gradient then counts once."""
     if has_torch_function((x,)):
         held: Tensor = handle_torch_function(constant, (x,), x)
         return held
     return x.view_as(x)
 
 
-def lookup(op: Callable[..., Any]) -> Rule | None:
+def rule_of(op: Callable[..., Any]) -> Rule | None:
     """The rule of an op, or None."""
     return RULES.get(canonical(op))
 

@@ -1,9 +1,9 @@
 """The way of an earlier run at the same shapes, recognised step by step.
 
-A run hashes what its calls are told: the hash tells ways through the program apart. A run that
-repeats a way that is known at these shapes hashes nothing for most calls. It compares what a call
-is told with the step that comes next. Where a call is another one, the hash goes on from what it
-was before that step, so both find the same way.
+A run hashes its calls with their plain arguments: the hash tells ways through the program apart. A
+run that repeats a way that is known at these shapes hashes nothing for most calls. It compares the
+plain arguments of a call with the step that comes next. Where a call is another one, the hash goes
+on from what it was before that step, so both find the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ghostfunc._base.dense_gradients import makes_sparse
 from ghostfunc._base.refusals import REFUSED
-from ghostfunc._rules.registry import DECOMPOSITIONS, FactorRule, Factors
+from ghostfunc._rules.registry import DECOMPOSITIONS, FactorMakers, FactorRule
 from ghostfunc._taps.recut import Recut
 from ghostfunc._trace.trace import CallTrace, WayTaken, may_fold
 from ghostfunc._trace.tracked import CallArgs, Tracked
@@ -30,7 +30,7 @@ MAX_STEPS = 50_000
 layers has 260, through a model of 32 layers some thousands."""
 
 _NUMBERS = frozenset((int, str, bool, torch.dtype))
-"""Types of arguments that are told, and compared."""
+"""Types of plain arguments, which are compared."""
 
 _OTHERS = frozenset((float, type(None), type(...), torch.device, torch.layout, torch.memory_format))
 """Types of arguments that move no sample: nobody compares them, apart from a few floats."""
@@ -43,7 +43,7 @@ _INDICES = frozenset((int, slice, type(None), type(...)))
 Pick: TypeAlias = Callable[[Any], Any]
 
 
-def _told_whole(values: Any) -> bool:
+def _holds_indices(values: Any) -> bool:
     """Whether a list holds whole numbers, and what indexes without tensors, alone."""
     return _INDICES.issuperset(map(type, values)) and all(
         type(x) is int or x is None
@@ -54,7 +54,7 @@ def _told_whole(values: Any) -> bool:
 
 
 def _pick_none(values: Any) -> None:
-    """Pick what a call without such arguments is told."""
+    """Pick from the arguments of a call that has none to compare."""
 
 
 class Step:
@@ -95,37 +95,37 @@ class Step:
         self.next: Step | None = None
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have the step be plain, if what its call is told can be compared."""
+        """Have the step be plain, if the arguments of its call can be compared."""
         values = (*args, *kwargs.values())
         assert self.func is not None
         if self.func in REFUSED or self.func in DECOMPOSITIONS or nests(self.func):
             return
         kinds = tuple(map(type, values))
         lists = tuple(i for i, kind in enumerate(kinds) if issubclass(kind, (tuple, list)))
-        told = [i for i, kind in enumerate(kinds) if kind in _NUMBERS]
-        telling = TELLING if told else _ZERO  # a factor of one is no rate, as of dropout
-        told += [i for i, kind in enumerate(kinds) if kind is float and values[i] in telling]
+        picked = [i for i, kind in enumerate(kinds) if kind in _NUMBERS]
+        telling = TELLING if picked else _ZERO  # a factor of one is no rate, as of dropout
+        picked += [i for i, kind in enumerate(kinds) if kind is float and values[i] in telling]
         if makes_sparse(self.func) or self.func in SIZED_BY_VALUES:
             return
         rest = {k for k in kinds if k not in _NUMBERS and k not in _OTHERS and k not in _LISTS}
         if any(not issubclass(kind, Tensor) for kind in rest):
             return
-        if any(kinds[i] not in _LISTS or not _told_whole(values[i]) for i in lists):
+        if any(kinds[i] not in _LISTS or not _holds_indices(values[i]) for i in lists):
             return
         if may_fold(self.func):
             if not isinstance(values[0], Tensor) or any(isinstance(x, Tensor) for x in values[1:]):
                 return
             self.shape = values[0].shape
         self.names, self.kinds, self.lists = tuple(kwargs), kinds, lists
-        if told:
-            self.pick = itemgetter(*told)
+        if picked:
+            self.pick = itemgetter(*picked)
             self.picked = self.pick(values)
         self.listed = [tuple(values[i]) for i in lists]  # a caller may write to a list of its own
-        self.compared = bool(told or lists) or self.shape is not None
+        self.compared = bool(picked or lists) or self.shape is not None
         self.plain = True
 
     def again(self, values: tuple[Any, ...]) -> bool:
-        """Whether arguments of the same types tell the call the same."""
+        """Whether arguments of the same types are those of this step."""
         return (
             self.pick(values) == self.picked
             and (self.shape is None or values[0].shape == self.shape)
@@ -137,7 +137,7 @@ class Step:
         for i, listed in zip(self.lists, self.listed, strict=True):
             given = values[i]
             if tuple(given) != listed or not (
-                _INT.issuperset(map(type, given)) or _told_whole(given)
+                _INT.issuperset(map(type, given)) or _holds_indices(given)
             ):
                 return False
         return True
@@ -213,9 +213,9 @@ class KnownUse:
             given[i] = tracked.const
         return y, [given[i] for i in self.tensors]
 
-    def factors(
+    def makers(
         self, b: Tensor, tensors: Sequence[Tensor], n: int, recut: Recut | None, call_number: int
-    ) -> Factors:
+    ) -> FactorMakers:
         """What makes the factors of all targets, given the output's cotangent: those of samples,
         or of the single positions that a `recut` makes of packed rows."""
         given = list(self.template)
@@ -243,7 +243,7 @@ _COMPARED = frozenset((int, str, bool, float, type(None), torch.dtype))
 def known_use(
     call: CallTrace, made: CallArgs, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> KnownUse | None:
-    """What will be known of a use, if it can be told when it comes again."""
+    """What will be known of a use, if a use that comes again can be told from others."""
     if call.func in REFUSED or makes_sparse(call.func) or not isinstance(call.rule, FactorRule):
         return None
     values = (*args, *kwargs.values())

@@ -19,7 +19,7 @@ from torch import Tensor
 from ghostfunc._base.refusals import op_name
 from ghostfunc._base.torch_private import SET_GRAD_ENABLED, in_transform, known
 from ghostfunc._base.trees import tensors_of
-from ghostfunc._rules.registry import ArgName, BroadcastRule
+from ghostfunc._rules.registry import COPY, ArgName, BroadcastRule
 from ghostfunc._taps.known_way import KnownUse, Step, known_use, last, remember
 from ghostfunc._taps.recut import Recut
 from ghostfunc._taps.tap import ANCHOR, Beside, ReturningUse, Sinks, SinkUse
@@ -31,8 +31,8 @@ from ghostfunc._trace.watch import (
     SIZED_BY_VALUES,
     TrackingMode,
     op_key,
+    plain_arguments,
     reads_attribute,
-    told,
     writes,
 )
 
@@ -64,9 +64,11 @@ class TapMode(TrackingMode):
         self.sinks = sinks
         self._note_outputs = note_outputs
         self._trace = trace
-        self._entry = 0
-        self._as_traced = self._same_ops = self._seen = True
-        self._n_calls = 0
+        self._entry = 0  # the next call, while no step is followed
+        self._same_ops = True  # all ops so far are the trace's, in its order
+        self._as_traced = True  # and axes are folded as there
+        self._all_seen = True  # all calls are the trace's, or keep rows in place
+        self._n_calls = 0  # the next traced call
         self._way = 0
         self._shapes = shapes
         self._step: Step | None = None
@@ -75,8 +77,9 @@ class TapMode(TrackingMode):
             self._step = trace.ways.get(self._shapes)
             self._made = None if self._step else []
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._samples = n
-        self._n = n if recut is None else recut.packing.rows
+        self._n_samples = n
+        # The size of sample axes in the program: in packed rows, documents share a row.
+        self._n_rows = n if recut is None else recut.packing.rows
         self.taps = taps
         self.collect = collect
         self._tapping = True
@@ -167,28 +170,35 @@ class TapMode(TrackingMode):
         return self.call(func, args, kwargs)
 
     def _use_again(
-        self, step: Step, known: KnownUse, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, step: Step, use: KnownUse, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The output of a use that is the one that comes next; None if it is another."""
-        if tuple(kwargs) != known.names or self._stale or in_transform():
+        """The output of a use that is the one that comes next; None if it is another.
+
+        A way is remembered only if its run was as traced from beginning to end. This run went the
+        same way up to here, and `KnownUse.met` compares the arguments: plain ones, shapes, and
+        which are tracked. So the checks of `on_tracked` and `_run_with_rule`, which depend on
+        nothing else, would find what they found then. The hash of the next step has the shape
+        that `meets` would add.
+        """
+        if tuple(kwargs) != use.names or self._stale or in_transform():
             return None
-        if torch.is_grad_enabled() != known.call.grad_enabled:
+        if torch.is_grad_enabled() != use.call.grad_enabled:
             return None
         values = (*args, *kwargs.values()) if kwargs else args
-        met = known.met(values, self._tracked)
+        met = use.met(values, self._tracked)
         if met is None:
             return None
         try:
-            y, tensors = known.run(values, met, self._operands(met))
+            y, tensors = use.run(values, met, self._operands(met))
         except Exception as error:
             self._raised(step, error)
             raise
-        if y.shape != known.out:
-            raise StaleLayout(f"{op_name(known.call.func)} returned another shape than before")
+        if y.shape != use.out:
+            raise StaleLayout(f"{op_name(use.call.func)} returned another shape than before")
         number, self._n_calls, self._step = self._n_calls, self._n_calls + 1, step.next
-        targets = list(zip(known.call.names, met, strict=True))
-        how = {"known": known, "recut": self._recut, "call_number": number}
-        return self._tapped(y, known.call, targets, tensors, known.call.out.axis, **how)
+        targets = list(zip(use.call.names, met, strict=True))
+        how = {"known": use, "recut": self._recut, "call_number": number}
+        return self._tapped(y, use.call, targets, tensors, use.call.out.axis, **how)
 
     def _raised(self, step: Step, error: Exception) -> None:
         """A known call has raised an error, which the program may catch."""
@@ -204,21 +214,23 @@ class TapMode(TrackingMode):
             return super().elementary(func, args, kwargs)
         step, self._step = self._step, None
         if step is None:
-            return self._told(func, args, kwargs)
+            return self._run_and_note(func, args, kwargs)
         self._entry, self._way = step.number, step.way
-        out = self._told(func, args, kwargs)
+        out = self._run_and_note(func, args, kwargs)
         after = step.next
         if self._as_traced and after is not None and after.way == self._way:
             self._step = after
         return out
 
-    def _told(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call, and what it adds to what is known of the way."""
+    def _run_and_note(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make one call, and note what it adds to the way."""
         entry, funcs = self._entry, self._trace.funcs
         self._entry += 1
         self._same_ops = self._same_ops and entry < len(funcs) and funcs[entry] == op_key(func)
         self._as_traced = self._as_traced and self._same_ops
-        expected = self._trace.patterns[entry] if self._as_traced and self._n > 1 else None
+        expected = self._trace.patterns[entry] if self._as_traced and self._n_rows > 1 else None
         if self._made is not None:
             self._made.append(Step(func, entry, self._way))
             self._given = args, kwargs
@@ -231,11 +243,11 @@ class TapMode(TrackingMode):
             self._way = hash((self._way, entry, type(error).__name__))
             raise
         read = not self._as_traced or entry in self._trace.reads_at
-        call = op_key(func), told(args, kwargs)
+        call = op_key(func), plain_arguments(args, kwargs)
         if not self._same_ops:
-            self._seen = self._seen and call in self._trace.order_keeping
+            self._all_seen = self._all_seen and call in self._trace.order_keeping
         elif entry in self._trace.by_values:
-            self._seen = self._seen and call[1] == self._trace.by_values[entry]
+            self._all_seen = self._all_seen and call[1] == self._trace.by_values[entry]
         self._way = hash((self._way, entry, call))
         if read and not isinstance(out, Tensor):
             self._way = hash((self._way, seen_by_python(out)))
@@ -249,18 +261,17 @@ class TapMode(TrackingMode):
 
     @property
     def way(self) -> WayTaken:
-        """What tells this way through the program from others: its calls, what they were told
-        besides tensors, the values that Python read, and the shapes where parameters met samples.
-        """
+        """What tells this way through the program from others: its calls, their plain arguments,
+        the values that Python read, and the shapes where parameters met samples."""
         if self._step is not None:
             return WayTaken(True, self._step.number, self._step.way)
-        return WayTaken(self._seen, self._entry, self._way)
+        return WayTaken(self._all_seen, self._entry, self._way)
 
     def _check_layout(self, layout: Layout, x: Tensor) -> None:
         """The samples must lie where they lay in the trace. Where the shape would allow other
         places, the way to this call must have been that of the trace, op by op."""
-        layout.check(x, self._n)
-        if not self._as_traced and layout.ambiguous(x, self._n):
+        layout.check(x, self._n_rows)
+        if not self._as_traced and layout.ambiguous(x, self._n_rows):
             raise StaleLayout(f"a tensor of shape {tuple(x.shape)} was come by in another way")
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
@@ -279,14 +290,14 @@ class TapMode(TrackingMode):
         if expected.kind == "constant":
             return call.run(func, call.consts())
         if isinstance(expected.rule, BroadcastRule):
-            return self._broadcast(func, call, expected)
-        return self._factor(func, call, expected)
+            return self._run_broadcast(func, call, expected)
+        return self._run_with_rule(func, call, expected)
 
     def finish(self) -> None:
         """Raise `StaleLayout` unless every traced call was made."""
         if self._expected is not None:
             raise StaleLayout(f"{op_name(self._expected.func)} was not called")
-        if self._made is not None and self._as_traced and self._seen:
+        if self._made is not None and self._as_traced and self._all_seen:
             remember(self._trace.ways, self._shapes, [*self._made, last(self.way)])
 
     def _read_attribute(self, func: Callable[..., Any], call: CallArgs) -> Any:
@@ -328,7 +339,7 @@ class TapMode(TrackingMode):
     ) -> Tensor:
         """The output of a use with its taps; `how` tells what the use knows of its arguments."""
         number = len(self.uses)
-        facts = call, self._samples, targets, tensors, axis, number
+        facts = call, self._n_samples, targets, tensors, axis, number
         use: SinkUse | ReturningUse
         if self.sinks is not None:
             use = SinkUse(*facts, **how, sinks=self.sinks)
@@ -342,7 +353,7 @@ class TapMode(TrackingMode):
             use = ReturningUse(*facts, **how, collect_tap=tap)
         self.uses.append(use)
         if self._note_outputs:
-            self.outputs.append(output_of(use, y, use.axis, self._n))
+            self.outputs.append(output_of(use, y, use.axis, self._n_rows))
         if self._tapping:
             y = use.tapped(y, self.taps)
         if not use.collected:
@@ -356,7 +367,9 @@ class TapMode(TrackingMode):
         targets = (target for use in uses for _, target in use.targets)
         return list(dict.fromkeys(key for target in targets for key in target.readers))
 
-    def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+    def _run_with_rule(
+        self, func: Callable[..., Any], call: CallArgs, expected: CallTrace
+    ) -> Tensor:
         y = call.run(func, self._operands(call.tracked))
         if in_transform() and 0 in y.stride():
             y = y.contiguous()  # forward mode writes tangents into its like
@@ -369,30 +382,32 @@ class TapMode(TrackingMode):
             args[i] = tracked.const
         targets = list(zip(expected.names, call.tracked, strict=True))
         if self._made:
-            known = self._made[-1].use = known_use(expected, call, *self._given)
-            if known is not None:
-                known.out = y.shape
+            use = self._made[-1].use = known_use(expected, call, *self._given)
+            if use is not None:
+                use.out = y.shape
         return self._site(y, expected.out.axis, expected, targets, args, call.treedef)
 
-    def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+    def _run_broadcast(
+        self, func: Callable[..., Any], call: CallArgs, expected: CallTrace
+    ) -> Tensor:
         layout = expected.out
         _check_axes(func, expected, max(x.ndim for x in call.leaves if isinstance(x, Tensor)))
         if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
             return self._apart(func, call, expected)
-        args = unfold_all(call, expected, self._n)
-        beside = self._beside(func, call, args)
+        args = unfold_all(call, expected, self._n_rows)
+        beside = self._runs_twice(func, call, args)
         operands = call.consts() if beside else self._operands(call.tracked)
         for i, tracked, operand in zip(call.hits, call.tracked, operands, strict=True):
             padded = layout.pad(operand, expected.ndim)
             shape = list(padded.shape)
-            shape[layout.sample_axis] = self._n
+            shape[layout.sample_axis] = self._n_rows
             if self._recut is not None:
                 shape = self._recut.copies(self._n_calls - 1, layout, shape)
             copy = padded.expand(shape)
             if in_transform():
                 copy = copy.contiguous()  # forward mode writes tangents into its like
             args[i] = self._site(
-                copy, layout.sample_axis, expected, [("", tracked)], [], call.treedef
+                copy, layout.sample_axis, expected, [(COPY, tracked)], [], call.treedef
             )
         call_args, kwargs = call.rebuild(args)
         out = layout.merge(func(*call_args, **kwargs))
@@ -400,7 +415,7 @@ class TapMode(TrackingMode):
         out = out if out.dtype == expected.dtype else out.to(expected.dtype)
         return _with_own(func, call, out) if beside else out
 
-    def _beside(self, func: Callable[..., Any], call: CallArgs, args: list[Any]) -> bool:
+    def _runs_twice(self, func: Callable[..., Any], call: CallArgs, args: list[Any]) -> bool:
         """Whether the copies of parameters run in a call of their own, beside the program's, whose
         gradients are autograd's. The other arguments are constants there."""
         own = self._tapping and any(t.formed_by_autograd for t in call.tracked)
@@ -421,14 +436,14 @@ class TapMode(TrackingMode):
         layouts = dict(expected.layouts)
         for i in layouts:
             self._check_layout(layouts[i], call.leaves[i])
-        args = call.stacked(layouts, self._n)
+        args = call.stacked(layouts, self._n_rows)
         for i, x in enumerate(args):
             if i not in layouts and isinstance(x, Tensor):  # a mask may have fewer axes
-                args[i] = x.reshape(self._n, *[1] * (expected.ndim + 1 - x.ndim), *x.shape[1:])
-        beside = self._beside(func, call, args)
+                args[i] = x.reshape(self._n_rows, *[1] * (expected.ndim + 1 - x.ndim), *x.shape[1:])
+        beside = self._runs_twice(func, call, args)
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             copy = args[i].contiguous() if in_transform() else args[i]
-            args[i] = self._site(copy, 0, expected, [("", tracked)], [], call.treedef)
+            args[i] = self._site(copy, 0, expected, [(COPY, tracked)], [], call.treedef)
         call_args, kwargs = call.rebuild(args)
         out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
         return _with_own(func, call, out) if beside else out

@@ -117,19 +117,23 @@ class _ShapeMode(TapMode):
             self.seen.append(self._place)
         return out
 
-    def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+    def _run_with_rule(
+        self, func: Callable[..., Any], call: CallArgs, expected: CallTrace
+    ) -> Tensor:
         y = call.run(func, call.consts())
         shapes = {}
         for i, layout in expected.layouts:
-            layout.check(call.leaves[i], self._n)
-            shapes[i] = tuple(layout.stack(call.leaves[i], self._n).shape)
+            layout.check(call.leaves[i], self._n_rows)
+            shapes[i] = tuple(layout.stack(call.leaves[i], self._n_rows).shape)
         self._check_layout(expected.out, y)
-        self._place = (_what(func, call), tuple(expected.out.stack(y, self._n).shape), shapes)
+        self._place = (_what(func, call), tuple(expected.out.stack(y, self._n_rows).shape), shapes)
         return y
 
-    def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+    def _run_broadcast(
+        self, func: Callable[..., Any], call: CallArgs, expected: CallTrace
+    ) -> Tensor:
         layout = expected.out
-        args = unfold_all(call, expected, self._n)
+        args = unfold_all(call, expected, self._n_rows)
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             args[i] = layout.pad(tracked.const, expected.ndim)
         call_args, kwargs = call.rebuild(args)

@@ -32,8 +32,8 @@ What a proof does not see:
   where errors of single samples in large batches pass.
 - What this batch does not show: a branch that is not taken, or that reads values behind torch's
   back (through a pointer). Values that torch hands to Python are part of what is proved. Values
-  that the function closes over are, where they are numbers that are told (`watch.told`), or choose
-  rows by their number.
+  that the function closes over are, where they are arguments of ops (`watch.plain_arguments`), or
+  choose rows by their number.
 - Coupling that is the same in every part as in the whole: that of two samples in one part, where no
   other sample is coupled. Another proof draws other parts.
 - Whole numbers that move from sample to sample and count for nothing yet, where each sample of the

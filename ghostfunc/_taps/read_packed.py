@@ -9,7 +9,7 @@ from torch import Tensor
 from ghostfunc._base.documents import Packing
 from ghostfunc._factors.factor import Dense, OneHot, Outer
 from ghostfunc._quantities.readers import DotReader, takes_parts
-from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
+from ghostfunc._rules.registry import ArgName, BroadcastRule, FactorMakers, TwoForms
 from ghostfunc._taps.few_calls import Add, FewCalls
 from ghostfunc._taps.read_factor import as_param_shape, read_all, read_all_parts
 from ghostfunc._taps.recut import in_rows, regrouped
@@ -22,13 +22,13 @@ class PackedUse(NamedTuple):
 
     Attributes:
         call: what the trace knows of it.
-        factors: makes its factors: those of single positions, unless the rule broadcasts.
+        makers: make its factors: those of single positions, unless the rule broadcasts.
         packing: where the documents lie.
-        few_calls: reads small gradients of many layers together, and gives them to `add`.
+        few_calls, add: as in `Sinks`, which takes what is read by its `add`.
     """
 
     call: CallTrace
-    factors: Factors
+    makers: FactorMakers
     packing: Packing
     few_calls: FewCalls | None
     add: Add
@@ -36,9 +36,9 @@ class PackedUse(NamedTuple):
     def read(self, name: ArgName, target: Tracked) -> list[Tensor | None] | None:
         """What every reader of a target reads, and the training gradient, as `read_all` returns
         them; None if `few_calls` has it."""
-        packing, make = self.packing, self.factors[name]
+        packing, make = self.packing, self.makers[name]
         readers = target.readers_in_order()
-        single = (make.outer if isinstance(make, ByPosition) else make)()
+        single = (make.by_position if isinstance(make, TwoForms) else make)()
         broadcasts = isinstance(self.call.rule, BroadcastRule)
         if broadcasts or isinstance(single, Dense):
             factor = single if broadcasts else regrouped(single, packing)
@@ -47,16 +47,16 @@ class PackedUse(NamedTuple):
             if few_calls is not None and few_calls.read(self.call, target, factor, self.add):
                 return None
             return read_all(factor, target, readers)
-        here = all(own is not None for own, _ in target.readers.values())
-        if here and all(isinstance(r, DotReader) for r in readers):
+        has_own = all(own is not None for own, _ in target.readers.values())
+        if has_own and all(isinstance(r, DotReader) for r in readers):
             packed = in_rows(single, packing)
             packed = None if packed is None else as_param_shape(packed, target)
             if isinstance(packed, (Outer, OneHot)):
                 return read_all(packed, target, readers, packing)
         if len(packing.groups) > 1 and all(map(takes_parts, readers)):
             parts = [
-                (samples, as_param_shape(regrouped(single, own), target))
-                for samples, own in packing.groups
+                (samples, as_param_shape(regrouped(single, of_part), target))
+                for samples, of_part in packing.groups
             ]
             return read_all_parts(parts, target, readers)
         return read_all(as_param_shape(regrouped(single, packing), target), target, readers)

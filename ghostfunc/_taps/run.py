@@ -291,7 +291,7 @@ def _kept_parts(
     at_once: list[list[tuple[Tracked, Factor]]] = [[] for _ in alike]
     for use, b, tensors in uses:
         for name, target in use.targets:
-            made = use.factors(b, tensors)[name]()
+            made = use.makers(b, tensors)[name]()
             whole = use.for_target(made, target) if isinstance(made, Dense) else None
             for documents, own in zip(alike, at_once, strict=True):
                 pairs = own if target.leaves().isdisjoint(defer) else later

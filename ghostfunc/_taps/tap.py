@@ -6,7 +6,7 @@ projections. Each is the cotangent of its tap.
 
 The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
 the op's input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
-output's cotangent and the op's arguments (`Use.factors`, in `use.py`). Readers read quantities off
+output's cotangent and the op's arguments (`Use.makers`, in `use.py`). Readers read quantities off
 the factor, and form the training gradient where it is wanted (`read_all`, in `read_factor.py`).
 
 Two kinds of uses have taps:
@@ -29,7 +29,7 @@ from torch import Tensor
 from ghostfunc._base.torch_private import in_transform, unrounded
 from ghostfunc._base.trees import flatten, unflatten
 from ghostfunc._quantities.readers import PositionsReader
-from ghostfunc._rules.registry import ArgName, ByPosition
+from ghostfunc._rules.registry import ArgName, TwoForms
 from ghostfunc._taps.few_calls import FewCalls
 from ghostfunc._taps.read_factor import read_all
 from ghostfunc._taps.read_packed import PackedUse
@@ -139,8 +139,8 @@ class Sinks:
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
         cotangents: of the outputs of uses, by number of the use.
-        few_calls: reads biases and norms of many layers together: what is `summed`, of which one
-            number per layer is not kept, and what is read beside gradients.
+        few_calls: reads small gradients of many layers in one table, and both batches of one run
+            at a matrix; of quantities that are `summed`, or read with the training gradient.
         by_position: whether positions are read, so that no rule may form the gradient.
     """
 
@@ -216,19 +216,19 @@ class SinkUse(Use):
             sinks.cotangents[self.use_number] = b
         if not self.reading:
             return out
-        factors = self.factors(b, args)
+        makers = self.makers(b, args)
         packed = None
         if self.recut is not None:
-            packed = PackedUse(self.call, factors, self.recut.packing, sinks.few_calls, sinks.add)
+            packed = PackedUse(self.call, makers, self.recut.packing, sinks.few_calls, sinks.add)
         for name, target in self.targets:
             if not target.readers and not target.reads_grad:
                 continue
             if packed is not None:
                 found = packed.read(name, target)
             else:
-                make = factors[name]
-                if sinks.by_position and isinstance(make, ByPosition):
-                    make = make.outer
+                make = makers[name]
+                if sinks.by_position and isinstance(make, TwoForms):
+                    make = make.by_position
                 factor = self.for_target(make(), target)
                 few_calls = sinks.few_calls
                 if few_calls is not None and few_calls.read(self.call, target, factor, sinks.add):

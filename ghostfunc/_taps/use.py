@@ -14,7 +14,7 @@ from ghostfunc._base.documents import DocumentsAlike
 from ghostfunc._base.trees import unflatten
 from ghostfunc._factors import bundles
 from ghostfunc._factors.factor import Dense, Factor
-from ghostfunc._rules.registry import ArgName, BroadcastRule, ByPosition, Factors
+from ghostfunc._rules.registry import COPY, ArgName, BroadcastRule, FactorMakers, TwoForms
 from ghostfunc._taps.known_way import KnownUse
 from ghostfunc._taps.read_factor import as_param_shape
 from ghostfunc._taps.recut import Recut, regrouped
@@ -58,18 +58,18 @@ class Use:
         """Let go of the arguments: what the backward pass needs of them, autograd has saved."""
         self.arg_tensors = []
 
-    def factors(self, b: Tensor, args: Sequence[Tensor]) -> Factors:
+    def makers(self, b: Tensor, args: Sequence[Tensor]) -> FactorMakers:
         """What makes the factors of all targets, by the rule's names for them, given the output's
         cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
         if self.known is not None:
-            return self.known.factors(b, args, self.n, self.recut, self.call_number)
+            return self.known.makers(b, args, self.n, self.recut, self.call_number)
         layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
         if isinstance(rule, BroadcastRule):
             g = b.movedim(self.axis, 0) if self.axis else b
             const = self.targets[0][1].const
             if recut is not None:
                 g = recut.broadcast(self.call_number, self.call, g, const)
-            return {"": lambda: Dense(real(g.reshape(n, *const.shape)))}
+            return {COPY: lambda: Dense(real(g.reshape(n, *const.shape)))}
         leaves = merge_tensors(self.rest, args)
         if recut is None:
             b, leaves = layout.stack(b, n), stack_all(leaves, self.call.layout_of, n)
@@ -95,9 +95,9 @@ class Use:
     ) -> Factor:
         """The factor of one target, given the output's cotangent; `by_position`, positions are kept
         apart even where the formed gradient would be smaller."""
-        make = self.factors(b, args)[name]
-        if by_position and isinstance(make, ByPosition):
-            make = make.outer
+        make = self.makers(b, args)[name]
+        if by_position and isinstance(make, TwoForms):
+            make = make.by_position
         return self.for_target(make(), target)
 
     def for_target(

@@ -140,8 +140,8 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
             f"something besides its arguments. {WAYS_OUT}"
         )
 
-    uses = [s for s in recorder.seen if s.trace.kind == "use"]
-    marks = probe_uses(program, large, recorder.seen, uses)
+    uses = [s for s in recorder.recorded if s.trace.kind == "use"]
+    marks = probe_uses(program, large, recorder.recorded, uses)
     found = [
         allowed(s, m, k, n, program.randomness)
         for s, m in zip(uses, zip(*marks, strict=True), strict=True)
@@ -153,7 +153,7 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
             counts[leaf] += 1
     trace = Trace(
         tuple(op_key(func) for func, _, _ in log.calls if not reads_attribute(func)),
-        tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.seen),
+        tuple(next(calls) if s.trace.kind == "use" else s.trace for s in recorder.recorded),
         tuple(counts),
         tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),
         recorder.reorders,

@@ -1,5 +1,5 @@
-"""The first two of the three runs that tracing makes (`make.py`). The second has one sample more
-than the first, rarely two or more, and is compared with it call by call: what grew holds samples.
+"""The first two of the three runs that tracing makes (`make.py`). The second has more samples than
+the first, one more as a rule, and is compared with it call by call: what grew holds samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ghostfunc._base.trees import first_tensor, flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
 from ghostfunc._rules.complex_numbers import for_complex
-from ghostfunc._rules.registry import REASONS, ArgName, BroadcastRule, FactorRule, lookup
+from ghostfunc._rules.registry import COPY, REASONS, ArgName, BroadcastRule, FactorRule, rule_of
 from ghostfunc._rules.reordering import (
     MAY_REORDER,
     NORMS_OF_SLICES,
@@ -42,7 +42,7 @@ from ghostfunc._trace.derivatives import has_derivative, has_second_derivative
 from ghostfunc._trace.layout import Layout
 from ghostfunc._trace.movement import moves_samples
 from ghostfunc._trace.sample_axis import candidates
-from ghostfunc._trace.trace import CallTrace, Kind, RecordedCall, Shape, Told
+from ghostfunc._trace.trace import CallTrace, Kind, PlainCall, RecordedCall, Shape
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
 from ghostfunc._trace.watch import (
     ALIKE,
@@ -50,8 +50,8 @@ from ghostfunc._trace.watch import (
     TrackingMode,
     decomposed,
     op_key,
+    plain_arguments,
     reads_attribute,
-    told,
     writes,
 )
 
@@ -70,7 +70,7 @@ _ROWS_CHOSEN: set[Callable[..., Any]] = {
     Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk,
     torch.chunk, torch.select, Tensor.select, Tensor.index_select, torch.index_select,
 }  # fmt: skip
-"""Ops that take rows of a tensor. A table without samples may be cut by their number so."""
+"""Ops that take rows of a tensor. They may cut a table without samples to the number of samples."""
 
 
 class ShapeLog(Refusals):
@@ -103,7 +103,7 @@ def shapes(tree: object) -> list[Shape | None]:
 
 
 class Recorder(TrackingMode):
-    """Runs the larger of two batches beside the log of the smaller one.
+    """Runs the larger of two batches, call by call compared with the log of the smaller one.
 
     Args:
         n_small, n_large: samples in them, the smaller batch the first of the larger one.
@@ -111,12 +111,12 @@ class Recorder(TrackingMode):
 
     Attributes:
         dtypes: of the floating-point tensors that samples lie in.
-        statistics: whether a number may be made of several samples.
+        statistics: whether some number in the program may be made of several samples.
         reads: whether values of the batch come into Python, or rows are chosen by its size;
             `reads_at`: the numbers of the calls that read values.
-        order_keeping: what calls are told that leave rows where they are.
-        by_values: what the other calls are told, by number of the call.
-        seen: the calls on tracked tensors, in order.
+        order_keeping: calls that keep rows in place: the ops, with their plain arguments.
+        by_values: the plain arguments of the other calls, by number of the call.
+        recorded: the calls on tracked tensors, in order, without those that return no tensor.
     """
 
     def __init__(
@@ -135,18 +135,18 @@ class Recorder(TrackingMode):
         self.statistics = False
         self.reads = False
         self.reads_at: set[int] = set()
-        self.order_keeping: set[Told] = set()
+        self.order_keeping: set[PlainCall] = set()
         self.by_values: dict[int, Hashable] = {}
         self._number = -1  # of the call, reads of attributes not counted
         self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
-        self.seen: list[RecordedCall] = []
+        self.recorded: list[RecordedCall] = []
 
     @property
     def reorders(self) -> bool:
         """Whether samples meet parameters after they may have been reordered."""
         if self._reordered_at is None:
             return False
-        return any(s.trace.kind == "use" for s in self.seen[self._reordered_at :])
+        return any(s.trace.kind == "use" for s in self.recorded[self._reordered_at :])
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = decomposed(self, func, args, kwargs)
@@ -163,7 +163,7 @@ class Recorder(TrackingMode):
                 "samples there are, so it cannot be traced. " + WAYS_OUT
             )
         if func is torch.randperm and self._reordered_at is None:
-            self._reordered_at = len(self.seen)
+            self._reordered_at = len(self.recorded)
         if func in MAY_REORDER or func in SCANS or func in NORMS_OF_SLICES:
             before = next((s for s in self._log.calls[self._entry - 1][1] if s is not None), ())
             given = first_tensor(args, kwargs)
@@ -176,8 +176,8 @@ class Recorder(TrackingMode):
             elif self._reordered_at is None and any(
                 reorders(func, args, kwargs, axis, len(now)) for axis in axes
             ):
-                self._reordered_at = len(self.seen)
-        inputs, judged = shapes((args, kwargs)), self._verdicts_among(args, kwargs)
+                self._reordered_at = len(self.recorded)
+        inputs, uses_batch_wide = shapes((args, kwargs)), self._uses_batch_wide(args, kwargs)
         _, inputs_before, outs_before = self._log.calls[self._entry - 1]
         self.statistics = self.statistics or self._moves_samples(func, args, kwargs, inputs)
         out = self.elementary(func, args, kwargs)
@@ -192,13 +192,13 @@ class Recorder(TrackingMode):
             self.reads = True  # `table[:len(x)]`, of a table made for so many samples
             if not self._made_here:  # an index or a mask may be another one in the next call
                 self.statistics |= not all(map(differentiable, tensors_of(out)))
-        if judged or (inputs != inputs_before and outs == outs_before):
+        if uses_batch_wide or (inputs != inputs_before and outs == outs_before):
             for x in tensors_of(out):
                 if differentiable(x):
                     self.statistics = True
                 else:
                     self._batch_wide_results[id(x)] = x
-            self.statistics |= judged and func in _NUMBERS
+            self.statistics |= uses_batch_wide and func in _NUMBERS
         self.statistics |= any(
             sum(a != b for a, b in zip(now or (), then or (), strict=False)) > 1
             for now, then in zip(outs, outs_before, strict=False)
@@ -236,7 +236,7 @@ class Recorder(TrackingMode):
     ) -> None:
         """Note the numbers and words among a call's arguments, in `by_values` where values decide
         where rows go, as an index into a tensor of samples does."""
-        key = op_key(func), told(args, kwargs)
+        key = op_key(func), plain_arguments(args, kwargs)
         tensors, known = tensors_of((args, kwargs)), iter(s for s in before if s is not None)
         indices = [x for x in tensors if x.ndim and not differentiable(x)]
         grown = [x for x in tensors if x.shape != next(known, None)]  # a list may be longer
@@ -274,7 +274,8 @@ class Recorder(TrackingMode):
         elif writes(func, kwargs) and values:
             self._here.pop(id(values[0]), None)
 
-    def _verdicts_among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _uses_batch_wide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an argument was made of all samples, as a verdict on the whole batch is."""
         return bool(self._batch_wide_results) and any(
             id(x) in self._batch_wide_results for x in tensors_of((args, kwargs))
         )
@@ -285,10 +286,10 @@ class Recorder(TrackingMode):
         if func in CONSTANTS or not torch.is_grad_enabled():
             out = call.run(func, call.consts())
             if any(s is not None for s in out_shapes):
-                self.seen.append(RecordedCall(plain, [], None, ()))
+                self.recorded.append(RecordedCall(plain, [], None, ()))
             return out
         if writes(func, call.kwargs()) and call.leaves[0].shape == arg_shapes[0]:
-            self.seen.append(RecordedCall(replace(plain, kind="derived"), [], None, ()))
+            self.recorded.append(RecordedCall(replace(plain, kind="derived"), [], None, ()))
             return self.derive(func, call)
         out = call.run(func, call.consts())
         outs = flatten(out)[0]
@@ -298,16 +299,16 @@ class Recorder(TrackingMode):
             return out
         grew = [tuple(x.shape) != s for x, s in zip(outs, out_shapes, strict=True)]
         if not any(map(differentiable, outs)):
-            self.seen.append(RecordedCall(plain, [], None, ()))
+            self.recorded.append(RecordedCall(plain, [], None, ()))
             return out
         if not any(grew):
             if not has_derivative(func, call):
-                self.seen.append(RecordedCall(replace(plain, kind="opaque"), [], None, ()))
+                self.recorded.append(RecordedCall(replace(plain, kind="opaque"), [], None, ()))
                 return out
             derivation = replace(plain, kind="derived", pushes=has_second_derivative(func, call))
-            self.seen.append(RecordedCall(derivation, [], None, ()))
+            self.recorded.append(RecordedCall(derivation, [], None, ()))
             return self.derive(func, call)
-        self.seen.append(self._use(func, call, out, arg_shapes, out_shapes))
+        self.recorded.append(self._use(func, call, out, arg_shapes, out_shapes))
         return out
 
     def _called(self, func: Callable[..., Any], call: CallArgs, kind: Kind) -> CallTrace:
@@ -332,7 +333,7 @@ class Recorder(TrackingMode):
         arg_shapes: list[Shape | None],
         out_shapes: list[Shape | None],
     ) -> RecordedCall:
-        rule = lookup(func)
+        rule = rule_of(func)
         what = f"{op_name(func)} on parameter {', '.join(repr(t.name) for t in call.tracked)}"
         if rule is None or not isinstance(out, Tensor) or out_shapes[0] is None:
             reason = REASONS.get(func, "no ghost rule for this op")
@@ -346,6 +347,8 @@ class Recorder(TrackingMode):
             args, kwargs = call.rebuild(call.leaves)
             rule.check(*args, **kwargs)
         sizes = self._n_small, self._n_large
+        # The first candidate is provisional: rules are tried with it for the shapes of factors,
+        # which are the same in every fold. `settled` puts the right fold in.
         found = candidates(out_shapes[0], tuple(out.shape), *sizes, what)
         layouts = []
         for i, x in enumerate(call.leaves):
@@ -358,7 +361,7 @@ class Recorder(TrackingMode):
                         f"sample, the output {tuple(out.shape)} with one. {WAYS_OUT}"
                     )
                 layouts.append((i, of_argument[0]))
-        names: tuple[ArgName, ...] = tuple("" for _ in call.tracked)
+        names: tuple[ArgName, ...] = tuple(COPY for _ in call.tracked)
         if not isinstance(rule, BroadcastRule):
             names = self._try(rule, call, out, found[0], dict(layouts), what)
         trace = replace(
@@ -387,7 +390,8 @@ class Recorder(TrackingMode):
             named = rule.names(*call.rebuild(slots))
             names = tuple(named[id(slots[i])] for i in call.hits)
             args, kwargs = call.rebuild(call.stacked(layouts, self._n_large))
-            factors = rule.fn(layout.stack(out, self._n_large), *args, **kwargs)
+            b = layout.stack(out, self._n_large)  # the output stands in for its cotangent
+            factors = rule.fn(b, *args, **kwargs)
             for name, tracked in zip(names, call.tracked, strict=True):
                 if name not in factors:
                     raise UnsupportedOpError(f"{what}: its rule has no factor for {name!r}")

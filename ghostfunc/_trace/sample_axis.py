@@ -1,9 +1,9 @@
 """Where the sample axis of a tensor is found.
 
-Two samples, and then three, show which axis holds samples: the one that grows (`candidates`). An
-axis may hold positions, too, and then shapes do not tell how the two are folded. The rows that have
-a cotangent of one sample's loss do (`allowed`). Where several ways are left, a use is folded as the
-others are (`settled`), and every run is proved.
+A few samples, and then more of them, show which axis holds samples: the one that grows
+(`candidates`). An axis may hold positions, too, and then shapes do not tell how the two are folded.
+The rows that have a cotangent of one sample's loss do (`allowed`). Where several ways are left, a
+use is folded as the others are (`settled`), and every run is proved.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ghostfunc._trace.trace import CallTrace, RecordedCall, Shape
 
 
 def candidates(small: Shape, large: Shape, k: int, n: int, what: str) -> tuple[Layout, ...]:
-    """Where samples may lie in a tensor whose shape is `small` for k samples and `large` for n, one
-    more: on the axis that grew, folded in one of several ways, sample-major first. Errors name
-    `what` the tensor is."""
+    """Where samples may lie in a tensor whose shape is `small` for k samples and `large` for n > k:
+    on the axis that grew, folded in one of several ways, sample-major first. Errors name `what` the
+    tensor is."""
     if len(small) != len(large):
-        raise SampleAxisError(f"{what}: shape {small} became {large} with one more sample.")
+        raise SampleAxisError(f"{what}: shape {small} of {k} samples became {large} of {n}.")
     axes = [i for i, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
     if len(axes) != 1:
         raise SampleAxisError(
-            f"{what}: with one more sample, shape {small} became {large}. Samples must lie on "
+            f"{what}: shape {small} of {k} samples became {large} of {n}. Samples must lie on "
             "exactly one axis: in a table of sample pairs, compute each sample's own entries "
             f"alone. {WAYS_OUT}"
         )
@@ -58,10 +58,10 @@ def candidates(small: Shape, large: Shape, k: int, n: int, what: str) -> tuple[L
 def allowed(
     seen: RecordedCall, marks: Sequence[Tensor], k: int, n: int, randomness: Randomness
 ) -> list[Layout]:
-    """Where samples may lie in the output: where its marks and its values allow it. The marks say
-    where the output has a cotangent of each loss. The last n - k samples are copies of the first
-    n - k, so their values are equal. Several layouts are left where all values are equal, and no
-    gradient tells."""
+    """Where samples may lie in the output: where its marks and its values allow it. There is one
+    mark per loss: it says where the output has a cotangent of that loss. The last n - k samples are
+    copies of the first n - k, so their values are equal. Several layouts are left where all values
+    are equal, and no gradient tells."""
     trace, y = seen.trace, seen.y
     assert y is not None
     owned = [
@@ -77,15 +77,18 @@ def allowed(
             "by length, say), keep the samples in their order where parameters meet them. "
             + WAYS_OUT
         )
-    if len(owned) > 1 and randomness == "error":  # copies draw other numbers where it is allowed
+    if (
+        len(owned) > 1 and randomness == "error"
+    ):  # where draws are allowed, copies draw other numbers
         owned = [x for x in owned if _copies_equal(x.front(y, n), k)] or owned
     # Samples seldom lie between positions; the proof would tell.
     return [x for x in owned if x.fold != "between"] or owned
 
 
 def settled(uses: Sequence[RecordedCall], found: Sequence[list[Layout]]) -> Iterator[CallTrace]:
-    """The uses with one layout each. A use that has several takes the fold that most of the uses
-    with a single layout have. Every run of a trace with such guesses is proved."""
+    """The uses with one layout each. A use with several layouts takes the one whose fold is the
+    most frequent among the uses with a single layout, or the first where none of its folds is
+    there. Every run of a trace with such guesses is proved."""
     known = Counter(own[0].fold for own in found if len(own) == 1)
     for seen, own in zip(uses, found, strict=True):
         out = max(own, key=lambda x: known[x.fold])

@@ -17,8 +17,8 @@ from ghostfunc._trace.tracked import Tracked
 
 Kind = Literal["use", "derived", "constant", "opaque"]
 Shape = tuple[int, ...]
-Told: TypeAlias = tuple[Callable[..., Any], Hashable]
-"""An op and what it is told besides tensors."""
+PlainCall: TypeAlias = tuple[Callable[..., Any], Hashable]
+"""An op, and the plain arguments of a call of it: see `watch.plain_arguments`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class WayTaken(NamedTuple):
         seen: whether all its calls are calls of its trace, or keep samples in place. Of others
             nobody has seen whether they reorder samples by their values.
         calls: how many calls it made.
-        hashed: a hash of the ops and of what they were told besides tensors: ways differ by it.
+        hashed: a hash of the ops and of their plain arguments: ways differ by it.
     """
 
     seen: bool
@@ -114,9 +114,9 @@ class Trace:
         reads: whether the program reads values of the batch out of tensors: what it then does may
             be the same for all samples.
         dtypes: of floating-point tensors that carry samples; the coarsest decides what rounding is.
-        order_keeping: calls, by op and what it was told, that move no sample by values: a
+        order_keeping: calls that move no sample by values, with their plain arguments: a
             recurrence over more steps makes more of them.
-        by_values: what the other calls were told: told another axis, they may move samples.
+        by_values: the plain arguments of the other calls: with another axis, they may move samples.
         guessed: whether nothing told how samples are folded at some use: all values were equal.
         ways: the first steps of ways that were gone with this trace, by shapes.
     """
@@ -130,7 +130,7 @@ class Trace:
     reads: bool
     reads_at: frozenset[int]
     dtypes: frozenset[torch.dtype]
-    order_keeping: frozenset[Told]
+    order_keeping: frozenset[PlainCall]
     by_values: Mapping[int, Hashable]
     guessed: bool = False
     ways: dict[Hashable, Any] = field(default_factory=dict, repr=False)

@@ -101,22 +101,22 @@ TELLING = frozenset((0.0, 1.0))
 """Of floats, those that make another program of the same calls."""
 
 
-def told(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
-    """What a call is told besides tensors, as far as it may be another for other samples: whole
-    numbers, words, dtypes, and slices and arrays of them. Of other numbers, whether they are zero
-    or one: dropout draws nothing then, and what a zero multiplies does not show."""
-    return tuple(map(_told, args)), tuple(map(_told, kwargs.values()))
+def plain_arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """The arguments of a call that are no tensors, as far as they may differ for other samples:
+    whole numbers, words, dtypes, and slices and arrays of them. Of other numbers, whether they are
+    zero or one: dropout draws nothing then, and what a zero multiplies does not show."""
+    return tuple(map(_plain, args)), tuple(map(_plain, kwargs.values()))
 
 
-def _told(x: Any) -> Hashable:
+def _plain(x: Any) -> Hashable:
     kind = type(x)
     if kind is int or kind is str or kind is bool:
         return kind is bool, x
     if kind is tuple or kind is list or kind is torch.Size:
-        inner = tuple(map(_told, x))
+        inner = tuple(map(_plain, x))
         return inner if any(i is not None for i in inner) else None  # any number of tensors
     if kind is slice:
-        return _told(x.start), _told(x.stop), _told(x.step)
+        return _plain(x.start), _plain(x.stop), _plain(x.step)
     if isinstance(x, Tensor):
         return None
     if isinstance(x, np.ndarray):
@@ -126,7 +126,7 @@ def _told(x: Any) -> Hashable:
     if isinstance(x, (float, np.floating)):
         return float(x) if x in TELLING else "float"
     if isinstance(x, (tuple, list)):
-        return kind.__name__, tuple(map(_told, x))
+        return kind.__name__, tuple(map(_plain, x))
     return str(x) if isinstance(x, (str, torch.dtype)) else kind.__name__
 
 

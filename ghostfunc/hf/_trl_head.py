@@ -18,7 +18,7 @@ from torch.overrides import wrap_torch_function
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors.factor import Dense, Outer
-from ghostfunc._rules.registry import Factors, register_rule
+from ghostfunc._rules.registry import FactorMakers, register_rule
 from ghostfunc.hf._losses import Batch
 
 FUNCTION = "_ChunkedLogProbFunction"
@@ -117,7 +117,7 @@ def _rule(
     softcap: float | None,
     scale: float,
     dtype: torch.dtype,
-) -> Factors:
+) -> FactorMakers:
     def of_logits() -> Tensor:
         logits = hidden.to(dtype) @ weight[0].to(dtype).mT
         if bias is not None:

@@ -20,7 +20,7 @@ from ghostfunc._base import program as programs
 from ghostfunc._taps import known_way, mode
 from ghostfunc._trace.fitting import traced
 from ghostfunc._trace.trace import Trace
-from ghostfunc._trace.watch import told
+from ghostfunc._trace.watch import plain_arguments
 
 Program = Callable[[Any, Tensor, Any], Tensor]
 
@@ -187,7 +187,7 @@ def test_a_run_is_compared_with_the_one_before(monkeypatch: pytest.MonkeyPatch) 
     def refuse(values: Any) -> Any:
         raise AssertionError("hashed")
 
-    monkeypatch.setattr(mode, "told", refuse)
+    monkeypatch.setattr(mode, "plain_arguments", refuse)
     assert torch.equal(gf.ghost_norm(model_fn, params, x), first)
 
 
@@ -297,10 +297,10 @@ def test_integers_of_numpy_are_told(number: Any) -> None:
 
 def test_arrays_of_numpy_and_dtypes_are_told() -> None:
     one, other = np.array([0, 1, 2]), np.array([1, 0, 2])
-    assert told((one,), {}) == told((one.copy(),), {})
-    assert told((one,), {}) != told((other,), {})
-    assert told((torch.float32,), {}) != told((torch.float64,), {})
-    assert told(([np.int64(1)],), {}) != told(([np.int64(2)],), {})
+    assert plain_arguments((one,), {}) == plain_arguments((one.copy(),), {})
+    assert plain_arguments((one,), {}) != plain_arguments((other,), {})
+    assert plain_arguments((torch.float32,), {}) != plain_arguments((torch.float64,), {})
+    assert plain_arguments(([np.int64(1)],), {}) != plain_arguments(([np.int64(2)],), {})
 
 
 def test_a_verdict_that_is_written_down_is_read() -> None:

@@ -601,8 +601,10 @@ def test_other_documents_go_the_way_of_earlier_ones(
         asked.model_fn = model_fn
         assert_right(asked, ESSENTIAL, tolerance=1e-10)
     looked: list[str] = []
-    told = TapMode._told
-    monkeypatch.setattr(TapMode, "_told", lambda *args: looked.append(args[1]) or told(*args))
+    note = TapMode._run_and_note
+    monkeypatch.setattr(
+        TapMode, "_run_and_note", lambda *args: looked.append(args[1]) or note(*args)
+    )
     whole = {"input_ids": train[0], "attention_mask": torch.ones_like(train[0])}
     counts = []
     for batch in (whole, asked.train):

@@ -172,7 +172,9 @@ class _PositionMode(TapMode):
             "be placed twice. Ask a model without remat."
         )
 
-    def _factor(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+    def _run_with_rule(
+        self, func: Callable[..., Any], call: CallArgs, expected: CallTrace
+    ) -> Tensor:
         layout = expected.out
         changes = self._changes(func, call)
         y = call.run(func, call.consts())
@@ -181,30 +183,32 @@ class _PositionMode(TapMode):
         moved = self._move(
             func,
             call,
-            layout.split(y, self._n),
+            layout.split(y, self._n_rows),
             layout.sample_axis,
-            [(tap, layout.split(change, self._n)) for tap, change in changes],
+            [(tap, layout.split(change, self._n_rows)) for tap, change in changes],
         )
         return layout.merge(moved)
 
-    def _broadcast(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
+    def _run_broadcast(
+        self, func: Callable[..., Any], call: CallArgs, expected: CallTrace
+    ) -> Tensor:
         layout = expected.out
         if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
             raise PositionAxisError(
                 f"{op_name(func)} has samples where it has positions. {WAY_OUT}"
             )
-        args = unfold_all(call, expected, self._n)
+        args = unfold_all(call, expected, self._n_rows)
         padded = [layout.pad(t.const, expected.ndim) for t in call.tracked]
         for i, copy in zip(call.hits, padded, strict=True):
             args[i] = copy
         for i, tracked, copy in zip(call.hits, call.tracked, padded, strict=True):
             shape = list(copy.shape)
-            shape[layout.sample_axis] = self._n
+            shape[layout.sample_axis] = self._n_rows
             self.meets(shape)
             if func is not F.scaled_dot_product_attention:  # of a mask and queries, say
                 tensors = [x for x in args if isinstance(x, Tensor)]
                 shape = list(torch.broadcast_shapes(*(x.shape for x in tensors)))
-            shape[layout.sample_axis] = self._n
+            shape[layout.sample_axis] = self._n_rows
             changes = []
             for (k, leaf), (reader, _) in tracked.readers.items():
                 u = shaped(_direction(reader), tracked.const)
@@ -270,7 +274,7 @@ class _PositionMode(TapMode):
                 raise StaleLayout(f"{op_name(func)} has {y.shape[axis]} positions")
             eps = eps if sample_axis < axis else eps.mT
             shape = [1] * y.ndim
-            shape[sample_axis], shape[axis] = self._n, y.shape[axis]
+            shape[sample_axis], shape[axis] = self._n_rows, y.shape[axis]
             y = y + (eps.reshape(shape) * wide(change)).to(y.dtype)
         return y
 
