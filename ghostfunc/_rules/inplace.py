@@ -1,7 +1,7 @@
 """In-place ops that write a parameter's values into samples, as writes of what a pure op returns.
 
-The tap sits on what the pure op returns, so the program may go on with the op's result or with the
-tensor it wrote to.
+The tap lies beside what the pure op returns, so the program may go on with the op's result or with
+the tensor it wrote to.
 """
 
 from __future__ import annotations

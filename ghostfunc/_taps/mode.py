@@ -1,4 +1,4 @@
-"""The mode that places a tap beside every op where a parameter meets samples."""
+"""The mode that places taps at every use: wherever an op meets a parameter and samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._rules.registry import COPY, ArgName, BroadcastRule
 from ghostfunc._taps.known_way import KnownUse, Step, known_use, last, remember
 from ghostfunc._taps.recut import Recut
-from ghostfunc._taps.tap import ANCHOR, Beside, ReturningUse, Sinks, SinkUse
+from ghostfunc._taps.tap import ANCHOR, ReturningUse, Sinks, SinkUse, TwinOutput
 from ghostfunc._taps.use import StaleOutputs, Use, UseOutput, output_of, split_tensors
 from ghostfunc._trace.layout import Layout, StaleLayout
 from ghostfunc._trace.trace import CallTrace, Trace, WayTaken, pattern
@@ -38,10 +38,10 @@ from ghostfunc._trace.watch import (
 
 
 class TapMode(TrackingMode):
-    """Runs a traced model with a tap at every use.
+    """Runs a traced model with taps at every use.
 
     `taps` are the taps of the readers; `collect` maps the number of a use to its collecting tap.
-    `note_outputs` fills `outputs`, for shapes and costs. With `sinks`, what taps read goes there.
+    `note_outputs` fills `outputs`, for shapes and costs. With `sinks`, what uses read goes there.
     With `recut`, the run shows packed rows and the samples are documents. Where the `shapes` of the
     run are known, the way that it goes is remembered step by step.
     """
@@ -337,7 +337,8 @@ class TapMode(TrackingMode):
         axis: int,
         **how: Any,
     ) -> Tensor:
-        """The output of a use with its taps; `how` tells what the use knows of its arguments."""
+        """The tapped tensor of a use, with its taps beside it; `how` tells what the use knows of
+        its arguments."""
         number = len(self.uses)
         facts = call, self._n_samples, targets, tensors, axis, number
         use: SinkUse | ReturningUse
@@ -395,8 +396,8 @@ class TapMode(TrackingMode):
         if mixes_last_axes(func) and layout.axis >= expected.ndim - 2:
             return self._apart(func, call, expected)
         args = unfold_all(call, expected, self._n_rows)
-        beside = self._runs_twice(func, call, args)
-        operands = call.consts() if beside else self._operands(call.tracked)
+        twice = self._runs_twice(func, call, args)
+        operands = call.consts() if twice else self._operands(call.tracked)
         for i, tracked, operand in zip(call.hits, call.tracked, operands, strict=True):
             padded = layout.pad(operand, expected.ndim)
             shape = list(padded.shape)
@@ -413,11 +414,11 @@ class TapMode(TrackingMode):
         out = layout.merge(func(*call_args, **kwargs))
         # A scalar does not take part in the promotion of dtypes, and its copies do.
         out = out if out.dtype == expected.dtype else out.to(expected.dtype)
-        return _with_own(func, call, out) if beside else out
+        return _of_own_call(func, call, out) if twice else out
 
     def _runs_twice(self, func: Callable[..., Any], call: CallArgs, args: list[Any]) -> bool:
-        """Whether the copies of parameters run in a call of their own, beside the program's, whose
-        gradients are autograd's. The other arguments are constants there."""
+        """Whether the op runs on copies of parameters and once more on the primals, whose gradients
+        autograd forms. In the first of the two calls the other arguments are constants."""
         own = self._tapping and any(t.formed_by_autograd for t in call.tracked)
         if not own or writes(func, call.kwargs()):
             return False
@@ -426,7 +427,7 @@ class TapMode(TrackingMode):
         return True
 
     def _operands(self, tracked: Sequence[Tracked]) -> list[Tensor]:
-        """What an op runs on: constants where taps read the training gradient, or nothing does."""
+        """What an op runs on: primals where autograd forms the training gradient, or constants."""
         return [t.primal if self._tapping and t.formed_by_autograd else t.const for t in tracked]
 
     def _apart(self, func: Callable[..., Any], call: CallArgs, expected: CallTrace) -> Tensor:
@@ -440,18 +441,19 @@ class TapMode(TrackingMode):
         for i, x in enumerate(args):
             if i not in layouts and isinstance(x, Tensor):  # a mask may have fewer axes
                 args[i] = x.reshape(self._n_rows, *[1] * (expected.ndim + 1 - x.ndim), *x.shape[1:])
-        beside = self._runs_twice(func, call, args)
+        twice = self._runs_twice(func, call, args)
         for i, tracked in zip(call.hits, call.tracked, strict=True):
             copy = args[i].contiguous() if in_transform() else args[i]
             args[i] = self._site(copy, 0, expected, [(COPY, tracked)], [], call.treedef)
         call_args, kwargs = call.rebuild(args)
         out: Tensor = expected.out.unstack(func(*call_args, **kwargs))
-        return _with_own(func, call, out) if beside else out
+        return _of_own_call(func, call, out) if twice else out
 
 
-def _with_own(func: Callable[..., Any], call: CallArgs, beside: Tensor) -> Tensor:
-    """What the program's own call returns, whose cotangent the taps of a call `beside` it get."""
-    out: Tensor = Beside.apply(call.run(func, [t.primal for t in call.tracked]), beside)
+def _of_own_call(func: Callable[..., Any], call: CallArgs, twin: Tensor) -> Tensor:
+    """What the program's own call returns. Its `twin`, which a call on tapped copies returned, gets
+    the same cotangent."""
+    out: Tensor = TwinOutput.apply(call.run(func, [t.primal for t in call.tracked]), twin)
     return out
 
 

@@ -24,9 +24,9 @@ from ghostfunc._trace.tracked import Tracked, at_leaves, shaped
 
 
 def as_param_shape(factor: Factor, target: Tracked) -> Factor:
-    """The factor in a shape that fits the target: exactly its own if it is dense or the target is a
-    matrix, which may be transposed; otherwise one with the same elements in the same order. All
-    positions of a sample are on one axis."""
+    """The factor in a shape that fits the target, all positions of a sample on one axis. A dense
+    factor, and that of a matrix, get the target's own shape: a matrix may be transposed later.
+    Other factors need only have the target's elements in the target's order."""
     shape = target.real_shape
     match factor:
         case Outer(left, right) if left.ndim != 3:
@@ -42,24 +42,28 @@ def as_param_shape(factor: Factor, target: Tracked) -> Factor:
 def read_all(
     factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None = None
 ) -> list[Tensor | None]:
-    """What every reader of a target reads, and last the cotangent of its training gradient's input
-    if there is one: None if the gradient was added to a running total. With a `packing`, the factor
-    is one of packed rows, and all readers are `DotReader`s."""
-    own = [reader is not None for reader, _ in target.readers.values()]
-    pulled = {} if all(own) else leaf_factors(target, factor)
-    at_leaf = [
-        None if here else reader.read(pulled[i])
-        for (_, i), here, reader in zip(target.readers, own, readers, strict=True)
+    """What every reader of a target reads, and last its training gradient where that is read here:
+    None if the gradient was added to a running total. With a `packing`, the factor is one of packed
+    rows, and all readers are `DotReader`s.
+
+    A reader that the target has of its own reads the factor, with the others of its kind. The
+    parameter's reader, where there is no other, reads what the factor is pulled back to.
+    """
+    has_own = [reader is not None for reader, _ in target.readers.values()]
+    pulled = {} if all(has_own) else leaf_factors(target, factor)
+    at_leaf = [  # None where the target's own reader reads, further down
+        None if own else reader.read(pulled[i])
+        for (_, i), own, reader in zip(target.readers, has_own, readers, strict=True)
     ]
-    readers = [reader for here, reader in zip(own, readers, strict=True) if here]
-    beside = [root for _, root in target.readers.values() if isinstance(root, OneRunReader)]
-    if beside:  # if one reader is a `OneRunReader`, all are
-        leaves = [i for (_, i), here in zip(target.readers, own, strict=True) if here]
-        readers = _readers_for_train_rows(factor, target, leaves, readers)
-        factor = bundles.take(factor, slice(beside[0].n))
-    read, grad = _read_with_total(factor, target, readers, packing)
-    here = iter(read)
-    out: list[Tensor | None] = [next(here) if x is None else x for x in at_leaf]
+    own_readers = [reader for own, reader in zip(has_own, readers, strict=True) if own]
+    one_run_roots = [root for _, root in target.readers.values() if isinstance(root, OneRunReader)]
+    if one_run_roots:  # if one reader is a `OneRunReader`, all are
+        leaves = [i for (_, i), own in zip(target.readers, has_own, strict=True) if own]
+        own_readers = _readers_for_train_rows(factor, target, leaves, own_readers)
+        factor = bundles.take(factor, slice(one_run_roots[0].n))
+    read, grad = _read_with_total(factor, target, own_readers, packing)
+    of_own = iter(read)
+    out: list[Tensor | None] = [next(of_own) if x is None else x for x in at_leaf]
     if target.reads_grad:
         out.append(None if grad is None else shaped(grad, target.const))
     return out
@@ -68,8 +72,8 @@ def read_all(
 def _read_with_total(
     factor: Factor, target: Tracked, readers: Sequence[Reader], packing: Packing | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """What readers at hand read, and the training gradient, formed beside them where it is wanted:
-    None if it was added to a running total."""
+    """What a target's own readers read, and its training gradient, formed in the same products
+    where it is read here: None if it is not, or was added to a running total."""
     directions = [r for r in readers if isinstance(r, DotReader)]
     us = [r.u.reshape(factor.shape) for r in directions]
     contract_dtype = directions[0].contract_dtype if us else None  # one call has one
@@ -108,18 +112,19 @@ def read_all_parts(
     parts: Sequence[tuple[Tensor, Factor]], target: Tracked, readers: Sequence[Reader]
 ) -> list[Tensor | None]:
     """`read_all` of readers that take samples in parts, each with its factor."""
-    own = [reader is not None for reader, _ in target.readers.values()]
-    pulled = [] if all(own) else [(samples, leaf_factors(target, f)) for samples, f in parts]
+    has_own = [reader is not None for reader, _ in target.readers.values()]
+    pulled = [] if all(has_own) else [(samples, leaf_factors(target, f)) for samples, f in parts]
     at_hand = [Part(samples, [f]) for samples, f in parts]
     out: list[Tensor | None] = []
     grad: Tensor | None = None
-    for (_, i), here, reader in zip(target.readers, own, readers, strict=True):
-        giving = here and isinstance(reader, ValueReader) and reader.gives_total
+    for (_, i), own, reader in zip(target.readers, has_own, readers, strict=True):
+        giving = own and isinstance(reader, ValueReader) and reader.gives_total
         if giving and target.reads_grad and grad is None:
             assert isinstance(reader, ValueReader)
             value, grad = reader.read_with_total(at_hand)
         else:
-            at_leaf = [Part(samples, [factors[i]]) for samples, factors in pulled if not here]
+            # Nothing is pulled back for a reader that the target has of its own.
+            at_leaf = [Part(samples, [factors[i]]) for samples, factors in pulled if not own]
             value = read_parts(reader, at_leaf or at_hand)
         out.append(value)
     if target.reads_grad:

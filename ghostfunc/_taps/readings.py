@@ -70,7 +70,8 @@ class Reading(NamedTuple):
         numbers: by parameter.
         total: picks the sum over parameters, where the run has nothing else.
         pairs: whether it relates samples to each other, `[s, s]`.
-        samples: how many of the batch's samples it is of; the others are what it is beside.
+        samples: how many of the batch's samples it is of: dots with the sum of the others. None for
+            all.
         scale: of the gradients that it is of, one number or one per sample.
         contract_dtype: what its products are rounded to.
     """
@@ -100,8 +101,9 @@ class Read:
 
     Attributes:
         losses: `[n]`.
-        readings: what is a number of single samples or of pairs.
-        sums: what is a sum over all samples.
+        readings: numbers of single samples or of pairs, and moments, which are sums over samples of
+            functions of their gradients.
+        sums: sums of the gradients themselves, over all samples.
     """
 
     losses: Tensor
@@ -117,8 +119,11 @@ def reading_of(
     scale: float | Tensor = 1.0,
     summed: bool = False,
 ) -> Reading | None:
-    """What there is to be proved of a quantity; None for what is no function of single gradients:
-    sums over samples, what asks for positions, and what vmap has several of."""
+    """What there is to be proved of a quantity, or None. None stands for what is no function of
+    single gradients (sums over samples, what asks for positions, relations between samples other
+    than Gram matrices), and what vmap has several of. Not compared are squares of rounded products,
+    either, nor a sum over parameters that none of them adds to.
+    """
     if isinstance(scale, float):
         scale = 1.0  # values are not scaled by a single number
     if any(batched_within(x) for x in (*values, scale) if isinstance(x, Tensor)):
@@ -140,7 +145,7 @@ def reading_of(
             samples = reader.n
         numbers[i] = Numbers(_defined(reader), _picked(None if summed else values[i], pairs=pairs))
     if not numbers or (contract_dtype is not None and quantity.degree > 1 and samples is None):
-        return None  # rounded squares may cancel: nobody knows how far they are off
+        return None  # no parameter has a number, or rounded squares have them, which may cancel
     degree = 1 if samples is not None else quantity.degree
     if summed and not values:
         return None
@@ -299,8 +304,8 @@ def what_was_read(
     sums = []
     for i, g in enumerate(taken.grads):
         if g is not None:
-            beside = [readers[i] for readers in taken.readers]
-            first = [r.n for r in beside if isinstance(r, OneRunReader)]
+            of_param = [readers[i] for readers in taken.readers]
+            first = [r.n for r in of_param if isinstance(r, OneRunReader)]
             sums.append(Sum(i, g, _of_the_first(scale, first[0]) if first else scale))
     rows = zip(quantities, taken.readers, taken.values, strict=True)
     for number, (quantity, readers, values) in enumerate(rows):
@@ -333,7 +338,7 @@ PERIOD = 4099
 """Signs that repeat: a prime number, so that they fall otherwise in every row of a matrix."""
 
 MARGIN = 4.0
-"""How much farther than that a number may be off."""
+"""How many times as far as it moved, on the average over `DIRECTIONS`, a number may be off."""
 
 
 def off_by(
@@ -349,13 +354,13 @@ def off_by(
 
     Args:
         grads: of the samples `index`, `[s, *shape]` per parameter, from plain autograd.
-        company: the sum of the gradients that the reading is beside.
+        company: by parameter, the sum of the gradients of the batch's other samples.
         reach: by how much the gradients may be off, `[P, s]`.
         tolerance: relative error that is rounding.
     """
 
     def defined(i: int, *, moving: bool) -> _Compared:
-        beside = None if company is None else company[i]
+        sum_of_others = None if company is None else company[i]
         g = wide(grads[i])
         by = [-1, *[1] * (g.ndim - 1)]
         scale = reading.scale
@@ -365,12 +370,14 @@ def off_by(
         elif scale != 1.0:
             g = g * scale
         define = reading.numbers[i].define
-        want = define(g, beside)
+        want = define(g, sum_of_others)
         if not moving:
             return _Compared(want, None)
         far = (reach[i] * (scale.abs() if isinstance(scale, Tensor) else abs(scale))).to(g).view(by)
         moved = [
-            _squares(define(torch.addcmul(g, far, _direction(k, g)), beside), want, reading.pairs)
+            _squares(
+                define(torch.addcmul(g, far, _direction(k, g)), sum_of_others), want, reading.pairs
+            )
             for k in range(DIRECTIONS)
         ]
         return _Compared(want, contract.add_up(moved) / DIRECTIONS)

@@ -102,7 +102,7 @@ def run(
     call have memory of their own. The values of quantities that are `summed` over parameters are
     one in all. Whoever gives `finite` has it `look` at the losses when everything is queued.
     Outside transforms, `ready` gets most gradients while the backward pass goes on; `by_autograd`,
-    gradients there are autograd's own, bit for bit, with its products beside those of the taps.
+    gradients there are autograd's own, bit for bit, with its products beside those of readers.
     `by_length`, factors of packed documents may be kept in `parts`, little filled up.
     """
     own = FiniteLosses() if finite is None else finite
@@ -354,7 +354,7 @@ def _by_sinks(
     ready: Ready | None,
     totals: Collection[int],
 ) -> _Taken:
-    """Elsewhere: taps add up what they read themselves, gradients of `totals` too."""
+    """Elsewhere: uses add up what they read themselves, gradients of `totals` too."""
     leaves, n = model.leaves, model.n
     running = {i: RunningTotal() for i in grads if i in totals and _in_own_dtype(leaves[i])}
     sunk = run_into_sinks(

@@ -1,9 +1,9 @@
-"""Sinks: where taps put what they read, outside transforms.
+"""Sinks: where uses put what they read, outside transforms.
 
-A quantity is the cotangent of a tap. Autograd would add the cotangents of a tap up over its uses,
-and would need a zero tap per parameter for it. Where no transform follows what is read, the taps of
-a run share one input, the *anchor*, which has autograd come by; their backward passes add what they
-read to a sink themselves.
+A quantity is the cotangent of a tap. Autograd would add the cotangents of a tap up over the uses of
+a parameter, and would need a tap per parameter and quantity for it. Where no transform follows what
+is read, all uses of a run share one tap, the *anchor*, for which autograd runs their backward
+passes. Those add what they read to a sink themselves.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SinkRun:
     sinks: Sinks
 
     def cotangent(self, use: SinkUse) -> Tensor:
-        """That of a collected use's output; zero where the losses do not depend on it."""
+        """That of a collected use's tapped tensor; zero where the losses do not depend on it."""
         b = self.sinks.cotangents.get(use.use_number)
         assert use.blank is not None
         return use.blank() if b is None else b
@@ -116,7 +116,7 @@ def run_into_sinks(
     check_shape(losses, model.n)
     if ready is not None:
         _send_when_whole(mode.uses, leaves, running, primals, ready)
-    sinks.open = True  # the model may have pulled something back itself
+    sinks.open = True  # until here, the model may have pulled something back itself
     with unrounded(losses):
         given = [*primals.values(), *guards, anchor]
         found = gradients(losses, given, as_cotangent(losses, cotangent))
@@ -128,8 +128,8 @@ def run_into_sinks(
     out.update(zip(primals, found, strict=False))
     for i, total in running.items():
         if total.value is not None:
-            whole, beside = total.value.view_as(leaves[i]), out[i]
-            out[i] = whole if beside is None else whole.add_(beside)
+            whole, of_derived = total.value.view_as(leaves[i]), out[i]
+            out[i] = whole if of_derived is None else whole.add_(of_derived)
     return SinkRun(losses.detach(), out, mode, sinks)
 
 

@@ -1,20 +1,31 @@
-"""A tap: a zero input beside an op's output, which no value depends on.
+"""A tap: a zero input beside a tensor, which no value depends on; its cotangent is a quantity.
 
-Taps go into a function that is the identity on the op's output. The backward pass of that function
-gets the output's cotangent, and reads quantities of the samples off it: dot products, norms,
-projections. Each is the cotangent of its tap.
+A use has one *tapped tensor*. It goes through a function that is the identity on it and takes the
+taps as further inputs. The backward pass of that function gets the tensor's cotangent, and reads
+quantities of the samples off it: dot products, norms, projections.
 
-The op itself runs on a constant copy of the parameter, so autograd computes only the cotangent of
-the op's input. The op's rule makes a factor, the compact form of the per-sample gradients, of the
-output's cotangent and the op's arguments (`Use.makers`, in `use.py`). Readers read quantities off
-the factor, and form the training gradient where it is wanted (`read_all`, in `read_factor.py`).
+    an op with a rule     The tapped tensor is the op's output. The rule makes a factor, the compact
+                          form of the per-sample gradients, of the output's cotangent and the op's
+                          arguments (`Use.makers`, in `use.py`).
+    an op that broadcasts The tapped tensor is a copy of the parameter, expanded to the samples,
+                          which the op gets. Its cotangent is the per-sample gradient.
+
+Readers read quantities off the factor, and form the training gradient where it is wanted
+(`read_all`, in `read_factor.py`). The op, or the copy, takes the parameter as a constant, so
+autograd computes the cotangents of activations alone. The exception are training gradients that
+autograd itself forms (`Tracked.formed_by_autograd`): an op with a rule runs on `Tracked.primal`
+then, and one that broadcasts runs twice.
 
 Two kinds of uses have taps:
 
     ReturningUse    inside transforms: every quantity has a tap of its own, and what is read is
                     returned as the cotangent of that tap
-    SinkUse         elsewhere: what is read is put into `Sinks`. The one tap is a dummy, the anchor:
-                    since it wants a gradient, autograd runs the backward pass
+    SinkUse         elsewhere: what is read is put into `Sinks`. The one tap is the anchor, whose
+                    cotangent nobody reads: since it wants a gradient, autograd runs the backward
+                    pass
+
+Beside the taps, the function takes `Tracked.primal` where a training gradient is to be returned:
+that is the cotangent of the primal, as a quantity is that of its tap.
 """
 
 from __future__ import annotations
@@ -42,7 +53,7 @@ class ReturningUse(Use):
     """A use that returns what is read as the cotangents of its taps.
 
     Attributes:
-        collect_tap: the tap whose cotangent is the output's, where that is kept.
+        collect_tap: the tap whose cotangent is that of the tapped tensor, where that is kept.
     """
 
     collect_tap: Tensor | None = None
@@ -52,11 +63,11 @@ class ReturningUse(Use):
         leaves, self._reader_spec = flatten([t.readers_in_order() for _, t in self.targets])
         self._reader_tensors, self._reader_rest = split_tensors(leaves)
         self._n_args = len(self.arg_tensors)
-        self.n_taps = 0
+        self.n_inputs = 0
 
     def tapped(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """The output `y` with its taps. The backward pass reads all targets, and returns the values
-        as cotangents of `taps`."""
+        """The tapped tensor `y`, with its taps beside it. The backward pass reads all targets, and
+        returns the values as cotangents of `taps` and the primals."""
         inputs: list[Tensor] = []
         for _, target in self.targets:
             inputs += [taps[key] for key in target.readers]
@@ -64,14 +75,14 @@ class ReturningUse(Use):
                 inputs.append(target.primal)
         if self.collect_tap is not None:
             inputs.append(self.collect_tap)
-        self.n_taps = len(inputs)
+        self.n_inputs = len(inputs)
         if not inputs:
             return y
         function = _Returning if in_transform() else _ReturningAtTop
         return function.apply(y, self, *inputs, *self.arg_tensors, *self._reader_tensors)
 
     def read(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
-        """The cotangents of all taps, in the order of `tapped`."""
+        """The cotangents of the taps and primals, in the order of `tapped`."""
         args, tensors = saved[: self._n_args], saved[self._n_args :]
         readers = unflatten(self._reader_spec, merge_tensors(self._reader_rest, tensors))
         out: list[Tensor | None] = []
@@ -99,7 +110,7 @@ class _Returning(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, use, *tensors = inputs
         ctx.use = use
-        ctx.save_for_backward(*tensors[use.n_taps :])
+        ctx.save_for_backward(*tensors[use.n_inputs :])
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,22 +134,22 @@ class _ReturningAtTop(torch.autograd.Function):
 
 
 ANCHOR: ReaderKey = (-1, -1)
-"""The key of the dummy input that all taps of a run with sinks share."""
+"""The key of the one tap that all uses of a run with sinks share; nobody reads its cotangent."""
 
 Blank: TypeAlias = Callable[[], Tensor]
 
 
 @dataclass
 class Sinks:
-    """Where the taps of one run put what they read.
+    """Where the uses of one run put what they read.
 
     Attributes:
-        collect: parameters, by number; the outputs' cotangents of all their uses are kept.
+        collect: parameters, by number; the tapped tensors' cotangents of all uses are kept.
         summed: quantities that are added up over parameters, by number.
-        open: whether the backward pass has begun; until then taps read nothing.
+        open: whether the run's backward pass has begun; until then uses read nothing.
         values: what was read, added up over uses.
         pieces: of quantities that are `summed`, what is to be added up.
-        cotangents: of the outputs of uses, by number of the use.
+        cotangents: of tapped tensors, by number of the use.
         few_calls: reads small gradients of many layers in one table, and both batches of one run
             at a matrix; of quantities that are `summed`, or read with the training gradient.
         by_position: whether positions are read, so that no rule may form the gradient.
@@ -162,7 +173,7 @@ class Sinks:
         self.values[key] = value if before is None else before + value
 
     def collects(self, targets: Sequence[tuple[ArgName, Tracked]]) -> bool:
-        """Whether the cotangent of a use's output is kept."""
+        """Whether the cotangent of a use's tapped tensor is kept."""
         for _, target in targets:  # noqa: SIM110 (a generator is felt in every use)
             if not target.leaves().isdisjoint(self.collect):
                 return True
@@ -174,10 +185,10 @@ class SinkUse(Use):
     """A use that puts what it reads into sinks.
 
     Attributes:
-        blank: makes a zero cotangent of the output, where the cotangent is kept.
+        blank: makes a zero cotangent of the tapped tensor, where the cotangent is kept.
         reading: whether something is read.
-        once: whether the use is read once. It then lets go of its targets, and parameters that
-            were gathered from several ranks are freed.
+        once: whether the use is read once. Unless it is collected, it then lets go of its targets,
+            and parameters that were gathered from several ranks are freed.
     """
 
     sinks: Sinks
@@ -186,9 +197,9 @@ class SinkUse(Use):
     once: bool = False
 
     def tapped(self, y: Tensor, taps: dict[ReaderKey, Tensor]) -> Tensor:
-        """The output `y` with its taps. The backward pass puts what it reads into the sinks. The
-        taps are the anchor, and one for every training gradient that autograd adds up, which is
-        the cotangent of that tap."""
+        """The tapped tensor `y`, with the anchor beside it. The backward pass puts what it reads
+        into the sinks. Training gradients that autograd adds up it returns, as cotangents of the
+        primals."""
         inputs = [target.primal for _, target in self.targets if target.grad_is_returned]
         self.reading = any(target.readers or target.reads_grad for _, target in self.targets)
         if not self.reading and not self.collected:
@@ -211,6 +222,8 @@ class SinkUse(Use):
         sinks = self.sinks
         out: list[Tensor | None] = []
         if not sinks.open:
+            # The model pulls something back itself, which may lead through a use; the run opens
+            # the sinks after it. The model holds no primal, so it misses none of their gradients.
             return out
         if self.collected:
             sinks.cotangents[self.use_number] = b
@@ -234,7 +247,7 @@ class SinkUse(Use):
                 if few_calls is not None and few_calls.read(self.call, target, factor, sinks.add):
                     continue  # it takes no target whose gradient is one of `out`
                 found = read_all(factor, target, target.readers_in_order())
-            if found is None:
+            if found is None:  # of a packed use, `few_calls` has it
                 continue
             # One value per reader, and the training gradient last, if there is one.
             for key, value in zip(target.readers, found, strict=False):
@@ -245,12 +258,12 @@ class SinkUse(Use):
         return out
 
 
-class Beside(torch.autograd.Function):
-    """The first of two tensors with the same values; both get its cotangent. The first is what the
-    program computed, the second what ops with taps did (`TapMode` runs both)."""
+class TwinOutput(torch.autograd.Function):
+    """The first of two tensors with the same values; both get its cotangent. The first is the
+    program's, the second was computed of tapped copies (`TapMode` runs the op twice)."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, beside: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, twin: Tensor) -> Tensor:
         return y.detach()
 
     @staticmethod

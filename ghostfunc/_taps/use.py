@@ -31,14 +31,16 @@ class Use:
         call: what the trace knows of it.
         n: samples in this run.
         targets: the tracked tensors that meet samples here, with the rule's names for them.
-        arg_tensors: the tensors among the call's arguments.
-        axis: where the samples lie in the op's output.
+        arg_tensors: the tensors among the call's arguments; none where the op broadcasts.
+        axis: where the samples lie in the tapped tensor: the op's output, or the expanded copy of
+            a parameter where the op broadcasts.
         use_number: of this use in the run.
         rest, treedef: the call's arguments, flattened, with holes for the tensors.
         recut: lays packed rows out as documents, if these are the samples.
         call_number: of the call in the trace.
         known: of a use that was met before at these shapes, what stands for `rest` and `treedef`.
-        collected: whether the cotangent of its output is kept, for factors that outlive the run.
+        collected: whether the cotangent of its tapped tensor is kept, for factors that outlive the
+            run.
     """
 
     call: CallTrace
@@ -59,8 +61,9 @@ class Use:
         self.arg_tensors = []
 
     def makers(self, b: Tensor, args: Sequence[Tensor]) -> FactorMakers:
-        """What makes the factors of all targets, by the rule's names for them, given the output's
-        cotangent. In packed rows, those of single positions, unless the rule broadcasts."""
+        """What makes the factors of all targets, by the rule's names for them, given the tapped
+        tensor's cotangent. In packed rows, those of single positions, unless the rule broadcasts.
+        """
         if self.known is not None:
             return self.known.makers(b, args, self.n, self.recut, self.call_number)
         layout, rule, recut, n = self.call.out, self.call.rule, self.recut, self.n
@@ -93,8 +96,8 @@ class Use:
         *,
         by_position: bool = False,
     ) -> Factor:
-        """The factor of one target, given the output's cotangent; `by_position`, positions are kept
-        apart even where the formed gradient would be smaller."""
+        """The factor of one target, given the tapped tensor's cotangent; `by_position`, positions
+        are kept apart even where the formed gradient would be smaller."""
         make = self.makers(b, args)[name]
         if by_position and isinstance(make, TwoForms):
             make = make.by_position
@@ -138,7 +141,7 @@ class UseOutput:
 
     Attributes:
         n: the samples, or the rows that documents shared.
-        shape, axis, dtype, device: its output, and where the samples lie in it.
+        shape, axis, dtype, device: of its tapped tensor, and where the samples lie in it.
         targets: `(parameter, type of factor, shape of factor, positions, direct)`.
     """
 
@@ -150,6 +153,7 @@ class UseOutput:
     targets: tuple[tuple[int, str, tuple[int, ...], int, bool], ...]
 
     def tap(self, n: int) -> Tensor:
+        """A zero tap for `n` samples, whose cotangent is that of the tapped tensor."""
         shape = list(self.shape)
         shape[self.axis] = shape[self.axis] // self.n * n
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)

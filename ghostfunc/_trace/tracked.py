@@ -73,7 +73,7 @@ class Tracked:
         running: where the training gradient is added up, for parameters outside transforms; the
             cotangent of `primal` is then only what comes from derived tensors.
         formed_by_autograd: whether autograd forms the training gradient by itself: ops run on
-            `primal` then, and taps leave it alone.
+            `primal` then, and uses do not read the gradient.
         leaf: index of the parameter, for parameters.
         sources, derivation, fn: for derived tensors, what of and how.
         made_whole: whether it, or what it derives from, was made of the pieces of several ranks.
@@ -98,12 +98,12 @@ class Tracked:
 
     @property
     def reads_grad(self) -> bool:
-        """Whether the taps read the training gradient off this tensor's factors."""
+        """Whether uses read the training gradient off this tensor's factors."""
         return self.running is not None or self.grad_is_returned
 
     @property
     def grad_is_returned(self) -> bool:
-        """Whether taps return the training gradient that they read, or a part of it, as the
+        """Whether uses return the training gradient that they read, or a part of it, as the
         cotangent of `primal`: autograd adds it up over the uses."""
         return self.primal is not self.const and not self.formed_by_autograd
 
@@ -114,7 +114,7 @@ class Tracked:
 
     @property
     def wants_grad(self) -> bool:
-        """Whether the training gradient is wanted, from the taps or from autograd itself."""
+        """Whether the training gradient is wanted, of the uses or of autograd itself."""
         return self.reads_grad or self.formed_by_autograd
 
     def readers_in_order(self) -> list[Reader]:

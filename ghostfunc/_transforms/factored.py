@@ -1,6 +1,6 @@
 """Per-sample gradients kept as factors: one backward pass, many quantities afterwards.
 
-What a tap reads must be known before the backward pass. Where it is not (clip by norms, then sum;
+What a use reads must be known before the backward pass. Where it is not (clip by norms, then sum;
 choose samples by their scores, then sum), the factors of every use are kept instead and contracted
 when the question is asked: the book-keeping of Bu et al., for any contraction.
 """

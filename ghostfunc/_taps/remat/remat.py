@@ -3,8 +3,8 @@
 A region first runs without gradient, watched: which tensors it closes over, and under the taps
 which of them it uses. Then its outputs pass through a function whose inputs are all of those, and
 whose backward runs the region again and pulls back to them. Under the taps the second run is
-watched as the first was, from the same place in the trace, so that its uses are known and their
-taps read what they would have read.
+watched as the first was, from the same place in the trace, so that its uses are known and read
+what they would have read.
 
 Outside transforms and without taps, torch's own checkpoints do the same.
 """
