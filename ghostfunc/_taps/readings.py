@@ -335,7 +335,8 @@ DIRECTIONS = 2
 """Directions that gradients are moved along to see how far a number moves."""
 
 PERIOD = 4099
-"""Signs that repeat: a prime number, so that they fall otherwise in every row of a matrix."""
+"""Random numbers that repeat: a prime number, so that they fall otherwise in every row of a
+matrix."""
 
 MARGIN = 4.0
 """How many times as far as it moved, on the average over `DIRECTIONS`, a number may be off."""
@@ -428,14 +429,15 @@ def _error(compared: _Compared, got: Tensor, tolerance: float, reading: Reading)
 
 
 def _direction(k: int, g: Tensor) -> Tensor:
-    """Directions about as long as the gradients, `[s, *shape]`: half of their elements', half of
-    all elements alike, with signs as good as random. (Torch draws none inside vmap.)"""
+    """Directions of length 1, `[s, *shape]`: half in proportion to the gradients' elements, half
+    all alike, times numbers as good as random. (Torch draws none inside vmap. Signs alone would be
+    at right angles to a gradient of a few equal elements.)"""
     if g.numel() == 0:
         return torch.zeros_like(g)
     flat = g.reshape(len(g), g[0].numel())
     turns = torch.arange(PERIOD, dtype=torch.float64, device=g.device) + 1
-    signs = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).sign().to(g.dtype)
-    signs = signs.repeat(-(-g.numel() // PERIOD))[: g.numel()].view_as(flat)
+    drawn = torch.sin(turns * turns * (0.7548776662 + k * 0.5698402910)).to(g.dtype)
+    drawn = drawn.repeat(-(-g.numel() // PERIOD))[: g.numel()].view_as(flat)
     alike = flat.norm(dim=1, keepdim=True) / flat.shape[1] ** 0.5
-    r = (flat + alike).mul_(signs)
+    r = (flat.abs() + alike).mul_(drawn)
     return r.div_(r.norm(dim=1, keepdim=True).clamp_min(1e-30)).view_as(g)

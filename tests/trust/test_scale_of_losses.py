@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 import ghostfunc as gf
 from ghostfunc._factors import pairs
 from ghostfunc._rules.registry import RULES
+from ghostfunc._taps.readings import DIRECTIONS, _direction
 
 SCALES = [1e-30, 1e-12, 1e12]
 
@@ -97,3 +98,37 @@ def test_small_losses_that_are_differences_of_large_numbers(margin: float, n: in
         for ask in ASKED.values():
             ask(model, params, x)
         assert bool(gf.ghost_norm(model, params, x).isfinite().all())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_gradients_of_equal_elements_are_moved_along_themselves(size: int, sign: float) -> None:
+    """What is compared along a gradient has to see how far rounding moves it there."""
+    g = torch.full((3, size), sign, dtype=torch.float64)
+    for k in range(DIRECTIONS):
+        moved = _direction(k, g)
+        torch.testing.assert_close(moved.norm(dim=1), torch.ones(3, dtype=torch.float64))
+        assert float((moved * g).sum(1).abs().min()) > 0.01 * size**0.5
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_scale_that_a_norm_takes_out_again(seed: int) -> None:
+    """Its gradients are as small as the norm's `eps`, and have few digits."""
+
+    def model(p: Any, x: Tensor) -> Tensor:
+        h = (x @ p["w"]) * p["s"]
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-13)
+        return ((h - 1) @ p["v"]).square().sum(-1)
+
+    generator = Generator().manual_seed(seed)
+    shapes = {"w": (4, 6), "s": (), "v": (6, 3), "x": (5, 4)}
+    params = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    x = params.pop("x")
+    norms = gf.ghost_norm(model, params, x, per_param=True)
+    exact = gf.ghost_norm(model, params, x, per_param=True, mode="materialized")
+    for name in ("w", "v"):
+        torch.testing.assert_close(norms[name], exact[name])
+    assert float(norms["s"].max()) < 1e-5 < float(norms["w"].max())
