@@ -106,7 +106,7 @@ class Recorder(TrackingMode):
     """Runs the larger of two batches, call by call compared with the log of the smaller one.
 
     Args:
-        n_small, n_large: samples in them, the smaller batch the first of the larger one.
+        n_small, n_large: samples in the two batches; the larger one begins with the smaller one.
         large: the larger batch.
 
     Attributes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghostfunc.cli._data import content_of
 from ghostfunc.cli._errors import CommandError
 from ghostfunc.data import Rows, Scores
-from ghostfunc.data._scores import HELPS
+from ghostfunc.data._table import HELPS
 
 POOL_CONTENT = "pool_content"
 """The fact of a file of scores that says which rows it is about: a hash of the pool."""

@@ -10,8 +10,8 @@ from ghostfunc.data._chats import Encoded, encode
 from ghostfunc.data._errors import Fault, ResumeError, RowsError
 from ghostfunc.data._rows import Rows
 from ghostfunc.data._score import score_dataset
-from ghostfunc.data._scores import Scores
 from ghostfunc.data._select import write_rows
+from ghostfunc.data._table import Scores
 
 __all__ = [
     "Dataset",

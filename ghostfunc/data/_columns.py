@@ -14,7 +14,7 @@ from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._quantities.quantity import Dot, Quantity, SqNorm
 from ghostfunc._transforms.vjp import ghost_vjp
-from ghostfunc.data._scores import HELPS
+from ghostfunc.data._table import HELPS
 
 Wanted: TypeAlias = Literal["dot", "cosine", "norm", "loss"]
 WANTED: tuple[Wanted, ...] = ("dot", "cosine", "norm", "loss")

@@ -49,7 +49,7 @@ from ghostfunc.data._errors import ResumeError
 from ghostfunc.data._parts import Columns, Parts, digest, has_recipe, read_recipe
 from ghostfunc.data._processes import Processes
 from ghostfunc.data._progress import Progress, progress_bar
-from ghostfunc.data._scores import Scores
+from ghostfunc.data._table import Scores
 
 PART = 128
 """Samples of a part: what is written at once, and within which samples are sorted by length."""

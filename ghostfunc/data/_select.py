@@ -12,7 +12,7 @@ from typing import IO, Any
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.whole_files import write_whole
 from ghostfunc.data._rows import JSON_LINES, Rows
-from ghostfunc.data._scores import Scores
+from ghostfunc.data._table import Scores
 
 KEY = "ghostfunc"
 """What is added to a row under this key."""

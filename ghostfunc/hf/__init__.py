@@ -23,7 +23,7 @@ from ghostfunc.hf._preferences import dpo, reference_logps, reward_pairs
 
 if TYPE_CHECKING:
     from ghostfunc.hf._health import HealthCallback
-    from ghostfunc.hf._scored import GhostMixin
+    from ghostfunc.hf._mixin import GhostMixin
     from ghostfunc.hf._trained import SampleLoss
     from ghostfunc.hf._trainer import GhostTrainer
     from ghostfunc.hf._trl import DPOMixin, RewardMixin, SFTMixin
@@ -54,7 +54,7 @@ __all__ = [
 
 
 _LAZY = {
-    "GhostMixin": "ghostfunc.hf._scored",
+    "GhostMixin": "ghostfunc.hf._mixin",
     "HealthCallback": "ghostfunc.hf._health",
     "GhostTrainer": "ghostfunc.hf._trainer",
     "SampleLoss": "ghostfunc.hf._trained",

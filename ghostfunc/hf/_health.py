@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._transforms.health import Health, by_layer, underflows
-from ghostfunc.hf._scoring import Values
+from ghostfunc.hf._micro_batch import Values
 
 
 class HealthCallback(TrainerCallback):

@@ -19,10 +19,10 @@ from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._health import HealthCallback
 from ghostfunc.hf._kept import KeptScores, recipe_of
 from ghostfunc.hf._metrics import Metrics
+from ghostfunc.hf._micro_batch import Book, Form, Scoring, Values
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
 from ghostfunc.hf._processes import of_all
 from ghostfunc.hf._score_sets import ScoreSet
-from ghostfunc.hf._scoring import Book, Form, Scoring, Values
 from ghostfunc.hf._table import write_table
 from ghostfunc.shapley import Scores, finalize
 

@@ -10,8 +10,8 @@ from typing import Any
 from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._checkpoints import flaw_of, newest_whole
 from ghostfunc.hf._fingerprint import fingerprint, seeded
+from ghostfunc.hf._micro_batch import Values
 from ghostfunc.hf._score_sets import ScoreSet
-from ghostfunc.hf._scoring import Values
 from ghostfunc.hf._state import STATE_FILE, Saved, check_recipe, load_state, save_state
 from ghostfunc.shapley import init, update
 

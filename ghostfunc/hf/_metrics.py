@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ghostfunc.hf._scoring import Values
+from ghostfunc.hf._micro_batch import Values
 
 QUANTILES = (0.1, 0.5, 0.9)
 

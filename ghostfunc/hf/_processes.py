@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ghostfunc._base.processes.ranks import Exchange, Phase, Ranks
 from ghostfunc.distributed._ddp import gather
-from ghostfunc.hf._scoring import Values
+from ghostfunc.hf._micro_batch import Values
 
 
 def ranks_of(trainer: Trainer) -> Ranks | None:

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from ghostfunc._base.errors import OptionError, ParamsError
 from ghostfunc._base.types import PyTree
-from ghostfunc.hf._scoring import Form
+from ghostfunc.hf._micro_batch import Form
 from ghostfunc.shapley import Optimizer, clipped, from_optimizer, sgd
 
 

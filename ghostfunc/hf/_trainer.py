@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ghostfunc.hf._scored import GhostMixin
+from ghostfunc.hf._mixin import GhostMixin
 
 
 class GhostTrainer(GhostMixin):

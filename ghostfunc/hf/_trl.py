@@ -16,6 +16,8 @@ from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._logits import IGNORED
 from ghostfunc.hf._losses import Batch, need
+from ghostfunc.hf._micro_batch import Pieces, Scoring
+from ghostfunc.hf._mixin import GhostMixin
 from ghostfunc.hf._preferences import (
     PAIR_LOSSES,
     PairLoss,
@@ -25,8 +27,6 @@ from ghostfunc.hf._preferences import (
     rows_of_pairs,
 )
 from ghostfunc.hf._score_sets import ScoreSet
-from ghostfunc.hf._scored import GhostMixin
-from ghostfunc.hf._scoring import Pieces, Scoring
 from ghostfunc.hf._trained import SampleLoss
 from ghostfunc.hf._trl_head import head_log_probs, show_head
 

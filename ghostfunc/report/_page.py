@@ -18,7 +18,7 @@ from typing import Any
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.whole_files import write_whole
 from ghostfunc.data import Rows, Scores
-from ghostfunc.data._scores import HELPS
+from ghostfunc.data._table import HELPS
 from ghostfunc.report._images import thumbnail
 
 WHOLE = 20_000

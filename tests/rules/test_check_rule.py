@@ -117,6 +117,34 @@ def test_cases_that_test_nothing() -> None:
         check_rule(scaled, [CASE])
 
 
+def of_groups(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    # b [n, 1, t, g, p], x [n, 1, t, g, d]: in the factor, groups come before positions.
+    left, right = (v.flatten(1, 2).transpose(1, 2) for v in (b, x))
+    return {"w": lambda: gf.Grouped(left, right)}
+
+
+def of_one_group(b: Tensor, x: Tensor, w: Tensor) -> Any:
+    left, right = (v.flatten(1, 2).transpose(1, 2)[:, :1] for v in (b, x))
+    return {"w": lambda: gf.Grouped(left, right)}
+
+
+def test_a_rule_may_return_an_outer_product_per_group() -> None:
+    @wrap_torch_function(lambda x, w: (x, w))
+    def grouped(x: Tensor, w: Tensor) -> Tensor:
+        return (x[..., None, :] * w).sum(-1)
+
+    case = Case(lambda p, x: grouped(x["x"], p["w"]), {"w": (2, 5, 4)}, {"x": (3, 2, 4)})
+    try:
+        gf.register_rule(grouped)(of_groups)
+        check_rule(grouped, [case])
+        del RULES[grouped]
+        gf.register_rule(grouped)(of_one_group)
+        with pytest.raises(gf.UnsupportedOpError, match=r"a factor of shape \(1, 5, 4\)"):
+            check_rule(grouped, [case])
+    finally:
+        RULES.pop(grouped, None)
+
+
 def test_an_op_has_one_rule() -> None:
     with pytest.raises(gf.OptionError, match="has a rule or a decomposition already"):
         gf.register_rule(F.linear)(lambda b, x: {})

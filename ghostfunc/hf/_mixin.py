@@ -20,11 +20,11 @@ from ghostfunc.hf._keeping import RunState, ScoreKeeper
 from ghostfunc.hf._kept import KeptScores
 from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
+from ghostfunc.hf._micro_batch import Form, Pieces, Scoring, evaluating, trainable
 from ghostfunc.hf._numbered import SAMPLE_ID
 from ghostfunc.hf._processes import average, averaging, inside, ranks_of
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
-from ghostfunc.hf._scoring import Form, Pieces, Scoring, evaluating, trainable
 from ghostfunc.hf._settings import (
     KNOWN,
     is_sharded,
