@@ -1,8 +1,7 @@
 """The four forms that a factor of a per-sample gradient has.
 
 A *factor* is one use's per-sample gradient `g_i` of a parameter, in as few numbers as it takes. The
-first axis holds the samples. The second holds the positions, or the groups with the positions
-third:
+first axis holds the samples. Groups come next, where there are any, and then positions:
 
     Outer(left [n, t, p], right [n, t, d])   g_i = sum_t left_it right_it^T          shape [p, d]
     OneHot(ids [n, t], b [n, t, d], rows)    g_i = sum_t onehot(ids_it) b_it^T       shape [rows, d]

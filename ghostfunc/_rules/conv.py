@@ -27,7 +27,7 @@ def _kernel_factor(
     groups: int,
     patches: Callable[[Tensor], Tensor],
     dense: Callable[[], Tensor],
-    outer: bool,
+    by_position: bool,
 ) -> Factor:
     """The factor of a kernel `[rows, columns / groups, *kernel]`, in whichever form is smallest.
 
@@ -36,13 +36,13 @@ def _kernel_factor(
         columns: `[n, batch, columns, *spatial]`, of which `patches` makes
             `[n, batch, columns, *kernel, *positions]`.
         dense: makes the gradient itself, `[n, *shape]`.
-        outer: never form the gradient.
+        by_position: never form the gradient.
     """
     dims = rows.ndim - 3
     left = _grouped(rows, groups, 0, dims)
     kernel = patches(columns[:1]).shape[3 : 3 + dims].numel()
     t, p, d = left.shape[2], left.shape[3], columns.shape[2] // groups * kernel
-    if not outer and p * d <= t * (p + d):
+    if not by_position and p * d <= t * (p + d):
         return Dense(dense())
     right = _grouped(patches(columns), groups, dims, dims)
     return Outer(left[:, 0], right[:, 0]) if groups == 1 else Grouped(left, right)
@@ -122,8 +122,8 @@ def _factors(dims: int, b: Tensor, of_weight: Callable[..., Factor]) -> FactorMa
     def of_bias() -> Dense:
         return Dense(wide(_batched(b, dims)).flatten(3).sum((1, 3)))
 
-    by_position = TwoForms(of_weight, partial(of_weight, outer=True))
-    return {"weight": by_position, "bias": of_bias}
+    of_kernel = TwoForms(of_weight, partial(of_weight, by_position=True))
+    return {"weight": of_kernel, "bias": of_bias}
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:
@@ -155,7 +155,7 @@ def conv(
     kernel = weight.shape[3:]
     dims = len(kernel)
 
-    def of_weight(outer: bool = False) -> Factor:
+    def of_weight(by_position: bool = False) -> Factor:
         rows, x = _batched(b, dims), _batched(input, dims)
         step, spread = _each(stride, dims), _each(dilation, dims)
         sides = _sides(padding, kernel, spread)
@@ -167,7 +167,7 @@ def conv(
             return _sample_by_sample(rows, padded, weight, step, pad, spread, None, groups)
 
         patches = _patches(kernel, step, spread, sides, rows.shape[3:])
-        return _kernel_factor(rows, x, groups, patches, dense, outer)
+        return _kernel_factor(rows, x, groups, patches, dense, by_position)
 
     return _factors(dims, b, of_weight)
 
@@ -187,7 +187,7 @@ def conv_transpose(
     kernel = weight.shape[3:]
     dims = len(kernel)
 
-    def of_weight(outer: bool = False) -> Factor:
+    def of_weight(by_position: bool = False) -> Factor:
         rows, columns = _batched(input, dims), _batched(b, dims)
         step, spread, pad = (_each(x, dims) for x in (stride, dilation, padding))
 
@@ -196,6 +196,6 @@ def conv_transpose(
             return _sample_by_sample(columns, rows, weight, step, pad, spread, extra, groups)
 
         patches = _patches(kernel, step, spread, [(x, x) for x in pad], rows.shape[3:])
-        return _kernel_factor(rows, columns, groups, patches, dense, outer)
+        return _kernel_factor(rows, columns, groups, patches, dense, by_position)
 
     return _factors(dims, b, of_weight)

@@ -104,7 +104,7 @@ class AlongOneDirection:
     def add(self, grads: Sequence[Tensor], weight: float = 1.0) -> None:
         """Take a part's gradient, of losses that were weighted already but for this `weight`."""
         with unrounded(self.found.losses):
-            pairs = [_beside(g, u) for g, u in zip(grads, self.v, strict=True)]
+            pairs = [_dot_and_length(g, u) for g, u in zip(grads, self.v, strict=True)]
         dots, norms = zip(*pairs, strict=True)
         self._totals = self._totals + weight * torch.stack(dots)
         self._sizes = self._sizes + abs(weight) * torch.stack(norms)
@@ -133,7 +133,7 @@ class AlongOneDirection:
                 .expand(len(losses))
             )
             with unrounded(one.value):
-                total, size = _beside(one.value, self.v[one.param])
+                total, size = _dot_and_length(one.value, self.v[one.param])
             if not bool(total.isfinite()):
                 continue
             terms, noise = table[one.param] * weights, _noise(alone.model, losses, weights)
@@ -158,7 +158,7 @@ def _factors(generator: np.random.Generator, model: TracedModel) -> Tensor:
     return torch.from_numpy(factors.astype(np.float32)).to(model.leaves[0].device)
 
 
-def _beside(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _dot_and_length(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
     size = lengths(g[None])[0]

@@ -12,9 +12,9 @@ quantities of the samples off it: dot products, norms, projections.
 
 Readers read quantities off the factor, and form the training gradient where it is wanted
 (`read_all`, in `read_factor.py`). The op, or the copy, takes the parameter as a constant, so
-autograd computes the cotangents of activations alone. The exception are training gradients that
-autograd itself forms (`Tracked.formed_by_autograd`): an op with a rule runs on `Tracked.primal`
-then, and one that broadcasts runs twice.
+autograd computes the cotangents of activations alone. Where autograd itself forms the training
+gradient (`Tracked.formed_by_autograd`), an op with a rule runs on `Tracked.primal`, and one that
+broadcasts runs twice.
 
 Two kinds of uses have taps:
 

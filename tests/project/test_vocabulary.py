@@ -14,6 +14,7 @@ RETIRED = {
     "on_trace": "with_trace", "traced_as": "op_key", "Finder": "FreeTensors",
     "StandIns": "Substitutes", "Surroundings": "RngAndAutocast", "ANEW": "ALWAYS_PROVE",
     "Against": "Targets", "PASS": "OPS_PER_ELEMENT", "memory_budget": "chunk_size",
+    "ByPosition": "TwoForms", "grad_is_autograds": "grad_is_returned",
 }  # fmt: skip
 """Names that stood for an idea that another name stands for now."""
 
