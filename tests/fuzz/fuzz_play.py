@@ -10,12 +10,15 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import fuzz_blocks
+import fuzz_changes
 import fuzz_steps
 import numpy as np
 import torch
@@ -26,12 +29,17 @@ from fuzz_source import VOCABULARY, WIDTH, source
 from torch import Tensor
 
 assert fuzz_blocks.route
-assert fuzz_steps.product  # both say how steps are written
+assert fuzz_changes.latent
+assert fuzz_steps.product  # all three say how steps are written
 
 ALWAYS = ("dots", "norms")
 SEEN: ContextVar[list[int] | None] = ContextVar("SEEN", default=None)
 """Gets the number of samples of every run of a model."""
 TOLERANCE = 1e-8
+
+NO_WAY_SEEN = ("validation_gradients",)
+"""A direction by itself is a plain backward pass, which has the checks of the first call with its
+structure alone (docs/sharp_edges.md): it is not asked where what is closed over has changed."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,18 @@ class Invalid(Exception):
     """Plain torch cannot run the program, or its numbers are not finite."""
 
 
-def compiled(program: Program) -> tuple[Callable[[Any, Any], Tensor], dict[str, Tensor]]:
-    """The program as a function, and its parameters."""
+class Compiled(NamedTuple):
+    """A program as a function, its parameters, and what turns what it closes over."""
+
+    model: Callable[[Any, Any], Tensor]
+    params: dict[str, Tensor]
+    turn: Callable[[bool], None]
+
+
+def compiled(program: Program) -> Compiled:
     text, shapes = source(program)
-    space: dict[str, Any] = {"torch": torch, "F": F, "np": np}
+    space: dict[str, Any] = {"torch": torch, "F": F, "np": np, "SimpleNamespace": SimpleNamespace}
+    space["turn"] = lambda later: None  # of programs that close over nothing
     exec(compile(text, f"<program {program.seed}>", "exec"), space)
     generator = torch.Generator().manual_seed(program.seed)
     params = {
@@ -80,7 +96,7 @@ def compiled(program: Program) -> tuple[Callable[[Any, Any], Tensor], dict[str, 
         out: Tensor = model(params, batch)
         return out
 
-    return noting, params
+    return Compiled(noting, params, space["turn"])
 
 
 def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
@@ -95,6 +111,8 @@ def batch(n: int, t: int, setting: Setting, seed: int) -> dict[str, Tensor]:
         "ids": torch.randint(VOCABULARY, (n, t), generator=generator),
         "lengths": lengths,
     }
+    data["order"] = torch.randperm(n, generator=generator)
+    data["f"] = setting.later * (0.1 + torch.rand(n, generator=generator, dtype=torch.float64))
     if setting.large:
         data["x"] *= 20
     if setting.alike:
@@ -114,9 +132,10 @@ class Watched(Case):
 def cases(program: Program, settings: Sequence[int]) -> Iterator[tuple[int, Case, set[str]]]:
     """The settings in turn, with one function; the batches whose samples depend on each other."""
     try:
-        model, params = compiled(program)
+        model, params, turn = compiled(program)
         for number in settings:
             setting, seed = program.settings[number], 1000 * program.seed + 10 * number
+            turn(setting.later)
             train = batch(setting.n, setting.t, setting, seed)
             val = batch(setting.m, setting.s, setting, seed + 1)
             case = Watched(model, params, train, val)
@@ -168,9 +187,21 @@ def asked(program: Program, number: int, count: int) -> list[str]:
     rng = Random(100 * program.seed + number)
     others = [*GHOST, *GHOST, *OTHER_MODES, "vmap_over_directions"]
     names = [*ALWAYS, *rng.sample(others, min(count, len(others)))] if count else list(QUANTITIES)
-    names = [x for x in dict.fromkeys(names) if x not in ("grad_of_scores", "jvp_of_scores")]
+    left_out = ["grad_of_scores", "jvp_of_scores"]
+    if program.settings[number].later:
+        left_out += NO_WAY_SEEN
+    names = [x for x in dict.fromkeys(names) if x not in left_out]
     rng.shuffle(names)
     return names
+
+
+@contextmanager
+def _default_dtype_of_before() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def play(
@@ -191,7 +222,7 @@ def play(
         Invalid: plain torch cannot run it.
     """
     checks: list[Check] = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _default_dtype_of_before():
         warnings.simplefilter("ignore")
         chosen = range(len(program.settings)) if settings is None else settings
         for number, case, coupled in cases(program, chosen):

@@ -37,6 +37,17 @@ ORDERS = (
 ROWWISE = ("product", "scale", "act", "norm", "slots", "bilinear", "heads")
 """Steps that treat every row alike, whatever the axes."""
 
+MOVES = (
+    "flip", "roll", "join", "index", "order of the batch", "gather", "scatter", "matrix", "sort",
+)  # fmt: skip
+"""Ways of rows from sample to sample that weigh nothing at first."""
+
+CHANGES = (
+    "float", "factor", "int", "bool", "index", "index of samples", "mask", "mask of samples",
+    "mixing", "dropout", "no_grad", "default dtype",
+)  # fmt: skip
+"""What a program closes over, and is another thing later."""
+
 CONDITIONS = ("n > 3", "n % 2 == 0", "t > 3", "t > 3", "mask.all()", "bool(lengths.max() > 3)")
 
 SPELLINGS = 12
@@ -61,6 +72,7 @@ class Setting:
         alike: all samples are copies of one.
         large: values are large.
         threads: quantities are asked from several threads at once.
+        later: weights of the batch are not zero, and what the program closes over has changed.
     """
 
     n: int
@@ -71,6 +83,7 @@ class Setting:
     alike: bool = False
     large: bool = False
     threads: bool = False
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ PENALTIES = ("squares", "norm of a transpose", "entropy", "difference")
 LEAVES = {
     "product": 9, "scale": 4, "act": 4, "norm": 2, "layout": 6, "table": 2, "look up": 3, "conv": 2,
     "attend": 1, "slots": 2, "token": 2, "bilinear": 1, "heads": 1, "couple": 0.3,
+    "latent": 0.8, "ambient": 0.7,
 }  # fmt: skip
 NESTED = {
     "by length": 3, "route": 3, "reorder": 3, "unpad": 2, "residual": 1, "twice": 1, "by place": 1,
@@ -108,6 +122,8 @@ def random_program(seed: int) -> Program:
         steps = (*steps, _leaf(rng, "product"))
     penalties = tuple(rng.sample(PENALTIES, rng.choice([0, 0, 0, 1, 2])))
     settings = _settings(rng)
+    if any(map(changes, steps)):
+        settings = _with_later_ones(rng, settings)
     return Program(seed, steps, rng.choice(LOSSES), penalties, settings, rng.random() < 0.2)
 
 
@@ -120,6 +136,11 @@ def rowwise(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 def uses(step: Step) -> bool:
     """Whether a step is sure to use a parameter."""
     return step.kind in ("product", "scale", "norm") or any(map(uses, step.body))
+
+
+def changes(step: Step) -> bool:
+    """Whether a step has what is another thing later."""
+    return step.kind in ("latent", "ambient") or any(map(changes, step.body))
 
 
 def _chosen(rng: Random, weights: dict[str, float]) -> str:
@@ -154,6 +175,11 @@ def _leaf(rng: Random, kind: str) -> Step:
         args |= {"vector": rng.choice(VECTORS)}
     elif kind == "layout":
         args |= {"axes": rng.choice(LAYOUTS)}
+    elif kind == "latent":
+        args |= {"move": rng.choice(MOVES), "weighed": rng.randrange(SPELLINGS)}
+        args |= {"weighed first": rng.random() < 0.2}
+    elif kind == "ambient":
+        args |= {"what": rng.choice(CHANGES), "in place": rng.random() < 0.3}
     elif kind in ("look up", "slots", "table", "attend", "heads"):
         args |= {"chain": _chain(rng) if rng.random() < 0.4 else ()}
         args |= {"rows": rng.choice([1, 3])} if kind == "slots" else {}
@@ -178,6 +204,14 @@ def _settings(rng: Random) -> tuple[Setting, ...]:
         in_order = replace(last, lengths=rng.choice(["sorted", "sorted", "full"]))
         settings = [*settings[:-1], in_order, last]
     return tuple(settings)
+
+
+def _with_later_ones(rng: Random, settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
+    """What is latent comes up in the last of them, most often at the shapes of the first."""
+    first, *rest = settings
+    turned = [replace(x, later=rng.random() < 0.5) for x in rest]
+    last = replace(first if rng.random() < 0.7 else settings[-1], alike=False, later=True)
+    return (first, *turned, replace(last, n=max(2, last.n) if rng.random() < 0.8 else last.n))
 
 
 def _setting(rng: Random, number: int) -> Setting:

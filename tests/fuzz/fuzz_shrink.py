@@ -82,6 +82,9 @@ def _fewer(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
             ("when", ""),
             ("fold", False),
             ("bias", False),
+            ("in place", False),
+            ("weighed first", False),
+            ("weighed", 0),
         ):
             if step.args.get(key, plain) != plain:
                 yield (*before, replace(step, args={**step.args, key: plain}), *after)
@@ -97,6 +100,8 @@ def kinds(program: Program) -> list[str]:
             "route": f" if {step.args.get('condition')}",
             "layout": f" {step.args.get('axes')}",
             "scale": f" {step.args.get('vector')}",
+            "latent": f" {step.args.get('move')}",
+            "ambient": f" {step.args.get('what')}",
         }.get(step.kind, "")
         body = f"({', '.join(map(of, step.body))})" if step.body else ""
         return f"{step.kind}{extra}{f' of {chain}' if chain else ''}{body}"

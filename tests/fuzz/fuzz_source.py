@@ -71,12 +71,16 @@ class Writer:
         shapes: the parameters that were used.
         rare: whether spellings of rare programs may be used.
         reordered: whether samples are in another order than in the batch.
+        made: lines that make what the program closes over.
+        turns: lines that set it, by whether the setting is `later`.
     """
 
     def __init__(self, *, rare: bool) -> None:
         self.rare = rare
         self.reordered = False
         self.lines: list[str] = []
+        self.made: list[str] = []
+        self.turns: list[str] = []
         self.axes = "n t d"
         self.width = WIDTH
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -99,6 +103,14 @@ class Writer:
         name = f"p{slot}_" + "x".join(map(str, shape))
         self.shapes[name] = shape
         return f'p["{name}"]'
+
+    def closed(self, first: str, later: str, *, in_place: bool = False) -> str:
+        """The name of a value that the program closes over, and that is another one later."""
+        name = self.name("box.c")
+        self.made.append(f"{name} = {first}")
+        value = f"{later} if later else {first}"
+        self.turns.append(f"{name}.copy_({value})" if in_place else f"{name} = {value}")
+        return name
 
     def h(self, expression: str) -> None:
         self.line(f"h = {expression}")
@@ -165,7 +177,10 @@ _PENALTIES = {
 
 
 def source(program: Program) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The program as a function `model(p, batch)`, and the shapes of its parameters."""
+    """The program as a function `model(p, batch)`, and the shapes of its parameters.
+
+    Where it closes over what changes, that lies in `box`, and a function `turn(later)` sets it.
+    """
     to = Writer(rare=program.rare)
     to.steps(program.steps)
     to.to("n t d", 0)
@@ -177,7 +192,12 @@ def source(program: Program) -> tuple[str, dict[str, tuple[int, ...]]]:
         if matrices:
             w = f'p["{matrices[i % len(matrices)]}"]'
             to.line("losses = losses + " + _PENALTIES[penalty].format(w=w))
+    turn: list[str] = []
+    if to.turns:
+        turn = ["box = SimpleNamespace()", *to.made, "def turn(later):"]
+        turn += [f"    {x}" for x in to.turns]
     head = [
+        *turn,
         "def model(p, batch):",
         '    x, ids, lengths = batch["x"], batch["ids"], batch["lengths"]',
         "    n, t = x.shape[:2]",

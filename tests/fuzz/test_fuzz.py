@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import fuzz_play
 import fuzz_shrink
 import fuzz_source
 import pytest
-from fuzz_play import Check, Invalid, play
-from fuzz_program import Program, Setting, Step, random_program
+import torch
+from fuzz_changes import CHANGED, MOVED
+from fuzz_play import Check, Compiled, Invalid, play
+from fuzz_program import CHANGES, MOVES, Program, Setting, Step, random_program
 from fuzz_shrink import kinds, shrunk
 from fuzz_source import source
 from torch import Tensor
 
+import ghostfunc as gf
 from ghostfunc._factors import pairs
 from ghostfunc._factors.factor import Outer
 from ghostfunc._taps import run
+from ghostfunc._trace import record
 
 SEEDS = range(20)
 
@@ -83,6 +88,83 @@ def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.status == "wrong"
     assert kinds(small) == ["product"]
     assert len(small.settings) == 1
+
+
+LATENT = Step(
+    "latent",
+    {"spelling": 0, "slot": 0, "move": "flip", "weighed": 0, "weighed first": False},
+)
+AMBIENT = Step("ambient", {"spelling": 0, "slot": 0, "what": "bool", "in place": False})
+
+
+def changing(*steps: Step) -> Program:
+    """A program in two settings of the same shapes."""
+    program = small_program(*steps)
+    first = program.settings[0]
+    return replace(program, settings=(first, replace(first, later=True)))
+
+
+@pytest.mark.parametrize(("seed", "kind"), [(57, "latent"), (54, "ambient")])
+def test_programs_have_what_changes_later(seed: int, kind: str) -> None:
+    program = random_program(seed)
+    assert any(kind in x for x in kinds(program))
+    assert not program.settings[0].later
+    assert program.settings[-1].later
+    text = source(program)[0]
+    assert ('batch["f"]' if kind == "latent" else "def turn(later):") in text
+
+
+def test_every_move_and_every_change_can_be_written() -> None:
+    assert set(MOVES) == set(MOVED)
+    assert set(CHANGES) == set(CHANGED)
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_rows_of_others_are_right_while_they_weigh_nothing(move: str) -> None:
+    moved = replace(LATENT, args={**LATENT.args, "move": move})
+    checks = play(changing(LINEAR, moved), only=["norms", "dots", "sample_grads_by_vmap"])
+    assert [c.coupled for c in checks] == [False] * 3 + [True] * 3
+    assert [c.status for c in checks] == ["right"] * 3 + ["refused"] * 3
+
+
+def test_rows_of_others_that_nobody_sees_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "moves_samples", lambda *args: False)
+    program = changing(LINEAR, ACT, LATENT)
+    failed = [c for c in play(program, only=["norms", "dots"]) if c.failed]
+    assert {(c.setting, c.status, c.coupled) for c in failed} == {(1, "wrong", True)}
+    small, _ = shrunk(program, failed[0])
+    assert kinds(small) in (["latent flip"], ["product", "latent flip"])
+    assert [x.later for x in small.settings] == [False, True]
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_closed_over_is_as_it_is_at_the_call(what: str) -> None:
+    changed = replace(AMBIENT, args={**AMBIENT.args, "what": what})
+    before = torch.get_default_dtype()
+    checks = play(changing(LINEAR, changed), only=["norms", "dots"])
+    assert torch.get_default_dtype() is before
+    ends = ["right"] * 2 + ["refused" if checks[-1].coupled else "right"] * 2
+    assert [c.status for c in checks] == ends
+
+
+def test_a_value_of_before_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is asked about the function as it was at first."""
+    made: list[Compiled] = []
+    compiled, norms = fuzz_play.compiled, gf.ghost_norm
+
+    def noted(program: Program) -> Compiled:
+        made.append(compiled(program))
+        return made[-1]
+
+    def of_before(*args: Any, **options: Any) -> Any:
+        made[-1].turn(False)
+        return norms(*args, **options)
+
+    monkeypatch.setattr(fuzz_play, "compiled", noted)
+    monkeypatch.setattr(gf, "ghost_norm", of_before)
+    factor = replace(AMBIENT, args={**AMBIENT.args, "what": "factor"})
+    checks = play(changing(LINEAR, factor), only=["norms"])
+    assert [(c.status, c.coupled) for c in checks] == [("right", False), ("wrong", False)]
 
 
 def _to(axes: str) -> dict[str, object]:
