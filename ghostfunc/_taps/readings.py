@@ -119,10 +119,11 @@ def reading_of(
     scale: float | Tensor = 1.0,
     summed: bool = False,
 ) -> Reading | None:
-    """What there is to be proved of a quantity, or None. None stands for what is no function of
-    single gradients (sums over samples, what asks for positions, relations between samples other
-    than Gram matrices), and what vmap has several of. Not compared are squares of rounded products,
-    either, nor a sum over parameters that none of them adds to.
+    """The reading of a quantity that is to be proved, or None in these cases.
+
+    Sums over samples, positions, and relations between samples other than Gram matrices are no
+    functions of single gradients. Vmap may have several values in one. Squares of rounded products
+    may cancel. No parameter may add to the sum over parameters.
     """
     if isinstance(scale, float):
         scale = 1.0  # values are not scaled by a single number

@@ -24,9 +24,9 @@ from ghostfunc._trace.trace import CallTrace, RecordedCall, Shape
 
 
 def candidates(small: Shape, large: Shape, k: int, n: int, what: str) -> tuple[Layout, ...]:
-    """Where samples may lie in a tensor whose shape is `small` for k samples and `large` for n > k:
-    on the axis that grew, folded in one of several ways, sample-major first. Errors name `what` the
-    tensor is."""
+    """Where samples may lie in a tensor: on the axis that grew, folded in one of several ways,
+    sample-major first. Its shape is `small` for k samples and `large` for n > k. Errors name `what`
+    it is."""
     if len(small) != len(large):
         raise SampleAxisError(f"{what}: shape {small} of {k} samples became {large} of {n}.")
     axes = [i for i, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
@@ -86,9 +86,9 @@ def allowed(
 
 
 def settled(uses: Sequence[RecordedCall], found: Sequence[list[Layout]]) -> Iterator[CallTrace]:
-    """The uses with one layout each. A use with several layouts takes the one whose fold is the
-    most frequent among the uses with a single layout, or the first where none of its folds is
-    there. Every run of a trace with such guesses is proved."""
+    """The uses with one layout each. Where a use has several, the folds of the uses with a single
+    layout are counted: it takes the layout with the most frequent fold, or its first one if none
+    is found there. Every run of a trace with such guesses is proved."""
     known = Counter(own[0].fold for own in found if len(own) == 1)
     for seen, own in zip(uses, found, strict=True):
         out = max(own, key=lambda x: known[x.fold])

@@ -118,8 +118,8 @@ class Tracked:
         return self.reads_grad or self.formed_by_autograd
 
     def readers_in_order(self) -> list[Reader]:
-        """What reads this tensor's factors, in the order of `readers`: the reader made for it, or
-        the parameter's, where the factors have to be pulled back to the parameter first."""
+        """The readers of this tensor's factors, in the order of `readers`. Where the factors have
+        to be pulled back to the parameter first, that is the parameter's reader."""
         return [root if own is None else own for own, root in self.readers.values()]
 
     def direct(self, factor: Factor) -> bool:

@@ -102,9 +102,9 @@ TELLING = frozenset((0.0, 1.0))
 
 
 def plain_arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
-    """The arguments of a call that are no tensors, as far as they may differ for other samples:
-    whole numbers, words, dtypes, and slices and arrays of them. Of other numbers, whether they are
-    zero or one: dropout draws nothing then, and what a zero multiplies does not show."""
+    """The arguments of a call besides tensors, as far as they may differ for other samples. These
+    are whole numbers, words, dtypes, and slices and arrays of them. Of other numbers, whether they
+    are zero or one: dropout draws nothing then, and what a zero multiplies does not show."""
     return tuple(map(_plain, args)), tuple(map(_plain, kwargs.values()))
 
 
