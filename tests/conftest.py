@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:There is a performance drop:UserWarning")
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES, scope="module")
 def problem(request: pytest.FixtureRequest) -> Problem:
     return CASES[request.param]()
 

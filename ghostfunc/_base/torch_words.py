@@ -3,7 +3,7 @@ caller's settings is in the way, and what to do."""
 
 from __future__ import annotations
 
-from ghostfunc._base.errors import GhostError, InPlaceError, TransformError
+from ghostfunc._base.errors import GhostError, InPlaceError, RandomnessError, TransformError
 
 
 def in_our_words(error: RuntimeError) -> GhostError | None:
@@ -27,5 +27,11 @@ def in_our_words(error: RuntimeError) -> GhostError | None:
         return InPlaceError(
             "model_fn writes in place to a tensor that it is given or closes over, inside a "
             f"torch.func transform. Work on a copy. torch said: {said.splitlines()[0]}"
+        )
+    if "randomness error mode" in said:
+        return RandomnessError(
+            "model_fn draws random numbers (dropout in training mode?) inside torch.vmap, which "
+            'allows none. Call module.eval(), or pass randomness="different" to ghostfunc and '
+            'randomness="same" to torch.vmap.'
         )
     return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -186,12 +187,7 @@ def verify(
         return flatten_params(dots)[0]
 
     # Ghost mode goes first: it proves that the model is one that has per-sample gradients.
-    refused = ""
-    try:
-        ghost = scores("ghost", contract_dtype)
-    except SampleAxisError as error:  # what a call refuses to return is compared all the same
-        refused = str(error)
-        ghost = scores("ghost", contract_dtype, proof="never")
+    ghost, refused = _refused_too(partial(scores, "ghost", contract_dtype))
     if vectorize is None:
         vectorize = all(vmap_runs(program, batch) for batch in (train, val))
     exact = scores("materialized", None, vectorize)
@@ -209,6 +205,14 @@ def verify(
     if check:
         report.check()
     return report
+
+
+def _refused_too(scores: Callable[..., list[Tensor]]) -> tuple[list[Tensor], str]:
+    """Scores, and the error that a call raises in their place: they are compared all the same."""
+    try:
+        return scores(), ""
+    except SampleAxisError as error:
+        return scores(proof="never"), str(error)
 
 
 def _resolution(leaves: Sequence[Tensor], contract_dtype: ContractDtype) -> float:

@@ -488,3 +488,26 @@ def test_no_tensor_is_made_on_the_callers_device() -> None:
             if made in makers and ast.unparse(node.func) != made:
                 named = any(k.arg == "device" for k in node.keywords)
                 assert named or "counted" in ast.unparse(node), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("mode", ["ghost", "materialized", "jvp"])
+@pytest.mark.parametrize("randomness", ["error", "different"])
+def test_draws_inside_a_vmap_that_allows_none(randomness: str, mode: str, known: bool) -> None:
+    drop = nn.Dropout(0.5)
+
+    def model(p: Any, b: Any) -> Tensor:
+        return drop(b["x"] @ p["w"]).square().sum(1)
+
+    options: dict[str, Any] = {"randomness": randomness, "mode": mode}
+
+    def scores(u: Any) -> Tensor:
+        return gf.ghost_dot_prod(model, {"w": W["w"]}, TRAIN, direction=u, **options)
+
+    along = {"w": torch.stack([W["w"], -W["w"]])}
+    if known:
+        drop.eval()
+        torch.vmap(scores)(along)
+        drop.train()
+    with pytest.raises(gf.RandomnessError, match="draws random numbers"):
+        torch.vmap(scores)(along)
