@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ghostfunc._base.company import neighbours
 from ghostfunc._base.dense_gradients import DenseGradients, dense, give_dense
 from ghostfunc._base.documents import apart, packing_of
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import normal_like, wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.losses import check_finite, check_losses, check_shape, close
@@ -195,11 +196,8 @@ def prove_independent_tangents(program: Program, batch: PyTree) -> None:
     key = structure(program, batch), layout_key(batch)
     if remembered.get(key):
         return
-    generator = torch.Generator().manual_seed(0)
-    u = [
-        torch.randn(x.shape, generator=generator, device=generator.device).to(x)
-        for x in program.leaves
-    ]
+    generator = np.random.default_rng(0)
+    u = [normal_like(generator, x) for x in program.leaves]
     chosen = neighbours(batch_size(batch), packing_of(batch))
     two, three = (
         jvp_dots(program, few, u, per_param=False)[0][:2].nan_to_num()

@@ -1,7 +1,9 @@
-"""The dtype that contractions run in, and norms that no dtype overflows."""
+"""The dtype that contractions run in, norms that no dtype overflows, and random numbers like a
+tensor's."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,12 @@ SMALL = 2.0**-480
 def wide(x: Tensor) -> Tensor:
     """`x` in the dtype contractions run in: float32, or wider if `x` is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def normal_like(generator: np.random.Generator, x: Tensor) -> Tensor:
+    """Normal random numbers like `x`. NumPy draws them: torch draws none inside vmap."""
+    dtype = np.float64 if x.dtype == torch.float64 else np.float32
+    return torch.from_numpy(generator.standard_normal(x.shape, dtype)).to(x)
 
 
 def squared_norms(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.company import Part
-from ghostfunc._base.dtypes import lengths, wide
+from ghostfunc._base.dtypes import lengths, normal_like, wide
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
 from ghostfunc._taps import rounding
@@ -77,8 +77,7 @@ class AlongOneDirection:
         """None if nothing is finite."""
         model = claim.model
         generator = np.random.default_rng([seed, model.n])
-        # numpy's numbers: torch draws none inside vmap.
-        v, factors = [_normal(generator, x) for x in model.leaves], _factors(generator, model)
+        v, factors = [normal_like(generator, x) for x in model.leaves], _factors(generator, model)
         given = claim.dots_by(model, v, factors, seed, randomness)
         other, found = _with_numbers_for_zeros(claim, given, v, factors, seed, randomness)
         table = found.table
@@ -142,12 +141,6 @@ class AlongOneDirection:
             if wrong is not None:
                 return wrong
         return None
-
-
-def _normal(generator: np.random.Generator, x: Tensor) -> Tensor:
-    """Random numbers like `x`."""
-    dtype = np.float64 if x.dtype == torch.float64 else np.float32
-    return torch.from_numpy(generator.standard_normal(x.shape, dtype)).to(x)
 
 
 def _factors(generator: np.random.Generator, model: TracedModel) -> Tensor:

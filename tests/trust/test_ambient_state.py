@@ -511,3 +511,15 @@ def test_draws_inside_a_vmap_that_allows_none(randomness: str, mode: str, known:
         drop.train()
     with pytest.raises(gf.RandomnessError, match="draws random numbers"):
         torch.vmap(scores)(along)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "materialized", "jvp"])
+def test_directions_of_a_vmap_that_allows_no_draws(mode: str) -> None:
+    """What a call draws itself is nobody's randomness."""
+    along = {k: torch.stack([x, -2 * x]) for k, x in W.items()}
+
+    def scores(u: Any) -> Tensor:
+        return gf.ghost_dot_prod(lambda p, b: mlp(p, b), W, TRAIN, direction=u, mode=mode)
+
+    want = gf.ghost_dot_prod(mlp, W, TRAIN, direction=W, mode="materialized")
+    torch.testing.assert_close(torch.vmap(scores)(along), torch.stack([want, -2 * want]))
