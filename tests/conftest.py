@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # the tests run side by side
 settings.register_profile(
     "ghostfunc",
     deadline=None,
-    max_examples=30,
+    max_examples=20,
     derandomize=True,
     report_multiple_bugs=False,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -54,14 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=CASES, scope="module")
 def problem(request: pytest.FixtureRequest) -> Problem:
+    """A problem of `CASES`. The tests of a file share it, and so its traces."""
     return CASES[request.param]()
 
 
-@pytest.fixture(params=[None, True, False], ids=["by cost", "factored", "dense"])
+@pytest.fixture(params=[True, False], ids=["factored", "dense"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In which form validation gradients are kept: as is cheapest, or always the same."""
-    if request.param is not None:
-        monkeypatch.setattr(cost, "keep_direction_factored", lambda *_, **__: request.param)
+    """The form that every validation gradient is kept in. Other tests leave it to the cost."""
+    monkeypatch.setattr(cost, "keep_direction_factored", lambda *_, **__: request.param)
 
 
 @pytest.fixture(autouse=True)

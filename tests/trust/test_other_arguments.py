@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_quantity import Case, assert_right, assert_right_or_refused
+from every_quantity import ESSENTIAL, Case, assert_right, assert_right_or_refused
 from problems import energy, weights
 from torch import Generator, Tensor
 
@@ -115,8 +115,9 @@ MODELS = [transposed, permuted, moved, by_equation, restacked, raveled, viewed, 
 def test_axes_by_length(model: Callable[[Mix], Model], mix: Mix) -> None:
     """Right after short samples too, whatever the length: T = n and T = 2 n among them."""
     fn, params = model(mix), weights(w=(4, 5), s=(4,))
-    for n, t in ((4, 4), (4, 8)):
-        assert_right(Case(fn, params, draw(n, t), draw(2, 2), first=[draw(4, 3)]))
+    for t, quantities in ((4, ESSENTIAL), (8, ("dots", "norms", "gram"))):
+        case = Case(fn, params, draw(4, t), draw(2, 2), first=[draw(4, 3)])
+        assert_right(case, quantities)
 
 
 def rolled(p: Any, x: Tensor) -> Tensor:
