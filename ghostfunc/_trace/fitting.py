@@ -21,7 +21,7 @@ from ghostfunc._base.purity import not_captured, prove_independent, refuse_batch
 from ghostfunc._base.remembered import SHAPES, STRUCTURES, Recent, memory, shapes_key, structure
 from ghostfunc._base.torch_private import any_symbolic, followed, wrapped
 from ghostfunc._base.trees import batch_size, tensors_of
-from ghostfunc._base.types import PyTree
+from ghostfunc._base.types import Check, PyTree
 from ghostfunc._trace.layout import StaleLayout
 from ghostfunc._trace.make import few_to_trace, trace_model
 from ghostfunc._trace.trace import Trace, WayTaken
@@ -260,6 +260,13 @@ def traced(program: Program, batch: PyTree) -> TracedModel:
 def known_trace(program: Program, batch: PyTree) -> Trace | None:
     """The trace that fitted the last batch of these shapes; None if there was none."""
     return _look_up(program, batch).last_fitting
+
+
+def prove_plain(program: Program, batch: PyTree, check: Check = "new") -> None:
+    """`prove_independent`, before a pass that needs no trace. Where a trace of such batches says
+    that samples of the next one may depend on each other, every batch is proved."""
+    traces = [] if check == "never" else list(_look_up(program, batch).traces)
+    prove_independent(program, batch, anew=any(x.statistics or x.reorders for x in traces))
 
 
 def plain(program: Program) -> Program:

@@ -25,7 +25,6 @@ from ghostfunc._base.options import (
 )
 from ghostfunc._base.processes.pieces import in_step, of_all_ranks, refuse_pieces, samples_of_all
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.reprs import brief
 from ghostfunc._base.trees import batch_size, flatten_like
 from ghostfunc._base.types import Check, ModelFn, PyTree, Randomness
@@ -33,6 +32,7 @@ from ghostfunc._factors.contract import add_up
 from ghostfunc._quantities.quantity import Dot, Prepared, Quantity
 from ghostfunc._taps.run import run
 from ghostfunc._taps.use_shapes import use_shapes
+from ghostfunc._trace.fitting import prove_plain
 from ghostfunc._transforms.factored import FactoredGrads
 from ghostfunc._transforms.scores.validation import validation_readers
 from ghostfunc.shapley._curvature import Hvp, grad_and_hvp
@@ -212,7 +212,7 @@ def directions(
         move = flatten_like(tree, leaves, spec, "the optimizer's changes")
     out: dict[str, PyTree] = {}
     for name, val in val_sets.items():
-        prove_independent(program, val)
+        prove_plain(program, val)
         if order == 2:
             u, product = grad_and_hvp(program, val, move, hvp)
             u = [wide(x) + wide(y) for x, y in zip(u, product, strict=True)]

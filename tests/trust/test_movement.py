@@ -16,6 +16,7 @@ from ghostfunc._base.program import Program
 from ghostfunc._trace.fitting import traced
 
 Params = dict[str, Tensor]
+SGD = gf.shapley.sgd(lr=0.1)
 
 
 def losses_of(p: Params, x: Tensor) -> Tensor:
@@ -110,6 +111,29 @@ def test_ids_of_others_are_seen_in_a_batch_of_one() -> None:
     gf.ghost_norm(model_fn, params(), ids(0, 4))
     with pytest.raises(gf.CoupledSamplesError):
         gf.ghost_norm(model_fn, params(), ids(1, 4))
+
+
+VALIDATIONS: dict[str, Callable[[Any, Params, Params, Params], Any]] = {
+    "at once": lambda f, p, b, val: gf.ghost_dot_prod(f, p, b, val),
+    "in chunks": lambda f, p, b, val: gf.ghost_dot_prod(f, p, b, val, chunk_size=2),
+    "from a loader": lambda f, p, b, val: gf.direction(f, p, iter([val])),
+    "direction": lambda f, p, b, val: gf.direction(f, p, val),
+    "step": lambda f, p, b, val: gf.ghost_value_and_grad(f, p, b, val, chunk_size=2),
+    "jvp": lambda f, p, b, val: gf.ghost_dot_prod(f, p, b, val, mode="jvp"),
+    "in-run value": lambda f, p, b, val: gf.shapley.step(f, p, b, {"val": val}, optimizer=SGD),
+}
+
+
+@pytest.mark.parametrize("ask", VALIDATIONS)
+def test_validation_rows_of_others_that_count_later_are_seen(ask: str) -> None:
+    def model_fn(p: Params, b: Params) -> Tensor:
+        own, f = losses_of(p, b["x"]), b["f"]
+        return f * own + (1 - f) * own.flip(0)
+
+    gf.ghost_norm(model_fn, params(), batch(1))
+    VALIDATIONS[ask](model_fn, params(), batch(1), batch(1, n=3))
+    with pytest.raises(gf.CoupledSamplesError):
+        VALIDATIONS[ask](model_fn, params(), batch(1), batch(0.3, n=3))
 
 
 STAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

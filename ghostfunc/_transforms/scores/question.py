@@ -194,6 +194,7 @@ class Question:
             chunk_size=self.chunk_size,
             look=check_finite if finite is None else finite.add,
             ready=ready,
+            check=self.check,
         )
 
     # --- ghost -----------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from ghostfunc._base.errors import BatchError
 from ghostfunc._base.losses import FiniteLosses, check_finite
 from ghostfunc._base.processes.pieces import chunks_of_all, samples_of_all
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import prove_independent
 from ghostfunc._base.trees import batch_size, yields_batches
 from ghostfunc._base.types import Check, ContractDtype, PyTree, Reduction
 from ghostfunc._factors import bundles, cost
@@ -35,6 +34,7 @@ from ghostfunc._quantities.readers import (
 )
 from ghostfunc._taps.run import run
 from ghostfunc._taps.use_shapes import use_shapes
+from ghostfunc._trace.fitting import prove_plain
 from ghostfunc._transforms.factored import FactoredGrads
 
 
@@ -176,6 +176,7 @@ def dense_direction(
     chunk_size: int | None,
     look: Callable[[Tensor], None] = check_finite,
     ready: Callable[[int, Tensor], None] | None = None,
+    check: Check = "new",
 ) -> list[Tensor]:
     """The gradient of the mean or summed validation losses, a few samples at a time. `val` is a
     batch or an iterable of batches. `ready` gets the gradients of a batch that is run at one time
@@ -183,7 +184,7 @@ def dense_direction(
 
     def gradient(batch: PyTree, scale: float) -> list[Tensor]:
         def of_chunk(chunk: PyTree) -> list[Tensor]:
-            prove_independent(program, chunk)
+            prove_plain(program, chunk, check)
             whole = ready if chunk is val else None
             return definition.val_gradient(program, chunk, scale, look, whole)
 
