@@ -1,4 +1,4 @@
-"""Quantities: what a tap reads from the factors of a parameter.
+"""Quantities: what is read off the factors of a parameter.
 
 A quantity hands out one reader per parameter. This room knows factors and no op rule.
 

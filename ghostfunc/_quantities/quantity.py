@@ -1,4 +1,4 @@
-"""Quantities: what a tap reads off the factors of a parameter.
+"""Quantities: what is read off the factors of a parameter.
 
 A quantity hands out one *reader* per parameter. A reader is a pytree of tensors with three methods:
 
