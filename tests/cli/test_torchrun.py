@@ -52,7 +52,7 @@ def test_processes_share_a_run(
     assert [x.code for x in failed] == [1, 1]
     assert "rank 1 failed with NonFiniteLossError: a loss is not finite" in failed[0].text
     assert failed[1].text == ""
-    assert failed[0].parts == 1  # nobody took more
+    assert failed[0].parts <= 1  # nobody took more than the one that was begun
 
     assert [x.code for x in killed] == [1, None]
     assert "no answer comes from rank 1 of 2" in killed[0].text

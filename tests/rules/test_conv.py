@@ -84,9 +84,9 @@ def transposed_convolutions(draw: Any) -> tuple[Any, Case]:
         params["bias"] = (out,)
     op = TRANSPOSED[dims]
     case = Case(lambda p, x: op(x["x"], **p, **options), params, {"x": (channels, *sizes)})
-    tensors = {"x": torch.ones(1, channels, *sizes)}
+    tensors = {"x": torch.ones(1, channels, *sizes, dtype=torch.float64)}
     try:
-        case.call({k: torch.ones(shape) for k, shape in params.items()}, tensors)
+        case.call({k: torch.ones(s, dtype=torch.float64) for k, s in params.items()}, tensors)
     except RuntimeError:  # padding eats everything
         assume(False)
     return op, case
