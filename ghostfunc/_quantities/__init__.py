@@ -1,4 +1,4 @@
-"""Quantities: what is read off the factors of a parameter.
+"""Quantities: numbers of per-sample gradients, which readers read off factors.
 
 A quantity hands out one reader per parameter. This room knows factors and no op rule.
 

@@ -354,7 +354,7 @@ def _by_sinks(
     ready: Ready | None,
     totals: Collection[int],
 ) -> _Taken:
-    """Elsewhere: uses add up what they read themselves, gradients of `totals` too."""
+    """A run outside transforms: uses add up their own numbers, gradients of `totals` included."""
     leaves, n = model.leaves, model.n
     running = {i: RunningTotal() for i in grads if i in totals and _in_own_dtype(leaves[i])}
     sunk = run_into_sinks(

@@ -1,4 +1,4 @@
-"""Sinks: where uses put what they read, outside transforms.
+"""Sinks: the places where uses put the numbers that they read, outside transforms.
 
 A quantity is the cotangent of a tap. Autograd would add the cotangents of a tap up over the uses of
 a parameter, and would need a tap per parameter and quantity for it. Where no transform follows what
