@@ -79,7 +79,9 @@ def _counts(contestant: Contestant) -> dict[str, int]:
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """The ratio of medians, and the quartiles of the ratios of single rounds."""
-    rounds = sorted(t / b for t, b in zip(times, base, strict=True))
-    low, _, high = statistics.quantiles(rounds, n=4, method="inclusive")
-    return statistics.median(times) / statistics.median(base), low, high
+    """The median and the quartiles of the ratios of single rounds: what slows a machine down for
+    longer than a round slows down both sides."""
+    low, middle, high = statistics.quantiles(
+        (t / b for t, b in zip(times, base, strict=True)), n=4, method="inclusive"
+    )
+    return middle, low, high

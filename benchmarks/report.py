@@ -19,7 +19,7 @@ HEAD = """# Benchmarks
 
 Written by `make bench` on {where}, torch {torch}, {threads} threads, float32, eager unless a row
 says otherwise. The contestants of a row run in turns in one process; every peer has a process of
-its own. A ratio is one of medians, with the quartiles over single rounds in brackets.
+its own. A ratio is the median over rounds, with the quartiles in brackets.
 
 - The plain step is forward and backward of the mean loss over the n + m rows (n rows where a row
   has no validation samples), without an optimizer.

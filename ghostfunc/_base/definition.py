@@ -27,7 +27,14 @@ from ghostfunc._base.modes import Mode
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.processes.pieces import in_step, refuse_other_samples
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import coupled_samples, lend, pure, refuse_checkpoints
+from ghostfunc._base.purity import (
+    coupled_samples,
+    lend,
+    pure,
+    refuse_checkpoints,
+    refuse_unreached,
+    seen_from_outside,
+)
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
 from ghostfunc._base.torch_private import (
@@ -109,12 +116,9 @@ def weighted_gradients(
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> Tensor:
         run = partial(losses_of, batch)
         with torch.enable_grad(), DenseGradients():
-            out = pure(run, program, batch, inputs, Refusals()) if watched else run()
-            losses = check_shape(out, n)
+            losses = check_shape(_losses(run, program, batch, inputs, watched), n)
+        refuse_unreached(losses)
         for k, w in enumerate(weights):
-            if not losses.requires_grad:
-                use([torch.zeros_like(x) for x in program.leaves])
-                continue
             with unrounded(losses):
                 grads = torch.autograd.grad(
                     losses,
@@ -153,12 +157,27 @@ def _vjp(
     def losses(p: list[Tensor]) -> Tensor:
         run = partial(program.losses, p, batch)
         with DenseGradients():
-            out = pure(run, program, batch, p, Refusals()) if watched else run()
-            return check_shape(out, n)
+            return check_shape(_losses(run, program, batch, p, watched), n)
 
     with unwrapped_memory():
         out, pullback = torch.func.vjp(losses, list(program.leaves))[:2]
     return out, pullback
+
+
+def _losses(
+    run: Callable[[], Tensor],
+    program: Program,
+    batch: PyTree,
+    params: Sequence[Tensor],
+    watched: bool,
+) -> Tensor:
+    """What a run at `params` returns; `watched`, it has to be `pure`."""
+    if watched:
+        return pure(run, program, batch, params, Refusals())
+    if in_step(program.model_fn) is not None or program.randomness != "error":
+        return run()
+    with seen_from_outside(program, batch):
+        return run()
 
 
 def jvp_dots(

@@ -30,7 +30,7 @@ from ghostfunc._base.processes.pieces import held_whole, in_step
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import Refusals
 from ghostfunc._base.remembered import Structures, layout_key, memory, structure
-from ghostfunc._base.side_effects import SideEffects
+from ghostfunc._base.side_effects import Footprint, SideEffects
 from ghostfunc._base.torch_private import (
     address,
     any_symbolic,
@@ -209,9 +209,24 @@ def pure(
             "model_fn draws random numbers (dropout in training mode?). Call module.eval(), or "
             'pass randomness="different" to give every sample its own draws.'
         )
-    _refuse_unreached(out)
+    refuse_unreached(out)
     _refuse_kept(out, program, params)
     return out
+
+
+@contextmanager
+def seen_from_outside(program: Program, batch: PyTree) -> Iterator[None]:
+    """Around a pass that no mode watches. If it left what side effects leave, the program is run
+    once more, `pure`: the pass before may have drawn, or written, where it never did."""
+    if any_symbolic((*program.leaves, *tensors_of(batch))):
+        yield
+        return
+    before = Footprint.of(program, batch)
+    yield
+    if not before.remains(program):
+        params = lend(program.leaves)
+        given = program.spec.unflatten(params)
+        pure(lambda: program.model_fn(given, batch), program, batch, params, Refusals())
 
 
 MODEL_FAILED = RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError
@@ -303,7 +318,7 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
         todo += [parent for parent, _ in node.next_functions]
 
 
-def _refuse_unreached(losses: Tensor) -> None:
+def refuse_unreached(losses: Tensor) -> None:
     """Raise `UntrackedUseError` if no parameter reaches the losses: all scores would be zero."""
     if in_transform() or losses.requires_grad:
         return

@@ -4,6 +4,8 @@ writes to what it is given."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from ghostfunc._base.modes import DispatchMode
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import COLLECTIVES, refuse_collective
-from ghostfunc._base.torch_private import address
+from ghostfunc._base.torch_private import address, version
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import PyTree
 
@@ -85,6 +87,11 @@ class SideEffects(Draws):
 
 def _protected(program: Program, batch: PyTree) -> dict[int, str]:
     """What must not be written to, by address of its memory."""
+    return {address(x): name for name, x in _given(program, batch) if x.numel()}
+
+
+def _given(program: Program, batch: PyTree) -> list[tuple[str, Tensor]]:
+    """The tensors of a program and of its batch, with what an error calls them."""
     named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
     model_fn, spec, leaves = program.model_fn, program.spec, program.leaves
     if isinstance(model_fn, ModuleFn):
@@ -93,4 +100,38 @@ def _protected(program: Program, batch: PyTree) -> dict[int, str]:
         held = model_fn.module.named_parameters() if sharding is None else sharding.own_memory()
         named += [(f"frozen parameter {k!r}", x) for k, x in held]
     named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
-    return {address(x): name for name, x in named if x.numel()}
+    return named
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What side effects change for good: looked at before and after a pass that no mode watches, it
+    tells whether there was one. Numbers of a generator that is put back leave nothing.
+
+    Attributes:
+        generators: states of the global generators of the processor and of the parameters' GPUs.
+        given: tensors of the program and of its batch; `versions`: how often they were written to.
+    """
+
+    generators: list[Tensor]
+    given: Sequence[Tensor]
+    versions: list[int]
+
+    @staticmethod
+    def of(program: Program, batch: PyTree) -> Footprint:
+        given = [x for _, x in _given(program, batch)]
+        return Footprint(_generators(program.leaves), given, list(map(version, given)))
+
+    def remains(self, program: Program) -> bool:
+        """Whether all of it is what it was."""
+        return self.versions == list(map(version, self.given)) and all(
+            map(torch.equal, self.generators, _generators(program.leaves))
+        )
+
+
+def _generators(leaves: Sequence[Tensor]) -> list[Tensor]:
+    states = [torch.default_generator.get_state()]
+    for device in {x.device for x in leaves if x.is_cuda}:
+        if not torch.cuda.is_current_stream_capturing():  # a graph's own state is not read
+            states.append(torch.cuda.get_rng_state(device))
+    return states

@@ -309,8 +309,10 @@ def with_torch_functions() -> AbstractContextManager[None]:
 
 
 def version(x: Tensor) -> int:
-    """A number that every in-place write to the tensor raises."""
-    return x._version
+    """A number that every in-place write to the tensor raises; 0 of a tensor of inference mode,
+    whose writes nobody counts."""
+    x = innermost(x)
+    return 0 if x.is_inference() else x._version
 
 
 def tensors_of_module(module: nn.Module) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ SEEN: ContextVar[list[int] | None] = ContextVar("SEEN", default=None)
 TOLERANCE = 1e-8
 
 NO_WAY_SEEN = ("validation_gradients",)
-"""A direction by itself is a plain backward pass, which has the checks of the first call with its
-structure alone (docs/sharp_edges.md): it is not asked where what is closed over has changed."""
+"""A direction by itself is a plain backward pass, in which no way is known (docs/sharp_edges.md).
+It is not asked where samples depend on each other since what is closed over has changed."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,6 @@ def asked(program: Program, number: int, count: int) -> list[str]:
     others = [*GHOST, *GHOST, *OTHER_MODES, "vmap_over_directions"]
     names = [*ALWAYS, *rng.sample(others, min(count, len(others)))] if count else list(QUANTITIES)
     left_out = ["grad_of_scores", "jvp_of_scores"]
-    if program.settings[number].later:
-        left_out += NO_WAY_SEEN
     names = [x for x in dict.fromkeys(names) if x not in left_out]
     rng.shuffle(names)
     return names
@@ -229,7 +227,10 @@ def play(
         chosen = range(len(program.settings)) if settings is None else settings
         for number, case, coupled in cases(program, chosen):
             names = asked(program, number, count) if only is None else only
-            threads = program.settings[number].threads
+            setting = program.settings[number]
+            if setting.later and coupled:
+                names = [x for x in names if x not in NO_WAY_SEEN]
+            threads = setting.threads
             for verdict, about, most in _judged(case, names, threads=threads):
                 of_them = coupled & about
                 of_them = {x for x in of_them if _coupled_in_chunks(case, x, most)}

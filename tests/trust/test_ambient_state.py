@@ -337,14 +337,16 @@ CHANGES = {
         gf.InPlaceError,
     ),
 }
-WATCHED = ("norms", "kept norms", "step", "scores by jvp", "by vmap")
-"""One call of every kind. A direction is one pass of plain autograd, in which no way is known."""
+WATCHED = ("norms", "kept norms", "step", "scores by jvp", "by vmap", "direction")
+"""One call of every kind."""
 
 
 @pytest.mark.parametrize("name", WATCHED)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_functions_close_over(change: str, name: str) -> None:
     call, (losses, first, later, error) = CALLS[name], CHANGES[change]
+    if name == "direction" and error is COUPLED:
+        return  # one pass of plain autograd, in which no way is known: the gradient of these losses
 
     def fresh(now: Any) -> tuple[SimpleNamespace, Any, Any]:
         box = SimpleNamespace(now=now)
