@@ -10,7 +10,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Python compiles a file when it is first imported; compiling all of them takes a minute more.
+# Python compiles a file when it is first imported; compiling all of them takes a minute more. What
+# is compiled has to be kept then, or each of the many processes that tests start spends 5 s on it.
+export PYTHONDONTWRITEBYTECODE :=
 LOUD_PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 
 # A venv of its own for `make bench`.
