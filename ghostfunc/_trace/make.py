@@ -157,12 +157,12 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
         tuple(counts),
         tuple(pattern(*entry) for entry in log.calls if not reads_attribute(entry[0])),
         recorder.reorders,
-        recorder.statistics,
-        recorder.reads,
-        frozenset(recorder.reads_at),
+        recorder.statistics.seen,
+        recorder.reads.seen or recorder.statistics.chosen,
+        frozenset(recorder.reads.numbers),
         frozenset(recorder.dtypes),
-        frozenset(recorder.order_keeping),
-        recorder.by_values,
+        frozenset(recorder.orders.keeping),
+        recorder.orders.by_values,
         any(len(own) > 1 for own in found),
     )
     return trace

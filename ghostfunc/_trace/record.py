@@ -5,9 +5,8 @@ the first, one more as a rule, and is compared with it call by call: what grew h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,53 +23,25 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.refusals import Refusals, op_name
 from ghostfunc._base.side_effects import Draws
-from ghostfunc._base.torch_private import SET_GRAD_ENABLED, address
-from ghostfunc._base.trees import first_tensor, flatten, tensors_of
+from ghostfunc._base.torch_private import SET_GRAD_ENABLED
+from ghostfunc._base.trees import flatten, tensors_of
 from ghostfunc._base.types import PyTree
 from ghostfunc._factors.factor import misfit
 from ghostfunc._rules.complex_numbers import for_complex
 from ghostfunc._rules.registry import COPY, REASONS, ArgName, BroadcastRule, FactorRule, rule_of
-from ghostfunc._rules.reordering import (
-    MAY_REORDER,
-    NORMS_OF_SLICES,
-    SCANS,
-    mixes_slices,
-    reorders,
-    sorted_dim,
-)
+from ghostfunc._trace.beside_fewer import Fixed, Orders, PairedCall, Reads, Statistics, shapes
 from ghostfunc._trace.derivatives import has_derivative, has_second_derivative
 from ghostfunc._trace.layout import Layout
-from ghostfunc._trace.movement import moves_samples
 from ghostfunc._trace.sample_axis import candidates
-from ghostfunc._trace.trace import CallTrace, Kind, PlainCall, RecordedCall, Shape
+from ghostfunc._trace.trace import CallTrace, Kind, RecordedCall, Shape
 from ghostfunc._trace.tracked import CallArgs, Tracked, differentiable
 from ghostfunc._trace.watch import (
-    ALIKE,
     CONSTANTS,
     TrackingMode,
     decomposed,
-    op_key,
-    plain_arguments,
     reads_attribute,
     writes,
 )
-
-_NUMBERS: set[Callable[..., Any]] = {
-    Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.tolist,
-}  # fmt: skip
-_READS: set[Callable[..., Any]] = _NUMBERS | {
-    Tensor.__bool__, Tensor.__array__, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero,
-    Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.__contains__,
-    Tensor.__repr__, Tensor.__format__,
-}  # fmt: skip
-"""Ops by which values of tensors come into Python."""
-
-
-_ROWS_CHOSEN: set[Callable[..., Any]] = {
-    Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk,
-    torch.chunk, torch.select, Tensor.select, Tensor.index_select, torch.index_select,
-}  # fmt: skip
-"""Ops that take rows of a tensor. They may cut a table without samples to the number of samples."""
 
 
 class ShapeLog(Refusals):
@@ -94,14 +65,6 @@ class ShapeLog(Refusals):
         return out
 
 
-def _memory(tensors: Sequence[Tensor]) -> set[int]:
-    return set(map(address, tensors))
-
-
-def shapes(tree: object) -> list[Shape | None]:
-    return [tuple(x.shape) if isinstance(x, Tensor) else None for x in flatten(tree)[0]]
-
-
 class Recorder(TrackingMode):
     """Runs the larger of two batches, call by call compared with the log of the smaller one.
 
@@ -110,12 +73,8 @@ class Recorder(TrackingMode):
         large: the larger batch.
 
     Attributes:
+        orders, reads, statistics: what the comparison shows (`beside_fewer.py`).
         dtypes: of the floating-point tensors that samples lie in.
-        statistics: whether some number in the program may be made of several samples.
-        reads: whether values of the batch come into Python, or rows are chosen by its size;
-            `reads_at`: the numbers of the calls that read values.
-        order_keeping: calls that keep rows in place: the ops, with their plain arguments.
-        by_values: the plain arguments of the other calls, by number of the call.
         recorded: the calls on tracked tensors, in order, without those that return no tensor.
     """
 
@@ -125,28 +84,19 @@ class Recorder(TrackingMode):
         super().__init__(leaves)
         self._log = log
         self._n_small, self._n_large = n_small, n_large
-        self._of_batch = {id(x): x for x in tensors_of(large)}  # what is made of its values
-        self._written: set[int] = set()
-        self._here: dict[int, Tensor] = {}  # what the program makes of numbers alone
-        self._made_here = False  # whether the last call was given nothing else
-        self._entry = 0
-        self._reordered_at: int | None = None
+        self._entry, self._number = -1, -1
+        self._fixed = Fixed()
+        self.orders, self.reads = Orders(), Reads(large)
+        self.statistics = Statistics(n_large, self._fixed)
         self.dtypes: set[torch.dtype] = set()
-        self.statistics = False
-        self.reads = False
-        self.reads_at: set[int] = set()
-        self.order_keeping: set[PlainCall] = set()
-        self.by_values: dict[int, Hashable] = {}
-        self._number = -1  # of the call, reads of attributes not counted
-        self._batch_wide_results: dict[int, Tensor] = {}  # on all samples: for control flow, mostly
         self.recorded: list[RecordedCall] = []
 
     @property
     def reorders(self) -> bool:
         """Whether samples meet parameters after they may have been reordered."""
-        if self._reordered_at is None:
+        if self.orders.changed_at is None:
             return False
-        return any(s.trace.kind == "use" for s in self.recorded[self._reordered_at :])
+        return any(s.trace.kind == "use" for s in self.recorded[self.orders.changed_at :])
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = decomposed(self, func, args, kwargs)
@@ -154,134 +104,41 @@ class Recorder(TrackingMode):
             return out
         if func is SET_GRAD_ENABLED:
             return func(*args)
+        call = self._beside_fewer(func, args, kwargs)
+        self.orders.before(call)
+        self.statistics.before(call)
+        out = self.elementary(func, args, kwargs)
+        call.out_more = shapes(out)
+        for question in (self._fixed, self.orders, self.reads, self.statistics):
+            question.after(call, out)
+        if call.out_more != call.out_fewer:
+            self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
+        return out
+
+    def _beside_fewer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> PairedCall:
+        """The next call, with what the log has of it."""
         self._entry += 1
         self._number += not reads_attribute(func)
-        if self._entry > len(self._log.calls) or self._log.calls[self._entry - 1][0] != func:
+        if self._entry >= len(self._log.calls) or self._log.calls[self._entry][0] != func:
             raise ControlFlowError(
                 f"model_fn calls other ops for {self._n_large} samples than for {self._n_small} "
                 f"(at {op_name(func)}): its control flow depends on its data, or on how many "
                 "samples there are, so it cannot be traced. " + WAYS_OUT
             )
-        if func is torch.randperm and self._reordered_at is None:
-            self._reordered_at = len(self.recorded)
-        if func in MAY_REORDER or func in SCANS or func in NORMS_OF_SLICES:
-            before = next((s for s in self._log.calls[self._entry - 1][1] if s is not None), ())
-            given = first_tensor(args, kwargs)
-            now = () if given is None else given.shape
-            axes = [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]
-            if func in SCANS:
-                self.statistics |= bool(axes) and sorted_dim(func, args, kwargs) % len(now) in axes
-            elif func in NORMS_OF_SLICES:
-                self.statistics |= mixes_slices(args, kwargs, axes)
-            elif self._reordered_at is None and any(
-                reorders(func, args, kwargs, axis, len(now)) for axis in axes
-            ):
-                self._reordered_at = len(self.recorded)
-        inputs, uses_batch_wide = shapes((args, kwargs)), self._uses_batch_wide(args, kwargs)
-        _, inputs_before, outs_before = self._log.calls[self._entry - 1]
-        self.statistics = self.statistics or self._moves_samples(func, args, kwargs, inputs)
-        out = self.elementary(func, args, kwargs)
-        outs = shapes(out)
-        self._follow_here(func, args, kwargs, out)
-        if not reads_attribute(func):
-            self._note_moves(func, args, kwargs, inputs_before)
-        self._follow_batch(func, args, kwargs, out)
-        if outs != outs_before:
-            self.dtypes.update(x.dtype for x in tensors_of(out) if x.is_floating_point())
-        if func in _ROWS_CHOSEN and inputs == inputs_before and outs != outs_before:
-            self.reads = True  # `table[:len(x)]`, of a table made for so many samples
-            if not self._made_here:  # an index or a mask may be another one in the next call
-                self.statistics |= not all(map(differentiable, tensors_of(out)))
-        if uses_batch_wide or (inputs != inputs_before and outs == outs_before):
-            for x in tensors_of(out):
-                if differentiable(x):
-                    self.statistics = True
-                else:
-                    self._batch_wide_results[id(x)] = x
-            self.statistics |= uses_batch_wide and func in _NUMBERS
-        self.statistics |= any(
-            sum(a != b for a, b in zip(now or (), then or (), strict=False)) > 1
-            for now, then in zip(outs, outs_before, strict=False)
-        )
-        return out
-
-    def _moves_samples(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[Shape | None],
-    ) -> bool:
-        """Whether a call that is about to be made moves rows from sample to sample."""
-        _, given, expected = self._log.calls[self._entry - 1]
-        if reads_attribute(func) or "out" in kwargs or inputs == given or not any(expected):
-            return False
-        if isinstance(func, FunctionType) and func.__module__.startswith("ghostfunc."):
-            return False  # ops of this package know whose rows are whose
-        return moves_samples(func, (args, kwargs), given, expected, self._n_large, self._here)
+        _, fewer, out_fewer = self._log.calls[self._entry]
+        return PairedCall(func, args, kwargs, fewer, out_fewer, self._number, len(self.recorded))
 
     def release(self) -> None:
         """Let go of the tensors of a run that is over: what is made of the batch is most of them,
         and another run follows."""
-        self._of_batch.clear()
-        self._here.clear()
-        self._batch_wide_results.clear()
-
-    def _note_moves(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        before: Sequence[Shape | None],
-    ) -> None:
-        """Note the numbers and words among a call's arguments, in `by_values` where values decide
-        where rows go, as an index into a tensor of samples does."""
-        key = op_key(func), plain_arguments(args, kwargs)
-        tensors, known = tensors_of((args, kwargs)), iter(s for s in before if s is not None)
-        indices = [x for x in tensors if x.ndim and not differentiable(x)]
-        grown = [x for x in tensors if x.shape != next(known, None)]  # a list may be longer
-        moves = func in MAY_REORDER and any(
-            reorders(func, args, kwargs, axis, x.ndim) for x in grown for axis in range(x.ndim)
-        )
-        if moves or any(i is not x for i in indices for x in grown):
-            self.by_values[self._number] = key[1]
-        else:
-            self.order_keeping.add(key)
-
-    def _follow_batch(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        values = tensors_of((args[1:] if func in ALIKE else args, kwargs))
-        if any(id(x) in self._of_batch for x in values) or (
-            self._written and not self._written.isdisjoint(_memory(values))
-        ):
-            if func in _READS:
-                self.reads = True
-                self.reads_at.add(self._number)
-            self._of_batch.update((id(x), x) for x in tensors_of(out))
-            if writes(func, kwargs) or kwargs.get("out") is not None:
-                # Other tensors with this memory hold values of the batch from now on.
-                self._written |= _memory(tensors_of((args[:1], kwargs.get("out"), out)))
-
-    def _follow_here(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        """Note what is made of nothing but numbers: it is the same in every run."""
-        values = tensors_of((args, kwargs))
-        self._made_here = all(id(x) in self._here for x in values)
-        if self._made_here:
-            self._here.update((id(x), x) for x in tensors_of(out))
-        elif writes(func, kwargs) and values:
-            self._here.pop(id(values[0]), None)
-
-    def _uses_batch_wide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an argument was made of all samples, as a verdict on the whole batch is."""
-        return bool(self._batch_wide_results) and any(
-            id(x) in self._batch_wide_results for x in tensors_of((args, kwargs))
-        )
+        self.reads.release()
+        self.statistics.release()
+        self._fixed.tensors.clear()
 
     def on_tracked(self, func: Callable[..., Any], call: CallArgs) -> Any:
-        _, arg_shapes, out_shapes = self._log.calls[self._entry - 1]
+        _, arg_shapes, out_shapes = self._log.calls[self._entry]
         plain = self._called(func, call, "constant")
         if func in CONSTANTS or not torch.is_grad_enabled():
             out = call.run(func, call.consts())
