@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.types import PyTree
+from ghostfunc.store._dtypes import ROUNDINGS
 from ghostfunc.store._errors import IncompatibleStoreError
 from ghostfunc.store._recipe import Recipe
 from ghostfunc.store._rows import StoredRows
@@ -22,8 +23,6 @@ EPS_OF = {
 }
 LEAST_TOLERANCE = 5e-3
 """Rounding of float32, and of its products in TF32, stays well below."""
-ROUNDINGS = 16
-"""How many units in the last place a row may be off, in its dtype or the model's."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import one_of
+from ghostfunc._base.options import check_type, one_of
 from ghostfunc.store._metric import Preconditioner, RowView, unit
 from ghostfunc.store._rows import StoredRows
 from ghostfunc.store._topk import TopK
@@ -74,6 +74,9 @@ def build(
     if train_rows < 1:
         raise OptionError(f"train_rows={train_rows} must be at least 1.")
     faiss = _faiss()
+    if precondition is not None:
+        check_type("precondition", precondition, Preconditioner, "store.preconditioner(...)")
+        precondition.check(store.projection)
     view = RowView(store.projection, layers, precondition, per_block=False)
 
     def prepared(rows: Tensor) -> Any:

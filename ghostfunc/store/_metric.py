@@ -9,10 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_positive, check_type
 from ghostfunc.projection import Projection
 from ghostfunc.projection._blocks import select
+from ghostfunc.store._errors import IncompatibleStoreError
 from ghostfunc.store._rows import StoredRows
+
+SHORT, LONG = 1e-15, 1e15
+"""Between these lengths, squares of float32 entries keep their digits."""
+SURE = 1e-3
+"""The least damping, in units of the rounding of the largest second moment. Less is refused."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,19 @@ class Preconditioner:
 
     Attributes:
         roots: `L` with `A = L L^T`, by group: `x L` are whitened rows.
+        projection: fingerprint of what made the rows.
     """
 
     roots: dict[str, Float[Tensor, "k k"]]
+    projection: str
+
+    def check(self, projection: Projection) -> None:
+        """Raise `IncompatibleStoreError` unless it is of rows of this projection."""
+        if self.projection != projection.fingerprint:
+            raise IncompatibleStoreError(
+                "precondition is of rows of another projection, whose columns are other numbers. "
+                "Pass what this store's own store.preconditioner(...) returns."
+            )
 
 
 def preconditioner(store: StoredRows, checkpoint: str, *, damping: float) -> Preconditioner:
@@ -35,6 +52,9 @@ def preconditioner(store: StoredRows, checkpoint: str, *, damping: float) -> Pre
         store: a complete store.
         checkpoint: whose rows.
         damping: relative to the mean eigenvalue of each block; LoGra uses 0.1.
+
+    Raises:
+        OptionError: a damping that is not positive, or has no digits beside the moments.
 
     References:
         Choe et al., 2024 (LoGra); Park et al., 2023 (TRAK); Grosse et al., "Studying Large Language
@@ -52,21 +72,28 @@ def preconditioner(store: StoredRows, checkpoint: str, *, damping: float) -> Pre
         for name, columns in groups.items():
             x = rows[:, columns].double()
             moments[name] += x.mT @ x
-    return Preconditioner(
-        {name: _root(c / store.n_samples, damping).float() for name, c in moments.items()}
-    )
+    roots = {name: _root(name, c / store.n_samples, damping) for name, c in moments.items()}
+    return Preconditioner(roots, store.projection.fingerprint)
 
 
-def _root(c: Tensor, damping: float) -> Tensor:
-    """`L` with `(C + lambda I)^-1 = L L^T`."""
-    scale = c.diagonal().mean()
+def _root(name: str, c: Tensor, damping: float) -> Tensor:
+    """`L` with `(C + lambda I)^-1 = L L^T`, in float32."""
+    scale, largest = c.diagonal().mean(), c.diagonal().max()
+    one = torch.eye(len(c), dtype=c.dtype, device="cpu")
     if scale == 0:  # a parameter without gradient: any metric gives zero
-        return torch.eye(len(c), dtype=c.dtype, device="cpu")
-    damped = c + damping * scale * torch.eye(len(c), dtype=c.dtype, device="cpu")
-    lower = torch.linalg.cholesky(damped)
-    return torch.linalg.solve_triangular(
-        lower, torch.eye(len(c), dtype=c.dtype, device="cpu"), upper=False
-    ).mT
+        return one.float()
+    by = damping * scale
+    lower, failed = torch.linalg.cholesky_ex(c + by * one)
+    root = torch.linalg.solve_triangular(lower, one, upper=False).mT.float()
+    digits = by >= SURE * torch.finfo(torch.float32).eps * largest
+    held = root.isfinite().all() and (root.diagonal() >= torch.finfo(torch.float32).tiny).all()
+    if failed or not digits or not held:
+        raise OptionError(
+            f"damping={damping!r}: beside the second moments of {name!r}, of up to "
+            f"{float(largest):.3g} a column, {float(by):.3g} has no digits left in float32. Use a "
+            "damping nearer to 1; LoGra uses 0.1."
+        )
+    return root
 
 
 class RowView:
@@ -110,12 +137,19 @@ class RowView:
         return list(parts.values()) if self._per_block else [torch.cat(list(parts.values()), 1)]
 
 
-def norms(x: Tensor) -> Tensor:
-    """`[rows, 1]`; a zero row has similarity 0 with everything, not 0/0."""
-    norms = x.norm(dim=1, keepdim=True)
-    return norms.masked_fill(norms == 0, 1)
+def measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and their lengths `[rows, 1]`, both divided by the row's largest entry where squares
+    would overflow or vanish. A zero row has length 1: similarity 0 with everything, not 0/0."""
+    lengths = x.norm(dim=1, keepdim=True)
+    far = ~((lengths > SHORT) & (lengths < LONG))
+    if bool(far.any()):
+        largest = x.abs().amax(1, keepdim=True)
+        x = torch.where(far & (largest > 0), x / largest, x)
+        lengths = x.norm(dim=1, keepdim=True)
+    return x, lengths.masked_fill(lengths == 0, 1)
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of length 1; zero rows stay zero."""
-    return x / norms(x)
+    x, lengths = measured(x)
+    return x / lengths

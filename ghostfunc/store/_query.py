@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_flags, check_type, one_of
-from ghostfunc.store._metric import Preconditioner, RowView, norms, unit
+from ghostfunc._base.options import check_flags, check_number, check_type, one_of
+from ghostfunc.store._errors import StoreError
+from ghostfunc.store._metric import Preconditioner, RowView, measured, unit
 from ghostfunc.store._rows import StoredRows
 
 Query: TypeAlias = Tensor | dict[str, Tensor]
@@ -72,6 +73,7 @@ def plan(
     )
     for metric in metrics.values():
         check_type("precondition", metric, Preconditioner, "what store.preconditioner(...) returns")
+        metric.check(store.projection)
     if metrics and set(metrics) != set(given):
         raise OptionError(
             f"precondition is given for checkpoints {sorted(metrics)}, the query for "
@@ -85,6 +87,11 @@ def plan(
         queries[name] = view.applied(q) if normalize == "none" else view.whitened(q)
         if normalize == "cosine":
             queries[name] = [unit(part) for part in queries[name]]
+        if not all(bool(part.isfinite().all()) for part in queries[name]):
+            raise OptionError(
+                f"query for checkpoint {name!r} holds numbers that are too large for float32, of "
+                f"up to {float(given[name].abs().max()):.3g}. Divide it by its length."
+            )
         views[name] = view
     for name in given:
         store.need(name, chunks)
@@ -101,15 +108,31 @@ def iter_scores(store: StoredRows, plan: Plan) -> Iterator[tuple[range, Tensor]]
             view = plan.views[name]
             samples = view.plain(rows) if plain else view.whitened(rows)
             for b, (q, x) in enumerate(zip(plan.queries[name], samples, strict=True)):
-                s = q @ x.mT
-                if not plain:
-                    s = s / norms(x).mT
+                if plain:
+                    s = q @ x.mT
+                else:
+                    x, lengths = measured(x)
+                    s = q @ x.mT / lengths.mT
                 s = s * plan.scale[name]
                 if b < len(total):
                     total[b] = total[b] + s
                 else:
                     total.append(s)
-        yield chunks[0][0], torch.stack(total, 2) if plan.per_block else total[0]
+        scores = torch.stack(total, 2) if plan.per_block else total[0]
+        _refuse_overflow(scores, chunks[0][0])
+        yield chunks[0][0], scores
+
+
+def _refuse_overflow(scores: Tensor, ids: range) -> None:
+    """Raise `StoreError` for scores that float32 does not hold."""
+    # A sum is finite only if all are, and is less work.
+    if bool(scores.sum().isfinite()) or bool(scores.isfinite().all()):
+        return
+    bad = (~scores.isfinite()).transpose(0, 1).flatten(1).any(1)
+    raise StoreError(
+        f"the score of sample {ids[int(bad.nonzero()[0])]} is too large for float32: rows and "
+        'query are. Divide the query by its length, or use normalize="cosine".'
+    )
 
 
 def all_scores(store: StoredRows, plan: Plan) -> Tensor:
@@ -139,6 +162,8 @@ def _by_checkpoint(store: StoredRows, query: Query) -> dict[str, Tensor]:
             raise OptionError(f"query: there is no checkpoint {name!r}; the store has {names}.")
         if not isinstance(q, Tensor):
             raise OptionError(f"query is a {type(q).__name__}; expected a tensor [q, k].")
+        if not q.is_floating_point():
+            raise OptionError(f"query is of {q.dtype}; expected floating-point numbers.")
         if q.ndim != 2 or q.shape[1] != store.projection.k:
             raise OptionError(
                 f"query has shape {tuple(q.shape)}; expected [q, {store.projection.k}], as "
@@ -157,7 +182,7 @@ def _weights(store: StoredRows, names: list[str], weights: Weights) -> dict[str,
     if isinstance(weights, dict):
         if set(weights) != set(names):
             raise OptionError(f"weights are for {sorted(weights)}, the query for {sorted(names)}.")
-        return weights
+        return {name: check_number(f"weights[{name!r}]", w) for name, w in weights.items()}
     one_of("weights", weights, ("lr",))
     rates = {name: store.learning_rate(name) for name in names}
     without = [name for name in names if rates[name] is None]

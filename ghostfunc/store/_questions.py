@@ -114,6 +114,9 @@ class Questions(StoredRows):
         Args:
             checkpoint: its name.
             damping: relative to the mean eigenvalue of each block (LoGra: 0.1).
+
+        Raises:
+            OptionError: a damping that is not positive, or has no digits beside the moments.
         """
         return _metric.preconditioner(self, checkpoint, damping=damping)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc._base.options import check_type
 from ghostfunc.store import _dtypes
 from ghostfunc.store._errors import Damaged, DamagedRowsError, StoreError, text_of
 from ghostfunc.store._presence import Presence, joined
@@ -63,10 +64,14 @@ class StoredRows(Presence):
 
         Raises:
             OptionError: ids or rows that do not fit. StoreError: an incomplete chunk, rows that
-            are not finite in the store's dtype, or a disk that does not take them.
+            are not finite in the store's dtype or too small for it, or a disk that does not take
+            them.
         """
         self._need_writable()
         where = self._checked(ids)
+        check_type("rows", rows, Tensor, "a tensor [m, k]")
+        if not rows.is_floating_point():
+            raise OptionError(f"rows are of {rows.dtype}; expected floating-point numbers.")
         if rows.shape != (len(where), self.projection.k):
             raise OptionError(
                 f"rows of shape {tuple(rows.shape)} for {len(where)} ids; expected "

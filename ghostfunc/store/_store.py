@@ -78,7 +78,8 @@ class Store(Questions):
                 are replaced as a whole on local disks and in object stores.
             projection: the operator that makes the rows.
             n_samples: how many samples the corpus has now; see `append`.
-            dtype: "float32", "float16" or "bfloat16".
+            dtype: "float32", "float16" or "bfloat16". Rows that overflow or vanish in it are
+                refused; float16 has no digits below 6e-8.
             chunk_rows: samples per chunk, by default about 8 MiB of them. Work is shared and
                 resumed chunk by chunk.
             tokenizer: name or hash of what made the samples, kept as it is.
