@@ -326,7 +326,8 @@ def _differing(
     floor = 1e-4 * max(map(float, sizes.values()))
     lines = []
     for k, expected in want.items():
-        error, size = float((got[k] - expected).abs().max()), max(float(sizes[k]), floor)
+        off = (got[k] - expected).abs()
+        error, size = float(off.max()) if off.numel() else 0.0, max(float(sizes[k]), floor)
         if not error <= tolerance * size:
             lines.append(f"{what} of {k!r}: off by {error:.1e} where sizes are {size:.1e}")
     return lines

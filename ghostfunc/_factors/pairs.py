@@ -304,7 +304,10 @@ def _sqnorms_by_tokens(
     def dots(f: Factor, g: Factor, block: slice) -> Tensor:
         return _token_dots(take(f, block), take(g, block), contract_dtype).sum((1, 2))
 
-    chunks = [c for f in bundle for c in _chunks(f, min(cost.TOKENS, isqrt(workspace)))]
+    met = _with_positions(bundle)
+    if not met:
+        return wide(values(bundle[0])).new_zeros(n)
+    chunks = [c for f in met for c in _chunks(f, min(cost.TOKENS, isqrt(workspace)))]
     t = max(known(c[0].shape[1]) for c in chunks)
     out = []
     for block in slices(n, workspace // t**2):
@@ -331,7 +334,15 @@ def _gram_by_tokens(
         for a, b in product(_chunks(f, t), _chunks(g, s)):
             yield _token_gram(a, b, n, m, rows, columns, contract_dtype)
 
-    return reduce(add, chain.from_iterable(grams(f, g) for f in mine for g in theirs))
+    met = list(product(_with_positions(mine), _with_positions(theirs)))
+    if not met:
+        return wide(values(mine[0])).new_zeros(n, m)
+    return reduce(add, chain.from_iterable(grams(f, g) for f, g in met))
+
+
+def _with_positions(bundle: Bundle) -> list[Factor]:
+    """The factors without those of sequences of no length, which are zero."""
+    return [f for f in bundle if known(f[0].shape[1])]
 
 
 def _token_gram(
@@ -392,7 +403,8 @@ def pair_dots(f: Factor, g: Factor, contract_dtype: ContractDtype = None) -> Ten
     out = []
     for block in blocks(n, t * m * s):
         grams = _token_grams(take(f, block), g, contract_dtype)
-        out.append((grams[0] * grams[1]).view(-1, t, m, s).sum((1, 2, 3)))
+        pairs_of_all = grams[0] * grams[1]
+        out.append(pairs_of_all.view(block.stop - block.start, t, m, s).sum((1, 2, 3)))
     return torch.cat(out)
 
 

@@ -81,10 +81,10 @@ def contraction(
     sizes: dict[str, int] = {}
     for x, indices in ((b, out), (w, of_w), *others):
         for i, size in zip(indices, x.shape[1:], strict=True):
-            sizes[i] = max(sizes.get(i, 1), size)
+            sizes[i] = size if size != 1 else sizes.get(i, 1)
     b, out = _squeeze(b, out, sizes)
     a, of_a = _product([_squeeze(x, i, sizes) for x, i in others], {*of_w, *out})
-    kept = [i for i, s in zip(of_w, w.shape[1:], strict=True) if s > 1]
+    kept = [i for i, s in zip(of_w, w.shape[1:], strict=True) if s != 1]
     factor = _compact(wide(b), out, kept, wide(a), of_a, sizes)
     if isinstance(factor, Dense):
         return Dense(factor.g.reshape(len(b), *w.shape[1:]))
@@ -93,7 +93,7 @@ def contraction(
 
 def _squeeze(x: Tensor, indices: Indices, sizes: dict[str, int]) -> tuple[Tensor, Indices]:
     """Without the axes of size 1, which broadcast if they mean anything."""
-    kept = [i for i, s in zip(indices, x.shape[1:], strict=True) if s > 1]
+    kept = [i for i, s in zip(indices, x.shape[1:], strict=True) if s != 1]
     return x.reshape(len(x), *(sizes[i] for i in kept)), kept
 
 

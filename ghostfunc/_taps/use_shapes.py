@@ -58,7 +58,7 @@ def use_shapes(
             return _outputs(model), 1.0
         key = model.trace, shapes_key(model.leaves)
         seen_lengths, seen = typical.made(key, lambda: (lengths, _outputs(model)))
-        return seen, lengths / seen_lengths
+        return seen, max(1, lengths) / max(1, seen_lengths)
 
     model, (outputs, ratio) = with_trace(look, program, batch)
     out: list[list[UseShape]] = [[] for _ in program.leaves]

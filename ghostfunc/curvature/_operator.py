@@ -258,6 +258,8 @@ class EKFAC(Operator):
         """`solve`, or what is near it where `solve` would have no digit: a preconditioner."""
 
         def f(eigenvalues: Tensor) -> Tensor:
+            if not eigenvalues.numel():
+                return eigenvalues
             info = torch.finfo(eigenvalues.dtype)
             least = info.eps * eigenvalues.max()
             return 1 / (eigenvalues + least.clamp(min=min(damping, info.max)))
@@ -273,7 +275,7 @@ class EKFAC(Operator):
 
         if relative:
             for block, basis in zip(self.blocks, self._bases, strict=True):
-                if not bool(basis.eigenvalues.any()):
+                if basis.eigenvalues.numel() and not bool(basis.eigenvalues.any()):
                     raise CurvatureError(
                         f"parameter {block.path!r} has no curvature at all (it is {block.kind}), "
                         "so no damping relative to it. Use relative=False."
@@ -381,7 +383,7 @@ def _rotated_through(
         )
     x = wide(u)
     dtype = torch.promote_types(x.dtype, eigenvalues.dtype)
-    x = x.to(dtype).reshape(-1, *block.sizes)
+    x = x.to(dtype).reshape(len(x), *block.sizes)
     left, right = (None if v is None else v.to(dtype) for v in (left, right))
     x = x if left is None else left.mT @ x
     x = x if right is None else x @ right
@@ -393,6 +395,7 @@ def _rotated_through(
 
 def _report(block: Block, basis: Basis) -> BlockReport:
     values = basis.eigenvalues.double().flatten()
+    count = len(values)
     trace = float(values.sum())
     ordered = values.sort(descending=True).values.cumsum(0)
     half = int((ordered < trace / 2).sum()) + 1 if trace > 0 else 0
@@ -407,7 +410,7 @@ def _report(block: Block, basis: Basis) -> BlockReport:
         block.kind,
         sides if groups == 1 else f"{groups} of {sides}",
         trace,
-        float(values.mean()),
-        float(values.max()),
+        trace / count if count else 0.0,
+        float(values.max()) if count else 0.0,
         half,
     )

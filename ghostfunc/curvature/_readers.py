@@ -160,7 +160,7 @@ class EigenvalueReader(_OneParameter, MomentReader):
         return contract.add_up(parts)
 
     def define(self, g: Float[Tensor, "n ..."]) -> Tensor:
-        x = g.reshape(-1, *self.block.sizes)
+        x = g.reshape(len(g), *self.block.sizes)
         x = x if self.left is None else torch.einsum("ngpd,gpk->ngkd", x, self.left.to(x))
         x = x if self.right is None else torch.einsum("ngpd,gdl->ngpl", x, self.right.to(x))
         return x.square().sum(0)
@@ -215,7 +215,8 @@ def rotated(
 
 def as_matrices(factor: Factor, sizes: tuple[int, int, int]) -> Float[Tensor, "n g p d"]:
     """The gradients themselves, as a block of these sizes sees them."""
-    return contract.materialize(factor).reshape(-1, *sizes)
+    g = contract.materialize(factor)
+    return g.reshape(len(g), *sizes)
 
 
 def _gram(x: Float[Tensor, "n g t k"]) -> Float[Tensor, "g k k"]:

@@ -88,7 +88,8 @@ class SignsReader(NamedTuple):
                 'A projection of kind "dense" is made piece by piece while it is used, which '
                 "torch.compile cannot record. Call ghost_project uncompiled, or use another kind."
             )
-        parts = []
+        like = bundles.values(factor)
+        parts = [wide(like.new_zeros(())).expand(len(like), self.k)]
         for start, g in _pieces(factor, max(1, CHUNK // self.k)):
             signs = torch.from_numpy(_random.rademacher(self.key, start, g.shape[1], self.k))
             parts.append(matmul(g, signs.to(g.device, g.dtype), self.contract_dtype))

@@ -350,3 +350,48 @@ def test_the_report_is_a_table() -> None:
     lines = str(report).splitlines()
     assert lines[0] == f"EK-FAC of {N} samples, empirical Fisher"
     assert [line.split()[0] for line in lines[4:]] == ["b", "scale", "v", "w"]
+
+
+def test_parameters_without_elements_have_no_curvature() -> None:
+    """One that the losses use, one that they do not, one that a look-up uses, and one left out."""
+    empty = {"used": (0, 3), "unused": (2, 0), "table": (4, 0), "bias": (0,), "out": (3, 0)}
+    params = {"w": torch.arange(6.0).view(2, 3).double() / 6}
+    params |= {name: torch.empty(shape).double() for name, shape in empty.items()}
+
+    def model(p: dict[str, Tensor], b: Any) -> Tensor:
+        used = p["used"].sum() + p["bias"].sum() + F.embedding(b["i"], p["table"]).sum(1)
+        return F.linear(b["x"], p["w"]).sin().sum(1) + used + (b["x"] @ p["out"]).sum(1)
+
+    g = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(5, 3, generator=g).double(), "i": torch.arange(5) % 4}
+    choices: list[dict[str, Any]] = [{}, {"identity": ["out"]}, {"sharing": "reduce"}]
+    for options in choices:
+        made = gf.curvature.ekfac(model, params, [batch], fisher="empirical", **options)
+        rows = {row.path: row for row in made.report().rows}
+        assert all(rows[name].largest == rows[name].trace == 0 for name in empty)
+        alone = gf.curvature.ekfac(
+            lambda p, b: F.linear(b["x"], p["w"]).sin().sum(1),
+            {"w": params["w"]},
+            [batch],
+            fisher="empirical",
+        )
+        for relative in (False, True):
+            got = made.solve(params, 0.1, relative=relative)
+            want = alone.solve({"w": params["w"]}, 0.1, relative=relative)
+            assert {k: tuple(x.shape) for k, x in got.items() if k != "w"} == empty
+            torch.testing.assert_close(got["w"], want["w"], rtol=1e-12, atol=1e-12)
+        for way in ("rows", "directions"):
+            torch.testing.assert_close(
+                gf.influence(model, params, batch, batch, curvature=made, damping=0.1, way=way),
+                gf.influence(
+                    lambda p, b: F.linear(b["x"], p["w"]).sin().sum(1),
+                    {"w": params["w"]},
+                    batch,
+                    batch,
+                    curvature=alone,
+                    damping=0.1,
+                ),
+            )
+        operator = gf.curvature.hessian(model, params, [batch])
+        solver = gf.curvature.cg(operator, preconditioner=made)
+        assert solver.solve(params, 3.0)["w"].isfinite().all()

@@ -260,3 +260,14 @@ def test_the_code_of_the_documentation_runs() -> None:
     finally:
         for op in set(RULES) - before:
             del RULES[op]
+
+
+@pytest.mark.parametrize("rule", [right], indirect=True)
+def test_parameters_without_elements_are_no_difference(rule: Any) -> None:
+    """A table of no rows beside the op's own parameter, and an op with nothing to do."""
+    beside = Case(
+        lambda p, x: scaled(x["x"], p["w"]) + p["table"].sum(),
+        {**CASE.params, "table": (0, 4)},
+        CASE.samples,
+    )
+    check_rule(scaled, [beside, Case(CASE.call, {"w": (0,)}, {"x": (3, 0)})])
