@@ -1,8 +1,9 @@
 """Steps of `torch.optim` as formulas: what each adds to a parameter, given settings and state.
 
 `g` is the gradient with weight decay added, `p` the parameter, everything else the state before the
-step. Where a square root would be of zero no gradient was ever other than zero, and the formula has
-no derivative: such an entry counts as not moved by the gradient.
+step. Where the running size of the gradient is zero no gradient was ever other than zero, and the
+formula has no derivative, or one as large as 1 / eps: such an entry counts as not moved by the
+gradient.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def adamax(group: Settings, state: Settings) -> Change:
     def change(g: Tensor, p: Tensor) -> Tensor:
         m = mixed(kept(state, "exp_avg", p), g, 1 - b1)
         u = torch.maximum(b2 * kept(state, "exp_inf", p), g.abs() + group["eps"])
-        return -lr * m / u
+        return -lr * torch.where(u > group["eps"], m / u, (m / u).detach())
 
     return change
 
@@ -152,6 +153,7 @@ def adafactor(group: Settings, state: Settings) -> Change:
         else:
             v = mixed(kept(state, "variance", squares), squares, share)
         out = g * v.clamp(min=tiny * tiny).rsqrt()
+        out = torch.where(v > 0, out, out.detach())
         length = (out.square().mean() / group["d"] ** 2).clamp(min=1.0).sqrt()
         size = (p.detach().square().mean().sqrt()).clamp(min=second)
         return -size * min(lr, t**-0.5) * out / length
@@ -171,6 +173,7 @@ def muon(group: Settings, state: Settings) -> Change:
         exact = _near_orthogonal(long, group)
         rounded = _near_orthogonal(long.detach().bfloat16(), group)
         out = exact + (rounded - exact).detach()
+        out = torch.where((m != 0).any(), out, out.detach())
         out = out if m.shape[0] <= m.shape[1] else out.mT
         return -float(group["lr"]) * _share_of_rate(group["adjust_lr_fn"], p) * out
 

@@ -39,7 +39,9 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
 
     Returns:
         An `Optimizer` for params as `gf.from_module(module, ...)` gives them: of a module that
-        `fully_shard` has sharded, for this rank's pieces.
+        `fully_shard` has sharded, for this rank's pieces. Where the running size of the gradient
+        after the step is zero, as at a first step in `form="previous_state"`, an entry counts as
+        not moved by the gradient.
 
     Raises:
         OptionError: another optimizer, or one whose step has no derivative (Rprop, LBFGS,

@@ -184,6 +184,43 @@ def test_an_entry_without_any_gradient_does_not_move() -> None:
     assert pulled["0.weight"][1:].any()
 
 
+SIZED: dict[str, Make] = {
+    "amsgrad": lambda p: Adam(p, lr=0.1, amsgrad=True),
+    "adamax": lambda p: optim.Adamax(p, lr=0.1),
+    "nadam": lambda p: optim.NAdam(p, lr=0.1),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.1, centered=True),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.1),
+    "adafactor": lambda p: optim.Adafactor(p, lr=0.1),
+    **({} if MUON is None else {"muon": lambda p: MUON(p, lr=0.1)}),
+}
+"""Optimizers that divide by a running size of the gradient."""
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", SIZED)
+def test_no_step_divides_by_a_size_that_is_zero(name: str, steps: int) -> None:
+    """Values would be those of samples divided by eps, and outweigh all others of a run."""
+    torch.manual_seed(0)
+    module = torch.nn.ModuleList(torch.nn.Linear(3, 5, bias=False) for _ in range(2)).double()
+    optimizer = SIZED[name](module.parameters())
+    met, never = (p for p in module.parameters())
+    for _ in range(steps):
+        met.grad, never.grad = torch.randn_like(met), torch.zeros_like(never)
+        if name != "muon":
+            met.grad[0] = 0
+        optimizer.step()
+    pure = gf.shapley.from_optimizer(optimizer, module)
+    params = {k: p.detach() for k, p in module.named_parameters()}
+    zeros = {k: torch.zeros_like(p) for k, p in params.items()}
+    u = {k: torch.ones_like(p) for k, p in params.items()}
+    first, second = pure.pull_back(zeros, params, u).values()
+    assert not second.any()
+    assert first.isfinite().all()
+    assert bool(first[1:].any()) == bool(steps)
+    if name != "muon":
+        assert not first[0].any()
+
+
 @pytest.mark.parametrize("max_norm", [0.01, 100.0])
 def test_clipping_is_that_of_torch(max_norm: float) -> None:
     module, loss, draw = network()
