@@ -6,7 +6,7 @@ They know no op rules and no taps, so what they agree on with ghost mode is righ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -115,8 +115,9 @@ def weighted_gradients(
 
     def gradient(losses_of: Callable[[PyTree], Tensor]) -> Tensor:
         run = partial(losses_of, batch)
-        with torch.enable_grad(), DenseGradients():
-            losses = check_shape(_losses(run, program, batch, inputs, watched), n)
+        with _from_outside(program, batch, watched), torch.enable_grad(), DenseGradients():
+            out = pure(run, program, batch, inputs, Refusals()) if watched else run()
+            losses = check_shape(out, n)
         refuse_unreached(losses)
         for k, w in enumerate(weights):
             with unrounded(losses):
@@ -157,27 +158,20 @@ def _vjp(
     def losses(p: list[Tensor]) -> Tensor:
         run = partial(program.losses, p, batch)
         with DenseGradients():
-            return check_shape(_losses(run, program, batch, p, watched), n)
+            out = pure(run, program, batch, p, Refusals()) if watched else run()
+            return check_shape(out, n)
 
-    with unwrapped_memory():
+    with _from_outside(program, batch, watched), unwrapped_memory():
         out, pullback = torch.func.vjp(losses, list(program.leaves))[:2]
     return out, pullback
 
 
-def _losses(
-    run: Callable[[], Tensor],
-    program: Program,
-    batch: PyTree,
-    params: Sequence[Tensor],
-    watched: bool,
-) -> Tensor:
-    """What a run at `params` returns; `watched`, it has to be `pure`."""
-    if watched:
-        return pure(run, program, batch, params, Refusals())
-    if in_step(program.model_fn) is not None or program.randomness != "error":
-        return run()
-    with seen_from_outside(program, batch):
-        return run()
+def _from_outside(program: Program, batch: PyTree, watched: bool) -> AbstractContextManager[None]:
+    """What looks for side effects of a pass that is not `watched`. A rank by itself could not run
+    the program once more."""
+    if watched or in_step(program.model_fn) is not None or program.randomness != "error":
+        return nullcontext()
+    return seen_from_outside(program, batch)
 
 
 def jvp_dots(

@@ -224,9 +224,10 @@ def seen_from_outside(program: Program, batch: PyTree) -> Iterator[None]:
     before = Footprint.of(program, batch)
     yield
     if not before.remains(program):
-        params = lend(program.leaves)
-        given = program.spec.unflatten(params)
-        pure(lambda: program.model_fn(given, batch), program, batch, params, Refusals())
+        with torch.enable_grad():
+            params = lend(program.leaves)
+            given = program.spec.unflatten(params)
+            pure(lambda: program.model_fn(given, batch), program, batch, params, Refusals())
 
 
 MODEL_FAILED = RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError

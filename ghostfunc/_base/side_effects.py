@@ -16,7 +16,13 @@ from ghostfunc._base.modes import DispatchMode
 from ghostfunc._base.module import ModuleFn
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import COLLECTIVES, refuse_collective
-from ghostfunc._base.torch_private import address, version
+from ghostfunc._base.torch_private import (
+    address,
+    in_transform,
+    modules_within,
+    tensors_of_module,
+    versions,
+)
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import PyTree
 
@@ -87,11 +93,6 @@ class SideEffects(Draws):
 
 def _protected(program: Program, batch: PyTree) -> dict[int, str]:
     """What must not be written to, by address of its memory."""
-    return {address(x): name for name, x in _given(program, batch) if x.numel()}
-
-
-def _given(program: Program, batch: PyTree) -> list[tuple[str, Tensor]]:
-    """The tensors of a program and of its batch, with what an error calls them."""
     named: list[tuple[str, Tensor]] = [("its batch", x) for x in tensors_of(batch)]
     model_fn, spec, leaves = program.model_fn, program.spec, program.leaves
     if isinstance(model_fn, ModuleFn):
@@ -100,7 +101,7 @@ def _given(program: Program, batch: PyTree) -> list[tuple[str, Tensor]]:
         held = model_fn.module.named_parameters() if sharding is None else sharding.own_memory()
         named += [(f"frozen parameter {k!r}", x) for k, x in held]
     named += [(f"parameter {k!r}", x) for k, x in zip(spec.names, leaves, strict=True)]
-    return named
+    return {address(x): name for name, x in named if x.numel()}
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,30 @@ class Footprint:
         given: tensors of the program and of its batch; `versions`: how often they were written to.
     """
 
-    generators: list[Tensor]
+    generators: list[bytes]
     given: Sequence[Tensor]
     versions: list[int]
 
     @staticmethod
     def of(program: Program, batch: PyTree) -> Footprint:
-        given = [x for _, x in _given(program, batch)]
-        return Footprint(_generators(program.leaves), given, list(map(version, given)))
+        given = [*tensors_of(batch), *program.leaves]
+        if isinstance(program.model_fn, ModuleFn):
+            modules = modules_within(program.model_fn.module)
+            held = [x for m in modules for own in tensors_of_module(m) for x in own.values()]
+            given += [x for x in held if x is not None]
+        return Footprint(_generators(program.leaves), given, versions(given))
 
     def remains(self, program: Program) -> bool:
         """Whether all of it is what it was."""
-        return self.versions == list(map(version, self.given)) and all(
-            map(torch.equal, self.generators, _generators(program.leaves))
+        return (
+            self.generators == _generators(program.leaves) and versions(self.given) == self.versions
         )
 
 
-def _generators(leaves: Sequence[Tensor]) -> list[Tensor]:
+def _generators(leaves: Sequence[Tensor]) -> list[bytes]:
     states = [torch.default_generator.get_state()]
     for device in {x.device for x in leaves if x.is_cuda}:
         if not torch.cuda.is_current_stream_capturing():  # a graph's own state is not read
             states.append(torch.cuda.get_rng_state(device))
-    return states
+    # They lie on the host, so no device waits. Transforms wrap them, without memory to be read.
+    return [bytes(x.tolist()) if in_transform() else x.numpy().tobytes() for x in states]

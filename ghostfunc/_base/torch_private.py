@@ -315,6 +315,12 @@ def version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """`version` of each."""
+    inside = map(innermost, tensors) if in_transform() else tensors
+    return [0 if x.is_inference() else x._version for x in inside]
+
+
 def tensors_of_module(module: nn.Module) -> list[dict[str, Any]]:
     """The module's own dicts of parameters and buffers, for identity without copies."""
     return [module._parameters, module._buffers]
