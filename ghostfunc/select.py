@@ -83,17 +83,21 @@ def greats(
     _check_count(k, n)
     check_positive("step", step)
     check_type("gram", gram, Tensor, "a tensor [n, n]")
-    if gram.shape != (n, n) or not bool(gram.isfinite().all()):
+    real = gram.is_floating_point()
+    if gram.shape != (n, n) or not real or not bool(gram.isfinite().all()):
         raise OptionError(
-            f"gram must be a finite tensor of shape [{n}, {n}]; its shape is {tuple(gram.shape)}."
+            f"gram must be a finite floating-point tensor of shape [{n}, {n}]; it is one of "
+            f"{gram.dtype} and {tuple(gram.shape)}."
         )
-    scores = dot_prods.clone()
+    scores, left = dot_prods.double(), torch.ones_like(dot_prods, dtype=torch.bool)
     chosen = []
     for _ in range(k):
-        best = scores.argmax()
+        best = scores.masked_fill(~left, -torch.inf).argmax()
         chosen.append(best)
-        scores = scores - step * gram[best]
-        scores[best] = -torch.inf  # and stays so, whatever is taken off
+        left[best] = False
+        scores = scores - step * gram[best].double()
+    if not bool(scores.isfinite().all()):
+        raise OptionError(f"step={step!r} times gram is not finite. Use a smaller step.")
     return torch.stack(chosen)
 
 
@@ -130,7 +134,10 @@ def sample_k(
         len(scores), generator=generator, dtype=torch.float64, device=scores.device
     )
     gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-    return torch.argsort(scores.double() / temperature + gumbel, descending=True)[:k]
+    # In that order, and finite, however small or large the temperature is.
+    wide, low = scores.double(), temperature < 1
+    drawn = wide + temperature * gumbel if low else wide / temperature + gumbel
+    return torch.argsort(drawn, descending=True, stable=True)[:k]
 
 
 def reducible_loss(
@@ -181,9 +188,11 @@ def softmax_weights(
     Raises:
         OptionError: `scores` or `temperature` are not that.
     """
-    _check_scores("scores", scores)
+    if not _check_scores("scores", scores):
+        return scores.clone()
     check_positive("temperature", temperature)
-    return torch.softmax(scores / temperature, 0)
+    below = scores.double() - scores.double().max()
+    return torch.softmax(below / temperature, 0).to(scores.dtype)
 
 
 def uniform_weights(chosen: Int[Tensor, " k"], n: int) -> Float[Tensor, " n"]:
@@ -207,7 +216,7 @@ def uniform_weights(chosen: Int[Tensor, " k"], n: int) -> Float[Tensor, " n"]:
     weights = torch.zeros(n, device=chosen.device)
     if int(chosen.min()) < 0 or int(chosen.max()) >= n:
         raise OptionError(f"chosen must be indices of {n} samples; got {chosen.tolist()}.")
-    weights[chosen] = 1 / len(chosen)
+    weights[chosen.long()] = 1 / len(chosen)  # torch takes uint8 for a mask
     if int((weights > 0).sum()) != len(chosen):
         raise OptionError(f"chosen holds a sample twice: {chosen.tolist()}.")
     return weights

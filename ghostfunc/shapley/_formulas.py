@@ -23,7 +23,7 @@ Settings: TypeAlias = Mapping[str, Any]
 
 def over_root(m: Tensor, v: Tensor, eps: float, scale: float = 1.0) -> Tensor:
     """`m / (scale sqrt(v) + eps)`."""
-    met = v > 0
+    met = v != 0
     root = torch.where(met, v, 1.0).sqrt()
     return torch.where(met, m / (scale * root + eps), (m / eps).detach())
 
@@ -90,7 +90,7 @@ def adamax(group: Settings, state: Settings) -> Change:
     def change(g: Tensor, p: Tensor) -> Tensor:
         m = mixed(kept(state, "exp_avg", p), g, 1 - b1)
         u = torch.maximum(b2 * kept(state, "exp_inf", p), g.abs() + group["eps"])
-        return -lr * torch.where(u > group["eps"], m / u, (m / u).detach())
+        return -lr * torch.where(u != group["eps"], m / u, (m / u).detach())
 
     return change
 
@@ -153,7 +153,7 @@ def adafactor(group: Settings, state: Settings) -> Change:
         else:
             v = mixed(kept(state, "variance", squares), squares, share)
         out = g * v.clamp(min=tiny * tiny).rsqrt()
-        out = torch.where(v > 0, out, out.detach())
+        out = torch.where(v != 0, out, out.detach())
         length = (out.square().mean() / group["d"] ** 2).clamp(min=1.0).sqrt()
         size = (p.detach().square().mean().sqrt()).clamp(min=second)
         return -size * min(lr, t**-0.5) * out / length

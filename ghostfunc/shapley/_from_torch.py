@@ -70,6 +70,12 @@ def from_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Optim
         gains.add(gain)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
+        if not isinstance(params, Mapping) or any(name not in params for name in changes):
+            raise ParamsError(
+                f"optimizer is that of the parameters {', '.join(changes)} of a "
+                f"{type(module).__name__}, and params are others. Pass those that "
+                "gf.from_module(module, ...) gives."
+            )
         return {name: change(grads[name], params[name]) for name, change in changes.items()}
 
     linear = None not in gains

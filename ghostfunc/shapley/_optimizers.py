@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import (
     check_betas,
     check_flags,
@@ -18,6 +19,7 @@ from ghostfunc._base.options import (
     check_type,
     check_whole,
 )
+from ghostfunc._base.trees import flatten_like, flatten_params
 from ghostfunc._base.types import PyTree
 
 Update = Callable[[PyTree, PyTree], PyTree]
@@ -47,7 +49,15 @@ class Optimizer:
         """`J^T u`, with J the derivative of the update at `grads`."""
         if self.gain is not None:
             return optree.tree_map(lambda u: self.gain * u, direction)
-        changes, pullback = torch.func.vjp(lambda g: self.update(g, params), grads)[:2]
+        leaves, spec = flatten_params(params)
+
+        def changes_of(g: PyTree) -> PyTree:
+            made = self.update(g, params)
+            return spec.unflatten(
+                flatten_like(made, leaves, spec, "what optimizer.update returned")
+            )
+
+        changes, pullback = torch.func.vjp(changes_of, grads)[:2]
         cotangent = optree.tree_map(lambda u, x: u.to(x.dtype), direction, changes)
         (pulled,) = pullback(cotangent)
         return pulled
@@ -75,6 +85,10 @@ def sgd(
     Returns:
         An `Optimizer`. Without momentum its `gain` is `-lr`: scores are those of plain SGD,
         `-lr <g_i, u>`.
+
+    Raises:
+        OptionError: a negative number, Nesterov's momentum without a momentum or with dampening, or
+            a buffer without a momentum.
     """
 
     check_not_negative("lr", lr)
@@ -82,9 +96,15 @@ def sgd(
         check_not_negative(name, value)
     check_number("dampening", dampening)
     check_flags(nesterov=nesterov)
+    check_nesterov(nesterov, momentum, dampening)
     _check_state("momentum_buffer", momentum_buffer)
+    if momentum_buffer is not None and not momentum:
+        raise OptionError("momentum_buffer without a momentum: give the optimizer's momentum, too.")
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
+        if momentum_buffer is not None:
+            _check_like(params, momentum_buffer=momentum_buffer)
+
         def change(g: Tensor, p: Tensor, b: Tensor | None = None) -> Tensor:
             return sgd_change(g, p, b, lr, momentum, dampening, nesterov, weight_decay)
 
@@ -186,6 +206,8 @@ def _adam(
     _check_state("exp_avg_sq", exp_avg_sq)
 
     def update(grads: PyTree, params: PyTree) -> PyTree:
+        _check_like(params, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
         def change(g: Tensor, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
             return adam_change(g, p, m, v, step + 1, lr, betas, eps, weight_decay, decoupled)
 
@@ -198,6 +220,19 @@ def _check_state(name: str, state: PyTree) -> None:
     """Raise `OptionError` unless it is a pytree of tensors."""
     for x in optree.tree_leaves(state):
         check_type(name, x, Tensor, "a pytree of tensors, like params")
+
+
+def _check_like(params: PyTree, **states: PyTree) -> None:
+    """Raise `ParamsError` unless the states are pytrees like `params`."""
+    leaves, spec = flatten_params(params)
+    for name, state in states.items():
+        flatten_like(state, leaves, spec, name)
+
+
+def check_nesterov(nesterov: bool, momentum: float, dampening: float) -> None:
+    """Raise `OptionError` for Nesterov's momentum where torch has none."""
+    if nesterov and (not momentum or dampening):
+        raise OptionError("nesterov=True needs a momentum and no dampening.")
 
 
 def adam_change(
@@ -220,7 +255,7 @@ def adam_change(
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g.square()
     v = v if largest is None else torch.maximum(largest, v)
-    met = v > 0
+    met = v != 0
     # The square root has no derivative at 0: take it elsewhere, and the entry as constant.
     denominator = torch.where(met, v, 1.0).sqrt() / (1 - b2**t) ** 0.5 + eps
     change = -lr / (1 - b1**t) * torch.where(met, m / denominator, (m / eps).detach())

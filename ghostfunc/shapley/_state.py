@@ -13,6 +13,9 @@ from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_type, check_whole
 from ghostfunc._base.reprs import brief
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Dtypes of ids."""
+
 State: TypeAlias = dict[str, Tensor]
 """`ids [s]` in ascending order, `values [s, sets]` and `counts [s]`: plain tensors."""
 
@@ -69,17 +72,13 @@ def update(state: State, ids: Tensor | Sequence[int], values: Float[Tensor, "n s
             scaler skips a step, leave its values out, for they changed nothing.
     """
     _check_state("state", state)
-    check_type("ids", ids, (Tensor, Sequence), "a tensor or a list of integers")
+    ids = _whole(ids)
     check_type("values", values, Tensor, f"a tensor [{len(ids)}, sets], a row per id")
-    try:
-        ids = torch.as_tensor(ids, device="cpu").cpu()
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"ids must be integers [n]: {error}.") from error
+    if values.is_complex():
+        raise OptionError(f"values must be real numbers; got {values.dtype}.")
     values = values.detach().cpu().double()
     values = values[:, None] if values.ndim == 1 else values
     num_sets = state["values"].shape[1]
-    if ids.is_floating_point() or ids.ndim != 1:
-        raise OptionError(f"ids must be integers [n]; got {tuple(ids.shape)} of {ids.dtype}.")
     if values.shape != (len(ids), num_sets):
         raise OptionError(
             f"values must be [{len(ids)}, {num_sets}], a row per id and a column per validation "
@@ -125,12 +124,36 @@ def finalize(state: State) -> Scores:
     return Scores(state["ids"], state["values"], state["counts"])
 
 
+def _whole(ids: Tensor | Sequence[int]) -> Tensor:
+    """`ids` as a tensor `[n]` of integers on the CPU; `OptionError` for what is none."""
+    check_type("ids", ids, (Tensor, Sequence), "a tensor or a list of integers")
+    try:
+        found = torch.as_tensor(ids, device="cpu").cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"ids must be integers [n]: {error}.") from error
+    none = not isinstance(ids, Tensor) and not len(ids)
+    if found.ndim != 1 or not (none or found.dtype in WHOLE):
+        raise OptionError(f"ids must be integers [n]; got {tuple(found.shape)} of {found.dtype}.")
+    return found.long()
+
+
 def _check_state(name: str, state: object) -> None:
     """Raise `OptionError` unless it is a state."""
     if not isinstance(state, Mapping) or set(state) != {"ids", "values", "counts"}:
         raise OptionError(
             f"{name} is a {type(state).__name__}; expected what gf.shapley.init or update returns."
         )
+    ids, values, counts = (state[key] for key in ("ids", "values", "counts"))
+    dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (ids, values, counts)]
+    if dtypes == [torch.int64, torch.float64, torch.int64]:
+        s = len(ids) if ids.ndim == 1 else -1
+        alike = values.ndim == 2 and len(values) == s and counts.shape == (s,)
+        if alike and bool((ids[1:] > ids[:-1]).all()):
+            return
+    raise OptionError(
+        f"{name} is no state: its ids must ascend, `[s]`, with values `[s, sets]` in float64 and "
+        "counts `[s]`. Take it from gf.shapley.init, update or merge alone."
+    )
 
 
 def _with_rows(state: State, ids: Tensor) -> State:

@@ -283,8 +283,8 @@ def _check_passes(check: object, hvp: object, keep_factors: object) -> None:
 
 def _check_scales(loss_scale: object, weight: object) -> None:
     check_positive("loss_scale", loss_scale)
-    if weight is not None:
-        check_number("weight", weight)
+    if weight is not None and check_number("weight", weight) == 0:
+        raise OptionError("weight=0: such a step trains on nothing, and every value is zero.")
 
 
 def _check_order(order: object) -> None:

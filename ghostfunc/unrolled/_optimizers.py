@@ -20,7 +20,7 @@ from ghostfunc._base.options import (
     check_positive,
     check_type,
 )
-from ghostfunc.shapley._optimizers import adam_change, clip_factor, sgd_change
+from ghostfunc.shapley._optimizers import adam_change, check_nesterov, clip_factor, sgd_change
 
 Leaves: TypeAlias = list[Tensor]
 Schedule: TypeAlias = float | Callable[[int], float]
@@ -166,8 +166,7 @@ def sgd(
     check_number("dampening", dampening)
     check_flags(nesterov=nesterov)
     check_not_negative("weight_decay", weight_decay)
-    if nesterov and (not momentum or dampening):
-        raise OptionError("nesterov=True needs a momentum and no dampening.")
+    check_nesterov(nesterov, momentum, dampening)
     return SGD(lr, momentum, dampening, nesterov, weight_decay)
 
 

@@ -294,3 +294,70 @@ def test_what_from_optimizer_refuses() -> None:
         gf.shapley.adam(lr=0.1, exp_avg={}, exp_avg_sq={}, step=-1)
     with pytest.raises(gf.OptionError, match="must be a positive number"):
         gf.shapley.clipped(gf.shapley.sgd(lr=0.1), max_norm=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"nesterov": True}, "nesterov=True needs a momentum and no dampening"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "and no dampening"),
+        ({"momentum_buffer": {"w": torch.zeros(1)}}, "momentum_buffer without a momentum"),
+    ],
+)
+def test_what_sgd_of_torch_refuses(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(gf.OptionError, match=said):
+        gf.shapley.sgd(lr=0.1, **options)
+
+
+def zeros_like(params: Any, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    return {k: torch.zeros(shape or x.shape).double() for k, x in params.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: {"exp_avg": zeros_like(p, (1,))}, "exp_avg leaf '0.bias' must have the shape"),
+        (lambda p: {"exp_avg_sq": {"0.bias": torch.zeros(5)}}, "exp_avg_sq must be a pytree like"),
+        (lambda p: {"exp_avg_sq": {k: x - 1 for k, x in zeros_like(p).items()}}, "NaN or infinite"),
+        (lambda p: {"exp_avg_sq": {k: x / 0 for k, x in zeros_like(p).items()}}, "NaN or infinite"),
+    ],
+)
+def test_states_that_are_none_of_these_parameters(make: Any, said: str) -> None:
+    """A state that broadcasts would give other numbers, one of NaN would give zeros."""
+    module, loss, draw = network()
+    model_fn, params = gf.from_module(module, loss)
+    state = {"exp_avg": zeros_like(params), "exp_avg_sq": zeros_like(params), **make(params)}
+    optimizer = gf.shapley.adam(lr=0.1, step=1, **state)
+    with pytest.raises(gf.ParamsError, match=said):
+        gf.shapley.step(model_fn, params, draw(4, 0), {"v": draw(2, 1)}, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda g, p: None,
+        lambda g, p: {"x": 1},
+        lambda g, p: {k: x.sum() for k, x in g.items()},
+        lambda g, p: {k: x[None] for k, x in g.items()},
+    ],
+)
+def test_changes_are_like_params(update: Any) -> None:
+    module, loss, draw = network()
+    model_fn, params = gf.from_module(module, loss)
+    with pytest.raises(gf.ParamsError, match=r"what optimizer\.update returned"):
+        gf.shapley.step(
+            model_fn,
+            params,
+            draw(4, 0),
+            {"v": draw(2, 1)},
+            optimizer=gf.shapley.Optimizer(update),
+        )
+
+
+def test_an_optimizer_of_other_parameters() -> None:
+    module, loss, draw = network()
+    model_fn, params = gf.from_module(module, loss)
+    other = torch.nn.Linear(2, 2)
+    optimizer = gf.shapley.from_optimizer(Adam(other.parameters()), other)
+    with pytest.raises(gf.ParamsError, match="of the parameters weight, bias of a Linear"):
+        gf.shapley.step(model_fn, params, draw(4, 0), {"v": draw(2, 1)}, optimizer=optimizer)

@@ -82,3 +82,50 @@ def test_sets_of_merged_states_agree() -> None:
         shapley.merge(shapley.init(2), shapley.init(3))
     with pytest.raises(gf.OptionError, match="num_sets=0 must be an integer, 1 or more"):
         shapley.init(0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "values", "said"),
+    [
+        (torch.tensor(3), torch.ones(1), r"integers \[n\]; got \(\)"),
+        (torch.tensor([True, False]), torch.ones(2), "of torch.bool"),
+        ([True, False], torch.ones(2), "of torch.bool"),
+        (torch.ones(1, dtype=torch.complex64), torch.ones(1), "of torch.complex64"),
+        ([1], torch.ones(1, dtype=torch.complex64), "values must be real numbers"),
+        ([2**63], torch.ones(1), "ids must be integers"),
+        ("ab", torch.ones(2), "ids must be integers"),
+    ],
+)
+def test_what_is_no_number_of_a_sample(ids: Any, values: Any, said: str) -> None:
+    with pytest.raises(gf.OptionError, match=said):
+        shapley.update(shapley.init(), ids, values)
+
+
+def test_a_step_of_no_samples() -> None:
+    state = shapley.update(shapley.init(), [3], torch.ones(1))
+    assert shapley.update(state, [], torch.ones(0, 1))["ids"].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ids": torch.tensor([2, 1])},
+        {"ids": torch.tensor([1, 1])},
+        {"ids": torch.tensor([1.0, 2.0])},
+        {"ids": torch.tensor([1])},
+        {"values": torch.ones(2, 1)},
+        {"values": torch.ones(2).double()},
+        {"counts": torch.ones(1).long()},
+        {"counts": [1, 1]},
+    ],
+)
+def test_what_is_no_state(changed: dict[str, Any]) -> None:
+    """Of ids that do not ascend, values would be added to those of other samples."""
+    state = shapley.update(shapley.init(), [1, 2], torch.ones(2))
+    for call in (
+        lambda x: shapley.update(x, [1], torch.ones(1)),
+        lambda x: shapley.merge(state, x),
+        shapley.finalize,
+    ):
+        with pytest.raises(gf.OptionError, match="is no state: its ids must ascend"):
+            call({**state, **changed})

@@ -279,3 +279,8 @@ def test_second_order_under_autocast() -> None:
     along = [-0.3 * (a.detach() - 0.3 * b / 2) for a, b in rows]
     want = [sum((a * b).sum() for a, b in zip(row, along, strict=True)) for row in g]
     assert_close(out.values[:, 0], torch.stack(want), 0.02)
+
+
+def test_a_step_of_no_weight_is_refused() -> None:
+    with pytest.raises(gf.OptionError, match="weight=0: such a step trains on nothing"):
+        step(Setting("mlp"), optimizer=gf.shapley.sgd(lr=0.1), weight=0.0)

@@ -121,3 +121,42 @@ WRONG: list[tuple[Any, str]] = [
 def test_what_cannot_be_chosen(call: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-8, 1e30, 1e300])
+def test_temperatures_of_any_size(temperature: float, dtype: torch.dtype) -> None:
+    scores = torch.tensor([1.0, 3.0, 2.0, 3.0, -3e4]).to(dtype)
+    weights = select.softmax_weights(scores, temperature=temperature)
+    cold, hot = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]), torch.full((5,), 0.2)
+    torch.testing.assert_close(weights, (cold if temperature < 1 else hot).to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        select.sample_k(scores, 5, temperature=temperature, generator=generator).tolist()
+        for _ in range(200)
+    ]
+    assert all(sorted(x) == list(range(5)) for x in drawn)
+    if temperature < 1:
+        assert all({*x[:2]} == {1, 3} and x[2:] == [2, 0, 4] for x in drawn)
+    else:
+        assert min(sum(x[0] == i for x in drawn) for i in range(5)) > 15
+    largest = torch.tensor([3e38, -3e38, 0.0])
+    assert select.softmax_weights(largest, temperature=0.1).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_greats_chooses_no_sample_twice(dtype: torch.dtype) -> None:
+    """What is taken off is as large as the dtype holds, and sums of it are larger."""
+    largest = torch.finfo(dtype).max
+    scores, gram = torch.tensor([3.0, 2.0, 1.0]).to(dtype), torch.full((3, 3), largest).to(dtype)
+    assert select.greats(scores, gram, 3, step=10.0).tolist() == [0, 1, 2]
+    with pytest.raises(OptionError, match="times gram is not finite"):
+        select.greats(scores, gram, 3, step=1e308)
+    for other in (gram.long(), gram.to(torch.complex64)):
+        with pytest.raises(OptionError, match="gram must be a finite floating-point tensor"):
+            select.greats(scores, other, 2, step=0.1)
+
+
+def test_indices_of_bytes_are_no_mask() -> None:
+    chosen = torch.tensor([0, 2], dtype=torch.uint8)
+    assert select.uniform_weights(chosen, 3).tolist() == [0.5, 0, 0.5]
