@@ -153,7 +153,9 @@ class _Alike:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):  # mostly, at a tenth of the cost
+        return True
     if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
+        return False
     tolerance = max(1e-3, 8 * torch.finfo(a.dtype).eps)
     return torch.allclose(a, b, rtol=tolerance, atol=1e-5, equal_nan=True)
