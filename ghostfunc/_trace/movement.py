@@ -7,7 +7,7 @@ not. What it returns may be multiplied by zero at first, so that no value and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,18 +84,22 @@ def _axis(x: Tensor, before: Shape | None) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _orders(size: int, n: int) -> list[Tensor]:
-    """An axis with samples in another order, in every way that they may be folded on it."""
-    count = size // n
-    if size % n:
-        return []
-    after = torch.tensor([1, 0, *range(2, n)], device="cpu")  # a turn of all commutes with a roll
-    rows = torch.arange(size, device="cpu")
-    return [
-        rows.view(outer, n, count // outer)[:, after].flatten()
-        for outer in range(1, count + 1)
-        if count % outer == 0
-    ]
+def _folds(size: int, n: int) -> list[int]:
+    """In how many stretches an axis may hold n samples: in each they follow each other."""
+    count = 0 if size % n else size // n
+    return [outer for outer in range(1, count + 1) if count % outer == 0]
+
+
+def _exchange(x: Tensor, axis: int, n: int, fold: int) -> Tensor:
+    """The tensor with its first two samples exchanged. A turn of all would commute with a roll."""
+    parts = x.unflatten(axis, (fold, n, -1)).split((1, 1, n - 2), axis + 1)
+    return torch.cat((parts[1], parts[0], parts[2]), axis + 1).flatten(axis, axis + 2)
+
+
+def _exchange_is_seen(x: Tensor, axis: int, n: int) -> bool:
+    """Whether the first two samples differ, however they are folded."""
+    folded = (x.unflatten(axis, (fold, n, -1)) for fold in _folds(x.shape[axis], n))
+    return not any(torch.equal(y.select(axis + 1, 0), y.select(axis + 1, 1)) for y in folded)
 
 
 def _told_apart(leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int) -> list[Any]:
@@ -108,8 +112,7 @@ def _told_apart(leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int)
     found = list(leaves)
     for i, axis in grown:
         x = leaves[i]
-        orders = _orders(x.shape[axis], n)
-        if not any(torch.equal(x, x.index_select(axis, o.to(x.device))) for o in orders):
+        if _exchange_is_seen(x, axis, n):
             continue
         if x.is_floating_point() or x.is_complex():
             scales = torch.linspace(1, 0.75, x.shape[axis], device=x.device).to(x.dtype)
@@ -121,17 +124,16 @@ def _told_apart(leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int)
     return found
 
 
-def _exchanged(leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int) -> list[list[Any]]:
+def _exchanged(
+    leaves: Sequence[Any], grown: Sequence[tuple[int, int]], n: int
+) -> Iterator[list[Any]]:
     """The arguments with samples in another order; once for each way that they may be folded."""
-    found = []
-    ways = [_orders(leaves[i].shape[axis], n) for i, axis in grown]
+    ways = [_folds(leaves[i].shape[axis], n) for i, axis in grown]
     for k in range(max(map(len, ways)) if all(ways) else 0):
         others = list(leaves)
         for (i, axis), own in zip(grown, ways, strict=True):
-            order = own[k % len(own)].to(leaves[i].device)
-            others[i] = leaves[i].index_select(axis, order)
-        found.append(others)
-    return found
+            others[i] = _exchange(leaves[i], axis, n, own[k % len(own)])
+        yield others
 
 
 class _Alike:
@@ -148,8 +150,8 @@ class _Alike:
             return True
         if first.shape != second.shape:
             return False
-        orders = _orders(first.shape[axis], self.n)
-        return any(_close(first.index_select(axis, o.to(first.device)), second) for o in orders)
+        folds = _folds(first.shape[axis], self.n)
+        return any(_close(_exchange(first, axis, self.n, fold), second) for fold in folds)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
