@@ -18,12 +18,24 @@ from ghostfunc.curvature._errors import CurvatureError
 FORMAT = 1
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Any) -> None:
-    """Write a file, which appears whole or not at all."""
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    about: Any,
+    raised: type[GhostError] = CurvatureError,
+) -> None:
+    """Write a file, which appears whole or not at all; `raised` where no folder can be."""
     from safetensors.torch import save_file
 
     text = {"ghostfunc": json.dumps({"format": FORMAT, **about})}
     whole = {k: x.contiguous() for k, x in tensors.items()}
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise raised(
+            f"{os.fspath(path)!r} cannot be written: {error}. Is one of its folders a file?"
+        ) from error
     write_whole(Path(path), lambda aside: save_file(whole, aside, text))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import OptionError
+from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
@@ -411,6 +411,10 @@ def _parts(side: Any, most: int | None, what: str) -> Iterator[PyTree]:
             f"{what} is a {type(side).__name__}, which can be gone through once. Pass a batch, or "
             "the data loader itself."
         )
-    for batch in side if yields_batches(side) else [side]:
+    batches = side if yields_batches(side) else [side]
+    batch = None
+    for batch in batches:
         for _, chunk in chunks(batch, most, what):
             yield chunk
+    if batch is None:
+        raise BatchError(f"{what} is a {type(side).__name__} without any batch.")

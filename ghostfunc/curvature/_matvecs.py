@@ -16,6 +16,7 @@ from ghostfunc._base.definition import ReverseModeConstants
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import OptionError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
+from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
@@ -88,6 +89,7 @@ class DataOperator(Operator):
     def _over(self, batches: Iterable[PyTree], direction: PyTree) -> PyTree:
         looked_at = self._looked_at or batches is not self.batches
         us = flatten_like(direction, self._leaves, self._spec, "direction")
+        refuse_not_finite(us, self._spec, "direction")
         us = [u.detach().to(x.dtype) for u, x in zip(us, self._leaves, strict=True)]
         sums, samples = [torch.zeros_like(wide(x)) for x in self._leaves], 0
         for batch in batches:

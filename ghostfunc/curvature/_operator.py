@@ -162,6 +162,12 @@ class EKFAC(Operator):
         self, stacked: Sequence[Tensor], damping: float, *, relative: bool = False
     ) -> list[Tensor]:
         """`solve` of several directions, `[k, *shape]` per parameter, in the order of `blocks`."""
+        shapes = [tuple(u.shape[1:]) for u in stacked]
+        if shapes != [b.shape for b in self.blocks]:
+            raise CurvatureError(
+                f"stacked must be directions [k, *shape] of {[b.path for b in self.blocks]}, of "
+                f"shapes {[b.shape for b in self.blocks]}; got {shapes}."
+            )
         f = self._damped(damping, relative, -1.0)
         return [
             _through(u, block, basis, f)

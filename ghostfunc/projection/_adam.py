@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.options import check_betas, check_not_negative, check_type, check_whole
+from ghostfunc._base.trees import batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import PyTree
 
 
@@ -46,6 +47,8 @@ def adam_scaled(
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         for x in optree.tree_leaves(state):
             check_type(name, x, Tensor, "a pytree of tensors, like params")
+    leaves, spec = flatten_params(exp_avg, "exp_avg")
+    flatten_like(exp_avg_sq, leaves, spec, "exp_avg_sq")
     b1, b2 = betas
     correct1, correct2 = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1)
 
@@ -56,6 +59,8 @@ def adam_scaled(
         return first / (second.sqrt() + eps)
 
     def transform(grads: PyTree) -> PyTree:
+        n = batch_size(grads, "grads")
+        flatten_like(grads, [m.expand(n, *m.shape) for m in leaves], spec, "grads")
         return optree.tree_map(scaled, grads, exp_avg, exp_avg_sq)
 
     return transform

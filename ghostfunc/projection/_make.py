@@ -117,8 +117,14 @@ def full_projection(params: PyTree, *, layers: Sequence[str] | None = None) -> P
 def projection_from_spec(spec: dict[str, Any]) -> Projection:
     """The projection that `Projection.spec()` describes."""
     check_type("spec", spec, dict, "what Projection.spec() returns")
-    if spec["format"] != 1:
-        raise OptionError(f"projection format {spec['format']!r} is unknown; this version reads 1.")
+    if spec.get("format") != 1:
+        found = spec.get("format")
+        raise OptionError(f"projection format {found!r} is unknown; this version reads 1.")
+    missing = {"kind", "seed", "compress", "blocks"} - spec.keys()
+    if missing or not spec["blocks"]:
+        raise OptionError(
+            f"spec lacks {', '.join(sorted(missing)) or 'blocks'}; take it from Projection.spec()."
+        )
     shapes = {b["path"]: tuple(b["shape"]) for b in spec["blocks"]}
     sizes = {b["path"]: (b["k_o"], b["k_i"]) for b in spec["blocks"]}
     kind, seed = spec["kind"], spec["seed"]
@@ -130,6 +136,13 @@ def projection_from_spec(spec: dict[str, Any]) -> Projection:
             for path, shape in shapes.items()
         ]
         return DenseProjection(kind, seed, blocks)
+    for path, (k_o, k_i) in sizes.items():
+        n_o, n_i = matrix_shape(shapes[path])
+        if not (1 <= k_o <= n_o and 1 <= k_i <= n_i):
+            raise OptionError(
+                f"spec: parameter {path!r} is a matrix {n_o} x {n_i}, which no projection makes "
+                f"{k_o} x {k_i} of."
+            )
     return _kronecker(kind, seed, _side_by_side(shapes, sizes), spec["compress"])
 
 

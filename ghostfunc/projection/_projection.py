@@ -97,9 +97,16 @@ class Projection(ABC):
             `[n, k]`, float32 or wider.
 
         Raises:
-            ParamsError: a parameter of the projection is missing, or has another shape.
+            ParamsError: a parameter of the projection is missing, has another shape or number of
+                samples, or is not of floating-point numbers.
         """
         by_path = _by_path(grads)
+        for path, g in by_path.items():
+            if not g.is_floating_point():
+                raise ParamsError(f"grads leaf {path!r} is of {g.dtype}; expected real numbers.")
+        if len({len(g) for g in by_path.values()}) > 1:
+            counts = {path: len(g) for path, g in by_path.items()}
+            raise ParamsError(f"grads has leaves of different numbers of samples: {counts}.")
         self._check({path: tuple(g.shape[1:]) for path, g in by_path.items()})
         parts = []
         for block in self.blocks:
@@ -209,6 +216,8 @@ class KroneckerProjection(Projection):
 
     def matrix(self, path: str, side: str) -> Float[Tensor, "k n"]:
         """`P_o` (`side="o"`) or `P_i` (`side="i"`) of a parameter, in float32."""
+        one_of("path", path, tuple(b.path for b in self.blocks))
+        one_of("side", side, ("o", "i"))
         (block,) = [b for b in self.blocks if b.path == path]
         made = self._transposed(block, side)
         return (

@@ -217,7 +217,7 @@ def _keep(
     tensors |= {f"slots {i}": x.cpu() for i, x in enumerate(adjoint.slots)}
     for t, values in found.items():
         tensors |= {f"ids {t}": values.ids, f"values {t}": values.values}
-    _files.write(checkpoint, tensors, {**about, "step": step})
+    _files.write(checkpoint, tensors, {**about, "step": step}, UnrolledError)
 
 
 def _resumed(

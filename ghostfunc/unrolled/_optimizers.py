@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -218,12 +219,15 @@ def clipped(optimizer: Optimizer, *, max_norm: float) -> Optimizer:
 
 def rate(lr: Schedule, step: int) -> float:
     """The learning rate of a step."""
-    found = float(lr(step)) if callable(lr) else float(lr)
-    if not math.isfinite(found) or found < 0:
+    found: object = lr(step) if callable(lr) else lr
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    if not isinstance(found, Real) or not math.isfinite(found) or found < 0:
         raise OptionError(
-            f"the learning rate of step {step} is {found!r}; it must not be negative."
+            f"the learning rate of step {step} is {found!r}; it must be a finite number that is "
+            "not negative."
         )
-    return found
+    return float(found)
 
 
 def rates(lr: Schedule, steps: int) -> list[float]:

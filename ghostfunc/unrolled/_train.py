@@ -46,7 +46,7 @@ class States:
             return
         tensors = {f"params {i}": x.cpu() for i, x in enumerate(state.params)}
         tensors |= {f"slots {i}": x.cpu() for i, x in enumerate(state.slots)}
-        _files.write(self.path(step), tensors, {**self._about, "step": step})
+        _files.write(self.path(step), tensors, {**self._about, "step": step}, UnrolledError)
 
     def get(self, step: int) -> State:
         if self.directory is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Set, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ghostfunc._base.text_number import number_of_text
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.trees import batch_size, flatten_params, tensors_of
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
+from ghostfunc.shapley._state import WHOLE
 from ghostfunc.unrolled._errors import UnrolledError
 from ghostfunc.unrolled._optimizers import Optimizer
 
@@ -94,7 +95,8 @@ class Training:
                 f"{type(optimizer).__name__}. (Those of gf.shapley hold one step's state.)"
             )
         check_type("steps", steps, Sized, "a sequence of at least one step")
-        if isinstance(steps, Iterator) or not len(steps):
+        unordered = isinstance(steps, (Iterator, Mapping, Set))
+        if unordered or not len(steps):
             raise OptionError(
                 "steps must be a sequence of at least one step, each of which can be had again."
             )
@@ -129,10 +131,12 @@ class Training:
             )
         for m in micros:
             n = batch_size(m.batch, f"steps[{step}]")
-            if m.ids.shape != (n,) or m.ids.is_floating_point():
+            if not isinstance(m.ids, Tensor) or m.ids.shape != (n,) or m.ids.dtype not in WHOLE:
+                tensor = isinstance(m.ids, Tensor)
+                found = f"{tuple(m.ids.shape)} of {m.ids.dtype}" if tensor else type(m.ids).__name__
                 raise BatchError(
-                    f"the ids of steps[{step}] must be {n} integers, one per sample; got "
-                    f"{tuple(m.ids.shape)} of {m.ids.dtype}."
+                    f"the ids of steps[{step}] must be a tensor of {n} integers, one per sample; "
+                    f"got {found}."
                 )
             top = int(m.ids.max())
             if self.weights is not None and (top >= len(self.weights) or int(m.ids.min()) < 0):
@@ -150,7 +154,7 @@ class Training:
             c = (
                 torch.ones(len(m.ids), device="cpu")
                 if self.weights is None
-                else self.weights[m.ids]
+                else self.weights[m.ids.long()]  # torch takes uint8 for a mask
             )
             out.append(c.to(self.leaves[0].device, dtype) / total)
         return out

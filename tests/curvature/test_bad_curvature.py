@@ -164,3 +164,42 @@ def test_samples_that_talk_to_each_other_are_refused() -> None:
 
     with pytest.raises(gf.CoupledSamplesError):
         gf.curvature.ekfac(coupled, PARAMS, [batch()], fisher="empirical")
+
+
+class Loader:
+    """Batches that are no pytree."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("side", ["train", "queries"])
+def test_a_loader_without_batches(side: str) -> None:
+    sides = {"train": batch(), "queries": batch(2), side: Loader()}
+    with pytest.raises(gf.BatchError, match=f"{side} is a Loader without any batch"):
+        gf.influence(model, PARAMS, **sides, curvature=None)
+
+
+def test_directions_of_products_are_finite() -> None:
+    nan = {"w": PARAMS["w"] * torch.nan}
+    for operator in (
+        gf.curvature.hessian(model, PARAMS, [batch()]),
+        gf.curvature.ggn(model, PARAMS, [batch()], likelihood=SOFTMAX),
+    ):
+        with pytest.raises(gf.ParamsError, match="NaN or infinite"):
+            operator.matvec(nan)
+
+
+@pytest.mark.parametrize("stacked", [[], [torch.ones(2, 3)], [torch.ones(2, 3, 4)] * 2])
+def test_stacked_directions_are_those_of_the_parameters(stacked: Any) -> None:
+    with pytest.raises(CurvatureError, match="stacked must be directions"):
+        ekfac().solve_each(stacked, 0.1)
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CurvatureError, match="cannot be written"):
+        ekfac().save(tmp_path / "file" / "curvature.safetensors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import numpy as np
 import optree
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import ghostfunc as gf
-from ghostfunc.projection import _random, projection_from_spec
+from ghostfunc.projection import _random, adam_scaled, projection_from_spec
 from ghostfunc.projection._blocks import ranks
 
 KINDS = ["gaussian", "rademacher", "orthonormal", "sparse", "dense"]
@@ -233,3 +235,69 @@ def test_rank_one_gradients_are_unbiased_too(kind: str) -> None:
     g, h = torch.outer(a, b), torch.outer(a, b + c)
     sample = errors(kind, 64, g, h, 300)
     assert abs(sample.mean()) < 3 * sample.std(ddof=1) / math.sqrt(len(sample))
+
+
+SMALL = {"w": torch.zeros(3, 4), "b": torch.zeros(5)}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "dense"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda g: {**g, "b": g["b"][:1]}, "different numbers of samples: {'b': 1, 'w': 2}"),
+        (lambda g: {**g, "b": g["b"].long()}, "grads leaf 'b' is of torch.int64"),
+        (lambda g: {**g, "w": g["w"] + 0j}, "grads leaf 'w' is of torch.complex64"),
+    ],
+)
+def test_gradients_that_are_none(kind: str, change: Any, said: str) -> None:
+    """One sample would be broadcast, and a projection of integers rounded to integers."""
+    projection = gf.kronecker_projection(SMALL, rank_total=4, rank_min=1, kind=kind, seed=0)
+    grads = change({k: torch.ones(2, *x.shape) for k, x in SMALL.items()})
+    with pytest.raises(gf.ParamsError, match=re.escape(said)):
+        projection.apply(grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, "projection format 2 is unknown"),
+        ({"format": None}, "projection format None is unknown"),
+        ({"blocks": []}, "spec lacks blocks"),
+        ({"seed": ...}, "spec lacks seed"),
+        (
+            {"blocks": [{"path": "x", "shape": [2, 2], "k_o": 3, "k_i": 1}]},
+            "'x' is a matrix 2 x 2, which no projection makes 3 x 1 of",
+        ),
+    ],
+)
+def test_specifications_that_are_none(change: dict[str, Any], said: str) -> None:
+    projection = gf.kronecker_projection(SMALL, rank_total=4, rank_min=1, kind="sparse", seed=0)
+    spec = {k: x for k, x in {**projection.spec(), **change}.items() if x is not ...}
+    with pytest.raises(gf.OptionError, match=said):
+        projection_from_spec(spec)
+
+
+def test_matrices_by_name() -> None:
+    projection = gf.kronecker_projection(SMALL, rank_total=4, rank_min=1, kind="sparse", seed=0)
+    with pytest.raises(gf.OptionError, match="path='v' is not an option"):
+        projection.matrix("v", "o")  # type: ignore[attr-defined]
+    with pytest.raises(gf.OptionError, match="side='x' is not an option"):
+        projection.matrix("w", "x")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("state", "grads", "said"),
+    [
+        ({"w": (3, 4)}, {"w": (2, 3, 4), "b": (2, 5)}, "grads must be a pytree like params"),
+        ({"w": (2, 3, 4)}, {"w": (2, 3, 4)}, "grads leaf 'w' must have the shape"),
+        ({"w": (1,)}, {"w": (2, 3, 4)}, "grads leaf 'w' must have the shape"),
+    ],
+)
+def test_moments_are_like_params(state: Any, grads: Any, said: str) -> None:
+    """What broadcasts would be scaled by moments of other parameters."""
+    zeros = {k: torch.zeros(shape) for k, shape in state.items()}
+    transform = adam_scaled(zeros, zeros, step=1, betas=(0.9, 0.99), eps=1e-8)
+    with pytest.raises(gf.ParamsError, match=said):
+        transform({k: torch.ones(shape) for k, shape in grads.items()})
+    with pytest.raises(gf.ParamsError, match="exp_avg_sq"):
+        adam_scaled(zeros, {"v": zeros["w"]}, step=1, betas=(0.9, 0.99), eps=1e-8)

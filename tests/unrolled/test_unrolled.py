@@ -518,7 +518,7 @@ def test_options() -> None:
         Training(model, params, steps, optimizer=sgd, weights=torch.ones(2))
     with pytest.raises(gf.BatchError, match=r"steps\[0\] must be a gf\.unrolled\.Micro"):
         Training(model, params, [data], optimizer=sgd)  # type: ignore[list-item]
-    with pytest.raises(gf.BatchError, match="must be 12 integers, one per sample"):
+    with pytest.raises(gf.BatchError, match="must be a tensor of 12 integers"):
         Training(model, params, [Micro(torch.arange(3), data)], optimizer=sgd)
     training = Training(model, params, steps, optimizer=sgd)
     with pytest.raises(gf.OptionError, match="keep_every=0"):
@@ -596,3 +596,63 @@ def test_both_ways_to_second_derivatives_are_those_of_finite_differences(name: s
     for hvp in ("forward", "reverse"):
         made = gf.unrolled.metagradients(loss(ones), batch, hvp=hvp)  # type: ignore[arg-type]
         assert_equal(made.scores.values[:, 0], torch.tensor(expected).double(), 1e-6)
+
+
+def tiny(ids: Any, **options: Any) -> gf.unrolled.Training:
+    """One step of three samples of a linear model."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, generator=g)
+    steps = options.pop("steps", [gf.unrolled.Micro(ids, x)])
+    settings = {"optimizer": gf.unrolled.sgd(lr=0.1), **options}
+    params = {"w": torch.ones(4)}
+    return gf.unrolled.Training(lambda p, b: (b @ p["w"]).square(), params, steps, **settings)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [0, 1, 2],
+        torch.tensor([True, False, True]),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3),
+        torch.arange(2),
+    ],
+)
+def test_ids_are_integers(ids: Any) -> None:
+    """Of truth values, weights would be those of other samples."""
+    with pytest.raises(gf.BatchError, match=r"ids of steps\[0\] must be a tensor of 3 integers"):
+        tiny(ids, weights=torch.rand(3))
+
+
+def test_ids_of_bytes_are_no_mask() -> None:
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    ids = torch.tensor([2, 1, 1])
+    ends = [
+        gf.unrolled.train(tiny(ids.to(dtype), weights=weights), keep_every=1).params["w"]
+        for dtype in (torch.int64, torch.uint8, torch.int8)
+    ]
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("steps", [{"a": 1}, {1, 2}, iter([1])])
+def test_steps_have_an_order(steps: Any) -> None:
+    with pytest.raises(gf.OptionError, match="a sequence of at least one step"):
+        tiny(torch.arange(3), steps=steps)
+
+
+@pytest.mark.parametrize("rate", ["x", torch.tensor([0.1, 0.2]), None, float("nan"), -1.0])
+def test_schedules_make_numbers(rate: Any) -> None:
+    training = tiny(torch.arange(3), optimizer=gf.unrolled.sgd(lr=lambda t: rate))
+    with pytest.raises(gf.OptionError, match=r"the learning rate of step 0 is .* a finite number"):
+        gf.unrolled.train(training, keep_every=1)
+    tensor = gf.unrolled.sgd(lr=lambda t: torch.tensor(0.1))
+    gf.unrolled.train(tiny(torch.arange(3), optimizer=tensor), keep_every=1)
+
+
+def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        gf.unrolled.UnrolledError, match=r"cannot be written.*Is one of its folders a file"
+    ):
+        gf.unrolled.train(tiny(torch.arange(3)), keep_every=1, directory=tmp_path / "file")
