@@ -20,7 +20,7 @@ from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
-from ghostfunc._base.torch_private import unrounded
+from ghostfunc._base.torch_private import unrounded, version
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import CurvatureError, check_batches
@@ -52,6 +52,7 @@ class DataOperator(Operator):
             )
         leaves, self._spec = flatten_params(params)
         self._leaves = [x.detach() for x in leaves]
+        self._versions = [version(x) for x in self._leaves]
         self.batches, self._hvp, self._chunk_size = batches, hvp, chunk_size
         self._looked_at = False
         if next(iter(batches), None) is None:
@@ -66,6 +67,7 @@ class DataOperator(Operator):
 
     def check(self, params: PyTree) -> None:
         """Raise `CurvatureError` unless `params` are those of the operator."""
+        self._check_unchanged()
         leaves, spec = flatten_params(params)
         pairs = zip(leaves, self._leaves, strict=False)
         if spec != self._spec or not all(x.shape == y.shape for x, y in pairs):
@@ -78,6 +80,18 @@ class DataOperator(Operator):
                 "to one checkpoint. Make it again at this one."
             )
 
+    def _check_unchanged(self) -> None:
+        """Raise `CurvatureError` where its parameters were written to, by an optimizer's step."""
+        now = [version(x) for x in self._leaves]
+        if now != self._versions:
+            names = zip(self._spec.names, self._versions, now, strict=True)
+            first = next(name for name, before, after in names if before != after)
+            raise CurvatureError(
+                f"parameter {first!r} was written to since the curvature was made: a curvature "
+                "belongs to one checkpoint. Make it again at this one, or make it of a copy of the "
+                "parameters."
+            )
+
     def matvec(self, direction: PyTree) -> PyTree:
         """`C u`, C the mean over the data set; float32 or wider."""
         return self._over(self.batches, direction)
@@ -87,6 +101,7 @@ class DataOperator(Operator):
         return self._over([batch], direction)
 
     def _over(self, batches: Iterable[PyTree], direction: PyTree) -> PyTree:
+        self._check_unchanged()
         looked_at = self._looked_at or batches is not self.batches
         us = flatten_like(direction, self._leaves, self._spec, "direction")
         refuse_not_finite(us, self._spec, "direction")
@@ -209,7 +224,8 @@ def hessian(
 
     Args:
         model_fn: pure, `model_fn(params, batch) -> losses [n]`, twice differentiable.
-        params: pytree of floating-point tensors.
+        params: pytree of floating-point tensors. Their memory is used: a product after they were
+            written to is refused.
         batches: batches of a data set, gone through once per product: no iterator.
         hvp: "forward" (`jvp` over `grad`) or "reverse" (`grad` over `grad`, for ops without
             forward-mode AD).
@@ -217,6 +233,9 @@ def hessian(
 
     Returns:
         An operator: `matvec(direction)`.
+
+    Raises:
+        CurvatureError: of a product: the parameters were written to since.
     """
     check_model_fn(model_fn)
     refuse_pieces(model_fn, "gf.curvature.hessian")

@@ -203,3 +203,31 @@ def test_a_file_where_a_folder_should_be(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CurvatureError, match="cannot be written"):
         ekfac().save(tmp_path / "file" / "curvature.safetensors")
+
+
+def test_parameters_that_an_optimizer_has_moved() -> None:
+    """They share memory with the module: its products would be those of another checkpoint."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 3)
+    model_fn, params = gf.from_module(
+        net, lambda module, b: F.cross_entropy(module(b["x"]), b["y"], reduction="none")
+    )
+    data, u = batch(), {k: torch.ones_like(x) for k, x in params.items()}
+    copied = {k: x.detach().clone() for k, x in params.items()}
+    live, kept = (gf.curvature.hessian(model_fn, p, [data]) for p in (params, copied))
+    before = live.matvec(u)
+    torch.testing.assert_close(kept.matvec(u), before)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(net.parameters(), lr=0.5).step()
+    solver = gf.curvature.cg(live)
+    for call in (
+        lambda: live.matvec(u),
+        lambda: live.matvec_of(data, u),
+        lambda: live.check(params),
+        lambda: solver.solve(u, 1.0),
+        lambda: gf.influence(model_fn, params, data, data, curvature=solver, damping=1.0),
+    ):
+        with pytest.raises(CurvatureError, match="parameter 'bias' was written to since"):
+            call()
+    torch.testing.assert_close(kept.matvec(u), before)
