@@ -291,6 +291,12 @@ def _check_grad(name: str, grad: object) -> None:
         )
 
 
+def _in_memory_like(p: Tensor, grad: Tensor) -> Tensor:
+    """A gradient with the strides that `backward()` gives it, the parameter's: fused optimizers read
+    both in the order of memory."""
+    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+
+
 def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: float = 1.0) -> None:
     """Add gradients to the `.grad` of a module's parameters, as `loss.backward()` would.
 
@@ -346,8 +352,8 @@ def accumulate_grads(module: nn.Module, grads: dict[str, Tensor], *, weight: flo
     with torch.no_grad():
         for name, p in trainable.items():
             # A new tensor: what the optimizer or a clipping does to .grad stays out of `grads`.
-            grad = like_parameter((grads[name] * weight).to(p.device, p.dtype), p)
+            grad = (grads[name] * weight).to(p.device, p.dtype)
             if p.grad is None:
-                p.grad = grad
+                p.grad = like_parameter(_in_memory_like(local(p), grad), p)
             else:
-                p.grad += grad
+                p.grad += like_parameter(grad, p)

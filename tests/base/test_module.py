@@ -67,6 +67,48 @@ def test_what_an_optimizer_holds_is_trained() -> None:
     torch.testing.assert_close(model_fn(params, x), loss(module, x))
 
 
+class Factors(nn.Module):
+    """Parameters that ops take transposed, as LoRA's factors of an embedding are."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        table, out = (torch.randn(s, generator=generator) for s in ((2, 7), (3, 2)))
+        self.table = nn.Parameter(table.T.contiguous().T if transposed else table)
+        self.out = nn.Parameter(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.embedding(x, self.table.T) @ self.out.T
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_gradients_lie_in_memory_as_their_parameters_do(kind: str, transposed: bool) -> None:
+    """Kernels of fused optimizers read both from first to last."""
+    x, y = torch.randint(7, (5, 4)), torch.randn(5, 4, 3)
+    ours, theirs = Factors(transposed), Factors(transposed)
+
+    def squares(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (module(batch[0]) - batch[1]).square().mean((1, 2))
+
+    optimizers = [
+        getattr(torch.optim, kind)(m.parameters(), 0.1, fused=True) for m in (ours, theirs)
+    ]
+    model_fn, params = gf.from_module(ours, squares)
+    for _ in range(3):
+        gf.accumulate_grads(ours, gf.ghost_value_and_grad(model_fn, params, (x, y), (x, y)).grads)
+        squares(theirs, (x, y)).mean().backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert p.grad.stride() == q.grad.stride()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def compiled_in_place() -> nn.Module:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].compile()

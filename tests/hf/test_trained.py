@@ -160,6 +160,7 @@ CASES: dict[str, Case] = {
         lora(partial(gpt2, tie_word_embeddings=False), modules_to_save=["lm_head"])
     ),
     "lora, some tokens": Case(lora(trainable_token_indices=[3, 5, 7])),
+    "lora, embeddings": Case(lora(target_modules=["wte", "c_attn"])),
     "lora, sums and counts": Case(lora(), options={"sample_loss": TOKENS}),
     "lora, classes": Case(
         lambda: adapted(
