@@ -292,8 +292,8 @@ def _check_grad(name: str, grad: object) -> None:
 
 
 def _in_memory_like(p: Tensor, grad: Tensor) -> Tensor:
-    """A gradient with the strides that `backward()` gives it, the parameter's: fused optimizers read
-    both in the order of memory."""
+    """A gradient with the strides that `backward()` gives it, those of its parameter: fused
+    optimizers read both in the order of memory."""
     return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
 
 

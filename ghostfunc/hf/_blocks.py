@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import unwrap_peft_model
 
 
-def warn_of_blocks(module: nn.Module, batch: Mapping[str, Any]) -> None:
+def warn_of_blocks(module: nn.Module, batch: Mapping[str, Any], n: int) -> None:
     """Say so where rows of a trainer's batch are blocks of documents: positions begin anew within
-    a row, or a token that is learned follows the one that ends texts."""
+    a row, or a token that is learned follows the one that ends texts. A row of n samples is none:
+    they are told apart."""
     ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != n:
         return
     sign = _positions(batch.get("position_ids"), ids) or _ends(module, batch, ids)
     if sign:

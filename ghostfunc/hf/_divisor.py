@@ -68,8 +68,9 @@ def divisor_of(
     raise VerificationError(
         f"The loss that would be trained is {one:.6g} with num_items_in_batch={int(counted)} and "
         f"{two:.6g} with twice as many: it is neither a sum over items divided by that number nor "
-        "a mean of its own. A part of it may not belong to samples (a router's load balancing "
-        "loss: set config.output_router_logits=False or its coefficient to 0)."
+        "a mean of its own. A part of it may not belong to samples: a router's load balancing "
+        "loss (set config.output_router_logits=False or its coefficient to 0), or a penalty on "
+        "weights (weight_decay trains one; AdaLoRA's cannot be switched off)."
     )
 
 

@@ -25,7 +25,8 @@ from ghostfunc._quantities.quantity import Dot, Quantity, Spread, SqNorm
 from ghostfunc._transforms.factored import FactoredGrads, kept_of
 from ghostfunc._transforms.health import underflows
 from ghostfunc.hf._divisor import Divisor, compare
-from ghostfunc.hf._trained import SampleLoss
+from ghostfunc.hf._flattened import apart_from_weight, weighted
+from ghostfunc.hf._trained import AskedLoss, OtherOutputs, SampleLoss
 from ghostfunc.hf._warm import keep_pass, look_first, one_pass
 from ghostfunc.shapley import Optimizer, directions
 
@@ -88,47 +89,54 @@ class Scoring:
             self._run = torch.compile(_another(one_pass), fullgraph=True)
             self._run_and_keep = torch.compile(_another(keep_pass), fullgraph=True)
 
-    def _weighted(self, module: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return self.loss.sums(module, batch["inputs"]) * batch["weight"]
+    def _weighted(self, module: nn.Module, batch: Any) -> Tensor:
+        samples, weight = apart_from_weight(batch)
+        sums = self.loss.sums(module, samples)
+        if isinstance(self.loss, AskedLoss) and self.divisor is not None:
+            sums = sums if self.divisor.counted else sums * self.loss.counts(samples)
+        return sums * weight
 
     # --- one description, two uses: training and score sets are weighed here ---
 
     def training_batch(
         self, inputs: Mapping[str, Tensor], n: int, counted: Any, micro_batches: int, scale: float
-    ) -> dict[str, Any]:
+    ) -> Any:
         """A micro-batch whose losses add up to what Trainer trains, times a loss scale."""
         assert self.divisor is not None
-        by_sample = self.loss.by_sample(inputs, n)
+        by_sample: Any = self.loss.by_sample(inputs, n)
         own = self.loss.counts(by_sample).sum()
         items = self.divisor.items(own, counted)
         # One after the other, as Trainer divides: every bit is the same.
         weight = scale / self.divisor.shares(micro_batches) / items
-        return {"inputs": by_sample, "weight": weight.expand(n)}
+        return weighted(by_sample, weight.expand(n))
 
-    def score_batches(self, pieces: Pieces) -> dict[str, list[dict[str, Any]]]:
+    def score_batches(self, pieces: Pieces) -> dict[str, list[Any]]:
         """Batches whose mean losses add up to the score set's loss: the mean over its items."""
-        out: dict[str, list[dict[str, Any]]] = {}
+        out: dict[str, list[Any]] = {}
         for name, parts in pieces.items():
-            sampled = [(self.loss.by_sample(inputs, n), n) for inputs, n in parts]
+            sampled: list[Any] = [(self.loss.by_sample(inputs, n), n) for inputs, n in parts]
             items = [self.loss.counts(inputs).sum().float() for inputs, _ in sampled]
             total = torch.stack(items).sum()
-            out[name] = [
-                {"inputs": inputs, "weight": (n / total).expand(n)} for inputs, n in sampled
-            ]
+            out[name] = [weighted(inputs, (n / total).expand(n)) for inputs, n in sampled]
         return out
 
-    def sum_of(self, batch: dict[str, Any]) -> float:
+    def sum_of(self, batch: Any, module: nn.Module | None = None) -> float:
         """The sum of a batch's weighted losses, without gradient."""
         with torch.no_grad():
-            return float(self._weighted(self.module, batch).sum())
+            return float(self._weighted(module or self.module, batch).sum())
 
-    def look_at_rows(self, inputs: Mapping[str, Any], n: int, where: str) -> None:
+    def items_of(self, inputs: Mapping[str, Any], n: int) -> float:
+        """How many items the rows of n samples have."""
+        samples: Any = self.loss.by_sample(inputs, n)
+        return float(self.loss.counts(samples).sum())
+
+    def look_at_rows(self, parts: Sequence[tuple[Mapping[str, Any], int]], where: str) -> None:
         """Raise for rows that are not the samples', and where there is nothing to learn.
 
         Raises:
             BatchError: another number of rows, or not a single item in all of them.
         """
-        if not int(self.loss.counts(self.loss.by_sample(inputs, n)).sum()):
+        if not sum([self.items_of(inputs, n) for inputs, n in parts]):
             raise BatchError(
                 f"There is not a single item in {where}: all its labels are -100. Look at the "
                 "collator's labels, and at prompts that are cut before their completion."
@@ -159,14 +167,15 @@ class Scoring:
             tolerance: relative.
         """
         parts = [(name, part, m) for name, row in pieces.items() for part, m in row]
-        for name, part, m in parts:
+        for name, part, _ in parts:
             missing = [x for x in NEEDED if x in given and x not in part]
             if missing:
                 raise BatchError(
                     f"score_dataset {name!r} has no {missing[0]!r}, which train_dataset has. "
                     f"Collated, it has {sorted(part)}."
                 )
-            self.look_at_rows(part, m, f"a batch of score_dataset {name!r}")
+        for name, row in pieces.items():
+            self.look_at_rows(row, f"the samples of score_dataset {name!r}")
         self.divisor = divisor = divisor_at(tolerance)
         batch = self.training_batch(given, n, counted, micro_batches, 1.0)
         theirs = loss_with(counted) / divisor.shares(micro_batches)
@@ -174,7 +183,14 @@ class Scoring:
         if abs(self.processes * ours - theirs) < abs(ours - theirs):
             self.divisor = divisor = divisor._replace(times=self.processes)
         compare(ours * divisor.times, theirs, tolerance, "the first micro-batch")
+        if isinstance(self.loss, AskedLoss):
+            other = OtherOutputs(self.module)
+            ours = self.sum_of(batch, other) * divisor.times
+            theirs = loss_with(counted, module=other) / divisor.shares(micro_batches)
+            compare(ours, theirs, tolerance, "random outputs")
         for name, part, m in parts:
+            if not self.items_of(part, m):
+                continue  # as a sample without labels by itself
             (batch,) = self.score_batches({name: [(part, m)]})[name]
             where = f"a batch of score_dataset {name!r}"
             compare(self.sum_of(batch) / m, loss_with(numbered(part), part), tolerance, where)
@@ -189,12 +205,12 @@ class Scoring:
         named = dict(self.module.named_parameters())
         self.params = {name: local(named[name]) for name in self.params}
 
-    def look(self, batch: dict[str, Any]) -> None:
+    def look(self, batch: Any) -> None:
         """Trace and prove what is new, with draws that are not training's."""
         look_first(self.model_fn, self.params, batch, self.looked_at)
 
     def one_pass(
-        self, ids: Tensor, batch: dict[str, Any], us: Mapping[str, Any], scale: float
+        self, ids: Tensor, batch: Any, us: Mapping[str, Any], scale: float
     ) -> tuple[Tensor, Values]:
         """Losses; gradients to `.grad`; values against directions that are known."""
         read: dict[str, Quantity] = {name: Dot(u) for name, u in us.items()}
@@ -215,7 +231,7 @@ class Scoring:
         columns = torch.stack(list(sums.values()), dim=1) / share
         return out.losses, Values(ids, columns, norms, table)
 
-    def keep(self, ids: Tensor, batch: dict[str, Any], books: list[Book]) -> Tensor:
+    def keep(self, ids: Tensor, batch: Any, books: list[Book]) -> Tensor:
         """Losses; gradients to `.grad`; factors are kept until the step's gradient is there."""
         program = Program.of(self.model_fn, self.params, "different")
         losses, parts, grads = self._run_and_keep(self.model_fn, self.params, batch)

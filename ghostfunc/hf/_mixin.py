@@ -21,7 +21,7 @@ from ghostfunc.hf._kept import KeptScores
 from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
 from ghostfunc.hf._micro_batch import Form, Pieces, Scoring, evaluating, trainable
-from ghostfunc.hf._numbered import SAMPLE_ID
+from ghostfunc.hf._numbered import SAMPLE_ID, taken_ids
 from ghostfunc.hf._processes import average, averaging, inside, ranks_of
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
@@ -144,7 +144,7 @@ class GhostMixin(ScoreKeeper):
         if self._given_loss is None:
             refuse_missing_input(module, inputs)
         inputs = dict(self._prepare_inputs(inputs))
-        ids = inputs.pop(SAMPLE_ID).cpu()
+        ids = taken_ids(inputs, self.id_column)
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device="cpu")))
         self._run.scale = scale
@@ -266,18 +266,23 @@ class GhostMixin(ScoreKeeper):
                 spread=health,
                 processes=self.args.world_size,
             )
-            if run.divisor is None:
-                scoring.look_at_rows(given, n, "the first micro-batch")
-                warn_of_blocks(module, given)
-                with evaluating(module):
-                    run.divisor = self._hold_against_trainer(
-                        scoring, given, n, inputs, counted, pieces
-                    )
-            first = False
         scoring = run.scorings[way]
-        if first and self._overridden_loss:  # it may change in the course of a training
+        empty = not scoring.items_of(given, n)
+        if empty and counted and run.divisor is None and not is_sharded(self):
+            # It says nothing of what is divided by; the next micro-batch may.
+            scoring.divisor = Divisor(counted=True, averaged=False)
+        elif run.divisor is None:
+            scoring.look_at_rows([(given, n)], "the first micro-batch")
+            warn_of_blocks(module, given, n)
+            with evaluating(module):
+                run.divisor = self._hold_against_trainer(scoring, given, n, inputs, counted, pieces)
+            first = False
+        if (
+            first and self._overridden_loss and not empty
+        ):  # it may change in the course of a training
             with evaluating(module):
                 self._hold_against_trainer(scoring, given, n, inputs, counted, {})
+        scoring.divisor = run.divisor or scoring.divisor
         scoring.follow()
         return scoring
 
@@ -293,16 +298,19 @@ class GhostMixin(ScoreKeeper):
         """Raise unless the samples' losses add up to Trainer's, in training and in score sets.
         Returns what Trainer divides by."""
 
-        def loss_with(number: Any, of: Mapping[str, Any] = inputs) -> float:
+        def loss_with(
+            number: Any, of: Mapping[str, Any] = inputs, module: nn.Module = scoring.module
+        ) -> float:
             with torch.no_grad():
-                return loss_of(self, scoring.module, of, number)
+                return loss_of(self, module, of, number)
 
         def numbered(part: Mapping[str, Any]) -> Any:
             if self.compute_loss_func is None:
                 return None
             if self._ranks is not None:  # nobody asks the others here: a process may have failed
                 n = len(next(iter(part.values()))) // self._loss.rows
-                return self._loss.counts(self._loss.by_sample(part, n)).sum() * self._ranks.size
+                samples: Any = self._loss.by_sample(part, n)
+                return self._loss.counts(samples).sum() * self._ranks.size
             return self.get_batch_samples(iter([part]), 1, self.args.device)[1]  # it may need it
 
         return scoring.hold(

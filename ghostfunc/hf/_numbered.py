@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ghostfunc._base.errors import BatchError
@@ -48,7 +49,46 @@ class NumberedCollator:
                     f"A training sample has no {self.key!r} to be known by; it has "
                     f"{sorted(feature)}."
                 )
-        ids = torch.tensor([int(feature[self.key]) for feature in features], device="cpu")
+        ids = torch.tensor([_whole(self.key, f[self.key]) for f in features], device="cpu")
         rest = [{k: v for k, v in feature.items() if k != self.key} for feature in features]
         batch = dict(self.collate(rest))  # its rows are looked at where the loss is known
         return {**batch, SAMPLE_ID: ids}
+
+
+def _whole(key: str, x: Any) -> int:
+    """An id, as an integer."""
+    try:
+        number = int(x)
+        whole = isinstance(x, str) or number == x
+    except (TypeError, ValueError, OverflowError):
+        number, whole = 0, False
+    if not whole or number.bit_length() > 63:
+        raise BatchError(
+            f"A training sample has {key}={x!r:.60} to be known by; expected an integer of 64 "
+            "bits. Number the samples; or leave id_column out, and they are known by their index "
+            "in train_dataset."
+        )
+    return number
+
+
+def taken_ids(inputs: dict[str, Any], key: str | None) -> Tensor:
+    """The numbers of a batch, which are taken out of it.
+
+    Raises:
+        BatchError: it has none: it comes from a loader of the user's own.
+    """
+    for name in (SAMPLE_ID, key):
+        if name in inputs:
+            ids = torch.as_tensor(inputs.pop(name)).cpu()
+            if ids.ndim == 1 and not (ids.is_floating_point() or ids.is_complex()):
+                return ids.long()
+            raise BatchError(
+                f"{name!r} of a training batch is {list(ids.shape)} of {ids.dtype}; expected an "
+                "integer for each sample, [n]."
+            )
+    raise BatchError(
+        "A training batch does not say which samples it has: it comes from a get_train_dataloader "
+        "of the trainer's own, not from GhostMixin's. Give every sample an integer id, name its "
+        f"column with id_column (now {key!r}) and let the batches carry it; or take the loader of "
+        "super().get_train_dataloader(). Samplers alone go into _get_train_sampler."
+    )

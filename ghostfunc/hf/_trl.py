@@ -87,16 +87,21 @@ class SFTMixin(TrlMixin):
     activations) are trained; entropy and token accuracy are not logged in training.
 
     Raises:
-        OptionError: `packing` or `padding_free`: rows are then not samples.
+        OptionError: `packing` with `padding_free` (its default strategies): rows of several
+            documents each become one. `padding_free` alone is trained, and so is `packing` of rows
+            (`packing_strategy="wrapped"`), which are then the samples.
         VerificationError: a router's loss, which does not belong to samples.
     """
 
     def sample_loss(self) -> SampleLoss:
         args: Any = self.args
-        if args.packing or cast(Any, self).padding_free:
+        padding_free = bool(cast(Any, self).padding_free)
+        if args.packing and padding_free:
             raise OptionError(
-                "packing and padding_free put several samples in one row; scores are per row. Use "
-                "packing=False, padding_free=False."
+                f"packing (packing_strategy={args.packing_strategy!r}) with padding_free puts rows "
+                "of several documents into one: which are whose is not known. Use packing=False, "
+                'where every sample is one document; or packing_strategy="wrapped", where a '
+                "sample is a row."
             )
         if args.loss_type != "nll" and self._given_loss is None:
             raise OptionError(
@@ -105,7 +110,8 @@ class SFTMixin(TrlMixin):
             )
         loss = super().sample_loss()
         known = self._given_loss is None and self.compute_loss_func is None
-        if known and self.label_smoother is None and self._fused():
+        plain = self.label_smoother is None and not padding_free
+        if known and plain and self._fused():
             return loss._replace(sums=_token_sums)
         return loss
 

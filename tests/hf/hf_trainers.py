@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class Recording:
         rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
         self.seen.append(
             {
-                "inputs": {k: x.clone() for k, x in inputs.items()},
+                "inputs": {k: copy.deepcopy(x) for k, x in inputs.items()},
                 "weights": {k: x.detach().clone() for k, x in module.state_dict().items()},
                 "rates": {k: rate_of.get(id(p), 0.0) for k, p in module.named_parameters()},
                 "counted": num_items_in_batch,

@@ -400,7 +400,7 @@ def test_labels_all_ignored(tmp_path: Path) -> None:
     blank = [{**x, "labels": torch.full_like(x["labels"], -100)} for x in texts(8, 0)]
     with pytest.raises(gf.BatchError, match="single item in the first micro-batch"):
         ghost(arguments(tmp_path), train_dataset=blank).train()
-    with pytest.raises(gf.BatchError, match="single item in a batch of score_dataset 'score'"):
+    with pytest.raises(gf.BatchError, match="single item in the samples of score_dataset 'score'"):
         ghost(arguments(tmp_path), score_dataset=blank).train()
 
 

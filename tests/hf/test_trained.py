@@ -33,6 +33,11 @@ from hf_trainers import (
     vit,
 )
 from torch import Tensor, nn
+from transformers import (
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForQuestionAnswering,
+)
 
 import ghostfunc as gf
 
@@ -101,6 +106,13 @@ def adapted(config: peft.PeftConfig, make: Callable[[], nn.Module] = gpt2) -> nn
     return model
 
 
+def small(kind: type[nn.Module]) -> nn.Module:
+    """A BERT with another head."""
+    config = bert(num_labels=2).config
+    torch.manual_seed(0)
+    return kind(config)
+
+
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 LM = {"task_type": "CAUSAL_LM"}
 
@@ -119,6 +131,31 @@ def by_items(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 def focal(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     losses = F.cross_entropy(outputs.logits, labels, reduction="none")
     return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def spans(n: int, seed: int) -> list[Any]:
+    """The last start and the first end are behind the input: neither counts."""
+    items = [
+        {"input_ids": x["input_ids"], "start_positions": i % 12, "end_positions": i * 5 % 12}
+        for i, x in enumerate(texts(n, seed))
+    ]
+    items[-1]["start_positions"] = items[-1]["end_positions"] = 40
+    return items
+
+
+def choices(n: int, seed: int) -> list[Any]:
+    return [
+        {"input_ids": torch.stack([x["input_ids"], x["input_ids"].flip(0)]), "labels": i % 2}
+        for i, x in enumerate(texts(n, seed))
+    ]
+
+
+def span(item: dict[str, Tensor]) -> int:
+    return int(item["start_positions"] < 12)
 
 
 OWN_MEAN = {"counts": one, "counted": False}
@@ -145,6 +182,18 @@ CASES: dict[str, Case] = {
     "compute_loss_func": Case(gpt2, options={"compute_loss_func": by_items}),
     "compute_loss_func, a mean": Case(
         bert, classes, **OWN_MEAN, options={"compute_loss_func": focal}
+    ),
+    "compute_loss_func, a mean over tokens": Case(
+        gpt2, counted=False, options={"compute_loss_func": token_mean}
+    ),
+    "spans": Case(
+        lambda: small(BertForQuestionAnswering), spans, span, counted=False, averaged=True
+    ),
+    "choices": Case(lambda: small(BertForMultipleChoice), choices, **OWN_MEAN),
+    "next sentences": Case(
+        lambda: small(BertForNextSentencePrediction),
+        lambda n, s: labelled(n, s, lambda x: class_of(x) % 2),
+        **OWN_MEAN,
     ),
     "sums and counts": Case(gpt2, options={"sample_loss": TOKENS}),
     "lora": Case(lora()),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from compare import assert_close
@@ -16,11 +17,12 @@ from hf_trainers import (
     in_order,
     same_training,
     scores_by_definition,
+    t5,
     texts,
 )
-from test_trained import tokens
+from test_trained import small, token_mean, tokens
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import BertForPreTraining, Trainer, TrainerCallback
 
 import ghostfunc as gf
 
@@ -224,3 +226,140 @@ def test_norms_that_underflow_are_not_logged(tiny: float, logged: bool, tmp_path
     (log,) = (x for x in trainer.state.log_history if "loss" in x)
     assert ("ghost/norm_q50" in log) == logged
     assert log.get("ghost/norm_q50", 1.0) > 0
+
+
+# --- which samples a batch has ---
+
+
+@pytest.mark.parametrize("number", ["doc-6", None, 1.5, float("nan"), 2**64])
+def test_ids_that_are_no_integers(number: Any, tmp_path: Path) -> None:
+    named = [{**x, "idx": number} for x in texts(8, 0)]
+    with pytest.raises(gf.BatchError, match=r"idx=.* expected an integer.*leave id_column out"):
+        ghost(tmp_path, train_dataset=named, id_column="idx").train()
+
+
+class OwnLoader(gf.hf.GhostTrainer):
+    """Gives batches by a loader of its own."""
+
+    def get_train_dataloader(self) -> Any:
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset, batch_size=3, collate_fn=self.data_collator
+        )
+        return self.accelerator.prepare(loader)
+
+
+@pytest.mark.parametrize(
+    ("column", "number", "said"),
+    [
+        (None, int, r"does not say which samples.*id_column \(now None\)"),
+        ("other", int, r"does not say which samples.*id_column \(now 'other'\)"),
+        ("idx", float, r"'idx' of a training batch is \[3\] of torch.float"),
+    ],
+)
+def test_loaders_without_ids(column: Any, number: Any, said: str, tmp_path: Path) -> None:
+    rows = [{**x, "idx": number(i)} for i, x in enumerate(texts(8, 0))]
+    args = arguments(tmp_path, max_steps=2)
+    given = {"train_dataset": rows, "score_dataset": texts(5, 1), "id_column": column}
+    with pytest.raises(gf.BatchError, match=said):
+        OwnLoader(model=gpt2(), args=args, **given).train()
+
+
+def test_a_loader_of_ones_own(tmp_path: Path) -> None:
+    rows = [{**x, "idx": 100 + i} for i, x in enumerate(texts(8, 0))]
+    given = {"train_dataset": rows, "score_dataset": texts(5, 1)}
+    trainer = OwnLoader(model=gpt2(), args=arguments(tmp_path), **given, id_column="idx")
+    trainer.train()
+    sequential = {"max_steps": 3, "train_sampling_strategy": "sequential"}
+    usual = ghost(tmp_path, train_dataset=rows, args=sequential)
+    usual.train()
+    assert trainer.scores.ids.tolist() == list(range(100, 108))
+    assert_close(trainer.scores.values, usual.scores.values, 1e-6)
+
+
+def test_what_all_samples_share(tmp_path: Path) -> None:
+    """One row for all, and arguments that are not given."""
+
+    def shared(features: list[Any]) -> dict[str, Any]:
+        out = {k: torch.stack([f[k] for f in features]) for k in features[0]}
+        return {**out, "position_ids": torch.arange(12)[None], "attention_mask": None}
+
+    trainers = [ghost(tmp_path, data_collator=f) for f in (shared, None)]
+    for trainer in trainers:
+        trainer.train()
+    assert_close(trainers[0].scores.values, trainers[1].scores.values, 1e-6)
+    flagged = ghost(tmp_path, data_collator=lambda f: {**shared(f), "use_cache": False})
+    with pytest.raises(gf.BatchError, match=r"'use_cache' of the batch .* False. Leave it out"):
+        flagged.train()
+
+
+# --- samples without labels ---
+
+
+@pytest.mark.parametrize("form", ["sgd", "exact"])
+def test_a_first_micro_batch_without_labels(form: Any, tmp_path: Path) -> None:
+    """Trainer divides by the items of all micro-batches; so do we, from the second on."""
+    blank = [{**x, "labels": torch.full_like(x["labels"], -100)} for x in texts(2, 2)]
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    data = {"train_dataset": blank + texts(6, 0), "score_dataset": texts(5, 1)}
+    trainer = same_training(gpt2, args, 1e-6, **data, score_form=form)
+    assert trainer.scores.values[:2].tolist() == [[0.0], [0.0]]
+    if form == "sgd":
+        batches = in_order(data["score_dataset"], 4)
+        want = scores_by_definition(trainer, batches, tokens, counted=True, averaged=False)
+        assert_close(trainer.scores.values, want, 1e-4)
+
+
+def test_a_score_sample_without_labels_by_itself(tmp_path: Path) -> None:
+    score = texts(5, 1)
+    score[1] = {**score[1], "labels": torch.full_like(score[1]["labels"], -100)}
+    trainers = [ghost(tmp_path, score_dataset=score, score_batch_size=size) for size in (None, 1)]
+    for trainer in trainers:
+        trainer.train()
+    assert_close(trainers[1].scores.values, trainers[0].scores.values, 1e-5)
+
+
+# --- losses that are not what they look like ---
+
+
+def nearly_a_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A mean over labelled tokens, and one over all: they are as good as equal in a model that
+    knows nothing yet."""
+    penalty = outputs.logits.logsumexp(-1).square().mean()
+    return token_mean(outputs, labels) + 0.01 * penalty
+
+
+def test_a_loss_that_agrees_by_chance(tmp_path: Path) -> None:
+    with pytest.raises(gf.VerificationError, match="Trainer's loss of random outputs"):
+        ghost(tmp_path, compute_loss_func=nearly_a_mean).train()
+
+
+def test_a_model_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    """Its class has no known loss, and `loss_function` is there all the same."""
+    with pytest.raises(gf.OptionError, match=r"does not know the loss of BertForPreTraining"):
+        ghost(tmp_path, small(BertForPreTraining))
+
+
+def test_smoothing_without_the_decoders_input(tmp_path: Path) -> None:
+    args = {"label_smoothing_factor": 0.1}
+    with pytest.raises(gf.BatchError, match=r"decoder_input_ids: DataCollatorForSeq2Seq"):
+        ghost(tmp_path, t5(), args=args).train()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning")
+def test_a_penalty_on_weights(tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(
+        init_r=3,
+        target_r=2,
+        target_modules=["c_attn"],
+        total_step=10,
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    with pytest.raises(gf.VerificationError, match=r"a penalty on weights .*AdaLoRA"):
+        ghost(tmp_path, peft.get_peft_model(gpt2(), config)).train()
