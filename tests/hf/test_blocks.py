@@ -51,10 +51,17 @@ ALONE: dict[str, Any] = {
 def test_rows_of_one_document_are_left_alone(what: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_blocks(gpt2(), {k: x[None] for k, x in ALONE[what].items()})
+        warn_of_blocks(gpt2(), {k: x[None] for k, x in ALONE[what].items()}, 1)
 
 
 def test_positions_that_begin_anew() -> None:
     row = block(9) | {"position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5])}
     with pytest.warns(UserWarning, match="position_ids begin anew"):
-        warn_of_blocks(gpt2(), {k: x[None] for k, x in row.items()})
+        warn_of_blocks(gpt2(), {k: x[None] for k, x in row.items()}, 1)
+
+
+def test_samples_of_one_row_are_told_apart() -> None:
+    row = block(9) | {"position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_blocks(gpt2(), {k: x[None] for k, x in row.items()}, 2)

@@ -162,6 +162,25 @@ def test_fifty_steps(name: str, adapters: bool, tokenizer: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])
+def test_padding_free(adapters: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """All samples of a batch are documents of one row: values are those of padded rows."""
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "bf16": False, "max_length": None}
+    _, padded = trained("sft", tokenizer, tmp_path, adapters, **options)
+    plain, ghost = trained("sft", tokenizer, tmp_path, adapters, **options, padding_free=True)
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert_close(ghost.scores.values, padded.scores.values, 1e-4)
+
+
+def test_rows_of_packed_texts_are_samples(tokenizer: Any, tmp_path: Path) -> None:
+    options = {"max_steps": 2, "bf16": False, "packing": True, "max_length": 16}
+    plain, ghost = trained("sft", tokenizer, tmp_path, False, **options, packing_strategy="wrapped")
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert ghost.scores.values.abs().min() > 0
+    with pytest.raises(gf.OptionError, match=r"packing_strategy='bfd'.*which are whose"):
+        trained("sft", tokenizer, tmp_path, False, **options)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize("name", CASES)
 def test_default_settings(name: str, adapters: bool, tokenizer: Any, tmp_path: Path) -> None:
     """bf16 and checkpoints of activations: weights are the plain trainer's, bit by bit."""

@@ -25,6 +25,7 @@ from transformers import Trainer
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import test_flattened as flattened  # noqa: E402
 import test_settings as settings  # noqa: E402
 import test_trained as trained  # noqa: E402
 from hf_trainers import (  # noqa: E402
@@ -161,6 +162,27 @@ def refusal(case: Any, folder: Path) -> str:
     raise AssertionError("this setting is not refused; move it among those that work")
 
 
+def flattened_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
+    """Rows into which a collator puts all samples of a batch."""
+
+    def run(make: Callable[[], nn.Module], **options: Any) -> tuple[str, ...]:
+        args = arguments(folder, gradient_accumulation_steps=2, **options)
+        data = {k: x for k, x in flattened.FLAT.items() if k != "score_dataset"}
+        plain = make()
+        Trainer(model=plain, args=args, **data).train()
+        trainer = Recorded(model=make(), args=args, **flattened.FLAT)
+        trainer.train()
+        error = f"{weights_error(trainer.model, plain):.0e}"
+        want = flattened.expected(trainer, flattened.SCORE)
+        return error, f"{largest(trainer.scores.values, want):.0e}"
+
+    return {
+        "DataCollatorWithFlattening, accumulation 2": partial(run, gpt2),
+        "DataCollatorWithFlattening, activation checkpoints, Llama": partial(run, llama, **ON),
+        "DataCollatorWithFlattening, lora": partial(run, trained.lora()),
+    }
+
+
 def trl_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
     """The rows of TRL's trainers."""
     import test_trl as trl
@@ -189,7 +211,10 @@ def table(page: str, wanted: str) -> str:
         refused = {name: partial(refusal, case, folder) for name, case in REFUSED.items()}
         lines = []
         for head, rows in (
-            ("| setting | weights | scores |", {**working, **trl_rows(folder)}),
+            (
+                "| setting | weights | scores |",
+                {**working, **flattened_rows(folder), **trl_rows(folder)},
+            ),
             ("| setting | refused with |", refused),
         ):
             lines += ["", head, "| --- " * (head.count("|") - 1) + "|"]
