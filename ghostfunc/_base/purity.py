@@ -320,13 +320,18 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
 
 
 def refuse_unreached(losses: Tensor) -> None:
-    """Raise `UntrackedUseError` if no parameter reaches the losses: all scores would be zero."""
-    if in_transform() or losses.requires_grad:
-        return
-    raise UntrackedUseError(
-        "No parameter reaches the losses: autograd has no graph of them, so every gradient would "
-        "be zero. Usual causes: model_fn runs under torch.no_grad() or torch.inference_mode(), "
-        "detaches what it returns, or does not use the params that it is given."
+    """Raise `UntrackedUseError` if no parameter reaches the losses: all scores would be zero. In
+    transforms a trace tells."""
+    if not in_transform() and not losses.requires_grad:
+        raise unreached()
+
+
+def unreached() -> UntrackedUseError:
+    """No gradient of any sample is other than zero."""
+    return UntrackedUseError(
+        "No parameter reaches the losses, so every gradient would be zero. Usual causes: model_fn "
+        "runs under torch.no_grad() or torch.inference_mode(), detaches what it returns, or does "
+        "not use the params that it is given."
     )
 
 

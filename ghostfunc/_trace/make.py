@@ -32,7 +32,7 @@ from ghostfunc._base.errors import (
 )
 from ghostfunc._base.losses import check_losses, close
 from ghostfunc._base.program import Program
-from ghostfunc._base.purity import MODEL_FAILED, lend, prove_independent
+from ghostfunc._base.purity import MODEL_FAILED, lend, prove_independent, unreached
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree
 from ghostfunc._trace.probe import probe_uses
@@ -142,6 +142,8 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
 
     uses = [s for s in recorder.recorded if s.trace.kind == "use"]
     marks = probe_uses(program, large, recorder.recorded, uses)
+    if not uses and program.leaves:
+        raise unreached()
     found = [
         allowed(s, m, k, n, program.randomness)
         for s, m in zip(uses, zip(*marks, strict=True), strict=True)
