@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.errors import BatchError
 from ghostfunc._base.module import from_module
+from ghostfunc._base.options import check_not_negative
 from ghostfunc._base.types import ModelFn
 from ghostfunc.hf._logits import IGNORED, token_losses
 from ghostfunc.hf._losses import Batch, need
+from ghostfunc.hf._preferences import one_number_each
 
 OF_LOSS = ("completion_mask", "advantages", "old_per_token_logps", "ref_per_token_logps")
 
@@ -42,17 +44,15 @@ def grpo(
         completion without a token has no loss (`NonFiniteLossError`).
 
     Raises:
-        OptionError: `epsilon` or `beta` is negative.
+        OptionError: `epsilon`, `epsilon_high` or `beta` is negative, or no number.
         BatchError: a column is missing, or has another shape.
 
     Reference:
         Shao et al., "DeepSeekMath", 2024.
     """
     high = epsilon if epsilon_high is None else epsilon_high
-    if min(epsilon, high, beta) < 0:
-        raise OptionError(
-            f"epsilon, epsilon_high and beta must not be negative; got {epsilon}, {high}, {beta}."
-        )
+    for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("beta", beta)):
+        check_not_negative(name, value)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         ids, mask = need(batch, "input_ids"), need(batch, "completion_mask")
@@ -68,7 +68,9 @@ def grpo(
         logits = cast(Any, module)(**inputs, use_cache=False).logits
         logps = -token_losses(logits[:, :-1], labels)
         old = _at(batch, "old_per_token_logps", logps.detach())
-        advantages = need(batch, "advantages")[:, None]
+        advantages = need(batch, "advantages")
+        one_number_each("advantages", advantages, len(ids))
+        advantages = advantages[:, None]
         ratio = (logps - old).exp()
         clipped = ratio.clamp(1 - epsilon, 1 + high)
         losses = -torch.minimum(ratio * advantages, clipped * advantages)

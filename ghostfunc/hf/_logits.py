@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import OptionError
+from ghostfunc._base.errors import BatchError, OptionError
 from ghostfunc._taps.remat.remat import remat
 
 IGNORED = -100
@@ -18,6 +18,11 @@ IGNORED = -100
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy `[n, T]` of logits `[n, T, V]`, zero where nothing is to be predicted."""
+    if labels.shape != logits.shape[:-1]:
+        raise BatchError(
+            f"labels must be {list(logits.shape[:-1])}, one for every position of the model's "
+            f"logits (-100 where nothing is to be predicted); got {list(labels.shape)}."
+        )
     # Flat logits: on [n, V, T] the same function takes a tenth of a whole step.
     return F.cross_entropy(
         wide(logits.flatten(0, 1)), labels.flatten(), reduction="none", ignore_index=IGNORED

@@ -48,7 +48,8 @@ def causal_lm(
         OptionError: `logit_chunks` is no positive integer, or the model does more between its
             hidden states and its logits than to apply its output embeddings (scaling, a soft cap);
             the model is an encoder-decoder (`gf.hf.seq2seq_lm`); `logit_chunks` for documents.
-        BatchError: the batch has `segments` of which nobody made documents.
+        BatchError: the batch has `segments` of which nobody made documents; labels are not one per
+            token of the input.
     """
     if _is_encoder_decoder(model):
         raise OptionError(
@@ -73,6 +74,7 @@ def causal_lm(
             labels = need(inputs, "input_ids")
             if "attention_mask" in inputs:
                 labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORED)
+        _check_labels(inputs, labels)
         if logit_chunks is not None:
             return chunked_token_means(module, inputs, labels, logit_chunks)
         logits = module(**inputs, use_cache=False).logits
@@ -93,6 +95,18 @@ def _document_means(module: nn.Module, docs: Documents) -> Tensor:
         cast(Any, module)(**rows, use_cache=False).logits, docs.to_rows(targets, fill=IGNORED)
     )
     return docs.sums(losses) / (targets != IGNORED).sum(1)
+
+
+def _check_labels(inputs: Batch, labels: Tensor) -> None:
+    """Raise unless there is a label for every token: fewer would pass for those behind virtual
+    tokens."""
+    tokens = {k: inputs[k].shape[:2] for k in ("input_ids", "inputs_embeds") if k in inputs}
+    for name, shape in tokens.items():
+        if labels.shape != shape:
+            raise BatchError(
+                f"labels must be {list(shape)}, one for every token of {name} (-100 where nothing "
+                f"is to be predicted); got {list(labels.shape)}. The model shifts them itself."
+            )
 
 
 def refuse_segments(batch: Batch) -> None:

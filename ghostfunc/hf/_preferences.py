@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import BatchError, OptionError
-from ghostfunc._base.module import from_module
-from ghostfunc._base.options import one_of
+from ghostfunc._base.module import check_module, from_module
+from ghostfunc._base.options import check_not_negative, check_positive, one_of
 from ghostfunc._base.types import ModelFn
 from ghostfunc.hf._logits import IGNORED, token_losses
 from ghostfunc.hf._losses import Batch, need, next_tokens
@@ -60,8 +60,9 @@ def dpo(
         Rafailov et al., "Direct Preference Optimization", 2023.
     """
     one_of("loss_type", loss_type, PAIR_LOSSES)
-    if not beta > 0:
-        raise OptionError(f"beta={beta!r} must be positive.")
+    check_positive("beta", beta)
+    if reference is not None:
+        check_module(reference)
     if reference is model:
         raise OptionError(
             "reference is the model itself, which moves. Give a frozen copy; or, for a PeftModel, "
@@ -104,6 +105,8 @@ def dpo_losses(logps: Tensor, batch: Batch, beta: float, loss_type: PairLoss) ->
             f"The batch has no {' or '.join(names)}; it has {sorted(batch)}. Give dpo a reference "
             "model, or the batch what one says: batch | gf.hf.reference_logps(reference, batch)."
         )
+    for name in names:
+        one_number_each(name, batch[name], len(logps))
     ref = torch.stack([wide(batch[name]) for name in names], dim=1)
     ratios = logps - ref
     if loss_type == "ipo":  # TRL counts the answer's first token too
@@ -133,11 +136,15 @@ def reward_pairs(
         margin [n]?)`, the chosen answer first.
 
     Raises:
-        BatchError: columns that are missing, rows that are not two per sample.
+        OptionError: `center_rewards_coefficient` is negative, or no number.
+        BatchError: columns that are missing, rows that are not two per sample, a head of several
+            outputs.
 
     Reference:
         Ouyang et al., "Training language models to follow instructions", 2022.
     """
+
+    check_not_negative("center_rewards_coefficient", center_rewards_coefficient)
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
         return reward_losses(module, batch, center_rewards_coefficient)
@@ -148,7 +155,16 @@ def reward_pairs(
 def reward_losses(module: nn.Module, batch: Batch, center: float) -> Tensor:
     """One loss per pair, `[n]`."""
     n, inputs = rows_of_pairs(batch)
-    rewards = wide(cast(Any, module)(**inputs, use_cache=False).logits).reshape(2, n)
+    rewards = wide(cast(Any, module)(**inputs, use_cache=False).logits)
+    if rewards.numel() != 2 * n:
+        raise BatchError(
+            f"A reward model says one number for every answer, [{2 * n}, 1]; the logits of "
+            f"{type(module).__name__} are {list(rewards.shape)}. Use a "
+            "...ForSequenceClassification with num_labels=1."
+        )
+    rewards = rewards.reshape(2, n)
+    if "margin" in batch:
+        one_number_each("margin", batch["margin"], n)
     chosen, rejected = rewards.unbind(0)
     gap = chosen - rejected
     losses = -F.logsigmoid(gap - batch["margin"] if "margin" in batch else gap)
@@ -159,6 +175,11 @@ def answer_logps(module: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities of the answers, `[n, 2]`."""
     n, inputs = rows_of_pairs(batch)
     mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
+    if mask.shape != inputs["input_ids"].shape:
+        raise BatchError(
+            f"completion_mask must be {list(batch['input_ids'].shape)} as input_ids is; got "
+            f"{list(batch['completion_mask'].shape)}."
+        )
     labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
     labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) == 0, IGNORED)
     logits = cast(Any, module)(**inputs, use_cache=False).logits
@@ -178,3 +199,9 @@ def rows_of_pairs(batch: Batch) -> tuple[int, Batch]:
         )
     inputs = {k: x.transpose(0, 1).flatten(0, 1) for k, x in batch.items() if k not in OF_LOSS}
     return len(ids), inputs
+
+
+def one_number_each(name: str, x: Tensor, n: int) -> None:
+    """Raise unless there is one number per sample."""
+    if x.shape != (n,):
+        raise BatchError(f"{name} must be [{n}], a number for each sample; got {list(x.shape)}.")

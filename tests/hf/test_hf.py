@@ -306,3 +306,16 @@ def test_a_batch_without_labels_is_refused() -> None:
     model_fn, params = gf.hf.masked_lm(bert(hf.BertForMaskedLM))
     with pytest.raises(gf.BatchError, match=r"no 'labels'; it has .*input_ids"):
         gf.ghost_dot_prod(model_fn, params, text(2, 5, 0), text(2, 5, 0))
+
+
+@pytest.mark.parametrize("width", [3, 5, 7])
+@pytest.mark.parametrize("chunks", [None, 2])
+def test_labels_are_one_for_every_token(width: int, chunks: int | None) -> None:
+    """Fewer were taken for labels behind virtual tokens, in silence."""
+    model_fn, params = gf.hf.causal_lm(gpt2(), logit_chunks=chunks)
+    batch = text(3, 6, 0) | {"labels": torch.zeros(3, width, dtype=torch.int64)}
+    with pytest.raises(gf.BatchError, match=rf"labels must be \[3, 6\].*got \[3, {width}\]"):
+        model_fn(params, batch)
+    model_fn, params = gf.hf.masked_lm(bert(hf.BertForMaskedLM))
+    with pytest.raises(gf.BatchError, match=rf"labels must be \[3, 6\].*got \[3, {width}\]"):
+        model_fn(params, batch)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close
-from hf_trainers import gpt2, llama
+from hf_trainers import bert, gpt2, llama
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification
 
@@ -184,7 +184,7 @@ def test_what_is_refused() -> None:
         gf.hf.dpo(model, gpt2())
     with pytest.raises(gf.OptionError, match="the model itself"):
         gf.hf.dpo(model, model)
-    with pytest.raises(gf.OptionError, match="beta=0 must be positive"):
+    with pytest.raises(gf.OptionError, match="beta=0 must be a positive number"):
         gf.hf.dpo(model, beta=0)
     with pytest.raises(gf.OptionError, match="'sigmoid', 'hinge', 'ipo'"):
         gf.hf.dpo(model, loss_type="exo")  # type: ignore[arg-type]
@@ -201,6 +201,53 @@ def test_what_is_refused() -> None:
     model_fn, params = gf.hf.grpo(model)
     with pytest.raises(gf.BatchError, match="no 'advantages'"):
         model_fn(params, {k: x[:, 0] for k, x in batch.items()})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda m: gf.hf.dpo(m, beta="a"), "beta='a' must be a finite number"),
+        (lambda m: gf.hf.dpo(m, beta=float("inf")), "beta=inf must be a finite number"),
+        (lambda m: gf.hf.dpo(m, "gpt2"), "a str; expected a model"),
+        (lambda m: gf.hf.grpo(m, epsilon=float("nan")), "epsilon=nan must be a finite number"),
+        (lambda m: gf.hf.reward_pairs(m, center_rewards_coefficient=-1), "must not be negative"),
+    ],
+)
+def test_options_that_are_no_numbers(make: Any, said: str) -> None:
+    with pytest.raises(gf.OptionError, match=said):
+        make(gpt2())
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "said"),
+    [
+        ("completion_mask", lambda x: x[..., :-1], r"completion_mask must be \[3, 2, \d+\] as"),
+        ("ref_chosen_logps", lambda x: x[:, None], r"ref_chosen_logps must be \[3\], .* \[3, 1\]"),
+        ("ref_rejected_logps", lambda x: x[:2], r"ref_rejected_logps must be \[3\], .* \[2\]"),
+    ],
+)
+def test_columns_of_other_shapes(name: str, cut: Any, said: str) -> None:
+    model_fn, params = gf.hf.dpo(gpt2())
+    batch = with_logps(pairs(3, 0))
+    with pytest.raises(gf.BatchError, match=said):
+        model_fn(params, {**batch, name: cut(batch[name])})
+
+
+def test_rewards_and_advantages_of_other_shapes() -> None:
+    batch = pairs(3, 0)
+    ids = {"input_ids": batch["input_ids"]}
+    for model, said in ((gpt2(), r"GPT2LMHeadModel are \[6, "), (bert(), r"are \[6, 3\]")):
+        model_fn, params = gf.hf.reward_pairs(model)
+        with pytest.raises(gf.BatchError, match=f"{said}.*num_labels=1"):
+            model_fn(params, ids)
+    model_fn, params = gf.hf.reward_pairs(bert(num_labels=1))
+    with pytest.raises(gf.BatchError, match=r"margin must be \[3\], .* got \[3, 1\]"):
+        model_fn(params, {**ids, "margin": torch.zeros(3, 1)})
+    model_fn, params = gf.hf.grpo(gpt2())
+    rows = {k: batch[k][:, 0] for k in ("input_ids", "completion_mask")}
+    for advantages in (torch.zeros(3, 1), torch.zeros(rows["input_ids"].shape)):
+        with pytest.raises(gf.BatchError, match=r"advantages must be \[3\]"):
+            model_fn(params, {**rows, "advantages": advantages})
 
 
 def with_logps(batch: Batch) -> Batch:
