@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ghostfunc._base.errors import OptionError, VerificationError
+from ghostfunc._base.options import check_callable, check_positive, check_type, check_whole
 from ghostfunc._base.program import Program
 from ghostfunc._base.refusals import op_name
 from ghostfunc._quantities.quantity import Quantity
@@ -80,24 +81,36 @@ def check_rule(
 
     Raises:
         VerificationError: numbers differ, with a line for each; or a case never has the op called
-            with a parameter where samples are.
+            with a parameter where samples are, or has no gradient other than zero.
         GhostError: whatever ghost mode says of the op; `UnsupportedOpError` if it has no rule.
     """
+    _check_asked(samples, tolerance, seed)
+    check_type("cases", cases, (list, tuple), "a list of Case")
     if not cases:
         raise OptionError("check_rule needs at least one case.")
+    for case in cases:
+        check_type("a member of cases", case, Case, "a Case(call, params, samples)")
     wrong = []
     for number, case in enumerate(cases):
         model_fn = _model(case)
         name = f"case {number}" + (f" ({case.name})" if case.name else "")
         generator = torch.Generator().manual_seed(seed)
         params = {k: _draw(x, generator) for k, x in case.params.items()}
+        moved = False
         for n in samples:
             train = {k: _draw(x, generator, n) for k, x in case.samples.items()}
             val = {k: _draw(x, generator, 2) for k, x in case.samples.items()}
             if n == samples[0]:
                 _check_called(op, name, model_fn, params, train)
-            lines = _compare(model_fn, params, train, val, tolerance)
+            ours = _loop(model_fn, params, train)
+            moved |= any(bool(g.any()) for g in ours.values())
+            lines = _compare(model_fn, params, train, val, ours, tolerance)
             wrong += [f"{name}, n = {n}, {line}" for line in lines]
+        if not moved:
+            raise VerificationError(
+                f"{name} tests nothing: all its gradients are zero. Have its call return what "
+                "depends on the parameters."
+            )
     if wrong:
         raise VerificationError(
             f"The rule of {op_name(op)} differs from autograd by more than {tolerance:.0e} of "
@@ -135,6 +148,8 @@ def check_quantity(
     Example:
         >>> check_quantity(gf.SqNorm(), lambda g: g.flatten(1).square().sum(1))
     """
+    _check_asked(samples, tolerance, seed)
+    check_callable("definition", definition, "of per-sample gradients [n, *shape]")
     wrong = []
     for name, case in _QUANTITY_CASES.items():
         model_fn = _model(case)
@@ -146,6 +161,10 @@ def check_quantity(
             for k, g in _loop(model_fn, params, batch).items():
                 expected, value = definition(g), found[k]
                 where = f"{name}, n = {n}, parameter {k!r} {tuple(params[k].shape)}"
+                check_type("what definition returned", expected, Tensor, "a tensor")
+                if value is None:
+                    wrong.append(f"{where}: nothing was read, defined as {tuple(expected.shape)}")
+                    continue
                 if value.shape != expected.shape:
                     wrong.append(
                         f"{where}: shape {tuple(value.shape)}, defined as {tuple(expected.shape)}"
@@ -160,6 +179,18 @@ def check_quantity(
             f"{type(quantity).__name__} differs from its definition by more than {tolerance:.0e} "
             "of its size:\n" + "\n".join(f"  {line}" for line in wrong)
         )
+
+
+def _check_asked(samples: object, tolerance: object, seed: object) -> None:
+    """Raise `OptionError` for what would check nothing."""
+    check_type("samples", samples, (list, tuple, range), "numbers of samples, such as (1, 2, 3)")
+    for n in samples:  # type: ignore[attr-defined]
+        check_whole("a member of samples", n)
+    if not samples:
+        raise OptionError("samples is empty: nothing would be checked. Leave it out for (1, 2, 3).")
+    check_positive("tolerance", tolerance)
+    if type(seed) is not int:
+        raise OptionError(f"seed={seed!r} must be an integer.")
 
 
 _QUANTITY_CASES: dict[str, Case] = {
@@ -213,6 +244,7 @@ def _draw(spec: Sequence[int] | Draw, generator: Generator, *n: int) -> Tensor:
 def _model(case: Case) -> Callable[[Tensors, Tensors], Tensor]:
     def model_fn(params: Tensors, samples: Tensors) -> Tensor:
         out = case.call(params, samples)
+        check_type("what a case's call returned", out, Tensor, "a tensor")
         n = len(next(iter(samples.values())))
         if out.ndim == 0 or out.shape[0] != n:
             raise OptionError(
@@ -250,10 +282,11 @@ def _compare(
     params: Tensors,
     train: Tensors,
     val: Tensors,
+    ours: Tensors,
     tolerance: float,
 ) -> list[str]:
-    """One line for every parameter and quantity that differs."""
-    ours, theirs = _loop(model_fn, params, train), _loop(model_fn, params, val)
+    """One line for every parameter and quantity that differs; `ours` by a loop over `train`."""
+    theirs = _loop(model_fn, params, val)
     u = {
         k: torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device="cpu").view_as(x)
         for k, x in params.items()

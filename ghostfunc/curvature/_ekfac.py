@@ -89,7 +89,8 @@ def ekfac(
         draws: how many times labels are drawn for every sample.
         seed: of the draws.
         sharing: over the positions of a sample, the bases are those of "expand" (every position by
-            itself) or "reduce" (positions are summed first). L is exact in both.
+            itself) or "reduce" (positions are summed first). L is exact in both. Where a side is
+            longer than the samples are many, "reduce" leaves the rest of the basis to rounding.
         max_side: the largest side of a matrix with an eigenbasis. Larger ones are an error.
         max_dense: the largest vector with an eigenbasis.
         diagonal: glob patterns of parameters whose larger sides keep their own axes instead.

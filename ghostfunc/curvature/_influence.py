@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghostfunc._base.batches import chunks, joined
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import BatchError, OptionError
+from ghostfunc._base.errors import BatchError, OptionError, PositionAxisError
 from ghostfunc._base.fingerprint import fingerprint
 from ghostfunc._base.options import check_chunk_size, check_flags, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
@@ -297,8 +297,18 @@ def _by_directions(
             )
             leaves_of = [optree.tree_leaves(scores[name]) for name in named]
             rows.append([torch.stack(x, 1) for x in zip(*leaves_of, strict=True)])
+            _check_lengths(rows[0], rows[-1])
         columns.append(joined(rows))
     return joined(columns, axis=1)
+
+
+def _check_lengths(first: Sequence[Tensor], last: Sequence[Tensor]) -> None:
+    """Raise `PositionAxisError` for batches of a loader whose positions cannot stand in one row."""
+    if any(x.shape[2:] != y.shape[2:] for x, y in zip(first, last, strict=True)):
+        raise PositionAxisError(
+            f"per_position=True: batches of train have {first[0].shape[2]} positions, and "
+            f"{last[0].shape[2]}. Pad all of them to one length, or call gf.influence for each."
+        )
 
 
 class Order:

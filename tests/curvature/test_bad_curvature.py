@@ -231,3 +231,15 @@ def test_parameters_that_an_optimizer_has_moved() -> None:
         with pytest.raises(CurvatureError, match="parameter 'bias' was written to since"):
             call()
     torch.testing.assert_close(kept.matvec(u), before)
+
+
+def test_positions_of_batches_of_other_lengths() -> None:
+    def by_position(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"]).sin().sum((1, 2))
+
+    sides = {
+        "train": Loader(torch.ones(2, 5, 4), torch.ones(2, 3, 4)),
+        "queries": torch.ones(1, 2, 4),
+    }
+    with pytest.raises(gf.PositionAxisError, match="batches of train have 5 positions, and 3"):
+        gf.influence(by_position, PARAMS, **sides, curvature=None, per_position=True)

@@ -264,10 +264,57 @@ def test_the_code_of_the_documentation_runs() -> None:
 
 @pytest.mark.parametrize("rule", [right], indirect=True)
 def test_parameters_without_elements_are_no_difference(rule: Any) -> None:
-    """A table of no rows beside the op's own parameter, and an op with nothing to do."""
+    """A table of no rows beside the op's own parameter."""
     beside = Case(
         lambda p, x: scaled(x["x"], p["w"]) + p["table"].sum(),
         {**CASE.params, "table": (0, 4)},
         CASE.samples,
     )
-    check_rule(scaled, [beside, Case(CASE.call, {"w": (0,)}, {"x": (3, 0)})])
+    check_rule(scaled, [beside])
+
+
+@pytest.mark.parametrize("rule", [right], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"samples": []}, "samples is empty: nothing would be checked"),
+        ({"samples": 3}, "samples is a int"),
+        ({"samples": [0]}, "a member of samples=0 must be an integer, 1 or more"),
+        ({"tolerance": float("inf")}, "tolerance=inf must be a finite number"),
+        ({"tolerance": 0}, "tolerance=0 must be a positive number"),
+        ({"seed": "a"}, "seed='a' must be an integer"),
+    ],
+)
+def test_a_check_of_nothing_is_refused(rule: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(gf.OptionError, match=said):
+        check_rule(scaled, [CASE], **options)
+    with pytest.raises(gf.OptionError, match=said):
+        gf.testing.check_quantity(gf.SqNorm(), lambda g: g.flatten(1).square().sum(1), **options)
+
+
+@pytest.mark.parametrize("rule", [right], indirect=True)
+def test_cases_are_looked_at(rule: Any) -> None:
+    with pytest.raises(gf.OptionError, match="cases is a Case; expected a list"):
+        check_rule(scaled, CASE)  # type: ignore[arg-type]
+    with pytest.raises(gf.OptionError, match="a member of cases is a dict"):
+        check_rule(scaled, [{"call": CASE.call}])  # type: ignore[list-item]
+    none: Any = Case(lambda p, x: None, CASE.params, CASE.samples)  # type: ignore[arg-type, return-value]
+    with pytest.raises(gf.OptionError, match="a case's call returned is a NoneType"):
+        check_rule(scaled, [none])
+    for call in (lambda p, x: CASE.call(p, x)[:, :0], lambda p, x: 0 * CASE.call(p, x)):
+        with pytest.raises(gf.VerificationError, match="tests nothing: all its gradients are zero"):
+            check_rule(scaled, [Case(call, CASE.params, CASE.samples)])
+
+
+def test_quantities_that_read_nothing() -> None:
+    class Nothing(gf.Quantity):
+        degree = 1
+
+        def readers(self, leaves: Any, spec: Any) -> list[Any]:
+            return [None] * len(leaves)
+
+    with pytest.raises(gf.VerificationError, match=r"nothing was read, defined as \(1,\)"):
+        gf.testing.check_quantity(Nothing(), lambda g: g.flatten(1).sum(1))
+    none: Any = lambda g: None  # noqa: E731
+    with pytest.raises(gf.OptionError, match="what definition returned is a NoneType"):
+        gf.testing.check_quantity(gf.SqNorm(), none)

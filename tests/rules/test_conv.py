@@ -95,7 +95,11 @@ def transposed_convolutions(draw: Any) -> tuple[Any, Case]:
 @given(transposed_convolutions())
 def test_transposed_convolutions(drawn: tuple[Any, Case]) -> None:
     op, case = drawn
-    check_rule(op, [case])
+    try:
+        check_rule(op, [case])
+    except gf.VerificationError as error:
+        assume("tests nothing" not in str(error))  # all that the kernel makes is cut off
+        raise
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate", "zeros"])

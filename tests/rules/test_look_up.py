@@ -65,7 +65,7 @@ def test_embedding_bag_of_equal_rows() -> None:
     """Which of several largest rows gets the gradient is what the op says."""
 
     def call(p: Any, x: Any) -> Tensor:
-        return F.embedding_bag(x["ids"], p["table"].round(), mode="max") + 0 * p["table"].sum()
+        return F.embedding_bag(x["ids"], p["table"], mode="max")
 
     table = Case(call, {"table": lambda g: torch.zeros(4, 3).double()}, {"ids": ids(4, 3)})
     check_rule(F.embedding_bag, [table])
