@@ -11,8 +11,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._base.documents import Documents
 from ghostfunc._base.dtypes import wide
-from ghostfunc._base.errors import BatchError
+from ghostfunc._base.errors import (
+    BatchError,
+    OptionError,
+    UnsupportedOpError,
+    UntrackedUseError,
+)
 from ghostfunc._base.evaluating import evaluating as evaluation_mode
 from ghostfunc._base.module import accumulate_grads, from_module
 from ghostfunc._base.processes.dtensors import local
@@ -104,6 +110,12 @@ class Scoring:
         """A micro-batch whose losses add up to what Trainer trains, times a loss scale."""
         assert self.divisor is not None
         by_sample: Any = self.loss.by_sample(inputs, n)
+        if self.compiled and isinstance(by_sample, Documents):
+            raise OptionError(
+                "compile=True (torch_compile=True) cannot record where the samples of a row lie, "
+                "which is read from each batch. Leave it out, or let the collator pad in place of "
+                "putting all samples into one row."
+            )
         own = self.loss.counts(by_sample).sum()
         items = self.divisor.items(own, counted)
         # One after the other, as Trainer divides: every bit is the same.
@@ -206,8 +218,18 @@ class Scoring:
         self.params = {name: local(named[name]) for name in self.params}
 
     def look(self, batch: Any) -> None:
-        """Trace and prove what is new, with draws that are not training's."""
-        look_first(self.model_fn, self.params, batch, self.looked_at)
+        """Trace and prove what is new, with draws that are not training's.
+
+        Raises:
+            UnsupportedOpError, UntrackedUseError: with the way out that a trainer has.
+        """
+        try:
+            look_first(self.model_fn, self.params, batch, self.looked_at)
+        except (UnsupportedOpError, UntrackedUseError) as error:
+            raise type(error)(
+                f'{error} A trainer has mode="ghost" alone: here, register a rule; freeze these '
+                "parameters, whose ops may then be any; or train others, such as LoRA's."
+            ) from error
 
     def one_pass(
         self, ids: Tensor, batch: Any, us: Mapping[str, Any], scale: float

@@ -52,6 +52,9 @@ class NumberedCollator:
         ids = torch.tensor([_whole(self.key, f[self.key]) for f in features], device="cpu")
         rest = [{k: v for k, v in feature.items() if k != self.key} for feature in features]
         batch = dict(self.collate(rest))  # its rows are looked at where the loss is known
+        row = batch.get("input_ids")
+        if isinstance(row, Tensor) and row.ndim == 2 and len(row) == 1:
+            ids = ids[None]  # loaders of iterable datasets cut all tensors to so many rows
         return {**batch, SAMPLE_ID: ids}
 
 
@@ -80,6 +83,7 @@ def taken_ids(inputs: dict[str, Any], key: str | None) -> Tensor:
     for name in (SAMPLE_ID, key):
         if name in inputs:
             ids = torch.as_tensor(inputs.pop(name)).cpu()
+            ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids  # those of one row
             if ids.ndim == 1 and not (ids.is_floating_point() or ids.is_complex()):
                 return ids.long()
             raise BatchError(

@@ -197,7 +197,7 @@ def scores_by_definition(
     for seen in trainer.seen:
         model.load_state_dict(seen["weights"])
         us = [gradient(batch) for batch in score_batches(seen["step"])]
-        ids = seen["inputs"]["ghost_sample_id"].tolist()
+        ids = seen["inputs"]["ghost_sample_id"].flatten().tolist()
         samples = [rows_of(seen["inputs"], i, len(ids)) for i in range(len(ids))]
         own = sum(map(counts, samples))
         rates = [seen["rates"][k] for k in named]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def expected(trainer: Any, score: list[Any]) -> Tensor:
         items = torch.tensor(sum(y != -100 for x in chosen for y in x["labels"][1:]))
         parts = [gradient(x, items) for x in chosen]
         u = [torch.stack(row).sum(0) for row in zip(*parts, strict=True)]
-        for i in seen["inputs"]["ghost_sample_id"].tolist():
+        for i in seen["inputs"]["ghost_sample_id"].flatten().tolist():
             g = gradient(TRAIN[i], seen["counted"])
             rates = [seen["rates"][k] for k in named]
             dots = [-r * (a * b).sum().double() for r, a, b in zip(rates, g, u, strict=True)]
@@ -116,6 +116,28 @@ def test_values_are_those_of_padded_rows(
         trainer.train()
         values.append(trainer.scores.values)
     assert_close(values[1], values[0], 1e-4)
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """The training texts, numbered."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from ({**x, "idx": i} for i, x in enumerate(TRAIN))
+
+
+def test_an_iterable_dataset(tmp_path: Path) -> None:
+    """Its loader cuts every tensor of a batch to the rows of the first."""
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    data = {**FLAT, "train_dataset": Stream(), "id_column": "idx"}
+    trainer = Recorded(model=llama(), args=args, **data)
+    trainer.train()
+    assert trainer.scores.ids.tolist() == list(range(8))
+    assert_close(trainer.scores.values, expected(trainer, SCORE), 1e-4)
+
+
+def test_compiled_passes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(gf.OptionError, match=r"compile=True .* let the collator pad"):
+        gf.hf.GhostTrainer(model=llama(), args=arguments(tmp_path), **FLAT, compile=True).train()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hf_trainers import (
     arguments,
     gpt2,
     in_order,
+    llama,
     same_training,
     scores_by_definition,
     t5,
@@ -363,3 +364,11 @@ def test_a_penalty_on_weights(tmp_path: Path) -> None:
     )
     with pytest.raises(gf.VerificationError, match=r"a penalty on weights .*AdaLoRA"):
         ghost(tmp_path, peft.get_peft_model(gpt2(), config)).train()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_adapters_whose_functions_are_their_own(tmp_path: Path) -> None:
+    """LoHa multiplies its factors in a `torch.autograd.Function`."""
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(gf.UntrackedUseError, match=r'mode="ghost" alone: .*such as LoRA'):
+        ghost(tmp_path, peft.get_peft_model(llama(), config)).train()
