@@ -87,7 +87,7 @@ def ekfac(
         likelihood: `gf.curvature.softmax(...)` or `gf.curvature.gaussian(...)`: how losses are made
             of outputs. Needed unless `fisher="empirical"`.
         draws: how many times labels are drawn for every sample.
-        seed: of the draws.
+        seed: of the draws. Each chunk has draws of its own, so another `chunk_size` makes others.
         sharing: over the positions of a sample, the bases are those of "expand" (every position by
             itself) or "reduce" (positions are summed first). L is exact in both. Where a side is
             longer than the samples are many, "reduce" leaves the rest of the basis to rounding.

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
-from ghostfunc._base.options import check_type, one_of
+from ghostfunc._base.options import check_type, check_whole, one_of
 from ghostfunc.store._metric import Preconditioner, RowView, unit
+from ghostfunc.store._query import check_query
 from ghostfunc.store._rows import StoredRows
-from ghostfunc.store._topk import TopK
+from ghostfunc.store._topk import TopK, check_k
 
 
 class SearchIndex:
@@ -45,15 +46,11 @@ class SearchIndex:
             `TopK(scores [q, k], ids [q, k])`. An index that finds fewer fills up with ids of -1 and
             scores of -inf.
         """
-        if k < 1:
-            raise OptionError(f"k={k} must be at least 1.")
-        if query.ndim != 2 or query.shape[1] != self._k:
-            raise OptionError(
-                f"query has shape {tuple(query.shape)}; expected [q, {self._k}], as ghost_project "
-                "with store.projection makes it."
-            )
+        check_k(k)
+        check_query(query, self._k)
         (rows,) = self._view.whitened(query.detach().cpu().float())
         rows = unit(rows) if self._cosine else rows
+        check_query(rows, rows.shape[1], " in float32, and in the metric,")
         scores, ids = self.index.search(rows.contiguous().numpy(), min(k, len(self)))
         found = torch.from_numpy(ids)
         return TopK(torch.from_numpy(scores).masked_fill(found < 0, -torch.inf), found)
@@ -71,8 +68,7 @@ def build(
 ) -> SearchIndex:
     """The index that `Store.index` returns."""
     one_of("normalize", normalize, ("none", "cosine"))
-    if train_rows < 1:
-        raise OptionError(f"train_rows={train_rows} must be at least 1.")
+    check_whole("train_rows", train_rows)
     faiss = _faiss()
     if precondition is not None:
         check_type("precondition", precondition, Preconditioner, "store.preconditioner(...)")

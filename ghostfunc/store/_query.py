@@ -147,6 +147,21 @@ def all_scores(store: StoredRows, plan: Plan) -> Tensor:
     return out
 
 
+def check_query(q: object, k: int, where: str = "") -> None:
+    """Raise `OptionError` unless it is `[q, k]`, finite floating-point numbers."""
+    if not isinstance(q, Tensor):
+        raise OptionError(f"query{where} is a {type(q).__name__}; expected a tensor [q, k].")
+    if not q.is_floating_point():
+        raise OptionError(f"query{where} is of {q.dtype}; expected floating-point numbers.")
+    if q.ndim != 2 or q.shape[1] != k:
+        raise OptionError(
+            f"query{where} has shape {tuple(q.shape)}; expected [q, {k}], as ghost_project with "
+            "store.projection makes it."
+        )
+    if not bool(torch.isfinite(q).all()):
+        raise OptionError(f"query{where} holds numbers that are not finite.")
+
+
 def _by_checkpoint(store: StoredRows, query: Query) -> dict[str, Tensor]:
     names = store.checkpoint_names
     if not isinstance(query, dict):
@@ -160,17 +175,7 @@ def _by_checkpoint(store: StoredRows, query: Query) -> dict[str, Tensor]:
     for name, q in query.items():
         if name not in names:
             raise OptionError(f"query: there is no checkpoint {name!r}; the store has {names}.")
-        if not isinstance(q, Tensor):
-            raise OptionError(f"query is a {type(q).__name__}; expected a tensor [q, k].")
-        if not q.is_floating_point():
-            raise OptionError(f"query is of {q.dtype}; expected floating-point numbers.")
-        if q.ndim != 2 or q.shape[1] != store.projection.k:
-            raise OptionError(
-                f"query has shape {tuple(q.shape)}; expected [q, {store.projection.k}], as "
-                "ghost_project with store.projection makes it."
-            )
-        if not bool(torch.isfinite(q).all()):
-            raise OptionError(f"query for checkpoint {name!r} holds numbers that are not finite.")
+        check_query(q, store.projection.k, f" for checkpoint {name!r}")
     if not query or len({len(q) for q in query.values()}) > 1:
         raise OptionError("query must have the same number of rows for every checkpoint.")
     return query

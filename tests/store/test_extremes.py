@@ -110,7 +110,7 @@ def test_weights_are_finite_numbers(tmp_path: Path, k: int, weight: Any) -> None
 def test_numbers_are_floating_point(tmp_path: Path, k: int) -> None:
     store = filled(tmp_path / "s", random_rows(k, 0))
     for dtype in (torch.complex64, torch.int64, torch.bool):
-        with pytest.raises(gf.OptionError, match=f"query is of {dtype}"):
+        with pytest.raises(gf.OptionError, match=f"query.* is of {dtype}"):
             store.scores(torch.ones(1, k, dtype=dtype))
         with pytest.raises(gf.OptionError, match=f"rows are of {dtype}"):
             store.write(range(8), torch.ones(8, k, dtype=dtype), "final")
@@ -145,3 +145,31 @@ def test_a_preconditioner_of_another_projection_is_refused(
         return
     with pytest.raises(IncompatibleStoreError, match="rows of another projection"):
         store.scores(random_rows(k, 1, 1), precondition=metric)
+
+
+def test_an_index_takes_what_topk_takes(tmp_path: Path, k: int) -> None:
+    pytest.importorskip("faiss")
+    rows = random_rows(k, 0)
+    store = filled(tmp_path / "s", rows * 1e-25)
+    index, q = store.index("final", factory="Flat"), random_rows(k, 1, 3)
+    want = store.topk(q, 5, normalize="cosine")
+    for query in (q, q * 1e-30, q * 1e30):
+        found = index.topk(query, 5)
+        assert torch.equal(found.ids, want.ids)
+        torch.testing.assert_close(found.scores, want.scores, rtol=1e-5, atol=1e-6)
+    bad: list[tuple[Any, Any, str]] = [
+        (q * torch.nan, 5, "query holds numbers that are not finite"),
+        (q.double() * 1e300, 5, "query in float32, and in the metric, holds numbers"),
+        (q.long(), 5, "query is of torch.int64"),
+        (q[0], 5, "query has shape"),
+        (q.tolist(), 5, "query is a list"),
+        (q, 0, "k=0 must be a whole number"),
+        (q, "5", "k='5' must be a whole number"),
+    ]
+    for query, number, said in bad:
+        with pytest.raises(gf.OptionError, match=said):
+            index.topk(query, number)
+    with pytest.raises(gf.OptionError, match="train_rows='1' must be an integer"):
+        store.index("final", factory="Flat", train_rows="1")  # type: ignore[arg-type]
+    with pytest.raises(gf.OptionError, match="precondition is a int"):
+        store.index("final", factory="Flat", precondition=3)  # type: ignore[arg-type]
