@@ -77,6 +77,12 @@ def project(options: Project) -> int:
     _check_at_least("columns", options.columns, LEAST_RANK**2)
     _check_at_least("batch-size", options.batch_size, 1)
     model = load(options.model, options.loading)
+    most = max(sum(x.numel() for x in model.params.values()), Project.columns)
+    if options.columns > most:
+        raise CommandError(
+            f"--columns {options.columns:,}: expected at most {most:,}; there is nothing to gain "
+            "above as many numbers as a row's gradient has."
+        )
     _, samples = _data.read(options.pool, model, options.loading, None, quiet=options.quiet)
     projection = kronecker_projection(
         model.params,

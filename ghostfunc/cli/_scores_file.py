@@ -34,6 +34,11 @@ def read_scores(path: Path, pool: Path) -> tuple[Rows, Scores]:
         CommandError: no such file, other columns, or scores of other rows.
     """
     rows = Rows.open(pool)
+    if not path.exists():
+        raise CommandError(
+            f"{path}: there is no such file. score --scores writes one, and a run of GhostTrainer "
+            "writes scores.parquet at its end."
+        )
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

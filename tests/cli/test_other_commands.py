@@ -163,7 +163,7 @@ def test_checkpoints_of_another_run(run: Run, files: Path) -> None:
     (files / "empty").mkdir()
     code, said = run("report empty --pool pool.jsonl --out r.html")
     assert code == 2
-    assert "no readable Parquet" in said
+    assert "there is no such file" in said
 
 
 def test_images_come_from_a_column(run: Run, files: Path) -> None:
@@ -183,13 +183,18 @@ def test_images_come_from_a_column(run: Run, files: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("select no.parquet --pool pool.jsonl --out x.jsonl", "no readable Parquet"),
+        ("select no.parquet --pool pool.jsonl --out x.jsonl", "no.parquet: there is no such file"),
+        ("report . --pool pool.jsonl --out r.html", "scores.parquet: there is no such file"),
         ("select pool.jsonl --pool pool.jsonl --out x.jsonl", "no readable Parquet"),
         ("select s.parquet --pool target.jsonl --out x.jsonl", "has the id 3"),
         ("select s.parquet --pool pool.jsonl --by no --out x.jsonl --top 2", "no column 'no'"),
         ("verify MODEL --pool pool.jsonl --count 0", "--count 0: expected at least 1"),
         ("explain MODEL --pool pool.jsonl --count -1", "--count -1: expected at least 1"),
         ("project MODEL --pool pool.jsonl --store s --columns 1", "--columns 1: expected at least"),
+        (
+            "project MODEL --pool pool.jsonl --store s --columns 100000000000",
+            "--columns 100,000,000,000: expected at most",
+        ),
         ("project MODEL --pool pool.jsonl --store s --batch-size 0", "--batch-size 0: expected"),
         ("query MODEL --store no --pool pool.jsonl --target target.jsonl --out x.jsonl", "no such"),
     ],
