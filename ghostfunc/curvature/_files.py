@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,26 @@ def read(
             f"{os.fspath(path)!r} was not written by ghostfunc: it has no entry "
             f"'ghostfunc' in its metadata {sorted(metadata)}."
         )
-    about = json.loads(metadata["ghostfunc"])
-    if about["format"] != FORMAT:
-        raise raised(
-            f"{os.fspath(path)!r} has format {about['format']!r}; this version reads {FORMAT}."
-        )
+    try:
+        about = json.loads(metadata["ghostfunc"])
+    except ValueError as error:
+        raise raised(f"{os.fspath(path)!r} is damaged: its entry 'ghostfunc': {error}.") from error
+    found = about.get("format") if isinstance(about, dict) else about
+    if found != FORMAT:
+        raise raised(f"{os.fspath(path)!r} has format {found!r}; this version reads {FORMAT}.")
     return tensors, about
+
+
+def check_entries(
+    path: str | os.PathLike[str],
+    found: Mapping[str, Any],
+    names: Iterable[str],
+    raised: type[GhostError] = CurvatureError,
+) -> None:
+    """Raise unless all `names` are there."""
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise raised(
+            f"{os.fspath(path)!r} is damaged: it lacks {', '.join(map(repr, lacking))}. Copy it "
+            "again, or delete it and make it again."
+        )

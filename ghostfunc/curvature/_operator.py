@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -353,11 +353,11 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> EKFAC:
             f"{os.fspath(path)!r} holds {about.get('kind')!r}, the state of a computation; "
             "expected what EKFAC.save writes."
         )
+    _files.check_entries(path, about, ("blocks", "samples", "fisher", "params"))
+    for b in about["blocks"]:
+        _files.check_entries(path, b, Block.__dataclass_fields__)
     blocks = [Block(**{**b, "shape": tuple(b["shape"])}) for b in about["blocks"]]
-    bases = [
-        Basis(tensors.get(f"{i}.left"), tensors.get(f"{i}.right"), tensors[f"{i}.eigenvalues"])
-        for i in range(len(blocks))
-    ]
+    bases = [_basis(path, i, block, tensors) for i, block in enumerate(blocks)]
     out = EKFAC(
         blocks,
         bases,
@@ -370,6 +370,25 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> EKFAC:
         return out
     out.check(params)
     return out.to(flatten_params(params)[0][0].device)
+
+
+def _basis(
+    path: str | os.PathLike[str], number: int, block: Block, tensors: Mapping[str, Tensor]
+) -> Basis:
+    """The basis of a block in a file; `CurvatureError` unless its tensors are the block's."""
+    groups, rows, columns = block.sizes
+    shapes: dict[str, tuple[int, ...]] = {"eigenvalues": block.sizes}
+    shapes |= {"left": (groups, rows, rows)} if block.left else {}
+    shapes |= {"right": (groups, columns, columns)} if block.right else {}
+    _files.check_entries(path, tensors, (f"{number}.{name}" for name in shapes))
+    found = {name: tensors[f"{number}.{name}"] for name in shapes}
+    for name, x in found.items():
+        if x.shape != shapes[name] or not bool(x.isfinite().all()):
+            raise CurvatureError(
+                f"{os.fspath(path)!r} is damaged: {name} of parameter {block.path!r} must be "
+                f"finite, of shape {shapes[name]}; its shape is {tuple(x.shape)}."
+            )
+    return Basis(found.get("left"), found.get("right"), found["eigenvalues"])
 
 
 def _through(u: Tensor, block: Block, basis: Basis, f: Callable[[Tensor], Tensor]) -> Tensor:

@@ -112,6 +112,7 @@ class Keeper:
                 f"{os.fspath(self.path)!r} is the state of another computation: it differs in "
                 f"{', '.join(differing)}. Delete the file, or give another checkpoint path."
             )
+        _files.check_entries(self.path, about, COUNTS)
         tensors = {name: x.to(device) for name, x in tensors.items()}
         sums, bases = (
             {name[len(part) :]: x for name, x in tensors.items() if name.startswith(part)}

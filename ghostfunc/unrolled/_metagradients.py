@@ -236,6 +236,9 @@ def _resumed(
             f"{os.fspath(checkpoint)!r} belongs to other metagradients: it differs in "
             f"{', '.join(wrong)}. Delete the file, or give another checkpoint path."
         )
+    names = [f"params {i}" for i in range(len(last.params))]
+    names += [f"slots {i}" for i in range(len(last.slots))]
+    _files.check_entries(checkpoint, {**tensors, **kept}, [*names, "step"], UnrolledError)
     device = last.params[0].device
     params, slots = (
         [tensors[f"{name} {i}"].to(device) for i in range(len(like))]

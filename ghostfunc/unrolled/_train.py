@@ -32,6 +32,9 @@ class States:
     ) -> None:
         self.every = every
         self.directory = None if directory is None else Path(directory)
+        start = training.start()
+        self._names = [f"params {i}" for i in range(len(start.params))]
+        self._names += [f"slots {i}" for i in range(len(start.slots))]
         self._device = training.leaves[0].device
         self._about = {"kind": "training state", **training.about()}
         self._held: dict[int, State] = {}
@@ -63,6 +66,7 @@ class States:
                 f"{str(self.path(step))!r} belongs to another run: it differs in "
                 f"{', '.join(wrong)}. Use another directory, or delete this one."
             )
+        _files.check_entries(self.path(step), tensors, self._names, UnrolledError)
         tensors = {name: x.to(self._device) for name, x in tensors.items()}
         return State(_numbered(tensors, "params"), _numbered(tensors, "slots"))
 

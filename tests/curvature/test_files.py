@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,3 +176,59 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bases: 100%" in shown
     assert "eigenvalues: 100%" in shown
     assert "3/3" in shown
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """The file with what `change(tensors, about)` makes of it."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["ghostfunc"])
+    tensors, about = change(tensors, about)
+    text = about if isinstance(about, str) else json.dumps(about)
+    safetensors.torch.save_file(tensors, path, {"ghostfunc": text})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, a: (t, "{"), "is damaged: its entry 'ghostfunc'"),
+        (lambda t, a: (t, "3"), "has format 3"),
+        (lambda t, a: (t, "{}"), "has format None"),
+        (lambda t, a: (t, {**a, "blocks": [{"path": "b"}]}), "it lacks 'shape', 'kind'"),
+        (lambda t, a: (t, {k: x for k, x in a.items() if k != "samples"}), "it lacks 'samples'"),
+        (lambda t, a: ({k: t[k] for k in t if k != "1.left"}, a), "it lacks '1.left'"),
+        (lambda t, a: ({**t, "1.left": t["1.left"][:, 1:].clone()}, a), "left of parameter 'v'"),
+        (
+            lambda t, a: ({**t, "0.eigenvalues": t["0.eigenvalues"] * torch.nan}, a),
+            "must be finite",
+        ),
+    ],
+)
+def test_a_damaged_curvature_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    """Whole safetensors files that hold something else."""
+    path = tmp_path / "curvature.safetensors"
+    gf.curvature.ekfac(model, draw_params(), draw_batches(), likelihood=SOFTMAX).save(path)
+    gf.curvature.load(path)
+    rewritten(path, change)
+    with pytest.raises(CurvatureError, match=said):
+        gf.curvature.load(path)
+
+
+def test_damaged_states_are_refused(tmp_path: Path) -> None:
+    params, batches, path = draw_params(), draw_batches(), tmp_path / "state"
+    gf.curvature.ekfac(model, params, batches, likelihood=SOFTMAX, checkpoint=path)
+    rewritten(path, lambda t, a: (t, {k: x for k, x in a.items() if k != "phase"}))
+    with pytest.raises(CurvatureError, match="it lacks 'phase'"):
+        gf.curvature.ekfac(model, params, batches, likelihood=SOFTMAX, checkpoint=path)
+
+    steps = [gf.unrolled.Micro(torch.arange(6), b) for b in batches]
+    optimizer = gf.unrolled.sgd(lr=0.1, momentum=0.9)
+    training = gf.unrolled.Training(model, params, steps, optimizer=optimizer)
+    trained = gf.unrolled.train(training, keep_every=2, directory=tmp_path)
+    gf.unrolled.metagradients(trained, batches[0], checkpoint=path.with_suffix(".meta"))
+    for file in (*tmp_path.glob("state_*"), path.with_suffix(".meta")):
+        rewritten(file, lambda t, a: ({k: t[k] for k in t if k != "slots 1"}, a))
+    with pytest.raises(gf.unrolled.UnrolledError, match="it lacks 'slots 1'"):
+        gf.unrolled.metagradients(trained, batches[0], checkpoint=path.with_suffix(".meta"))
+    with pytest.raises(gf.unrolled.UnrolledError, match="it lacks 'slots 1'"):
+        gf.unrolled.train(training, keep_every=2, directory=tmp_path)
