@@ -24,7 +24,7 @@ from ghostfunc.hf._preferences import dpo, reference_logps, reward_pairs
 if TYPE_CHECKING:
     from ghostfunc.hf._health import HealthCallback
     from ghostfunc.hf._mixin import GhostMixin
-    from ghostfunc.hf._trained import SampleLoss
+    from ghostfunc.hf._trained_loss import SampleLoss
     from ghostfunc.hf._trainer import GhostTrainer
     from ghostfunc.hf._trl import DPOMixin, RewardMixin, SFTMixin
 
@@ -57,7 +57,7 @@ _LAZY = {
     "GhostMixin": "ghostfunc.hf._mixin",
     "HealthCallback": "ghostfunc.hf._health",
     "GhostTrainer": "ghostfunc.hf._trainer",
-    "SampleLoss": "ghostfunc.hf._trained",
+    "SampleLoss": "ghostfunc.hf._trained_loss",
     "DPOMixin": "ghostfunc.hf._trl",
     "RewardMixin": "ghostfunc.hf._trl",
     "SFTMixin": "ghostfunc.hf._trl",

@@ -32,7 +32,7 @@ from ghostfunc._transforms.factored import FactoredGrads, kept_of
 from ghostfunc._transforms.health import underflows
 from ghostfunc.hf._divisor import Divisor, compare
 from ghostfunc.hf._flattened import apart_from_weight, weighted
-from ghostfunc.hf._trained import AskedLoss, OtherOutputs, SampleLoss
+from ghostfunc.hf._trained_loss import AskedLoss, OtherOutputs, SampleLoss
 from ghostfunc.hf._warm import keep_pass, look_first, one_pass
 from ghostfunc.shapley import Optimizer, directions
 

@@ -16,8 +16,7 @@ from ghostfunc._base.processes.sharding import reshard
 from ghostfunc._base.torch_private import hooks_within, uncompiled
 from ghostfunc.hf._blocks import warn_of_blocks
 from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
-from ghostfunc.hf._keeping import RunState, ScoreKeeper
-from ghostfunc.hf._kept import KeptScores
+from ghostfunc.hf._kept_scores import KeptScores
 from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
 from ghostfunc.hf._micro_batch import Form, Pieces, Scoring, evaluating, trainable
@@ -25,6 +24,7 @@ from ghostfunc.hf._numbered import SAMPLE_ID, taken_ids
 from ghostfunc.hf._processes import average, averaging, inside, ranks_of
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
+from ghostfunc.hf._scoring_run import RunState, ScoreKeeper
 from ghostfunc.hf._settings import (
     KNOWN,
     is_sharded,
@@ -34,7 +34,7 @@ from ghostfunc.hf._settings import (
     refuse_own_step,
     refuse_settings,
 )
-from ghostfunc.hf._trained import SampleLoss, one_item_each, trained_loss
+from ghostfunc.hf._trained_loss import SampleLoss, one_item_each, trained_loss
 
 
 class GhostMixin(ScoreKeeper):

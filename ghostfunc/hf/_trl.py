@@ -27,7 +27,7 @@ from ghostfunc.hf._preferences import (
     rows_of_pairs,
 )
 from ghostfunc.hf._score_sets import ScoreSet
-from ghostfunc.hf._trained import SampleLoss
+from ghostfunc.hf._trained_loss import SampleLoss
 from ghostfunc.hf._trl_head import head_log_probs, show_head
 
 MARK = "score: "

@@ -19,8 +19,8 @@ from ghostfunc.store._errors import (
 )
 from ghostfunc.store._files import Files
 from ghostfunc.store._meta import Meta
+from ghostfunc.store._on_disk import StoredChunks
 from ghostfunc.store._recipe import Recipe
-from ghostfunc.store._stored import StoredChunks
 
 FEW = 64
 """Reading so many marks takes less time than listing the names of a large store."""

@@ -6,9 +6,9 @@ values = gf.unrolled.metagradients(trained, val).scores.values      # negative: 
 """
 
 from ghostfunc.unrolled._errors import UnrolledError
+from ghostfunc.unrolled._forward import Trained, train
 from ghostfunc.unrolled._metagradients import Metagradients, StepValues, metagradients
 from ghostfunc.unrolled._optimizers import Optimizer, adam, adamw, clipped, sgd
-from ghostfunc.unrolled._train import Trained, train
 from ghostfunc.unrolled._training import Micro, Training
 
 __all__ = [

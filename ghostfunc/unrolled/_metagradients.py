@@ -23,7 +23,7 @@ from ghostfunc.curvature import _files
 from ghostfunc.shapley import Scores
 from ghostfunc.unrolled._adjoint import Adjoint, Hvp, step_back
 from ghostfunc.unrolled._errors import UnrolledError
-from ghostfunc.unrolled._train import Trained, bar
+from ghostfunc.unrolled._forward import Trained, bar
 from ghostfunc.unrolled._training import State, differing
 
 

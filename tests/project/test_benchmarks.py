@@ -39,9 +39,10 @@ def line(bench: SimpleNamespace, mine: dict[str, Any], base: dict[str, Any], **o
     return bench.verdict.judge(row, {"step/256": {"step": mine, "plain": base}})
 
 
-def test_a_ratio_is_one_of_medians(bench: SimpleNamespace) -> None:
-    got = line(bench, {"times": [2.0, 3.0, 4.0]}, {"times": [2.0, 2.0, 8.0]})
-    assert (got.value, got.spread, got.met) == (1.5, (0.75, 1.25), "not met")
+def test_a_ratio_is_the_median_of_rounds(bench: SimpleNamespace) -> None:
+    """The last round, in which the machine was slow for both, counts as one."""
+    got = line(bench, {"times": [3.0, 4.0, 12.0]}, {"times": [2.0, 2.0, 8.0]})
+    assert (got.value, got.spread, got.met) == (1.5, (1.5, 1.75), "not met")
     assert line(bench, {"times": [2.4] * 3}, {"times": [2.0] * 3}).met == "met"
 
 

@@ -22,7 +22,7 @@ from helpers import fill, make_params, make_projection, make_store
 import ghostfunc as gf
 from ghostfunc.store import DamagedRowsError, Store, StoreError, _checkpoints, _documents
 from ghostfunc.store._files import LocalFiles
-from ghostfunc.store._stored import StoredChunks
+from ghostfunc.store._on_disk import StoredChunks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/guarantees.md"

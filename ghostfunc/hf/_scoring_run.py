@@ -17,7 +17,7 @@ from ghostfunc._base.processes.ranks import Ranks
 from ghostfunc.hf._checkpoints import LAST_WRITTEN
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._health import HealthCallback
-from ghostfunc.hf._kept import KeptScores, recipe_of
+from ghostfunc.hf._kept_scores import KeptScores, recipe_of
 from ghostfunc.hf._metrics import Metrics
 from ghostfunc.hf._micro_batch import Book, Form, Scoring, Values
 from ghostfunc.hf._numbered import SAMPLE_ID, Numbered, NumberedCollator
