@@ -82,7 +82,7 @@ def taken_ids(inputs: dict[str, Any], key: str | None) -> Tensor:
     """
     for name in (SAMPLE_ID, key):
         if name in inputs:
-            ids = torch.as_tensor(inputs.pop(name)).cpu()
+            ids = torch.as_tensor(inputs.pop(name), device="cpu")
             ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids  # those of one row
             if ids.ndim == 1 and not (ids.is_floating_point() or ids.is_complex()):
                 return ids.long()

@@ -21,7 +21,7 @@ import ghostfunc as gf
 from ghostfunc._factors import pairs
 from ghostfunc._factors.factor import Outer
 from ghostfunc._taps import run
-from ghostfunc._trace import record
+from ghostfunc._trace import beside_fewer
 
 SEEDS = range(20)
 
@@ -128,7 +128,7 @@ def test_rows_of_others_are_right_while_they_weigh_nothing(move: str) -> None:
 
 
 def test_rows_of_others_that_nobody_sees_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "moves_samples", lambda *args: False)
+    monkeypatch.setattr(beside_fewer, "moves_samples", lambda *args: False)
     program = changing(LINEAR, ACT, LATENT)
     failed = [c for c in play(program, only=["norms", "dots"]) if c.failed]
     assert {(c.setting, c.status, c.coupled) for c in failed} == {(1, "wrong", True)}
