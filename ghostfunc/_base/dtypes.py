@@ -3,6 +3,8 @@ tensor's."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -19,6 +21,21 @@ SMALL = 2.0**-480
 def wide(x: Tensor) -> Tensor:
     """`x` in the dtype contractions run in: float32, or wider if `x` is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def digits_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype with as many digits as products of `dtype` have: of float32, TF32 or bfloat16 where
+    torch may round to it (`torch.set_float32_matmul_precision`). TF32 has those of float16."""
+    if dtype is not torch.float32:
+        return dtype
+    if torch.__version__ >= "2.9":  # since then each library has a setting of its own
+        backends: tuple[Any, ...] = torch.backends.mkldnn, torch.backends.cuda
+        words = {x.matmul.fp32_precision for x in backends}
+    else:
+        words = {torch.get_float32_matmul_precision()}
+    if words & {"bf16", "medium"}:
+        return torch.bfloat16
+    return torch.float16 if words & {"tf32", "high"} else dtype
 
 
 def normal_like(generator: np.random.Generator, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ghostfunc._base.dtypes import digits_of
 from ghostfunc._base.errors import (
     WAYS_OUT,
     LossShapeError,
@@ -91,7 +92,7 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
     Each is compared to itself: a large one hides no other. What is smaller than one, and than the
     largest, is compared to that: a loss near zero is a difference of larger numbers.
     """
-    eps = torch.finfo(a.dtype if dtype is None else dtype).eps
+    eps = torch.finfo(digits_of(a.dtype) if dtype is None else dtype).eps
     tolerance = min(0.1, 64 * (eps if eps > 1e-4 else eps**0.8))
     largest = min(1.0, float(a.detach().abs().max()) if a.numel() else 0.0)
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest + eps)

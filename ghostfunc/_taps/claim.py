@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ghostfunc._base.company import Part
 from ghostfunc._base.definition import weighted_gradient, weighted_gradients
-from ghostfunc._base.dtypes import wide
+from ghostfunc._base.dtypes import digits_of, wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.losses import close
 from ghostfunc._base.purity import coupled_samples, taken_in_any_company
@@ -159,8 +159,9 @@ class Alone:
 
 
 def coarsest(model: TracedModel) -> torch.dtype:
-    """The dtype of the run with the fewest digits."""
+    """The dtype of the run with the fewest digits, products counted."""
     dtypes = {x.dtype for x in model.leaves} | model.trace.dtypes
+    dtypes |= set(map(digits_of, dtypes))
     return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
 
 

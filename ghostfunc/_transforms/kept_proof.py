@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import squared_norms, wide
+from ghostfunc._base.dtypes import digits_of, squared_norms, wide
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
@@ -169,6 +169,7 @@ def _whole(bundle: bundles.Bundle, index: Tensor, shape: tuple[int, ...]) -> Ten
 
 def _coarsest(kept: Sequence[bundles.Bundle], leaves: Sequence[Tensor]) -> torch.dtype:
     dtypes = {x.dtype for x in leaves} | {bundles.values(f).dtype for b in kept for f in b}
+    dtypes |= set(map(digits_of, dtypes))
     return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
 
 
