@@ -123,10 +123,7 @@ class _Company:
 
     def run(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
         """`losses`, or what the model raises."""
-        program = self.program
-        params = lend(program.leaves)
-        given = program.spec.unflatten(params)
-        out = pure(lambda: program.model_fn(given, data), program, data, params, mode or Refusals())
+        out = _run_purely(self.program, data, mode or Refusals())
         return check_losses(out, batch_size(data)).detach()
 
     def whole(self) -> Tensor:
@@ -214,6 +211,13 @@ def pure(
     return out
 
 
+def _run_purely(program: Program, batch: PyTree, mode: Refusals) -> Tensor:
+    """What a run at aliases of the parameters returns, which has to be `pure`."""
+    params = lend(program.leaves)
+    given = program.spec.unflatten(params)
+    return pure(lambda: program.model_fn(given, batch), program, batch, params, mode)
+
+
 @contextmanager
 def seen_from_outside(program: Program, batch: PyTree) -> Iterator[None]:
     """Around a pass that no mode watches. If it left what side effects leave, the program is run
@@ -225,9 +229,7 @@ def seen_from_outside(program: Program, batch: PyTree) -> Iterator[None]:
     yield
     if not before.remains(program):
         with torch.enable_grad():
-            params = lend(program.leaves)
-            given = program.spec.unflatten(params)
-            pure(lambda: program.model_fn(given, batch), program, batch, params, Refusals())
+            _run_purely(program, batch, Refusals())
 
 
 MODEL_FAILED = RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError

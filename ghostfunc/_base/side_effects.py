@@ -137,7 +137,7 @@ class Footprint:
         return Footprint(_generators(program.leaves), given, versions(given))
 
     def remains(self, program: Program) -> bool:
-        """Whether all of it is what it was."""
+        """Whether nothing was drawn, and no tensor written to, since."""
         return (
             self.generators == _generators(program.leaves) and versions(self.given) == self.versions
         )

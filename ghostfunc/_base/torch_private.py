@@ -309,14 +309,13 @@ def with_torch_functions() -> AbstractContextManager[None]:
 
 
 def version(x: Tensor) -> int:
-    """A number that every in-place write to the tensor raises; 0 of a tensor of inference mode,
-    whose writes nobody counts."""
-    x = innermost(x)
-    return 0 if x.is_inference() else x._version
+    """A number that every in-place write to the tensor raises."""
+    (number,) = versions([x])
+    return number
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """`version` of each."""
+    """`version` of each; 0 of a tensor of inference mode, whose writes nobody counts."""
     inside = map(innermost, tensors) if in_transform() else tensors
     return [0 if x.is_inference() else x._version for x in inside]
 

@@ -3,7 +3,7 @@ samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -160,9 +160,13 @@ class Alone:
 
 def coarsest(model: TracedModel) -> torch.dtype:
     """The dtype of the run with the fewest digits, products counted."""
-    dtypes = {x.dtype for x in model.leaves} | model.trace.dtypes
-    dtypes |= set(map(digits_of, dtypes))
-    return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
+    return coarsest_of({x.dtype for x in model.leaves} | model.trace.dtypes)
+
+
+def coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype whose numbers, or products, have the fewest digits."""
+    known = {*map(digits_of, dtypes)} & TOLERANCES.keys()
+    return max(known, key=lambda x: torch.finfo(x).eps)
 
 
 def tolerance_of(model: TracedModel, contract_dtype: ContractDtype) -> float:

@@ -11,6 +11,7 @@ None of them knows what a parameter is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -59,7 +60,7 @@ def shapes(tree: object) -> list[Shape | None]:
 
 @dataclass
 class PairedCall:
-    """A call on more samples, with what is known of the same call on fewer.
+    """One call of the run with more samples, beside the same call of the run with fewer.
 
     Attributes:
         fewer, more: shapes of its arguments, with fewer samples and with more; None for those that
@@ -81,7 +82,7 @@ class PairedCall:
     def __post_init__(self) -> None:
         self.more = shapes((self.args, self.kwargs))
 
-    @property
+    @functools.cached_property
     def given(self) -> list[Tensor]:
         """The tensors among its arguments."""
         return tensors_of((self.args, self.kwargs))
@@ -125,7 +126,7 @@ class Reads:
     def __init__(self, batch: PyTree) -> None:
         self.seen = False
         self.numbers: set[int] = set()
-        self._of_batch = {id(x): x for x in tensors_of(batch)}  # what is made of its values
+        self._of_batch = {id(x): x for x in tensors_of(batch)}  # and tensors made of its values
         self._written: set[int] = set()
 
     def after(self, call: PairedCall, out: Any) -> None:
@@ -217,7 +218,7 @@ class Statistics:
         self._uses_batch_wide = bool(self._batch_wide) and any(
             id(x) in self._batch_wide for x in call.given
         )
-        # The op is tried on other rows before it is run, since it may write to what it is given.
+        # `_moves` calls the op on other rows. It comes first: an op may write to its arguments.
         self.seen = self.seen or _moves(call, self._n, self._fixed.tensors)
 
     def after(self, call: PairedCall, out: Any) -> None:
@@ -251,5 +252,5 @@ def _moves(call: PairedCall, n: int, fixed: Container[int]) -> bool:
     if call.more == call.fewer or not any(call.out_fewer):
         return False
     if isinstance(func, FunctionType) and func.__module__.startswith("ghostfunc."):
-        return False  # ops of this package know whose rows are whose
+        return False  # an op of this package knows which sample owns a row
     return moves_samples(func, (call.args, call.kwargs), call.fewer, call.out_fewer, n, fixed)

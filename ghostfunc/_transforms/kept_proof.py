@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import digits_of, squared_norms, wide
+from ghostfunc._base.dtypes import squared_norms, wide
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
 from ghostfunc._quantities.quantity import kind_of
-from ghostfunc._taps.claim import FLOOR, TOLERANCES
+from ghostfunc._taps.claim import FLOOR, TOLERANCES, coarsest_of
 from ghostfunc._taps.proof import FEW
 from ghostfunc._taps.readings import PERIOD, Numbers, Reading, off_by
 from ghostfunc._taps.rounding import NOISE
@@ -168,9 +168,9 @@ def _whole(bundle: bundles.Bundle, index: Tensor, shape: tuple[int, ...]) -> Ten
 
 
 def _coarsest(kept: Sequence[bundles.Bundle], leaves: Sequence[Tensor]) -> torch.dtype:
-    dtypes = {x.dtype for x in leaves} | {bundles.values(f).dtype for b in kept for f in b}
-    dtypes |= set(map(digits_of, dtypes))
-    return max(dtypes & TOLERANCES.keys(), key=lambda x: torch.finfo(x).eps)
+    return coarsest_of(
+        {x.dtype for x in leaves} | {bundles.values(f).dtype for b in kept for f in b}
+    )
 
 
 def _disproved(what: str, spec: ParamSpec, wrong: dict[int, float]) -> VerificationError:

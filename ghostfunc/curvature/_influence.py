@@ -303,7 +303,7 @@ def _by_directions(
 
 
 def _check_lengths(first: Sequence[Tensor], last: Sequence[Tensor]) -> None:
-    """Raise `PositionAxisError` for batches of a loader whose positions cannot stand in one row."""
+    """Raise `PositionAxisError` unless all batches of a loader have as many positions."""
     if any(x.shape[2:] != y.shape[2:] for x, y in zip(first, last, strict=True)):
         raise PositionAxisError(
             f"per_position=True: batches of train have {first[0].shape[2]} positions, and "

@@ -20,7 +20,7 @@ from ghostfunc._base.losses import refuse_not_finite
 from ghostfunc._base.options import check_chunk_size, check_model_fn, one_of
 from ghostfunc._base.processes.pieces import refuse_pieces
 from ghostfunc._base.program import Program
-from ghostfunc._base.torch_private import unrounded, version
+from ghostfunc._base.torch_private import unrounded, versions
 from ghostfunc._base.trees import ParamSpec, batch_size, flatten_like, flatten_params
 from ghostfunc._base.types import ModelFn, PyTree
 from ghostfunc.curvature._errors import CurvatureError, check_batches
@@ -52,7 +52,7 @@ class DataOperator(Operator):
             )
         leaves, self._spec = flatten_params(params)
         self._leaves = [x.detach() for x in leaves]
-        self._versions = [version(x) for x in self._leaves]
+        self._versions = versions(self._leaves)
         self.batches, self._hvp, self._chunk_size = batches, hvp, chunk_size
         self._looked_at = False
         if next(iter(batches), None) is None:
@@ -82,7 +82,7 @@ class DataOperator(Operator):
 
     def _check_unchanged(self) -> None:
         """Raise `CurvatureError` where its parameters were written to, by an optimizer's step."""
-        now = [version(x) for x in self._leaves]
+        now = versions(self._leaves)
         if now != self._versions:
             names = zip(self._spec.names, self._versions, now, strict=True)
             first = next(name for name, before, after in names if before != after)

@@ -1,4 +1,4 @@
-"""Rows into which a collator puts all samples of a batch: every sample is a document of such a row.
+"""A collator may put all samples of a batch into one row: each sample is a document of that row.
 
 DataCollatorWithFlattening of transformers and `padding_free` of TRL make `[1, T]` of n samples.
 """

@@ -218,7 +218,7 @@ class Scoring:
         self.params = {name: local(named[name]) for name in self.params}
 
     def look(self, batch: Any) -> None:
-        """Trace and prove what is new, with draws that are not training's.
+        """Trace and prove a batch of new shapes; the generators of training stay where they are.
 
         Raises:
             UnsupportedOpError, UntrackedUseError: with the way out that a trainer has.

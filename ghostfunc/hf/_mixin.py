@@ -277,9 +277,8 @@ class GhostMixin(ScoreKeeper):
             with evaluating(module):
                 run.divisor = self._hold_against_trainer(scoring, given, n, inputs, counted, pieces)
             first = False
-        if (
-            first and self._overridden_loss and not empty
-        ):  # it may change in the course of a training
+        # A loss of the user's own may change in the course of a training.
+        if first and self._overridden_loss and not empty:
             with evaluating(module):
                 self._hold_against_trainer(scoring, given, n, inputs, counted, {})
         scoring.divisor = run.divisor or scoring.divisor

@@ -257,8 +257,7 @@ def _tokens(
         return losses
 
     def counts(batch: Samples) -> Tensor:
-        labels = batch["labels"] if isinstance(batch, Documents) else need(batch, "labels")
-        labels = labels.reshape(len(labels), -1)
+        labels = _labels_by_sample(batch)
         return ((labels[:, 1:] if shifted and not first_too else labels) != IGNORED).sum(1)
 
     return SampleLoss(sums, counts)
@@ -271,6 +270,12 @@ def _heads(model: nn.Module) -> SampleLoss:
         return head_losses(head_of(model), _aligned(module, batch), need(batch, "labels"))
 
     return SampleLoss(sums, lambda batch: head_counts(head_of(model), need(batch, "labels")))
+
+
+def _labels_by_sample(batch: Samples) -> Tensor:
+    """Labels, `[n, T]`."""
+    labels = batch["labels"] if isinstance(batch, Documents) else need(batch, "labels")
+    return labels.reshape(len(labels), -1)
 
 
 class AskedLoss(SampleLoss):
@@ -315,8 +320,7 @@ def _by_function(function: Callable[..., Tensor], *, shifted: bool) -> AskedLoss
         return out
 
     def counts(batch: Samples) -> Tensor:  # as Trainer counts them
-        labels = batch["labels"] if isinstance(batch, Documents) else need(batch, "labels")
-        labels = labels.reshape(len(labels), -1)
+        labels = _labels_by_sample(batch)
         return ((labels[:, 1:] if shifted else labels) != IGNORED).sum(1)
 
     return AskedLoss(sums, counts)
