@@ -10,7 +10,7 @@ import peers
 import torch
 from exact import MAX_NORM, exact
 from measure import Contestant
-from shapes import Shape, gpt2, gpt2_loss, untied_gpt, untied_loss
+from shapes import Shape, documents, gpt2, gpt2_loss, untied_gpt, untied_loss
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -109,6 +109,40 @@ def quadratic(shape: Shape) -> dict[str, Contestant]:
         ),
         "project": Contestant(lambda: gf.ghost_project(model_fn, params, train, projection)),
     }
+
+
+def packed(shape: Shape) -> dict[str, Contestant]:
+    """Quadratic quantities of the documents in packed rows, against those of the rows."""
+    module, ids = gpt2(shape).eval(), shape.ids()[: shape.n]
+    model_fn, params = gf.hf.causal_lm(module)
+    rows = {"input_ids": ids}
+    found = {}
+    for layout, sizes in documents(shape).items():
+        segments = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).expand_as(ids)
+        batches = {"rows": rows, layout: gf.documents({**rows, "segments": segments})}
+        samples = [document for row in ids for document in row.split(sizes)]
+        right = exact(module, lambda m, one: gpt2_loss(m, one[0][None]), samples, samples[:1])
+        for name, batch in batches.items():
+            norms, clipped = (None, None) if name == "rows" else (right.norms, right.clipped)
+            found |= {
+                f"norm, {name}": Contestant(partial(gf.ghost_norm, model_fn, params, batch), norms),
+                f"clipped, {name}": Contestant(
+                    partial(gf.ghost_clipped_grad, model_fn, params, batch, max_norm=MAX_NORM),
+                    clipped,
+                    lambda step: step.grads,
+                ),
+                f"gram, {name}": Contestant(
+                    partial(gf.ghost_gram, model_fn, params, batch),
+                    norms,
+                    lambda gram: gram.diagonal().sqrt(),
+                ),
+                f"health, {name}": Contestant(
+                    partial(gf.ghost_health, model_fn, params, batch),
+                    norms,
+                    lambda step: sum(x[:, 0] for x in step.spread.values()).sqrt(),
+                ),
+            }
+    return found
 
 
 def compiled(shape: Shape) -> dict[str, Contestant]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,18 @@ class Exact:
     clipped: dict[str, Tensor]
 
 
+Samples = TypeVar("Samples", bound=Sequence[Tensor] | Tensor)
+
+
 def exact(
-    module: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], train: Tensor, val: Tensor
+    module: nn.Module, loss: Callable[[nn.Module, Samples], Tensor], train: Samples, val: Samples
 ) -> Exact:
     """The numbers of all n samples of `train`, `u` the gradient of the mean loss of `val`."""
     wide = copy.deepcopy(module).double()
     named = dict(wide.named_parameters())  # tied parameters once
     params = list(named.values())
 
-    def gradient(ids: Tensor) -> Sequence[Tensor]:
+    def gradient(ids: Samples) -> Sequence[Tensor]:
         return torch.autograd.grad(loss(wide, ids).mean(), params)
 
     u = gradient(val)

@@ -15,6 +15,7 @@ Figure = Literal["time", "peak", "floor", "slope"]
 JOBS: dict[str, Callable[[Shape], dict[str, Contestant]]] = {
     "step": who.step,
     "quadratic": who.quadratic,
+    "packed": who.packed,
     "compiled": who.compiled,
     "vmap": who.against_vmap,
     "dattri-llm": who.against_dattri_llm,
@@ -132,6 +133,11 @@ def _rows() -> list[Row]:
         Row("ghost_clipped_grad, untied", "opacus", "gpt2-small", "clipped", "plain, n rows", 1.60),
         Row("step against vmap(grad)", "vmap", "256", "step", "peer", 1.0),
         Row("step against dattri-llm 0.1", "dattri-llm", "256", "step", "peer", 1.0),
+    ]
+    rows += [
+        Row(f"{what} of {how}", "packed", "256", f"{what}, {how}", f"{what}, rows", 1.10)
+        for how in ("uneven documents", "even documents")
+        for what in ("norm", "clipped", "gram", "health")
     ]
     for shape, always in (("256", False), ("gpt2-small", True)):
         rows += [

@@ -52,6 +52,17 @@ TINY = Shape(1, 64, 50, 16, 4, 2)
 """What `--quick` takes for all of them: to see that everything runs."""
 
 
+def documents(shape: Shape) -> dict[str, list[int]]:
+    """Two ways to fill rows with four documents, by name: their lengths."""
+    quarter = shape.length // 4
+    short, middle = max(2, shape.length // 80), max(2, shape.length // 20)
+    rest = shape.length - short - middle - shape.length // 6
+    return {
+        "uneven documents": [short, middle, shape.length // 6, rest],
+        "even documents": [quarter] * 4,
+    }
+
+
 def gpt2(shape: Shape) -> GPT2LMHeadModel:
     """Hugging Face's GPT-2, its head tied to its embedding."""
     torch.manual_seed(0)

@@ -79,6 +79,11 @@ class Packing:
         full = bool((~self.free).view(self.rows, self.width)[:, -1].any())
         return *bounds, full
 
+    @property
+    def seamless(self) -> bool:
+        """Whether documents of one length fill the rows: then they are a view of them."""
+        return self.whole and self.index.numel() == self.rows * self.width
+
     @functools.cached_property
     def spans(self) -> list[slice]:
         """The stretch of each document in the flattened rows."""

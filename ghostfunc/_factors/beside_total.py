@@ -22,6 +22,10 @@ from ghostfunc._factors.contract import add_total, add_up, dot, position_dots, t
 from ghostfunc._factors.factor import Factor, Outer
 from ghostfunc._factors.matmul import add_product, by_onednn, matmul, product, speed
 
+STRETCH = 1 << 18
+"""Elements of a dot product that float32 adds up in several lanes with an error of a few
+roundings."""
+
 
 class RunningTotal:
     """`sum_i g_i` over the uses of one parameter, added up as they come, in memory of its own.
@@ -139,6 +143,14 @@ def _pieces(
     return [left[span] for span in packing.spans], [right[span] for span in packing.spans]
 
 
+def _dot(g: Tensor, u: Tensor) -> Tensor:
+    """`<g, u>` of long vectors."""
+    if len(g) <= STRETCH:
+        return torch.dot(g, u)
+    pieces = zip(g.split(STRETCH), u.split(STRETCH), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pieces]).sum()
+
+
 def _by_rows(
     factor: Outer,
     us: Sequence[Tensor],
@@ -172,7 +184,7 @@ def _by_rows(
                 g = product(x, y, out=summed)
             else:
                 g = product(x, y, out=None if block is None else block[: len(x)])
-            dots.append(torch.stack([torch.dot(g.flatten(), u) for u in block_us]))
+            dots.append(torch.stack([_dot(g.flatten(), u) for u in block_us]))
             if with_total:
                 if first or summed is None:
                     summed = g

@@ -13,6 +13,10 @@ AVX-512 unused; oneDNN, which torch has besides it for convolutions, bfloat16 an
 uses all of it and takes half of the time, to about the same accuracy. There, products of factors go
 to oneDNN; those of the model stay what they are.
 
+**Inner products of gradients** are cut into pieces. A matrix library adds up the terms of one inner
+product nearly one after the other: of two million terms of one sign float32 then keeps four digits,
+of sixteen million three. Each piece is a product of its own, and torch adds up their sums in pairs.
+
 `torch.backends.mkldnn.set_flags(False)` has everything multiplied by MKL, and
 `torch.set_float32_matmul_precision` means to both what it says.
 """
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from math import prod
 from pathlib import Path
 
 import torch
@@ -30,6 +35,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.torch_private import (
     PLAIN,
     has_onednn_linear,
+    known,
     onednn_allowed,
     onednn_linear,
     unrounded,
@@ -50,6 +56,17 @@ LEAST_SIZE = 32
 
 OPS_PER_COPIED_ELEMENT = 256
 """Multiplications that are worth it to copy an element to another place in its row or column."""
+
+PIECE = 1 << 13
+"""Elements of two vectors whose inner product has an error of a few roundings, and takes no longer
+than a part of a longer one."""
+
+FEW_PIECES = 4
+"""Pieces below which a vector is left whole: errors are not yet worth the calls."""
+
+TABLE_ELEMENTS = 1 << 20
+"""Elements of all pieces' sums together. Where more would be needed there are fewer pieces:
+products of so many vectors are cut by matrix libraries, too."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -231,3 +248,43 @@ def speed(x: Tensor, contract_dtype: ContractDtype = None) -> int:
 def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:
     """`x` as it goes into several calls of `matmul`: what can be done once is."""
     return x.to(contract_dtype) if contract_dtype is torch.bfloat16 else wide(x)
+
+
+def inner_products(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    """`<x_i, y_j>` of every pair of rows, `[..., n, m]`, of `[..., n, elements]` and
+    `[..., m, elements]`; float32 or wider."""
+    pairs = max(1, known(prod(x.shape[:-1])) * known(y.shape[-2]))
+    pieces = min(known(x.shape[-1]) // PIECE, TABLE_ELEMENTS // pairs)
+    if pieces < FEW_PIECES:
+        return matmul(x, y.mT, contract_dtype)
+    (x, rest_of_x), (y, rest_of_y) = _cut(x, pieces), _cut(y, pieces)
+    out = matmul(x, y.mT, contract_dtype).sum(0)
+    if not rest_of_x.shape[-1]:
+        return out
+    return out + matmul(rest_of_x, rest_of_y.mT, contract_dtype)
+
+
+def dots(x: Tensor, u: Tensor) -> Tensor:
+    """`<x_i, u>` of every row, `[..., n]`, of `[..., n, elements]` and `[..., elements]`."""
+    if known(x.shape[-1]) < FEW_PIECES * PIECE:
+        return (x @ u[..., None])[..., 0] if u.ndim > 1 else x @ u
+    return inner_products(x, u[..., None, :])[..., 0]
+
+
+def squares(x: Tensor) -> Tensor:
+    """`||x_i||^2` of every row, `[..., n]`, of `[..., n, elements]`, which are not copied."""
+    pieces = known(x.shape[-1]) // PIECE
+    if pieces <= FEW_PIECES:
+        return _squares(x)
+    x, rest = _cut(x, pieces)
+    return _squares(x).sum(0) + _squares(rest)
+
+
+def _squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).square()
+
+
+def _cut(x: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
+    """Equal pieces, `[pieces, ..., n, k]`, and fewer than `pieces` elements that are left."""
+    k = x.shape[-1] // pieces
+    return x[..., : k * pieces].unflatten(-1, (pieces, k)).movedim(-2, 0), x[..., k * pieces :]

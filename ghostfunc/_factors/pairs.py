@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce, singledispatch
-from itertools import chain, product
+from itertools import product
 from math import isqrt, prod
 from operator import add
 from typing import NamedTuple
@@ -35,15 +35,19 @@ from ghostfunc._factors.bundles import (
     pooled,
     positions,
     samples,
+    side_by_side,
     take,
     values,
 )
 from ghostfunc._factors.contract import add_up, blocks, dot, materialize, row_dots, total
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._factors.matmul import matmul, product as matrix_product
+from ghostfunc._factors.matmul import inner_products, matmul, product as matrix_product
 
 LARGE = 1 << 18
 """Elements of gradients from which on memory costs more than the calls that save it."""
+
+STRIP = 512
+"""Positions of short parts that are put side by side: a product of more is as fast as it gets."""
 
 
 def sqnorms(
@@ -113,17 +117,16 @@ def gram_of_parts(
     by_tokens = partial(_gram_by_tokens, workspace=workspace, contract_dtype=contract_dtype)
     ours = counts(mine)
     formed = cost.gram_formed(ours, ours if same else counts(theirs), p, d, same=same)
-    if formed:
+    if not formed:
+        out = by_tokens(mine, theirs)
+    else:
         sides = [mine[:formed]] if same else [mine, theirs]
         out = _gram_by_rows(sides, p, d, workspace, contract_dtype)
-    elif same:
-        out = by_tokens(mine[0], mine[0])
-    else:
-        out = joined([joined([by_tokens(f, g) for g in theirs], 1) for f in mine])
-    for i in range(max(formed, 1), len(mine) if same else 0):
-        strip = joined([by_tokens(mine[i], g) for g in mine[: i + 1]], 1)
-        above = strip[:, : len(out)].mT
-        out = torch.cat([torch.cat([out, above], 1), strip])
+    if same and 0 < formed < len(mine):
+        rest = mine[formed:]
+        across = by_tokens(rest, mine[:formed])
+        below = torch.cat([across, by_tokens(rest, rest)], 1)
+        out = torch.cat([torch.cat([out, across.mT], 1), below])
     # Rounding differs between a matrix product's two triangles.
     return (out + out.mT) / 2 if same else out
 
@@ -181,7 +184,7 @@ def _gram_by_rows(
         for side, n in zip(sides, numbers, strict=True)
     ]
     blocks = zip(*formed, strict=True)
-    return reduce(add, (matmul(x[0], x[-1].mT, contract_dtype) for x in blocks))
+    return reduce(add, (inner_products(x[0], x[-1], contract_dtype) for x in blocks))
 
 
 def row_blocks(
@@ -321,23 +324,88 @@ def _sqnorms_by_tokens(
 
 
 def _gram_by_tokens(
-    mine: Bundle, theirs: Bundle, workspace: int, contract_dtype: ContractDtype
+    mine: Sequence[Bundle],
+    theirs: Sequence[Bundle],
+    workspace: int,
+    contract_dtype: ContractDtype,
 ) -> Tensor:
-    """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
-    n, m = samples(mine), samples(theirs)
+    """Inner products of two batches in parts. Short parts go side by side, since a product of few
+    positions takes as long as one of many."""
+    sides = [_strips(side, min(STRIP, isqrt(workspace))) for side in (mine, theirs)]
+    own = partial(_strip_gram, workspace=workspace, contract_dtype=contract_dtype)
+    return joined([joined([own(f, g) for g in sides[1]], 1) for f in sides[0]])
 
-    def grams(f: Factor, g: Factor) -> Iterator[Tensor]:
-        s = min(known(g[0].shape[1]), isqrt(workspace))
-        columns = min(m, max(1, isqrt(workspace) // s))
-        t = min(known(f[0].shape[1]), max(1, workspace // (s * columns)))
-        rows = min(n, max(1, workspace // (s * columns * t)))
-        for a, b in product(_chunks(f, t), _chunks(g, s)):
-            yield _token_gram(a, b, n, m, rows, columns, contract_dtype)
 
-    met = list(product(_with_positions(mine), _with_positions(theirs)))
+def _strips(parts: Sequence[Bundle], most: int) -> list[list[Bundle]]:
+    """Parts that follow each other, together as long as they have at most so many positions."""
+    if len(parts) == 1:
+        return [list(parts)]
+    strips: list[list[Bundle]] = []
+    room = 0
+    for bundle in parts:
+        tokens = max(known(f[0].shape[0] * f[0].shape[1]) for f in bundle)
+        if not strips or tokens > room:
+            strips.append([])
+            room = most
+        strips[-1].append(bundle)
+        room -= tokens
+    return strips
+
+
+def _strip_gram(
+    mine: Sequence[Bundle],
+    theirs: Sequence[Bundle],
+    workspace: int,
+    contract_dtype: ContractDtype,
+) -> Tensor:
+    """Inner products of two strips, added up over all pairs of uses."""
+    met = list(product(_uses(mine), _uses(theirs)))
     if not met:
-        return wide(values(mine[0])).new_zeros(n, m)
-    return reduce(add, chain.from_iterable(grams(f, g) for f, g in met))
+        n, m = (sum(map(samples, side)) for side in (mine, theirs))
+        return wide(values(mine[0][0])).new_zeros(n, m)
+    grams = []
+    for f, g in met:
+        gram = _use_gram(_singles(f), _singles(g), workspace, contract_dtype)
+        if len(mine) > 1:
+            gram = _sums(gram, f)
+        if len(theirs) > 1:
+            gram = _sums(gram.mT, g).mT
+        grams.append(gram)
+    return reduce(add, grams)
+
+
+def _uses(parts: Sequence[Bundle]) -> list[Sequence[Factor]]:
+    """The factors of every use, part by part; without uses of no length, which are zero."""
+    return [use for use in zip(*parts, strict=True) if any(known(f[0].shape[1]) for f in use)]
+
+
+def _singles(use: Sequence[Factor]) -> Factor:
+    """The factor of a use; that of several parts has every position as a sample of its own."""
+    if len(use) == 1:
+        return use[0]
+    match side_by_side(use):  # type: ignore[arg-type]
+        case Outer(left, right):
+            return Outer(left[0][:, None], right[0][:, None])
+        case OneHot(ids, b, rows):
+            return OneHot(ids[0][:, None], b[0][:, None], rows)
+
+
+def _sums(gram: Tensor, use: Sequence[Factor]) -> Tensor:
+    """Sums of the rows that belong to one sample, where every position has one."""
+    shapes = [f[0].shape[:2] for f in use]
+    rows = gram.split([n * t for n, t in shapes])
+    return torch.cat([x.view(*s, -1).sum(1) for x, s in zip(rows, shapes, strict=True)])
+
+
+def _use_gram(f: Factor, g: Factor, workspace: int, contract_dtype: ContractDtype) -> Tensor:
+    """Blocks of at most `workspace` pairs of tokens, summed over the positions."""
+    n, m = samples([f]), samples([g])
+    s = min(known(g[0].shape[1]), isqrt(workspace))
+    columns = min(m, max(1, isqrt(workspace) // s))
+    t = min(known(f[0].shape[1]), max(1, workspace // (s * columns)))
+    rows = min(n, max(1, workspace // (s * columns * t)))
+    blocks = product(_chunks(f, t), _chunks(g, s))
+    return reduce(add, (_token_gram(a, b, n, m, rows, columns, contract_dtype) for a, b in blocks))
 
 
 def _with_positions(bundle: Bundle) -> list[Factor]:

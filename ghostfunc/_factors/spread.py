@@ -36,13 +36,16 @@ from ghostfunc._factors.bundles import (
 )
 from ghostfunc._factors.contract import add_up, dot, position_dots
 from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
+from ghostfunc._factors.matmul import dots, inner_products, squares
 
 FEW_SAMPLES = 8
 """Samples whose Gram matrix takes no more time than reading their gradients twice."""
 
 
-STRETCH = 1 << 18
-"""Elements of gradients that are still in a core's own cache when they are read a second time."""
+STRETCH = 1 << 15
+"""Elements of every gradient that are read at one time: few enough to be still at hand when they
+are read a second time and for sums that keep their digits, and so many that a call costs little
+beside them."""
 
 
 class SpreadAndTotal(NamedTuple):
@@ -163,33 +166,30 @@ def _in_place(
     like, (p, d) = wide(values(parts[0][0])), parts[0][0].shape
     total, ones = like.new_empty(p, d) if before is None else before, like.new_ones(n)
     alone, few = before is None, n <= FEW_SAMPLES
-    gram, squares, dots = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
+    gram, sizes, along = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
     for rows, block in pairs.row_blocks(parts, n, p, d, step):
-        size = max(1, STRETCH // n)
-        pieces = total[rows].view(-1).split(size), block.flatten(1).split(size, 1)
+        pieces = total[rows].view(-1).split(STRETCH), block.flatten(1).split(STRETCH, 1)
         for own, x in zip(*pieces, strict=True):
             own.addmv_(x.mT, ones, beta=0 if alone else 1)  # faster than a sum
             if few:
                 gram.addmm_(x, x.mT)
             else:
-                squares.add_(_squares(x))
+                sizes.add_(squares(x))
             if not (few and alone):
-                dots.addmv_(x, own)
+                along.addmv_(x, own)
     if few:
-        squares, dots = gram.diagonal(), gram.sum(1) if alone else dots
-    return torch.stack([squares, dots], dim=1), total
-
-
-def _squares(g: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vector_norm(g, dim=-1).square()  # adds up in lanes
-    return squares
+        sizes, along = gram.diagonal(), gram.sum(1) if alone else along
+    return torch.stack([sizes, along], dim=1), total
 
 
 def _table(g: Tensor, total: Tensor, *, whole: bool) -> Tensor:
     """`||g_i||^2` and `<g_i, total>`, `[..., n, 2]`, of gradients `[..., n, elements]`; whether
     `total` is the `whole` sum of them, and no more."""
-    if known(g.shape[-2]) > FEW_SAMPLES:
-        return torch.stack([_squares(g), (g @ total[..., None])[..., 0]], dim=-1)
-    gram = g @ g.mT
-    dots = gram.sum(-1) if whole else (g @ total[..., None])[..., 0]
-    return torch.stack([gram.diagonal(dim1=-2, dim2=-1), dots], dim=-1)
+    few = known(g.shape[-2]) <= FEW_SAMPLES
+    if not (few and whole):
+        along = dots(g, total)
+    if not few:
+        return torch.stack([squares(g), along], dim=-1)
+    gram = inner_products(g, g)
+    along = gram.sum(-1) if whole else along
+    return torch.stack([gram.diagonal(dim1=-2, dim2=-1), along], dim=-1)

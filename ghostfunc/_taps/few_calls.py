@@ -26,7 +26,7 @@ from ghostfunc._factors import cost
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import use_shape
 from ghostfunc._factors.factor import Dense, Factor, Outer
-from ghostfunc._factors.matmul import matmul, speed
+from ghostfunc._factors.matmul import dots, matmul, speed
 from ghostfunc._quantities.readers import DotReader, OneRunReader, ValueReader
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked
@@ -158,7 +158,7 @@ def _read_table(table: list[_Waiting], add: Add) -> None:
         whole, u = whole[: first.n], whole[first.n :].sum(0)
     else:
         u = torch.cat([wide(one.reader.u).flatten() for one in table])  # type: ignore[union-attr]
-    add(table[0].key, whole @ u)
+    add(table[0].key, dots(whole, u))
     if all(one.running is None for one in table):
         return
     totals = whole.sum(0).split([one.g.shape[1] for one in table])

@@ -22,6 +22,7 @@ from ghostfunc._base.company import Part
 from ghostfunc._base.dtypes import lengths, normal_like, wide
 from ghostfunc._base.torch_private import unrounded
 from ghostfunc._base.types import ContractDtype, Randomness
+from ghostfunc._factors.matmul import dots
 from ghostfunc._taps import rounding
 from ghostfunc._taps.claim import (
     FLOOR,
@@ -155,7 +156,7 @@ def _dot_and_length(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """`<g, u>` and `||g||`."""
     g = wide(g).detach().flatten()
     size = lengths(g[None])[0]
-    return (g @ u.flatten().to(g)).double().cpu(), size.cpu()
+    return dots(g[None], u.flatten().to(g))[0].double().cpu(), size.cpu()
 
 
 def _with_numbers_for_zeros(

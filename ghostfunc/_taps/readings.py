@@ -28,7 +28,7 @@ from ghostfunc._base.dtypes import lengths, squared_norms, wide
 from ghostfunc._base.torch_private import batched_within
 from ghostfunc._base.trees import tensors_of
 from ghostfunc._base.types import ContractDtype
-from ghostfunc._factors import bundles, contract
+from ghostfunc._factors import bundles, contract, matmul
 from ghostfunc._factors.factor import Dense, Factor
 from ghostfunc._factors.parts import Part, in_order
 from ghostfunc._quantities.quantity import Gram, Quantity, SqNorm
@@ -245,21 +245,23 @@ def _defined(reader: Any) -> Define:
         match reader:
             case OneRunReader():
                 assert company is not None
-                return flat @ company.flatten().to(flat)
+                return matmul.dots(flat, company.flatten().to(flat))
             case DotReader(u=u):
-                return flat @ u.flatten().to(flat)
+                return matmul.dots(flat, u.flatten().to(flat))
             case PairReader(factors=factors, each=each) if factors:
                 dots = [contract.add_up([bundles.dot(f, one) for f in factors]) for one in g]
                 return torch.stack([x if each else x.sum() for x in dots])
             case DeferredReader(deferred=deferred, m=m):
-                columns = [flat @ deferred.gradient(j).flatten().to(flat) for j in range(m)]
+                columns = [
+                    matmul.dots(flat, deferred.gradient(j).flatten().to(flat)) for j in range(m)
+                ]
                 return torch.stack(columns, dim=1)
             case MomentReader():
                 return reader.define(g)
             case ValueReader(quantity=SqNorm()):
                 return flat.square().sum(1)
             case ValueReader(quantity=Gram()):
-                return flat @ flat.mT
+                return matmul.inner_products(flat, flat)
         read: Tensor = reader.read(Dense(g))
         return read
 

@@ -137,7 +137,9 @@ def regrouped(factor: Factor, packing: Packing) -> Factor:
 
 def _gathered(x: Tensor, packing: Packing, behind: float | None = None) -> Tensor:
     """`[R * T, k, ...]` as `[n, t * k, ...]`; `behind` the end of documents, the value given."""
-    out = x.index_select(0, packing.index.flatten()).unflatten(0, tuple(packing.index.shape))
+    if not packing.seamless:
+        x = x.index_select(0, packing.index.flatten())
+    out = x.unflatten(0, tuple(packing.index.shape))
     if behind is not None and not packing.whole:
         out = out.masked_fill(~packing.own.reshape(*packing.own.shape, *[1] * (x.ndim - 1)), behind)
     return out.flatten(1, 2)

@@ -42,6 +42,7 @@ from ghostfunc._base.types import Check, Mode, ModelFn, PyTree, Randomness
 from ghostfunc._factors import bundles, cost, extreme_norms, pairs
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, times
+from ghostfunc._factors.matmul import dots, inner_products
 from ghostfunc._factors.parts import in_order
 from ghostfunc._taps.run import RunResult, run
 from ghostfunc._trace.fitting import Proofs
@@ -471,7 +472,9 @@ def _product(g: Tensor, u: Tensor) -> Tensor:
     """`<g_i, u>`, `[s]`, or `<g_i, u_j>` with a `u` for every sample j."""
     flat = _flat(g)
     other = wide(u).to(flat)
-    return flat @ (other.flatten() if u.ndim < g.ndim else _flat(other).mT)
+    if u.ndim == g.ndim:
+        return inner_products(flat, _flat(other))
+    return dots(flat, other.flatten())
 
 
 def _flat(g: Tensor) -> Tensor:

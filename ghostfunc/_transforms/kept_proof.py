@@ -23,6 +23,7 @@ from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
+from ghostfunc._factors.matmul import dots
 from ghostfunc._quantities.quantity import kind_of
 from ghostfunc._taps.claim import FLOOR, TOLERANCES, coarsest_of
 from ghostfunc._taps.proof import FEW
@@ -119,7 +120,7 @@ class KeptProof:
             with unrounded(v):
                 terms = torch.cat([_shares(own[i], v, weights[i]) for own, weights in parts])
                 g = wide(total).flatten()
-                off.append((terms.sum() - (g @ v.flatten().to(g)).double()).abs())
+                off.append((terms.sum() - dots(g[None], v.flatten().to(g))[0].double()).abs())
                 limits.append(extreme_norms.length(terms) + extreme_norms.length(g))
         errors, sizes = torch.stack(off), torch.stack(limits)
         if not bool(sizes.isfinite().all()):

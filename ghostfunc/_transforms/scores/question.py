@@ -39,7 +39,7 @@ from ghostfunc._factors import extreme_norms
 from ghostfunc._factors.contract import add_up
 from ghostfunc._factors.cost import UseShape
 from ghostfunc._factors.factor import Dense
-from ghostfunc._factors.matmul import product
+from ghostfunc._factors.matmul import inner_products
 from ghostfunc._quantities.quantity import Prepared, Quantity, SqNorm
 from ghostfunc._quantities.readers import DeferredReader, DotReader, PairReader
 from ghostfunc._taps.run import run
@@ -365,7 +365,7 @@ class Question:
                 theirs = [v.sum(0, keepdim=True) for v in theirs]
             if self.reduction == "mean":
                 theirs = [v / batch_size(piece.val) for v in theirs]
-        dots = [product(g, v.mT) for g, v in zip(train, theirs, strict=True)]
+        dots = [inner_products(g, v) for g, v in zip(train, theirs, strict=True)]
         if piece.u is not None or self.reduction != "none":
             dots = [x[:, 0] for x in dots]
         if not self.normalize:
