@@ -253,8 +253,10 @@ def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:
 def inner_products(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
     """`<x_i, y_j>` of every pair of rows, `[..., n, m]`, of `[..., n, elements]` and
     `[..., m, elements]`; float32 or wider."""
-    pairs = max(1, known(prod(x.shape[:-1])) * known(y.shape[-2]))
-    pieces = min(known(x.shape[-1]) // PIECE, TABLE_ELEMENTS // pairs)
+    pieces = x.shape[-1] // PIECE
+    if pieces >= FEW_PIECES:
+        pairs = max(1, known(prod(x.shape[:-1])) * known(y.shape[-2]))
+        pieces = min(pieces, TABLE_ELEMENTS // pairs)
     if pieces < FEW_PIECES:
         return matmul(x, y.mT, contract_dtype)
     (x, rest_of_x), (y, rest_of_y) = _cut(x, pieces), _cut(y, pieces)
@@ -266,14 +268,14 @@ def inner_products(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -
 
 def dots(x: Tensor, u: Tensor) -> Tensor:
     """`<x_i, u>` of every row, `[..., n]`, of `[..., n, elements]` and `[..., elements]`."""
-    if known(x.shape[-1]) < FEW_PIECES * PIECE:
+    if x.shape[-1] < FEW_PIECES * PIECE:
         return (x @ u[..., None])[..., 0] if u.ndim > 1 else x @ u
     return inner_products(x, u[..., None, :])[..., 0]
 
 
 def squares(x: Tensor) -> Tensor:
     """`||x_i||^2` of every row, `[..., n]`, of `[..., n, elements]`, which are not copied."""
-    pieces = known(x.shape[-1]) // PIECE
+    pieces = x.shape[-1] // PIECE
     if pieces <= FEW_PIECES:
         return _squares(x)
     x, rest = _cut(x, pieces)

@@ -331,6 +331,8 @@ def _gram_by_tokens(
 ) -> Tensor:
     """Inner products of two batches in parts. Short parts go side by side, since a product of few
     positions takes as long as one of many."""
+    if len(mine) == len(theirs) == 1:
+        return _strip_gram(mine, theirs, workspace, contract_dtype)
     sides = [_strips(side, min(STRIP, isqrt(workspace))) for side in (mine, theirs)]
     own = partial(_strip_gram, workspace=workspace, contract_dtype=contract_dtype)
     return joined([joined([own(f, g) for g in sides[1]], 1) for f in sides[0]])
@@ -338,8 +340,6 @@ def _gram_by_tokens(
 
 def _strips(parts: Sequence[Bundle], most: int) -> list[list[Bundle]]:
     """Parts that follow each other, together as long as they have at most so many positions."""
-    if len(parts) == 1:
-        return [list(parts)]
     strips: list[list[Bundle]] = []
     room = 0
     for bundle in parts:
@@ -363,20 +363,27 @@ def _strip_gram(
     if not met:
         n, m = (sum(map(samples, side)) for side in (mine, theirs))
         return wide(values(mine[0][0])).new_zeros(n, m)
-    grams = []
-    for f, g in met:
-        gram = _use_gram(_singles(f), _singles(g), workspace, contract_dtype)
-        if len(mine) > 1:
-            gram = _sums(gram, f)
-        if len(theirs) > 1:
-            gram = _sums(gram.mT, g).mT
-        grams.append(gram)
-    return reduce(add, grams)
+    return reduce(add, (_uses_gram(f, g, workspace, contract_dtype) for f, g in met))
 
 
 def _uses(parts: Sequence[Bundle]) -> list[Sequence[Factor]]:
     """The factors of every use, part by part; without uses of no length, which are zero."""
+    if len(parts) == 1:
+        return [(f,) for f in parts[0] if known(f[0].shape[1])]
     return [use for use in zip(*parts, strict=True) if any(known(f[0].shape[1]) for f in use)]
+
+
+def _uses_gram(
+    mine: Sequence[Factor],
+    theirs: Sequence[Factor],
+    workspace: int,
+    contract_dtype: ContractDtype,
+) -> Tensor:
+    """Inner products of two uses, each of them in parts."""
+    gram = _use_gram(_singles(mine), _singles(theirs), workspace, contract_dtype)
+    if len(mine) > 1:
+        gram = _sums(gram, mine)
+    return _sums(gram.mT, theirs).mT if len(theirs) > 1 else gram
 
 
 def _singles(use: Sequence[Factor]) -> Factor:
