@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+import ghostfunc
 from ghostfunc.cli import _config, _options
 from ghostfunc.cli._errors import STOPPED, CommandError
 from ghostfunc.cli._say import say
@@ -43,6 +44,9 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: `--help`, or options that do not exist (code 2).
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if arguments == ["--version"]:
+        print(f"ghostfunc {ghostfunc.__version__}")
+        return 0
     try:
         options = _parse(arguments)
         from ghostfunc.cli._commands import run  # imports torch: --help is answered before that

@@ -84,8 +84,9 @@ class Score:
     """A column of the pool whose values make groups on the page (source, language, ...)."""
     image: str | None = None
     """A column of the pool with images, to be shown on the page."""
-    heat: int = 10
-    """Samples of either end of which the page shows every token's share in the score."""
+    heat: int | None = None
+    """Samples of either end of which the page shows every token's share in the score; 10 unless
+    said otherwise, none for cosines."""
     resume: bool = False
     """Go on with a run that was stopped."""
     dry_run: bool = False

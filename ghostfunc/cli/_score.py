@@ -33,6 +33,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 KEPT = ("config.json", "run.json", "part-??????.npz", DONE, STATE)
 """Names of the files that a run has in its folder."""
 
+HEAT = 10
+"""Samples of either end whose tokens' shares the page shows, unless the command says otherwise."""
 
 ASIDE, TARGET_ASIDE = ".set-aside.jsonl", ".target-set-aside.jsonl"
 
@@ -98,8 +100,7 @@ def _check(options: Score, folder: Path) -> None:
         _data.check_kept(options.out.with_suffix(ending), *read)
     if options.top < 1:
         raise CommandError(f"--top {options.top}: expected at least 1.")
-    if options.heat < 0:
-        raise CommandError(f"--heat {options.heat}: expected a number of samples, 0 for none.")
+    _check_page(options)
     if options.verify < 0:
         raise CommandError(f"--verify {options.verify}: expected a number of rows, 0 for none.")
     if options.score == "influence":
@@ -117,6 +118,24 @@ def _check(options: Score, folder: Path) -> None:
         raise CommandError(
             f"--resume: there is no stopped run in {folder}. Leave --resume out to start one."
         )
+
+
+def _check_page(options: Score) -> None:
+    """Raise where an option of the page is wrong, or there is no page."""
+    if options.heat is not None and options.heat < 0:
+        raise CommandError(f"--heat {options.heat}: expected a number of samples, 0 for none.")
+    if options.heat and options.score == "cosine":
+        raise CommandError(
+            f"--heat {options.heat} with --score cosine: a cosine is no sum over tokens, which "
+            "have no share in it. Leave --heat out."
+        )
+    for name in ("heat", "group", "image"):
+        given = getattr(options, name)
+        if given is not None and options.report is None:
+            raise CommandError(
+                f"--{name} {given} says what the page shows, and there is none: add --report "
+                f"page.html, or leave --{name} out."
+            )
 
 
 def _check_unused(options: Score) -> None:
@@ -226,8 +245,8 @@ def _score(inputs: Inputs, options: Score, u: PyTree, folder: Path) -> Scores:
 def _report(inputs: Inputs, scores: Scores, options: Score, u: PyTree) -> None:
     """The page, with the shares of tokens for a few samples of either end."""
     assert options.report is not None
-    ends = [*scores.top(min(options.heat, len(scores))).ids] if options.heat else []
-    ends += scores.bottom(min(options.heat, len(scores))).ids if options.heat else []
+    most = min(HEAT if options.heat is None else options.heat, len(scores))
+    ends = [*scores.top(most).ids, *scores.bottom(most).ids] if most else []
     heat: dict[int, Heat] = {}
     if options.score != "cosine" and ends:
         try:

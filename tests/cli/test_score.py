@@ -180,6 +180,10 @@ def test_bad_configs(run: Run, files: Path, content: str, said: str) -> None:
     assert said in found
 
 
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version") == (0, f"ghostfunc {gf.__version__}\n")
+
+
 def test_parameters_can_be_chosen(run: Run, files: Path) -> None:
     code, said = run(LINE + " --parameters h\\.0\\.mlp --dry-run")
     assert code == 0, said
@@ -193,6 +197,10 @@ def test_parameters_can_be_chosen(run: Run, files: Path) -> None:
         ("--out pool.jsonl", "is one of the inputs"),
         ("--group nothing --report r.html", "--group nothing: no row of pool.jsonl has such"),
         ("--heat -1", "--heat -1: expected a number of samples"),
+        ("--heat 2", "--heat 2 says what the page shows, and there is none"),
+        ("--group source", "--group source says what the page shows, and there is none"),
+        ("--image picture", "--image picture says what the page shows, and there is none"),
+        ("--heat 2 --score cosine --report r.html", "a cosine is no sum over tokens"),
         ("--out pool.jsonl/x.jsonl", "is no folder"),
         ("--report r.pdf", "ends with .html"),
         ("--scores s.csv", "ends with .parquet"),
