@@ -22,7 +22,9 @@ from ghostfunc.hf._losses import Batch, need, next_tokens
 
 PairLoss: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
 PAIR_LOSSES = ("sigmoid", "hinge", "ipo")
-OF_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin")
+SFT_SHARE = "sft_share"
+"""By how much a chosen answer's tokens weigh in TRL's "sft": pairs over tokens of a batch."""
+OF_LOSS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "margin", SFT_SHARE)
 """What a batch of pairs holds for the loss alone."""
 
 
@@ -173,6 +175,11 @@ def reward_losses(module: nn.Module, batch: Batch, center: float) -> Tensor:
 
 def answer_logps(module: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities of the answers, `[n, 2]`."""
+    return answer_token_logps(module, batch).sum(2)
+
+
+def answer_token_logps(module: nn.Module, batch: Batch) -> Tensor:
+    """Log-probabilities of the answers' tokens but the first of a row, `[n, 2, T - 1]`."""
     n, inputs = rows_of_pairs(batch)
     mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
     if mask.shape != inputs["input_ids"].shape:
@@ -184,7 +191,7 @@ def answer_logps(module: nn.Module, batch: Batch) -> Tensor:
     labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) == 0, IGNORED)
     logits = cast(Any, module)(**inputs, use_cache=False).logits
     losses = token_losses(logits, next_tokens(labels, logits.shape[1]))
-    return -losses.sum(1).unflatten(0, (2, n)).mT
+    return -losses[:, -labels.shape[1] : -1].unflatten(0, (2, n)).transpose(0, 1)
 
 
 def rows_of_pairs(batch: Batch) -> tuple[int, Batch]:

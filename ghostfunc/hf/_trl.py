@@ -5,14 +5,16 @@ class ScoringDPOTrainer(gf.hf.DPOMixin, trl.DPOTrainer): ...
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import unwrap_peft_model
 
 from ghostfunc._base.errors import OptionError
+from ghostfunc.hf._asked_pairs import Weighted, asked_losses, refuse_mixed_pairs
 from ghostfunc.hf._divisor import Divisor
 from ghostfunc.hf._logits import IGNORED
 from ghostfunc.hf._losses import Batch, need
@@ -20,8 +22,9 @@ from ghostfunc.hf._micro_batch import Pieces, Scoring
 from ghostfunc.hf._mixin import GhostMixin
 from ghostfunc.hf._preferences import (
     PAIR_LOSSES,
+    SFT_SHARE,
     PairLoss,
-    answer_logps,
+    answer_token_logps,
     dpo_losses,
     reward_losses,
     rows_of_pairs,
@@ -29,6 +32,8 @@ from ghostfunc.hf._preferences import (
 from ghostfunc.hf._score_sets import ScoreSet
 from ghostfunc.hf._trained_loss import SampleLoss
 from ghostfunc.hf._trl_head import head_log_probs, show_head
+
+PairPart: TypeAlias = Callable[[Tensor, Batch], Tensor]
 
 MARK = "score: "
 """Before the names of score datasets among those that TRL prepares for evaluation."""
@@ -119,41 +124,33 @@ class SFTMixin(TrlMixin):
 class DPOMixin(TrlMixin):
     """Scores for `trl.DPOTrainer`: `class Mine(gf.hf.DPOMixin, trl.DPOTrainer): ...`.
 
-    A sample is a pair. What the reference says is computed before the pass, by the trainer.
+    A sample is a pair. What the reference says is computed before the pass, by the trainer. Losses
+    other than "sigmoid", "hinge" and "ipo" are TRL's own code, asked about one pair at a time;
+    "sft" weighs a pair by its share of the batch's chosen tokens.
 
     Raises:
-        OptionError: other losses than "sigmoid", "hinge" and "ipo", `ld_alpha`, `use_weighting`,
-            another divergence than `reverse_kl`: pass the loss as `sample_loss`.
+        OptionError: losses that mix pairs ("aot" sorts them), which leave a pair no loss of its
+            own; `use_weighting`; `compile` with other losses than the three.
     """
 
     def sample_loss(self) -> SampleLoss:
         if self._given_loss is not None:
             return super().sample_loss()
         trainer = cast(Any, self)
-        weights = dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))
-        unknown = {
-            f"loss_type={sorted(weights)}": not weights.keys() <= set(PAIR_LOSSES),
-            "ld_alpha": trainer.ld_alpha is not None,
-            "use_weighting": bool(trainer.use_weighting),
-            f"f_divergence_type={trainer.f_divergence_type!r}": trainer.f_divergence_type
-            != "reverse_kl",
-        }
-        if any(unknown.values()):
+        if trainer.use_weighting:
             raise OptionError(
-                f"DPOMixin does not know {', '.join(k for k, x in unknown.items() if x)}; it knows "
-                f"the losses {', '.join(PAIR_LOSSES)}. Pass sample_loss=gf.hf.SampleLoss(sums, "
-                "counts, rows=2)."
+                "DPOMixin does not know use_weighting=True, whose weights are made of the model's "
+                "whole distributions; it knows loss types of the answers' log-probabilities. Leave "
+                "it out, or pass sample_loss=gf.hf.SampleLoss(sums, counts, rows=2)."
             )
-
-        answers = _answer_logps if self._fused() else answer_logps
+        tokens = _answer_token_logps if self._fused() else answer_token_logps
+        losses = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
+        parts = _parts_of_loss(trainer, losses, compiled=self._compiled)
 
         def sums(module: nn.Module, batch: Batch) -> Tensor:
-            logps = answers(module, batch)
-            parts = [
-                weight * dpo_losses(logps, batch, trainer.beta, cast(PairLoss, kind))
-                for kind, weight in weights.items()
-            ]
-            return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+            logps = tokens(module, batch)
+            found = [part(logps, batch) for part in parts]
+            return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
         return SampleLoss(sums, _one_each, rows=2)
 
@@ -164,7 +161,39 @@ class DPOMixin(TrlMixin):
             reference = module if trainer.ref_model is None else trainer.ref_model
             chosen, rejected = trainer.compute_ref_log_probs(reference, dict(inputs))
             given |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        if "sft" in trainer.loss_types:
+            mask = given["completion_mask"]
+            n = len(mask) // 2
+            given[SFT_SHARE] = (n / mask[:n, 1:].sum()).expand(n)
         return given
+
+
+def _parts_of_loss(trainer: Any, losses: Weighted, *, compiled: bool) -> list[PairPart]:
+    """A DPO loss as functions whose sum is each pair's loss, `[n]`, of tokens' log-probabilities,
+    `[n, 2, T - 1]`."""
+    asked = [(kind, weight) for kind, weight in losses if kind != "sft"]
+    parts: list[PairPart] = [partial(_sft, weight) for kind, weight in losses if kind == "sft"]
+    usual = trainer.ld_alpha is None and trainer.f_divergence_type == "reverse_kl"
+    if usual and {kind for kind, _ in asked} <= set(PAIR_LOSSES):
+        return parts + [
+            partial(_written, trainer, weight, cast(PairLoss, kind)) for kind, weight in asked
+        ]
+    if compiled:
+        raise OptionError(
+            f"compile=True (torch_compile=True) records the losses {', '.join(PAIR_LOSSES)} and "
+            f"sft of DPO; got loss_type={[kind for kind, _ in losses]}, ld_alpha="
+            f"{trainer.ld_alpha}, f_divergence_type={trainer.f_divergence_type!r}. Leave it out."
+        )
+    refuse_mixed_pairs(trainer, asked)
+    return [*parts, partial(asked_losses, trainer, asked)]
+
+
+def _sft(weight: float, logps: Tensor, batch: Batch) -> Tensor:
+    return -weight * batch[SFT_SHARE] * logps[:, 0].sum(1)
+
+
+def _written(trainer: Any, weight: float, kind: PairLoss, logps: Tensor, batch: Batch) -> Tensor:
+    return weight * dpo_losses(logps.sum(2), batch, trainer.beta, kind)
 
 
 class RewardMixin(TrlMixin):
@@ -188,13 +217,13 @@ def _token_sums(module: nn.Module, batch: Batch) -> Tensor:
     return -head_log_probs(module, inputs).sum(1)
 
 
-def _answer_logps(module: nn.Module, batch: Batch) -> Tensor:
-    """Log-probabilities of the answers, `[n, 2]`."""
+def _answer_token_logps(module: nn.Module, batch: Batch) -> Tensor:
+    """Log-probabilities of the answers' tokens, `[n, 2, T - 1]`."""
     n, inputs = rows_of_pairs(batch)
     mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
     labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
     logps = head_log_probs(module, {**inputs, "labels": labels})
-    return logps[:, 1 - mask.shape[1] :].sum(1).unflatten(0, (2, n)).mT
+    return logps[:, 1 - mask.shape[1] :].unflatten(0, (2, n)).transpose(0, 1)
 
 
 def _one_each(batch: Batch) -> Tensor:

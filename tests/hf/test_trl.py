@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from compare import assert_close
-from hf_trainers import DEFAULTS, Recording, gpt2, scores_by_definition
+from hf_trainers import DEFAULTS, Recording, gpt2, rows_of, scores_by_definition
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
@@ -161,6 +161,73 @@ def test_fifty_steps(name: str, adapters: bool, tokenizer: Any, tmp_path: Path) 
     assert all("ghost/mean_value" in x for x in logs)
 
 
+DPO_LOSSES: dict[str, dict[str, Any]] = {
+    **{
+        kind: {"loss_type": [kind], "label_smoothing": 0.2}
+        for kind in (
+            *("hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
+            *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+        )
+    },
+    "several": {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.3]},
+    "the same twice": {"loss_type": ["sigmoid", "sigmoid"], "loss_weights": [0.8, 0.3]},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "forward_kl": {"loss_type": ["hinge"], "f_divergence_type": "forward_kl"},
+    "js_divergence": {"loss_type": ["ipo"], "f_divergence_type": "js_divergence"},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence"},
+}
+
+
+@pytest.mark.parametrize("case", DPO_LOSSES)
+def test_losses_of_pairs(case: str, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL's own loss is asked about one pair at a time."""
+    options = {"max_steps": 3, "gradient_accumulation_steps": 2, **DPO_LOSSES[case]}
+    plain, ghost = trained("dpo", tokenizer, tmp_path, False, bf16=False, **options)
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert_close(ghost.scores.values, expected_scores(ghost, "dpo"), 1e-4)
+    assert "rewards/chosen" not in ghost.state.log_history[-1]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_chosen_tokens_beside_pairs(weight: float, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL's "sft" is a mean over the chosen tokens of a batch, in a sum with a loss of pairs."""
+    options: dict[str, Any] = {"loss_type": ["nca_pair", "sft"], "loss_weights": [weight, 0.4]}
+    options |= {"max_steps": 3, "gradient_accumulation_steps": 2, "bf16": False}
+    plain, ghost = trained("dpo", tokenizer, tmp_path, False, **options)
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+
+    model = ghost.model.eval()
+    model.activation_checkpointing_disable()
+    batches, named = score_batches(ghost), dict(model.named_parameters())
+
+    def gradient(inputs: dict[str, Tensor], *weights: float) -> Tensor:
+        ghost.loss_weights = weights
+        grads = torch.autograd.grad(ghost.compute_loss(model, dict(inputs)), list(named.values()))
+        return torch.cat([g.flatten() for g in grads])
+
+    expected = torch.zeros(8, 1, dtype=torch.float64)
+    for seen in ghost.seen:
+        model.load_state_dict(seen["weights"])
+        u = gradient(batches(seen["step"])[0], weight, 0.4)
+        share = max(seen["rates"].values()) / seen["micro_batches"]
+        ids = seen["inputs"]["ghost_sample_id"].tolist()
+        pairs = [rows_of(seen["inputs"], i, len(ids)) for i in range(len(ids))]
+        tokens = [pair["completion_mask"][0, 1:].sum() for pair in pairs]
+        for i, pair, own in zip(ids, pairs, tokens, strict=True):
+            g = gradient(pair, weight / len(ids), 0.4 * float(own / sum(tokens)))
+            expected[i] -= share * float(g @ u)
+    assert_close(ghost.scores.values, expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nca_pair", "discopop"])
+def test_losses_of_pairs_in_bf16(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    plain, ghost = trained("dpo", tokenizer, tmp_path, False, **options, loss_type=[kind])
+    for k, x in plain.model.state_dict().items():
+        assert torch.equal(ghost.model.state_dict()[k], x), k
+    assert_close(ghost.scores.values, expected_scores(ghost, "dpo"), 3e-2)
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])
 def test_padding_free(adapters: bool, tokenizer: Any, tmp_path: Path) -> None:
     """All samples of a batch are documents of one row: values are those of padded rows."""
@@ -216,15 +283,18 @@ def test_the_head_as_an_op(softcap: float | None, biased: bool) -> None:
             assert_close(x[i], g, 1e-5)
 
 
+def score_batches(ghost: Any) -> Callable[[int], list[dict[str, Tensor]]]:
+    """What a step is scored against, collated."""
+    dataset, collate = ghost.score_sets["score"].dataset, ghost.data_collator
+    size = len(dataset)
+    return lambda step: [dict(collate([dataset[(step * 4 + j) % size] for j in range(4)]))]
+
+
 def expected_scores(ghost: Any, name: str) -> Tensor:
     """By the definition, from TRL's own loss of one sample at a time."""
-    dataset, collate = ghost.score_sets["score"].dataset, ghost.data_collator
-
-    def batches(step: int) -> list[dict[str, Tensor]]:
-        return [dict(collate([dataset[(step * 4 + j) % 5] for j in range(4)]))]
-
     *_, counts, counted = CASES[name]
-    return scores_by_definition(ghost, batches, counts, counted=counted, averaged=not counted)
+    given = {"counted": counted, "averaged": not counted}
+    return scores_by_definition(ghost, score_batches(ghost), counts, **given)
 
 
 def score_error(ghost: Any, name: str) -> str:
@@ -235,12 +305,16 @@ def score_error(ghost: Any, name: str) -> str:
 
 def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     data = {"train_dataset": preferences(8, 0), "score_dataset": preferences(5, 1)}
-    for options, said in (
-        ({"loss_type": "nca_pair"}, r"does not know loss_type=\['nca_pair'\].*rows=2"),
-        ({"use_weighting": True}, "use_weighting"),
-    ):
+    cases: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+        ({"loss_type": ["sigmoid", "aot"]}, r"loss_type='aot' is no sum over pairs", {}),
+        ({"loss_type": "aot_unpaired"}, r"loss_type='aot_unpaired' .* three random pairs", {}),
+        ({"use_weighting": True}, r"use_weighting=True.*rows=2", {}),
+        ({"loss_type": "nca_pair"}, r"compile=True .*loss_type=\['nca_pair'\]", {"compile": True}),
+    ]
+    for options, said, more in cases:
         args = settings(trl.DPOConfig, tmp_path, **options)
         with pytest.raises(gf.OptionError, match=said):
             ScoringDPOTrainer(
-                model=gpt2(), ref_model=gpt2(), args=args, processing_class=tokenizer, **data
-            )
+                model=gpt2(), ref_model=gpt2(), args=args, processing_class=tokenizer, **data,
+                **more,
+            )  # fmt: skip

@@ -187,13 +187,17 @@ def trl_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
     """The rows of TRL's trainers."""
     import test_trl as trl
 
-    def run(name: str, adapters: bool, bf16: bool) -> tuple[str, ...]:
-        options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    def run(name: str, adapters: bool, bf16: bool, **given: Any) -> tuple[str, ...]:
+        options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, **given}
         tokenizer = trl.make_tokenizer()
         plain, ghost = trl.trained(name, tokenizer, folder, adapters, bf16=bf16, **options)
         return f"{weights_error(ghost.model, plain.model):.0e}", trl.score_error(ghost, name)
 
-    return {
+    losses = {
+        f"TRL dpo, {case}": partial(run, "dpo", False, False, **given)
+        for case, given in trl.DPO_LOSSES.items()
+    }
+    return losses | {
         f"TRL {name}{', lora' * adapters}, accumulation 2, activation checkpoints"
         f"{', bf16' * bf16}": partial(run, name, adapters, bf16)
         for name in trl.CASES
