@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import tyro
 
-import ghostfunc
 from ghostfunc.cli import _config, _options
 from ghostfunc.cli._errors import STOPPED, CommandError
 from ghostfunc.cli._say import say
@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments == ["--version"]:
-        print(f"ghostfunc {ghostfunc.__version__}")
+        print(f"ghostfunc {version('ghostfunc')}")
         return 0
     try:
         options = _parse(arguments)
