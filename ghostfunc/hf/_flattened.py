@@ -28,13 +28,16 @@ Samples: TypeAlias = Batch | Documents
 
 
 def samples_of_row(batch: Mapping[str, Any], n: int) -> Documents | None:
-    """The n samples of one row as documents; None for a batch of other rows.
+    """The n samples of one row as documents; None for a batch of other rows, and for a single
+    sample by itself.
 
     Raises:
         BatchError: the row has another number of documents.
     """
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    if n == 1 or not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
+    if n == 1 and not any(name in batch for name in BOUNDARIES[1:]):
+        return None
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
         return None
     if ids.ndim != 2 or len(ids) != 1 or labels.shape != ids.shape:
         return None
@@ -45,7 +48,8 @@ def samples_of_row(batch: Mapping[str, Any], n: int) -> Documents | None:
     if len(docs) != n:
         raise BatchError(
             f"The collator made one row of {n} samples, in which {len(docs)} documents begin: it "
-            "is not known which are whose. Give samples of one document each (packing=False)."
+            "is not known which are whose. Give samples of one document each (packing=False); or, "
+            "to gf.hf.SFTMixin, rows whose seq_lengths add up to their length, as TRL packs them."
         )
     own = docs.from_rows(labels).masked_fill(~docs.packing.own, IGNORED)
     return replace(docs, tensors={**docs.tensors, "labels": own})

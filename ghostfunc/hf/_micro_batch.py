@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,22 @@ Form: TypeAlias = Literal["sgd", "previous_state", "exact"]
 Pieces: TypeAlias = Mapping[str, Sequence[tuple[dict[str, Tensor], int]]]
 """By score set: batches as the trainer collates them, and how many samples each has."""
 
-Book: TypeAlias = tuple[Tensor, FactoredGrads]
-"""Ids of a micro-batch, and its kept factors."""
+
+class Known(NamedTuple):
+    """What the samples of a micro-batch are known by.
+
+    Attributes:
+        ids: of each sample; where samples own several documents, of each document.
+        places: whose sample of the micro-batch each document is, `[documents]`; None where samples
+            and documents are the same.
+    """
+
+    ids: Tensor
+    places: Tensor | None = None
+
+
+Book: TypeAlias = tuple[Known, FactoredGrads]
+"""The samples of a micro-batch, and its kept factors."""
 
 NORMS, SPREAD = "norms of samples", "spread of samples"
 """Quantities beside the dot products; no score set can have these names in a table."""
@@ -56,6 +70,21 @@ class Values:
     norms: Tensor | None = None
     spread: Tensor | None = None
     """`||g_i||^2` and `<g_i, sum_j g_j>`, `[n, params, 2]`."""
+
+    places: Tensor | None = None
+    """As those of `Known`."""
+
+    def of_samples(self) -> Values:
+        """The same with the values of a sample's documents added up; norms are of documents."""
+        if self.places is None:
+            return self
+        places = self.places.to(self.columns.device)
+        n = int(places[-1]) + 1
+        columns = self.columns.new_zeros(n, self.columns.shape[1]).index_add(
+            0, places, self.columns
+        )
+        ids = torch.zeros(n, dtype=self.ids.dtype, device=self.ids.device)
+        return Values(ids.index_copy(0, self.places, self.ids), columns, self.norms)
 
 
 @dataclass
@@ -232,7 +261,7 @@ class Scoring:
             ) from error
 
     def one_pass(
-        self, ids: Tensor, batch: Any, us: Mapping[str, Any], scale: float
+        self, known: Known, batch: Any, us: Mapping[str, Any], scale: float
     ) -> tuple[Tensor, Values]:
         """Losses; gradients to `.grad`; values against directions that are known."""
         read: dict[str, Quantity] = {name: Dot(u) for name, u in us.items()}
@@ -251,26 +280,26 @@ class Scoring:
         sums = {name: torch.stack(list(x.values())).sum(0) for name, x in out.values.items()}
         norms = _roots(sums.pop(NORMS), out.grads or {}) / share if self.norms else None
         columns = torch.stack(list(sums.values()), dim=1) / share
-        return out.losses, Values(ids, columns, norms, table)
+        return out.losses, Values(known.ids, columns, norms, table, known.places)
 
-    def keep(self, ids: Tensor, batch: Any, books: list[Book]) -> Tensor:
+    def keep(self, known: Known, batch: Any, books: list[Book]) -> Tensor:
         """Losses; gradients to `.grad`; factors are kept until the step's gradient is there."""
         program = Program.of(self.model_fn, self.params, "different")
         losses, parts, grads = self._run_and_keep(self.model_fn, self.params, batch)
         book = kept_of(program, losses, parts)
         accumulate_grads(self.module, grads)
-        books.append((ids, book))
+        books.append((known, book))
         return book.losses
 
     def kept_values(self, books: list[Book], us: Mapping[str, Any], scale: float) -> list[Values]:
         """Values of all that is kept, which then is kept no longer."""
         found, share = [], scale * self.processes
-        for ids, book in books:
+        for known, book in books:
             columns = torch.stack([book.dot_prods(u) for u in us.values()], dim=1) / share
             norms = book.norms() / share if self.norms else None
             rows = [spread(bundle).table for bundle in book.bundles] if self.spread else None
             table = None if rows is None else torch.stack(rows, dim=1) / share**2
-            found.append(Values(ids, columns, norms, table))
+            found.append(Values(known.ids, columns, norms, table, known.places))
         books.clear()
         return found
 

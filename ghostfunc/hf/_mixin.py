@@ -19,8 +19,8 @@ from ghostfunc.hf._divisor import TOLERANCE, Divisor, divisor_of, loss_of
 from ghostfunc.hf._kept_scores import KeptScores
 from ghostfunc.hf._memory import checkpointed, checkpoints_as_remat
 from ghostfunc.hf._metrics import Metrics, StepTaken
-from ghostfunc.hf._micro_batch import Form, Pieces, Scoring, evaluating, trainable
-from ghostfunc.hf._numbered import SAMPLE_ID, taken_ids
+from ghostfunc.hf._micro_batch import Form, Known, Pieces, Scoring, evaluating, trainable
+from ghostfunc.hf._numbered import SAMPLE_ID, taken_ids, taken_places
 from ghostfunc.hf._processes import average, averaging, inside, ranks_of
 from ghostfunc.hf._pure_step import pure_step
 from ghostfunc.hf._score_sets import ScoreSet, collated, score_sets
@@ -144,7 +144,8 @@ class GhostMixin(ScoreKeeper):
         if self._given_loss is None:
             refuse_missing_input(module, inputs)
         inputs = dict(self._prepare_inputs(inputs))
-        ids = taken_ids(inputs, self.id_column)
+        known = Known(taken_ids(inputs, self.id_column), taken_places(inputs))
+        n = len(known.ids)
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device="cpu")))
         self._run.scale = scale
@@ -153,18 +154,18 @@ class GhostMixin(ScoreKeeper):
         last = self.accelerator.sync_gradients
         needed = last if self._after_gradient else self._run.directions is None
         pieces = self._score_pieces(module) if needed or self._run.divisor is None else {}
-        scoring = self._scoring_of(module, given, inputs, len(ids), num_items_in_batch, pieces)
+        scoring = self._scoring_of(module, given, inputs, n, num_items_in_batch, pieces)
         if not self._run.begin_step(scoring):
             raise OptionError(
                 "Parameters were frozen or unfrozen between two micro-batches of one step, and "
                 "values are of the step as a whole. Let callbacks do that in on_step_begin."
             )
         batch = scoring.training_batch(
-            given, len(ids), num_items_in_batch, self.current_gradient_accumulation_steps, scale
+            given, n, num_items_in_batch, self.current_gradient_accumulation_steps, scale
         )
         with checkpoints_as_remat(module):
             scoring.look(batch)
-            losses = self._losses_and_values(scoring, ids, batch, pieces, scale, exchange)
+            losses = self._losses_and_values(scoring, known, batch, pieces, scale, exchange)
         return losses.sum().detach() / scale
 
     # --- how values are made ---
@@ -172,7 +173,7 @@ class GhostMixin(ScoreKeeper):
     def _losses_and_values(
         self,
         scoring: Scoring,
-        ids: Tensor,
+        known: Known,
         batch: dict[str, Any],
         pieces: Pieces,
         scale: float,
@@ -182,10 +183,10 @@ class GhostMixin(ScoreKeeper):
         if not self._after_gradient:
             if run.directions is None:
                 run.directions = self._directions_at(scoring, pieces, None)
-            losses, values = scoring.one_pass(ids, batch, run.directions, scale)
+            losses, values = scoring.one_pass(known, batch, run.directions, scale)
             run.pending.append(values)
         else:
-            losses = scoring.keep(ids, batch, run.books)
+            losses = scoring.keep(known, batch, run.books)
         if exchange is not None:
             average(exchange, scoring.module)
         if self._after_gradient and last:
@@ -228,7 +229,8 @@ class GhostMixin(ScoreKeeper):
         for name, dataset in self.score_sets.items():
             samples, seed = dataset.samples(step, size), self.args.seed + step
             parts = []
-            for collated_batch, n in collated(samples, collate, seed, together, name):
+            how = (collate, seed, together, name, self.documents_in)
+            for collated_batch, n in collated(samples, *how):
                 inputs = dict(self._prepare_inputs(collated_batch))
                 inputs.pop(self.id_column or SAMPLE_ID, None)
                 with evaluating(module):

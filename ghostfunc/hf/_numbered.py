@@ -14,6 +14,9 @@ from ghostfunc._base.errors import BatchError
 SAMPLE_ID = "ghost_sample_id"
 """The key of the numbers, in features and in batches."""
 
+PLACE = "ghost_sample_place"
+"""The key of each document's sample in a batch whose samples own several documents of one row."""
+
 
 class Numbered(Dataset[dict[str, Any]]):
     """A map-style dataset whose items know their index."""
@@ -37,10 +40,19 @@ class Numbered(Dataset[dict[str, Any]]):
 
 
 class NumberedCollator:
-    """Collates without the numbers under `key`, and puts them beside the batch."""
+    """Collates without the numbers under `key`, and puts them beside the batch.
 
-    def __init__(self, collate: Callable[[list[Any]], Any], key: str) -> None:
-        self.collate, self.key = collate, key
+    Where `owned` says that samples own several documents of the batch's one row, there is a number
+    for each document.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any],
+        key: str,
+        owned: Callable[[Any], int] = lambda _: 1,
+    ) -> None:
+        self.collate, self.key, self.owned = collate, key, owned
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for feature in features:
@@ -53,9 +65,14 @@ class NumberedCollator:
         rest = [{k: v for k, v in feature.items() if k != self.key} for feature in features]
         batch = dict(self.collate(rest))  # its rows are looked at where the loss is known
         row = batch.get("input_ids")
-        if isinstance(row, Tensor) and row.ndim == 2 and len(row) == 1:
-            ids = ids[None]  # loaders of iterable datasets cut all tensors to so many rows
-        return {**batch, SAMPLE_ID: ids}
+        if not isinstance(row, Tensor) or row.ndim != 2 or len(row) != 1:
+            return {**batch, SAMPLE_ID: ids}
+        # In a row as well: loaders of iterable datasets cut all tensors to so many.
+        owned = torch.tensor([self.owned(feature) for feature in rest], device="cpu")
+        if bool((owned == 1).all()):
+            return {**batch, SAMPLE_ID: ids[None]}
+        places = torch.arange(len(ids), device="cpu").repeat_interleave(owned)
+        return {**batch, SAMPLE_ID: ids[places][None], PLACE: places[None]}
 
 
 def _whole(key: str, x: Any) -> int:
@@ -72,6 +89,13 @@ def _whole(key: str, x: Any) -> int:
             "in train_dataset."
         )
     return number
+
+
+def taken_places(inputs: dict[str, Any]) -> Tensor | None:
+    """Which sample each document of a batch belongs to, `[documents]`, taken out of the batch; None
+    where samples and documents are the same."""
+    places = inputs.pop(PLACE, None)
+    return None if places is None else torch.as_tensor(places, device="cpu")[0]
 
 
 def taken_ids(inputs: dict[str, Any], key: str | None) -> Tensor:

@@ -78,9 +78,15 @@ class ScoreSet:
 
 
 def collated(
-    samples: Sequence[Any], collate: Collate, seed: int, together: int | None, name: str
+    samples: Sequence[Any],
+    collate: Collate,
+    seed: int,
+    together: int | None,
+    name: str,
+    owned: Callable[[Any], int],
 ) -> list[tuple[Any, int]]:
-    """Samples as batches of `together` (all of them by default), each with its size."""
+    """Samples as batches of `together` (all of them by default), each with its size: a sample
+    counts as often as `owned` says."""
     width = len(samples) if together is None else together
     pieces = []
     with torch.random.fork_rng():
@@ -89,7 +95,7 @@ def collated(
         for start in range(0, len(samples), width):
             piece = list(samples[start : start + width])
             try:
-                pieces.append((collate(piece), len(piece)))
+                pieces.append((collate(piece), sum(map(owned, piece))))
             except (RuntimeError, ValueError) as error:
                 raise BatchError(
                     f"The collator cannot make one batch of {len(piece)} samples of score_dataset "

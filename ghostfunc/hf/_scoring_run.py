@@ -91,6 +91,10 @@ class ScoreKeeper(Trainer):
         """The callbacks that log how gradients agree."""
         return [c for c in self.callback_handler.callbacks if isinstance(c, HealthCallback)]
 
+    def documents_in(self, sample: Any) -> int:
+        """How many documents of a batch's one row the collator makes of a sample of a dataset."""
+        return 1
+
     # --- Trainer's own methods ---
 
     def train(
@@ -147,7 +151,7 @@ class ScoreKeeper(Trainer):
         columns: Any = self._signature_columns
         # For the time of this call: validation batches carry no numbers.
         self._signature_columns = cast(Any, [*columns, key])
-        self.data_collator = NumberedCollator(collate, key)
+        self.data_collator = NumberedCollator(collate, key, self.documents_in)
         if self.id_column is None and dataset is not None:
             if isinstance(dataset, torch.utils.data.IterableDataset):
                 raise OptionError(
@@ -194,8 +198,8 @@ class ScoreKeeper(Trainer):
         if not (lowered or self.accelerator.optimizer_step_was_skipped):
             pending = self._run.pending
             for values in pending if self._ranks is None else [of_all(self._ranks, pending)]:
-                self._kept.add(values)
-                self._run.metrics.add(values)
+                self._kept.add(values.of_samples())
+                self._run.metrics.add(values.of_samples())
             if self._run.squares:
                 for health in self.health_callbacks():
                     health.add(self._run.pending, self._run.squares)

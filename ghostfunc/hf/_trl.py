@@ -89,25 +89,18 @@ class SFTMixin(TrlMixin):
 
     Arguments are the trainer's and those of `gf.hf.GhostTrainer`. `score_dataset` is a dataset as
     `train_dataset` is, and is prepared like it. The default settings (bf16, checkpoints of
-    activations) are trained; entropy and token accuracy are not logged in training.
+    activations) are trained; entropy and token accuracy are not logged in training. With `packing`
+    a sample is a row of `train_dataset` as TRL prepares it: its value is that of its documents,
+    added up.
 
     Raises:
-        OptionError: `packing` with `padding_free` (its default strategies): rows of several
-            documents each become one. `padding_free` alone is trained, and so is `packing` of rows
-            (`packing_strategy="wrapped"`), which are then the samples.
+        BatchError: a batch of packed rows has other documents than their `seq_lengths` say.
         VerificationError: a router's loss, which does not belong to samples.
     """
 
     def sample_loss(self) -> SampleLoss:
         args: Any = self.args
         padding_free = bool(cast(Any, self).padding_free)
-        if args.packing and padding_free:
-            raise OptionError(
-                f"packing (packing_strategy={args.packing_strategy!r}) with padding_free puts rows "
-                "of several documents into one: which are whose is not known. Use packing=False, "
-                'where every sample is one document; or packing_strategy="wrapped", where a '
-                "sample is a row."
-            )
         if args.loss_type != "nll" and self._given_loss is None:
             raise OptionError(
                 f"SFTMixin does not know loss_type={args.loss_type!r}; it knows 'nll'. Pass the "
@@ -119,6 +112,11 @@ class SFTMixin(TrlMixin):
         if known and plain and self._fused():
             return loss._replace(sums=_token_sums)
         return loss
+
+    def documents_in(self, sample: Any) -> int:
+        if not cast(Any, self).padding_free or "seq_lengths" not in sample:
+            return 1
+        return len(sample["seq_lengths"])
 
 
 class DPOMixin(TrlMixin):

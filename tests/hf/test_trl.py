@@ -14,7 +14,11 @@ from compare import assert_close
 from hf_trainers import DEFAULTS, Recording, gpt2, rows_of, scores_by_definition
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    DataCollatorWithFlattening,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import ghostfunc as gf
 from ghostfunc.hf._trl_head import chunked_log_probs
@@ -243,8 +247,87 @@ def test_rows_of_packed_texts_are_samples(tokenizer: Any, tmp_path: Path) -> Non
     plain, ghost = trained("sft", tokenizer, tmp_path, False, **options, packing_strategy="wrapped")
     assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
     assert ghost.scores.values.abs().min() > 0
-    with pytest.raises(gf.OptionError, match=r"packing_strategy='bfd'.*which are whose"):
-        trained("sft", tokenizer, tmp_path, False, **options)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize(("strategy", "longest"), [("bfd", 16), ("bfd_split", 11)])
+def test_rows_of_documents(
+    strategy: str, longest: int, adapters: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Rows of several documents become one row: a sample's value is that of its documents."""
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "bf16": False, "packing": True}
+    options |= {"max_length": longest, "packing_strategy": strategy}
+    plain, ghost = trained("sft", tokenizer, tmp_path, adapters, **options)
+    assert {len(row["seq_lengths"]) for row in ghost.train_dataset} >= {1, 2}
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert_close(ghost.scores.values, scores_of_rows(ghost), 1e-4)
+    ids = [seen["inputs"]["ghost_sample_id"][0] for seen in ghost.seen]
+    rows = torch.cat([x.unique() for x in ids])
+    assert len(torch.cat(ids)) > len(rows)
+    assert ghost.scores.counts.tolist() == rows.bincount().tolist()
+
+
+@pytest.mark.parametrize("more", [{"score_form": "exact"}, {"log_gradients": True}])
+def test_rows_of_documents_in_other_forms(
+    more: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Values are those of the documents as samples."""
+    found = []
+    for packing in (True, False):
+        args = settings(
+            *(trl.SFTConfig, tmp_path), bf16=False, packing=packing, max_length=22, max_steps=2,
+            per_device_train_batch_size=8, per_device_eval_batch_size=8, logging_steps=1,
+        )  # fmt: skip
+        trainer = ScoringSFTTrainer(
+            model=gpt2(), args=args, train_dataset=answers(8, 0), score_dataset=answers(5, 1),
+            processing_class=tokenizer, callbacks=[gf.hf.HealthCallback()], **more,
+        )  # fmt: skip
+        trainer.train()
+        logs = [x for x in trainer.state.log_history if "ghost/mean_value" in x]
+        found.append((trainer.scores.values.sum(0), logs[0]["health/noise_scale"]))
+    assert_close(found[0][0], found[1][0], 1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+
+
+def test_rows_whose_documents_are_not_known(tokenizer: Any, tmp_path: Path) -> None:
+    """A collator that makes one document of every row is held against `seq_lengths`."""
+    args = settings(trl.SFTConfig, tmp_path, bf16=False, packing=True, max_length=22)
+    trainer = ScoringSFTTrainer(
+        model=gpt2(), args=args, train_dataset=answers(8, 0), score_dataset=answers(5, 1),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.data_collator = DataCollatorWithFlattening()
+    with pytest.raises(gf.BatchError, match=r"in which 3 documents begin.*seq_lengths"):
+        trainer.train()
+
+
+def test_a_row_of_one_sample(tokenizer: Any, tmp_path: Path) -> None:
+    """The last batch of an epoch, in which nothing is to be told apart."""
+    options = {"max_steps": 2, "bf16": False, "padding_free": True, "max_length": None}
+    options |= {"per_device_train_batch_size": 7}
+    plain, ghost = trained("sft", tokenizer, tmp_path, False, **options)
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert ghost.scores.counts.tolist() == [1] * 8
+
+
+def scores_of_rows(ghost: Any) -> Tensor:
+    """By the definition, from TRL's own loss of one packed row at a time."""
+    model, batches = ghost.model.eval(), score_batches(ghost)
+    model.activation_checkpointing_disable()
+    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+    def gradient(inputs: dict[str, Tensor], counted: Any = None) -> Tensor:
+        loss = ghost.compute_loss(model, dict(inputs), num_items_in_batch=counted)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(named.values()))])
+
+    total = torch.zeros(len(ghost.train_dataset), 1, dtype=torch.float64)
+    for seen in ghost.seen:
+        model.load_state_dict(seen["weights"])
+        u, rate = gradient(batches(seen["step"])[0]), max(seen["rates"].values())
+        for i in seen["inputs"]["ghost_sample_id"].unique().tolist():
+            g = gradient(ghost.data_collator([ghost.train_dataset[i]]), seen["counted"])
+            total[i] -= rate * float(g @ u)
+    return total
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])
@@ -286,8 +369,9 @@ def test_the_head_as_an_op(softcap: float | None, biased: bool) -> None:
 def score_batches(ghost: Any) -> Callable[[int], list[dict[str, Tensor]]]:
     """What a step is scored against, collated."""
     dataset, collate = ghost.score_sets["score"].dataset, ghost.data_collator
-    size = len(dataset)
-    return lambda step: [dict(collate([dataset[(step * 4 + j) % size] for j in range(4)]))]
+    size = min(4, len(dataset))
+    chosen = lambda step: [dataset[(step * size + j) % len(dataset)] for j in range(size)]  # noqa: E731
+    return lambda step: [dict(collate(chosen(step)))]
 
 
 def expected_scores(ghost: Any, name: str) -> Tensor:

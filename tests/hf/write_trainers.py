@@ -193,11 +193,22 @@ def trl_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
         plain, ghost = trl.trained(name, tokenizer, folder, adapters, bf16=bf16, **options)
         return f"{weights_error(ghost.model, plain.model):.0e}", trl.score_error(ghost, name)
 
+    def packed(adapters: bool) -> tuple[str, ...]:
+        options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+        options |= {"packing": True, "max_length": 16, "bf16": False}
+        plain, ghost = trl.trained("sft", trl.make_tokenizer(), folder, adapters, **options)
+        error = f"{weights_error(ghost.model, plain.model):.0e}"  # the loop goes back to others
+        return error, f"{largest(ghost.scores.values, trl.scores_of_rows(ghost)):.0e}"
+
     losses = {
         f"TRL dpo, {case}": partial(run, "dpo", False, False, **given)
         for case, given in trl.DPO_LOSSES.items()
     }
-    return losses | {
+    packing = {
+        "TRL sft, packing": partial(packed, False),
+        "TRL sft, packing, lora": partial(packed, True),
+    }
+    return {**losses, **packing} | {
         f"TRL {name}{', lora' * adapters}, accumulation 2, activation checkpoints"
         f"{', bf16' * bf16}": partial(run, name, adapters, bf16)
         for name in trl.CASES
