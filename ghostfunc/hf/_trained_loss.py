@@ -98,13 +98,19 @@ def one_item_each(loss: Callable[[nn.Module, Batch], Tensor]) -> SampleLoss:
     return SampleLoss(loss, counts)
 
 
-def trained_loss(model: nn.Module, smoothing: float, function: Any) -> SampleLoss:
+def trained_loss(
+    model: nn.Module,
+    smoothing: float,
+    function: Any,
+    of_token: Callable[[Tensor], Tensor] | None = None,
+) -> SampleLoss:
     """The loss that `Trainer` trains a model of transformers (or a `PeftModel` of one) with.
 
     Args:
         model: the model.
         smoothing: `label_smoothing_factor`.
         function: `compute_loss_func`, or None.
+        of_token: what is made of each token's loss, in place of smoothing.
     """
     base = unwrap_peft_model(model)
     own = _loss_function(base)
@@ -131,7 +137,11 @@ def trained_loss(model: nn.Module, smoothing: float, function: Any) -> SampleLos
     if logits_of is None:
         return _heads(base)
     return _tokens(
-        logits_of, smoothing, shifted=shifted, first_too=_has_virtual_tokens(model, base)
+        logits_of,
+        smoothing,
+        shifted=shifted,
+        first_too=_has_virtual_tokens(model, base),
+        of_token=of_token,
     )
 
 
@@ -234,6 +244,7 @@ def _tokens(
     *,
     shifted: bool,
     first_too: bool = False,
+    of_token: Callable[[Tensor], Tensor] | None = None,
 ) -> SampleLoss:
     """Cross-entropy of labelled tokens, smoothed as `LabelSmoother` does."""
 
@@ -250,6 +261,8 @@ def _tokens(
 
     def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
         losses = token_losses(logits, labels)
+        if of_token is not None:
+            return of_token(losses)
         if smoothing:
             others = -wide(logits).log_softmax(-1).mean(-1)
             others = others.masked_fill(labels == IGNORED, 0.0)

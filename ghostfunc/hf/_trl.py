@@ -30,7 +30,7 @@ from ghostfunc.hf._preferences import (
     rows_of_pairs,
 )
 from ghostfunc.hf._score_sets import ScoreSet
-from ghostfunc.hf._trained_loss import SampleLoss
+from ghostfunc.hf._trained_loss import SampleLoss, trained_loss
 from ghostfunc.hf._trl_head import head_log_probs, show_head
 
 PairPart: TypeAlias = Callable[[Tensor, Batch], Tensor]
@@ -91,27 +91,31 @@ class SFTMixin(TrlMixin):
     `train_dataset` is, and is prepared like it. The default settings (bf16, checkpoints of
     activations) are trained; entropy and token accuracy are not logged in training. With `packing`
     a sample is a row of `train_dataset` as TRL prepares it: its value is that of its documents,
-    added up.
+    added up. `loss_type` is "nll" or "dft".
 
     Raises:
+        OptionError: another `loss_type`.
         BatchError: a batch of packed rows has other documents than their `seq_lengths` say.
         VerificationError: a router's loss, which does not belong to samples.
     """
 
     def sample_loss(self) -> SampleLoss:
         args: Any = self.args
-        padding_free = bool(cast(Any, self).padding_free)
-        if args.loss_type != "nll" and self._given_loss is None:
+        if self._given_loss is not None or self.compute_loss_func is not None:
+            return super().sample_loss()
+        if args.loss_type not in OF_TOKEN:
             raise OptionError(
-                f"SFTMixin does not know loss_type={args.loss_type!r}; it knows 'nll'. Pass the "
-                "loss as sample_loss=gf.hf.SampleLoss(sums, counts)."
+                f"SFTMixin does not know loss_type={args.loss_type!r}; it knows "
+                f"{', '.join(OF_TOKEN)}. Pass the loss as sample_loss=gf.hf.SampleLoss(sums, "
+                "counts)."
             )
-        loss = super().sample_loss()
-        known = self._given_loss is None and self.compute_loss_func is None
-        plain = self.label_smoother is None and not padding_free
-        if known and plain and self._fused():
-            return loss._replace(sums=_token_sums)
-        return loss
+        of_token = OF_TOKEN[args.loss_type]
+        if self.label_smoother is not None and of_token is None:
+            return super().sample_loss()
+        loss = trained_loss(cast(nn.Module, self.model), 0.0, None, of_token)
+        if cast(Any, self).padding_free or not self._fused():
+            return loss
+        return loss._replace(sums=partial(_token_sums, of_token))
 
     def documents_in(self, sample: Any) -> int:
         if not cast(Any, self).padding_free or "seq_lengths" not in sample:
@@ -209,10 +213,29 @@ class RewardMixin(TrlMixin):
         )
 
 
-def _token_sums(module: nn.Module, batch: Batch) -> Tensor:
+def _weighed_by_probability(losses: Tensor) -> Tensor:
+    """Dynamic fine-tuning, `loss_type="dft"`: each token's loss times its probability, as a number.
+
+    Reference:
+        Wu et al., "On the Generalization of SFT", 2025.
+    """
+    return losses * (-losses).exp().detach()
+
+
+OF_TOKEN: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "nll": None,
+    "dft": _weighed_by_probability,
+}
+"""By the loss type of `SFTTrainer`: what is made of each token's loss."""
+
+
+def _token_sums(
+    of_token: Callable[[Tensor], Tensor] | None, module: nn.Module, batch: Batch
+) -> Tensor:
     """Each sample's summed token losses."""
     inputs = {**batch, "labels": need(batch, "labels")}
-    return -head_log_probs(module, inputs).sum(1)
+    losses = -head_log_probs(module, inputs)
+    return (losses if of_token is None else of_token(losses)).sum(1)
 
 
 def _answer_token_logps(module: nn.Module, batch: Batch) -> Tensor:

@@ -242,11 +242,36 @@ def test_padding_free(adapters: bool, tokenizer: Any, tmp_path: Path) -> None:
     assert_close(ghost.scores.values, padded.scores.values, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"packing": True, "max_length": 16}, {"bf16": True}, {"label_smoothing_factor": 0.1}],
+)
+def test_dynamic_fine_tuning(more: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    """Tokens weigh by their probability, which is no function of the weights there."""
+    options = {"max_steps": 3, "gradient_accumulation_steps": 2, "loss_type": "dft", "bf16": False}
+    plain, ghost = trained("sft", tokenizer, tmp_path, False, **{**options, **more})
+    exact = 0.0 if more.get("bf16") else 1e-6
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), exact, floor=1.0)
+    packed = more.get("packing", False)
+    want = scores_of_rows(ghost) if packed else expected_scores(ghost, "sft")
+    assert_close(ghost.scores.values, want, 3e-2 if more.get("bf16") else 1e-4)
+
+
 def test_rows_of_packed_texts_are_samples(tokenizer: Any, tmp_path: Path) -> None:
     options = {"max_steps": 2, "bf16": False, "packing": True, "max_length": 16}
     plain, ghost = trained("sft", tokenizer, tmp_path, False, **options, packing_strategy="wrapped")
     assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
     assert ghost.scores.values.abs().min() > 0
+
+
+def test_a_loss_of_tokens_that_is_not_known(tokenizer: Any, tmp_path: Path) -> None:
+    trainer = ScoringSFTTrainer(
+        model=gpt2(), args=settings(trl.SFTConfig, tmp_path, bf16=False),
+        train_dataset=answers(8, 0), score_dataset=answers(5, 1), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.args.loss_type = "other"  # of a TRL to come
+    with pytest.raises(gf.OptionError, match=r"loss_type='other'; it knows nll, dft"):
+        trainer.sample_loss()
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "lora"])

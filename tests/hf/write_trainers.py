@@ -205,6 +205,8 @@ def trl_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
         for case, given in trl.DPO_LOSSES.items()
     }
     packing = {
+        "TRL sft, dft": partial(run, "sft", False, False, loss_type="dft"),
+        "TRL sft, dft, lora, bf16": partial(run, "sft", True, True, loss_type="dft"),
         "TRL sft, packing": partial(packed, False),
         "TRL sft, packing, lora": partial(packed, True),
     }
