@@ -18,7 +18,13 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import cost
 from ghostfunc._factors.factor import Dense, Factor, Grouped, OneHot, Outer, unknown_factor
-from ghostfunc._factors.matmul import add_product, matmul, operand, product
+from ghostfunc._factors.matmul import (
+    add_product,
+    dots,
+    matmul,
+    operand,
+    positions_through,
+)
 
 
 def row_dots(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
@@ -159,7 +165,7 @@ def _dot_outer(
         left, right, u = right, left, u.mT
     return torch.cat(
         [
-            row_dots(matmul(left[s], u, contract_dtype), right[s])
+            row_dots(positions_through(left[s], u, contract_dtype), right[s])
             for s in blocks(len(left), elements)
         ]
     )
@@ -167,7 +173,7 @@ def _dot_outer(
 
 @dot.register
 def _(factor: Dense, u: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
-    return product(_flat(factor.g), wide(u).flatten()[:, None])[:, 0]
+    return dots(_flat(factor.g), wide(u).flatten())
 
 
 def position_dots(
@@ -183,7 +189,7 @@ def position_dots(
                 left, right, u = right, left, u.mT
             step = left.shape[1] * right.shape[-1]
             parts = [
-                (matmul(left[s], u, contract_dtype) * right[s]).sum(-1)
+                (positions_through(left[s], u, contract_dtype) * right[s]).sum(-1)
                 for s in blocks(len(left), step)
             ]
             return torch.cat(parts)
@@ -261,7 +267,7 @@ def _(
 
 
 def _times(x: Tensor, matrix: Tensor | None, contract_dtype: ContractDtype) -> Tensor:
-    return x if matrix is None else matmul(x, matrix.to(x.dtype), contract_dtype)
+    return x if matrix is None else positions_through(x, matrix.to(x.dtype), contract_dtype)
 
 
 def transpose(factor: Factor) -> Factor:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from math import prod
 from pathlib import Path
 
 import torch
@@ -57,16 +56,24 @@ LEAST_SIZE = 32
 OPS_PER_COPIED_ELEMENT = 256
 """Multiplications that are worth it to copy an element to another place in its row or column."""
 
-PIECE = 1 << 13
-"""Elements of two vectors whose inner product has an error of a few roundings, and takes no longer
-than a part of a longer one."""
+PIECE = 1 << 9
+"""Elements of two vectors whose inner product has an error of a few roundings. Those of equal
+terms, which the gradient of a mean has, all go the same way."""
+
+LARGE_PIECE = 1 << 17
+"""The same where there are many vectors on both sides: matrix libraries cut those products, too."""
+
+FEW_VECTORS = 32
+"""Vectors of a side below which matrix libraries add up one product after the other."""
+
+LONG = 1 << 15
+"""Elements below which a vector is left whole: errors are not yet worth the calls."""
 
 FEW_PIECES = 4
-"""Pieces below which a vector is left whole: errors are not yet worth the calls."""
+"""Pieces that are not worth the calls, either."""
 
 TABLE_ELEMENTS = 1 << 20
-"""Elements of all pieces' sums together. Where more would be needed there are fewer pieces:
-products of so many vectors are cut by matrix libraries, too."""
+"""Elements of all pieces' sums together. Where more would be needed there are fewer pieces."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -253,10 +260,15 @@ def operand(x: Tensor, contract_dtype: ContractDtype) -> Tensor:
 def inner_products(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
     """`<x_i, y_j>` of every pair of rows, `[..., n, m]`, of `[..., n, elements]` and
     `[..., m, elements]`; float32 or wider."""
-    pieces = x.shape[-1] // PIECE
-    if pieces >= FEW_PIECES:
-        pairs = max(1, known(prod(x.shape[:-1])) * known(y.shape[-2]))
-        pieces = min(pieces, TABLE_ELEMENTS // pairs)
+    if x.shape[-1] < LONG:
+        return matmul(x, y.mT, contract_dtype)
+    if x.ndim > 2 and len(x):  # pieces of a stack would be copied
+        each = zip(x, y, strict=True)
+        return torch.stack([inner_products(a, b, contract_dtype) for a, b in each])
+    pairs = max(1, known(x.shape[-2]) * known(y.shape[-2]))
+    few = min(known(x.shape[-2]), known(y.shape[-2])) < FEW_VECTORS
+    piece = PIECE if few else LARGE_PIECE
+    pieces = min(x.shape[-1] // piece, TABLE_ELEMENTS // pairs)
     if pieces < FEW_PIECES:
         return matmul(x, y.mT, contract_dtype)
     (x, rest_of_x), (y, rest_of_y) = _cut(x, pieces), _cut(y, pieces)
@@ -268,17 +280,25 @@ def inner_products(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -
 
 def dots(x: Tensor, u: Tensor) -> Tensor:
     """`<x_i, u>` of every row, `[..., n]`, of `[..., n, elements]` and `[..., elements]`."""
-    if x.shape[-1] < FEW_PIECES * PIECE:
-        return (x @ u[..., None])[..., 0] if u.ndim > 1 else x @ u
+    if x.shape[-1] < LONG:
+        return product(x, u[..., None])[..., 0] if u.ndim > 1 else product(x, u)
     return inner_products(x, u[..., None, :])[..., 0]
+
+
+def positions_through(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None) -> Tensor:
+    """`x @ y`, `[..., t, m]`, of positions `[..., t, elements]` and a matrix `[elements, m]`, or
+    one for every group. The sums of few positions are inner products of long vectors."""
+    if y.ndim > 2 or x.shape[-1] < LONG:
+        return matmul(x, y, contract_dtype)
+    found = inner_products(x.flatten(0, -2), y.mT, contract_dtype)
+    return found.unflatten(0, x.shape[:-1])
 
 
 def squares(x: Tensor) -> Tensor:
     """`||x_i||^2` of every row, `[..., n]`, of `[..., n, elements]`, which are not copied."""
-    pieces = x.shape[-1] // PIECE
-    if pieces <= FEW_PIECES:
+    if x.shape[-1] <= LONG:  # no more than what comes in stretches
         return _squares(x)
-    x, rest = _cut(x, pieces)
+    x, rest = _cut(x, x.shape[-1] // PIECE)
     return _squares(x).sum(0) + _squares(rest)
 
 

@@ -439,7 +439,7 @@ def _token_dots(f: Factor, g: Factor, contract_dtype: ContractDtype) -> Tensor:
     """Inner products of the rank-one terms of the same sample's gradients, `[n, t, s]`."""
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
-        return matmul(x, y.mT, contract_dtype)
+        return inner_products(x, y, contract_dtype)
 
     match f, g:
         case (Outer(), Outer()):
@@ -496,7 +496,7 @@ def _token_grams(f: Factor, g: Factor, contract_dtype: ContractDtype) -> tuple[T
     """Inner products of the two factors' left and right vectors, each `[n*t, m*s]`."""
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
-        return matmul(x.flatten(0, 1), y.flatten(0, 1).mT, contract_dtype)
+        return inner_products(x.flatten(0, 1), y.flatten(0, 1), contract_dtype)
 
     match f, g:
         case (Outer(), Outer()):

@@ -26,7 +26,7 @@ from ghostfunc._factors import cost
 from ghostfunc._factors.beside_total import RunningTotal
 from ghostfunc._factors.bundles import use_shape
 from ghostfunc._factors.factor import Dense, Factor, Outer
-from ghostfunc._factors.matmul import dots, matmul, speed
+from ghostfunc._factors.matmul import dots, inner_products, speed
 from ghostfunc._quantities.readers import DotReader, OneRunReader, ValueReader
 from ghostfunc._trace.trace import CallTrace
 from ghostfunc._trace.tracked import ReaderKey, Tracked
@@ -118,8 +118,8 @@ def _paired(call: CallTrace, factor: Outer, n: int, running: RunningTotal | None
     cut = n * left.shape[1]
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     ours, rights = left[:cut], right[:cut]
-    tokens = matmul(ours, left[cut:].mT)
-    others = matmul(rights, right[cut:].mT)
+    tokens = inner_products(ours, left[cut:])
+    others = inner_products(rights, right[cut:])
     if running is not None:
         running.put_product(ours.mT, rights)
     if tokens.numel() > n * FEW:

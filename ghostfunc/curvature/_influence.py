@@ -29,6 +29,7 @@ from ghostfunc._base.trees import (
 )
 from ghostfunc._base.types import ModelFn, PyTree, Randomness
 from ghostfunc._factors import contract
+from ghostfunc._factors.matmul import inner_products
 from ghostfunc._quantities.quantity import SampleGrad
 from ghostfunc._taps.run import run
 from ghostfunc._transforms.dot_prods import ghost_dot_prod
@@ -358,7 +359,7 @@ def _by_rows(asked: _Asked, rows: EigenRows) -> list[Tensor]:
     for chunk in asked.parts(1 - fewer, most):
         found = of(1 - fewer, chunk)
         with unrounded(found):
-            each.append([found[:, at] @ held[:, at].mT for at in places])
+            each.append([inner_products(found[:, at], held[:, at]) for at in places])
     return joined(each)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ghostfunc._base.dtypes import wide
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Factor, Grouped, OneHot, Outer
+from ghostfunc._factors.matmul import inner_products
 from ghostfunc._quantities.readers import MomentReader, PositionsReader, Push
 from ghostfunc.curvature._blocks import Block, Form
 
@@ -222,7 +223,7 @@ def as_matrices(factor: Factor, sizes: tuple[int, int, int]) -> Float[Tensor, "n
 def _gram(x: Float[Tensor, "n g t k"]) -> Float[Tensor, "g k k"]:
     """`sum_it x_it x_it^T` in every group."""
     flat = x.transpose(0, 1).flatten(1, 2)
-    return flat.mT @ flat
+    return inner_products(flat.mT, flat.mT)
 
 
 def _numel(block: Block) -> int:

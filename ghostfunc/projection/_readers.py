@@ -15,7 +15,7 @@ from ghostfunc._base.torch_private import symbolic
 from ghostfunc._base.types import ContractDtype
 from ghostfunc._factors import bundles, contract
 from ghostfunc._factors.factor import Dense, Factor, OneHot, Outer
-from ghostfunc._factors.matmul import matmul
+from ghostfunc._factors.matmul import inner_products
 from ghostfunc._quantities.readers import Push
 from ghostfunc.projection import _random
 
@@ -92,7 +92,7 @@ class SignsReader(NamedTuple):
         parts = [wide(like.new_zeros(())).expand(len(like), self.k)]
         for start, g in _pieces(factor, max(1, CHUNK // self.k)):
             signs = torch.from_numpy(_random.rademacher(self.key, start, g.shape[1], self.k))
-            parts.append(matmul(g, signs.to(g.device, g.dtype), self.contract_dtype))
+            parts.append(inner_products(g, signs.to(g.device, g.dtype).mT, self.contract_dtype))
         return contract.add_up(parts)
 
     def push(self, push: Push) -> SignsReader | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_positive, check_type
+from ghostfunc._factors.matmul import squares
 from ghostfunc.projection import Projection
 from ghostfunc.projection._blocks import select
 from ghostfunc.store._errors import IncompatibleStoreError
@@ -140,12 +141,12 @@ class RowView:
 def measured(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and their lengths `[rows, 1]`, both divided by the row's largest entry where squares
     would overflow or vanish. A zero row has length 1: similarity 0 with everything, not 0/0."""
-    lengths = x.norm(dim=1, keepdim=True)
+    lengths = squares(x).sqrt()[:, None]
     far = ~((lengths > SHORT) & (lengths < LONG))
     if bool(far.any()):
         largest = x.abs().amax(1, keepdim=True)
         x = torch.where(far & (largest > 0), x / largest, x)
-        lengths = x.norm(dim=1, keepdim=True)
+        lengths = squares(x).sqrt()[:, None]
     return x, lengths.masked_fill(lengths == 0, 1)
 
 

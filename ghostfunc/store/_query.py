@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc._base.options import check_flags, check_number, check_type, one_of
+from ghostfunc._factors.matmul import inner_products
 from ghostfunc.store._errors import StoreError
 from ghostfunc.store._metric import Preconditioner, RowView, measured, unit
 from ghostfunc.store._rows import StoredRows
@@ -109,10 +110,10 @@ def iter_scores(store: StoredRows, plan: Plan) -> Iterator[tuple[range, Tensor]]
             samples = view.plain(rows) if plain else view.whitened(rows)
             for b, (q, x) in enumerate(zip(plan.queries[name], samples, strict=True)):
                 if plain:
-                    s = q @ x.mT
+                    s = inner_products(q, x)
                 else:
                     x, lengths = measured(x)
-                    s = q @ x.mT / lengths.mT
+                    s = inner_products(q, x) / lengths.mT
                 s = s * plan.scale[name]
                 if b < len(total):
                     total[b] = total[b] + s
