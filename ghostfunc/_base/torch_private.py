@@ -315,7 +315,8 @@ def version(x: Tensor) -> int:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """`version` of each; 0 of a tensor of inference mode, whose writes nobody counts."""
+    """The `version` of each tensor; 0 for a tensor of inference mode, which torch does not count
+    writes to."""
     inside = map(innermost, tensors) if in_transform() else tensors
     return [0 if x.is_inference() else x._version for x in inside]
 

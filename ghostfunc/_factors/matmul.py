@@ -57,8 +57,8 @@ OPS_PER_COPIED_ELEMENT = 256
 """Multiplications that are worth it to copy an element to another place in its row or column."""
 
 PIECE = 1 << 9
-"""Elements of two vectors whose inner product has an error of a few roundings. Those of equal
-terms, which the gradient of a mean has, all go the same way."""
+"""Elements of a piece: its inner product has an error of a few roundings. Roundings of equal terms,
+which the gradient of a mean has, all go the same way, so a piece is short."""
 
 LARGE_PIECE = 1 << 17
 """The same where there are many vectors on both sides: matrix libraries cut those products, too."""
@@ -296,7 +296,7 @@ def positions_through(x: Tensor, y: Tensor, contract_dtype: ContractDtype = None
 
 def squares(x: Tensor) -> Tensor:
     """`||x_i||^2` of every row, `[..., n]`, of `[..., n, elements]`, which are not copied."""
-    if x.shape[-1] <= LONG:  # no more than what comes in stretches
+    if x.shape[-1] <= LONG:  # `spread` asks for stretches of this length, which stay whole
         return _squares(x)
     x, rest = _cut(x, x.shape[-1] // PIECE)
     return _squares(x).sum(0) + _squares(rest)

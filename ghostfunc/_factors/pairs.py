@@ -390,6 +390,7 @@ def _singles(use: Sequence[Factor]) -> Factor:
     """The factor of a use; that of several parts has every position as a sample of its own."""
     if len(use) == 1:
         return use[0]
+    # A use has factors of one kind, Outer or OneHot: others do not meet by tokens.
     match side_by_side(use):  # type: ignore[arg-type]
         case Outer(left, right):
             return Outer(left[0][:, None], right[0][:, None])

@@ -164,7 +164,7 @@ def coarsest(model: TracedModel) -> torch.dtype:
 
 
 def coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype whose numbers, or products, have the fewest digits."""
+    """Of these dtypes, the one whose products have the fewest digits."""
     known = {*map(digits_of, dtypes)} & TOLERANCES.keys()
     return max(known, key=lambda x: torch.finfo(x).eps)
 

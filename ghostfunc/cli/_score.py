@@ -34,7 +34,7 @@ KEPT = ("config.json", "run.json", "part-??????.npz", DONE, STATE)
 """Names of the files that a run has in its folder."""
 
 HEAT = 10
-"""Samples of either end whose tokens' shares the page shows, unless the command says otherwise."""
+"""How many best and how many worst samples the page shows with their tokens' shares, by default."""
 
 ASIDE, TARGET_ASIDE = ".set-aside.jsonl", ".target-set-aside.jsonl"
 

@@ -15,7 +15,7 @@ SAMPLE_ID = "ghost_sample_id"
 """The key of the numbers, in features and in batches."""
 
 PLACE = "ghost_sample_place"
-"""The key of each document's sample in a batch whose samples own several documents of one row."""
+"""The batch key that says, for every document of the one row, which sample it belongs to."""
 
 
 class Numbered(Dataset[dict[str, Any]]):

@@ -171,7 +171,7 @@ class DPOMixin(TrlMixin):
 
 
 def _parts_of_loss(trainer: Any, losses: Weighted, *, compiled: bool) -> list[PairPart]:
-    """A DPO loss as functions whose sum is each pair's loss, `[n]`, of tokens' log-probabilities,
+    """The functions whose sum is a DPO loss: each returns `[n]`, given tokens' log-probabilities,
     `[n, 2, T - 1]`."""
     asked = [(kind, weight) for kind, weight in losses if kind != "sft"]
     parts: list[PairPart] = [partial(_sft, weight) for kind, weight in losses if kind == "sft"]
