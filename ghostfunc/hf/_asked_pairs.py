@@ -110,7 +110,7 @@ class _Asked:
 
 
 class _OneProcess:
-    """Stands for the accelerator, which gathers numbers for the log alone: `gather` returns zero."""
+    """Stands for the accelerator, which gathers numbers for the log: `gather` returns zero."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
