@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._base.errors import OptionError
 from ghostfunc.hf._losses import Batch, need
+from ghostfunc.hf._preferences import AnswerTokens
 
 Weighted = Sequence[tuple[str, float]]
 """Loss types of TRL, each with its weight."""
@@ -26,24 +26,22 @@ ROWS = ("input_ids", "attention_mask", "completion_mask")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-def asked_losses(
-    trainer: Any, losses: Weighted, logps: Float[Tensor, "n 2 t-1"], batch: Batch
-) -> Float[Tensor, " n"]:
-    """The trainer's loss of each pair by itself.
+def asked_losses(trainer: Any, losses: Weighted, said: AnswerTokens, batch: Batch) -> Tensor:
+    """The trainer's loss of each pair by itself, `[n]`.
 
     Args:
         trainer: a `trl.DPOTrainer`, whose settings count.
         losses: the loss types that are added up.
-        logps: log-probabilities of the tokens of both answers, zero elsewhere.
+        said: what the model says of the tokens of both answers.
         batch: the pairs, with what the reference says.
     """
     rows = {name: need(batch, name) for name in ROWS}
-    said = {name: need(batch, name)[:, None] for name in REFERENCE}
+    reference = {name: need(batch, name)[:, None] for name in REFERENCE}
 
-    def loss(logps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        return _ask(_Asked(trainer, losses), logps, inputs)
+    def loss(said: AnswerTokens, inputs: dict[str, Tensor]) -> Tensor:
+        return _ask(_Asked(trainer, losses), said, inputs)
 
-    out: Tensor = torch.vmap(loss)(logps, {**rows, **said})
+    out: Tensor = torch.vmap(loss)(said, {**rows, **reference})
     return out
 
 
@@ -58,14 +56,15 @@ def refuse_mixed_pairs(trainer: Any, losses: Weighted) -> None:
     lengths = torch.tensor([[4, 2], [2, 3], [3, 5]], device="cpu")[..., None]
     mask = (torch.arange(t, device="cpu") < lengths + 1).long()
     completion = mask * (torch.arange(t, device="cpu") > 0)
-    logps = draw(n, 2, t - 1) * completion[..., 1:]
+    said = draw(n, 2, t - 1) * completion[..., 1:], draw(n, 2, t - 1)
+    of_rows = tuple(x.transpose(0, 1).flatten(0, 1) for x in said)
     pairs = {"input_ids": mask, "attention_mask": mask, "completion_mask": completion}
     batch = {**pairs, **{name: draw(n) for name in REFERENCE}}
     rows = {k: x.transpose(0, 1).flatten(0, 1) for k, x in pairs.items()}
     for kind, _ in losses:
         by_itself = _Asked(trainer, [(kind, 1.0)], beta=1.0, device="cpu")
-        together = float(_ask(by_itself, logps.transpose(0, 1).flatten(0, 1), {**batch, **rows}))
-        each = float(asked_losses(by_itself, [(kind, 1.0)], logps, batch).mean())
+        together = float(_ask(by_itself, of_rows, {**batch, **rows}))
+        each = float(asked_losses(by_itself, [(kind, 1.0)], said, batch).mean())
         if abs(together - each) > 1e-5 * abs(each):
             raise OptionError(
                 f"loss_type={kind!r} is no sum over pairs: of three random pairs it is "
@@ -74,10 +73,15 @@ def refuse_mixed_pairs(trainer: Any, losses: Weighted) -> None:
             )
 
 
-def _ask(trainer: _Asked, logps: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def _ask(trainer: _Asked, said: AnswerTokens, inputs: Mapping[str, Tensor]) -> Tensor:
+    logps, *squares = said
     nothing = torch.zeros(logps.shape, device=logps.device)
     outputs = SimpleNamespace(
-        log_probs=logps, entropy=nothing, is_top1=nothing.bool(), mean_logits=_Unread()
+        log_probs=logps,
+        log_sum_sq_probs=squares[0] if squares else None,
+        entropy=nothing,
+        is_top1=nothing.bool(),
+        mean_logits=_Unread(),
     )
     theirs = type(trainer.whole)._compute_loss
     loss: Tensor = theirs(trainer, lambda **_: outputs, dict(inputs), return_outputs=False)

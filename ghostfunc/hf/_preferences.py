@@ -6,6 +6,7 @@ own `[2n, T]`, all chosen rows first, is `x.unflatten(0, (2, n)).transpose(0, 1)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -21,6 +22,10 @@ from ghostfunc.hf._logits import IGNORED, token_losses
 from ghostfunc.hf._losses import Batch, need, next_tokens
 
 PairLoss: TypeAlias = Literal["sigmoid", "hinge", "ipo"]
+AnswerTokens: TypeAlias = tuple[Tensor, ...]
+"""Of the answers' tokens but the first of a row, each `[n, 2, T - 1]`: log-probabilities, zero
+outside the answers, and, where it is asked for, `log sum_v p_v^2` of the distribution that a token
+is drawn from, through which no gradient goes."""
 PAIR_LOSSES = ("sigmoid", "hinge", "ipo")
 SFT_SHARE = "sft_share"
 """By how much a chosen answer's tokens weigh in TRL's "sft": pairs over tokens of a batch."""
@@ -175,11 +180,12 @@ def reward_losses(module: nn.Module, batch: Batch, center: float) -> Tensor:
 
 def answer_logps(module: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities of the answers, `[n, 2]`."""
-    return answer_token_logps(module, batch).sum(2)
+    logps, *_ = answer_tokens(module, batch)
+    return logps.sum(2)
 
 
-def answer_token_logps(module: nn.Module, batch: Batch) -> Tensor:
-    """Log-probabilities of the answers' tokens but the first of a row, `[n, 2, T - 1]`."""
+def answer_tokens(module: nn.Module, batch: Batch, *, squares: bool = False) -> AnswerTokens:
+    """What a model says of the answers' tokens."""
     n, inputs = rows_of_pairs(batch)
     mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
     if mask.shape != inputs["input_ids"].shape:
@@ -190,8 +196,17 @@ def answer_token_logps(module: nn.Module, batch: Batch) -> Tensor:
     labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
     labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) == 0, IGNORED)
     logits = cast(Any, module)(**inputs, use_cache=False).logits
-    losses = token_losses(logits, next_tokens(labels, logits.shape[1]))
-    return -losses[:, -labels.shape[1] : -1].unflatten(0, (2, n)).transpose(0, 1)
+    here = slice(-labels.shape[1], -1)
+    said = [-token_losses(logits, next_tokens(labels, logits.shape[1]))[:, here]]
+    if squares:
+        z = wide(logits[:, here].detach())
+        said.append((2 * z).logsumexp(-1) - 2 * z.logsumexp(-1))
+    return of_pairs(n, said)
+
+
+def of_pairs(n: int, of_rows: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors of `rows_of_pairs`, `[2n, ...]`, as those of pairs, `[n, 2, ...]`."""
+    return tuple(x.unflatten(0, (2, n)).transpose(0, 1) for x in of_rows)
 
 
 def rows_of_pairs(batch: Batch) -> tuple[int, Batch]:

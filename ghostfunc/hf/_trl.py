@@ -23,9 +23,11 @@ from ghostfunc.hf._mixin import GhostMixin
 from ghostfunc.hf._preferences import (
     PAIR_LOSSES,
     SFT_SHARE,
+    AnswerTokens,
     PairLoss,
-    answer_token_logps,
+    answer_tokens,
     dpo_losses,
+    of_pairs,
     reward_losses,
     rows_of_pairs,
 )
@@ -33,7 +35,7 @@ from ghostfunc.hf._score_sets import ScoreSet
 from ghostfunc.hf._trained_loss import SampleLoss, trained_loss
 from ghostfunc.hf._trl_head import head_log_probs, show_head
 
-PairPart: TypeAlias = Callable[[Tensor, Batch], Tensor]
+PairPart: TypeAlias = Callable[[AnswerTokens, Batch], Tensor]
 
 MARK = "score: "
 """Before the names of score datasets among those that TRL prepares for evaluation."""
@@ -127,31 +129,29 @@ class DPOMixin(TrlMixin):
     """Scores for `trl.DPOTrainer`: `class Mine(gf.hf.DPOMixin, trl.DPOTrainer): ...`.
 
     A sample is a pair. What the reference says is computed before the pass, by the trainer. Losses
-    other than "sigmoid", "hinge" and "ipo" are TRL's own code, asked about one pair at a time;
-    "sft" weighs a pair by its share of the batch's chosen tokens.
+    other than "sigmoid", "hinge" and "ipo", and `use_weighting`, are TRL's own code, asked about
+    one pair at a time; "sft" weighs a pair by its share of the batch's chosen tokens.
 
     Raises:
         OptionError: losses that mix pairs ("aot" sorts them), which leave a pair no loss of its
-            own; `use_weighting`; `compile` with other losses than the three.
+            own; `compile` with other losses than the three.
     """
 
     def sample_loss(self) -> SampleLoss:
         if self._given_loss is not None:
             return super().sample_loss()
         trainer = cast(Any, self)
-        if trainer.use_weighting:
-            raise OptionError(
-                "DPOMixin does not know use_weighting=True, whose weights are made of the model's "
-                "whole distributions; it knows loss types of the answers' log-probabilities. Leave "
-                "it out, or pass sample_loss=gf.hf.SampleLoss(sums, counts, rows=2)."
-            )
-        tokens = _answer_token_logps if self._fused() else answer_token_logps
+        tokens = (
+            _answer_tokens
+            if self._fused()
+            else partial(answer_tokens, squares=trainer.use_weighting)
+        )
         losses = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
         parts = _parts_of_loss(trainer, losses, compiled=self._compiled)
 
         def sums(module: nn.Module, batch: Batch) -> Tensor:
-            logps = tokens(module, batch)
-            found = [part(logps, batch) for part in parts]
+            said = tokens(module, batch)
+            found = [part(said, batch) for part in parts]
             return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
         return SampleLoss(sums, _one_each, rows=2)
@@ -171,12 +171,11 @@ class DPOMixin(TrlMixin):
 
 
 def _parts_of_loss(trainer: Any, losses: Weighted, *, compiled: bool) -> list[PairPart]:
-    """The functions whose sum is a DPO loss: each returns `[n]`, given tokens' log-probabilities,
-    `[n, 2, T - 1]`."""
+    """The functions whose sum is a DPO loss: each returns `[n]`."""
     asked = [(kind, weight) for kind, weight in losses if kind != "sft"]
     parts: list[PairPart] = [partial(_sft, weight) for kind, weight in losses if kind == "sft"]
     usual = trainer.ld_alpha is None and trainer.f_divergence_type == "reverse_kl"
-    if usual and {kind for kind, _ in asked} <= set(PAIR_LOSSES):
+    if usual and not trainer.use_weighting and {kind for kind, _ in asked} <= set(PAIR_LOSSES):
         return parts + [
             partial(_written, trainer, weight, cast(PairLoss, kind)) for kind, weight in asked
         ]
@@ -184,18 +183,21 @@ def _parts_of_loss(trainer: Any, losses: Weighted, *, compiled: bool) -> list[Pa
         raise OptionError(
             f"compile=True (torch_compile=True) records the losses {', '.join(PAIR_LOSSES)} and "
             f"sft of DPO; got loss_type={[kind for kind, _ in losses]}, ld_alpha="
-            f"{trainer.ld_alpha}, f_divergence_type={trainer.f_divergence_type!r}. Leave it out."
+            f"{trainer.ld_alpha}, f_divergence_type={trainer.f_divergence_type!r}, use_weighting="
+            f"{trainer.use_weighting}. Leave it out."
         )
     refuse_mixed_pairs(trainer, asked)
     return [*parts, partial(asked_losses, trainer, asked)]
 
 
-def _sft(weight: float, logps: Tensor, batch: Batch) -> Tensor:
-    return -weight * batch[SFT_SHARE] * logps[:, 0].sum(1)
+def _sft(weight: float, said: AnswerTokens, batch: Batch) -> Tensor:
+    return -weight * batch[SFT_SHARE] * said[0][:, 0].sum(1)
 
 
-def _written(trainer: Any, weight: float, kind: PairLoss, logps: Tensor, batch: Batch) -> Tensor:
-    return weight * dpo_losses(logps.sum(2), batch, trainer.beta, kind)
+def _written(
+    trainer: Any, weight: float, kind: PairLoss, said: AnswerTokens, batch: Batch
+) -> Tensor:
+    return weight * dpo_losses(said[0].sum(2), batch, trainer.beta, kind)
 
 
 class RewardMixin(TrlMixin):
@@ -234,17 +236,17 @@ def _token_sums(
 ) -> Tensor:
     """Each sample's summed token losses."""
     inputs = {**batch, "labels": need(batch, "labels")}
-    losses = -head_log_probs(module, inputs)
+    losses = -head_log_probs(module, inputs)[0]
     return (losses if of_token is None else of_token(losses)).sum(1)
 
 
-def _answer_token_logps(module: nn.Module, batch: Batch) -> Tensor:
-    """Log-probabilities of the answers' tokens, `[n, 2, T - 1]`."""
+def _answer_tokens(module: nn.Module, batch: Batch) -> AnswerTokens:
+    """What TRL's own head says of the answers' tokens."""
     n, inputs = rows_of_pairs(batch)
     mask = need(batch, "completion_mask").transpose(0, 1).flatten(0, 1)
     labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
-    logps = head_log_probs(module, {**inputs, "labels": labels})
-    return logps[:, 1 - mask.shape[1] :].unflatten(0, (2, n)).transpose(0, 1)
+    said = head_log_probs(module, {**inputs, "labels": labels})
+    return of_pairs(n, (x[:, 1 - mask.shape[1] :] for x in said))
 
 
 def _one_each(batch: Batch) -> Tensor:

@@ -24,15 +24,19 @@ from ghostfunc.hf._losses import Batch
 FUNCTION = "_ChunkedLogProbFunction"
 """What TRL's `forward` calls it."""
 
+SQUARES = "log_sum_sq_probs"
+"""TRL's name of `log sum_v p_v^2` of a position's distribution."""
+
 FOR_TAPS = "ghost_samples"
 """The keyword argument with which `forward` calls an op instead."""
 
 
-def head_log_probs(module: nn.Module, inputs: Batch) -> Tensor:
-    """Log-probabilities of the next labels, `[n, T - 1]`, zero where nothing is to be predicted."""
+def head_log_probs(module: nn.Module, inputs: Batch) -> tuple[Tensor, ...]:
+    """Of the next labels, `[n, T - 1]`, zero where nothing is to be predicted: log-probabilities,
+    and `log sum_v p_v^2` without a gradient, where TRL's head was told to give it."""
     options = {"use_cache": False, "fused_lm_head": True, FOR_TAPS: True}
-    out: Tensor = cast(Any, module)(**inputs, **options).log_probs
-    return out
+    out = cast(Any, module)(**inputs, **options)
+    return tuple(x for x in (out.log_probs, out.log_sum_sq_probs) if x is not None)
 
 
 def show_head(model: nn.Module) -> bool:
@@ -79,11 +83,13 @@ class _Shown:
     def apply(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
     ) -> tuple[Tensor | None, ...]:
-        *rest, _ = options
+        *rest, wanted = options
         device = hidden.device.type
         rounded = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounded else hidden.dtype
-        return chunked_log_probs(hidden, weight, bias, targets, *rest, dtype), *[None] * 4
+        squares = SQUARES in wanted
+        out = chunked_log_probs(hidden, weight, bias, targets, *rest, dtype, squares)
+        return out[:, 0], None, out[:, 1].detach() if squares else None, None, None
 
 
 @wrap_torch_function(lambda hidden, weight, bias, *_: (hidden, weight))
@@ -97,12 +103,15 @@ def chunked_log_probs(
     softcap: float | None,
     scale: float,
     dtype: torch.dtype,
+    squares: bool,
 ) -> Tensor:
-    """`log softmax` of logits `[N, V]` at the targets, `[N]`, by TRL's Function."""
+    """`log softmax` of logits `[N, V]` at the targets by TRL's Function, `[N, 1]`, with `squares`
+    `[N, 2]`: beside it `log sum_v p_v^2`, through which no gradient goes."""
     function = importlib.import_module("trl.kernels").ChunkedLogProbFunction
-    options = (temperature, chunk_size, softcap, scale, ("log_probs",))
-    out: Tensor = function.apply(hidden, weight, bias, targets, *options)[0]
-    return out
+    wanted = ("log_probs", *[SQUARES] * squares)
+    options = (temperature, chunk_size, softcap, scale, wanted)
+    out = function.apply(hidden, weight, bias, targets, *options)
+    return torch.stack([out[0], out[2]] if squares else [out[0]], dim=1)
 
 
 @register_rule(chunked_log_probs)
@@ -117,6 +126,7 @@ def _rule(
     softcap: float | None,
     scale: float,
     dtype: torch.dtype,
+    squares: bool,
 ) -> FactorMakers:
     def of_logits() -> Tensor:
         logits = hidden.to(dtype) @ weight[0].to(dtype).mT
@@ -129,7 +139,7 @@ def _rule(
             z, slope = softcap * bent, slope * (1 - bent * bent)
         g = -torch.softmax(z / temperature, -1)
         g.scatter_add_(-1, targets[..., None], torch.ones_like(g[..., :1]))
-        return (b[..., None].float() * g * slope).to(dtype)
+        return (b[..., :1].float() * g * slope).to(dtype)
 
     return {
         "weight": lambda: Outer(of_logits(), hidden.to(dtype)),
