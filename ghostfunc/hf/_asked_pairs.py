@@ -114,25 +114,34 @@ class _Asked:
 
 
 class _OneProcess:
-    """Stands for the accelerator, which gathers numbers for the log: `gather` returns zero."""
+    """Stands for the accelerator, which gathers numbers for the log."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
 
-    def gather(self, x: Tensor) -> Tensor:
-        return torch.zeros((), device="cpu")
+    def gather(self, x: Any) -> _Unread:
+        return _Unread()
 
     gather_for_metrics = gather
 
 
 class _Unread:
-    """Stands for logits that are averaged for the log, over places that differ by pair."""
+    """Stands for what is averaged for the log, over places that differ by pair: it reads as zero,
+    and no tensor is looked into, which a compiler could not follow."""
 
     def __getitem__(self, places: Any) -> _Unread:
         return self
 
+    def __gt__(self, number: float) -> bool:
+        return number < 0
+
     def chunk(self, parts: int, dim: int) -> tuple[_Unread, ...]:
         return (self,) * parts
 
-    def sum(self) -> Tensor:
-        return torch.zeros((), device="cpu")
+    def sum(self) -> _Unread:
+        return self
+
+    mean = sum
+
+    def item(self) -> int:
+        return 0

@@ -134,7 +134,7 @@ class DPOMixin(TrlMixin):
 
     Raises:
         OptionError: losses that mix pairs ("aot" sorts them), which leave a pair no loss of its
-            own; `compile` with other losses than the three.
+            own.
     """
 
     def sample_loss(self) -> SampleLoss:
@@ -147,7 +147,7 @@ class DPOMixin(TrlMixin):
             else partial(answer_tokens, squares=trainer.use_weighting)
         )
         losses = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
-        parts = _parts_of_loss(trainer, losses, compiled=self._compiled)
+        parts = _parts_of_loss(trainer, losses)
 
         def sums(module: nn.Module, batch: Batch) -> Tensor:
             said = tokens(module, batch)
@@ -170,7 +170,7 @@ class DPOMixin(TrlMixin):
         return given
 
 
-def _parts_of_loss(trainer: Any, losses: Weighted, *, compiled: bool) -> list[PairPart]:
+def _parts_of_loss(trainer: Any, losses: Weighted) -> list[PairPart]:
     """The functions whose sum is a DPO loss: each returns `[n]`."""
     asked = [(kind, weight) for kind, weight in losses if kind != "sft"]
     parts: list[PairPart] = [partial(_sft, weight) for kind, weight in losses if kind == "sft"]
@@ -179,13 +179,6 @@ def _parts_of_loss(trainer: Any, losses: Weighted, *, compiled: bool) -> list[Pa
         return parts + [
             partial(_written, trainer, weight, cast(PairLoss, kind)) for kind, weight in asked
         ]
-    if compiled:
-        raise OptionError(
-            f"compile=True (torch_compile=True) records the losses {', '.join(PAIR_LOSSES)} and "
-            f"sft of DPO; got loss_type={[kind for kind, _ in losses]}, ld_alpha="
-            f"{trainer.ld_alpha}, f_divergence_type={trainer.f_divergence_type!r}, use_weighting="
-            f"{trainer.use_weighting}. Leave it out."
-        )
     refuse_mixed_pairs(trainer, asked)
     return [*parts, partial(asked_losses, trainer, asked)]
 

@@ -13,10 +13,11 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -187,10 +188,16 @@ def trl_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
     """The rows of TRL's trainers."""
     import test_trl as trl
 
-    def run(name: str, adapters: bool, bf16: bool, **given: Any) -> tuple[str, ...]:
+    def run(
+        name: str,
+        adapters: bool,
+        bf16: bool,
+        scoring: Mapping[str, Any] = MappingProxyType({}),
+        **given: Any,
+    ) -> tuple[str, ...]:
         options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, **given}
         tokenizer = trl.make_tokenizer()
-        plain, ghost = trl.trained(name, tokenizer, folder, adapters, bf16=bf16, **options)
+        plain, ghost = trl.trained(name, tokenizer, folder, adapters, scoring, bf16=bf16, **options)
         return f"{weights_error(ghost.model, plain.model):.0e}", trl.score_error(ghost, name)
 
     def packed(adapters: bool) -> tuple[str, ...]:
@@ -204,6 +211,9 @@ def trl_rows(folder: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
         f"TRL dpo, {case}": partial(run, "dpo", False, False, **given)
         for case, given in trl.DPO_LOSSES.items()
     }
+    losses["TRL dpo, several, use_weighting, compile"] = partial(
+        run, "dpo", False, False, {"compile": True}, **trl.DPO_LOSSES["several"], use_weighting=True
+    )
     packing = {
         "TRL sft, dft": partial(run, "sft", False, False, loss_type="dft"),
         "TRL sft, dft, lora, bf16": partial(run, "sft", True, True, loss_type="dft"),
