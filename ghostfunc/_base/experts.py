@@ -12,9 +12,7 @@ against its own `forward` when a model function calls it for the first time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import UnsupportedOpError
+from ghostfunc._base.methods import Override, override
 from ghostfunc._base.torch_private import in_transform, without_torch_functions
 
 _MARKS = {
@@ -75,22 +74,11 @@ def _is_routed(layer: nn.Module) -> bool:
     return own["config"]._experts_implementation in _RUN_HERE
 
 
-@contextmanager
-def rows_in_order(layers: Sequence[nn.Module], known: set[nn.Module]) -> Iterator[None]:
-    """Have `layers_of_experts` leave rows where they are, for a while. Those that are not `known`
-    yet are held against their own `forward` when they are called."""
-    with ExitStack() as stack:
-        for layer in filter(_is_routed, layers):
-            own = vars(layer)
-            own["forward"] = partial(_forward, layer, known)
-            stack.callback(own.pop, "forward", None)
-        yield
-
-
-def in_order_now(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those that leave rows where they are at the moment."""
-    held = [(m, vars(m)["forward"]) for m in modules if "forward" in vars(m)]
-    return [m for m, x in held if isinstance(x, partial) and x.func is _forward]
+def rows_in_order(layers: Iterable[nn.Module], known: set[nn.Module]) -> list[Override]:
+    """Methods of `layers_of_experts` that leave rows where they are. Those that are not `known` yet
+    are held against their own `forward` when they are called."""
+    routed = filter(_is_routed, layers)
+    return [override(layer, "forward", _forward, layer, known) for layer in routed]
 
 
 def _forward(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.experts import layers_of_experts, rows_in_order
+from ghostfunc._base.hand_written import shown
 from ghostfunc._base.locks import Loan, alone_with
+from ghostfunc._base.methods import overridden
 from ghostfunc._base.options import check_number
 from ghostfunc._base.processes.dtensors import like_parameter, local
 from ghostfunc._base.processes.placements import sharding_of
@@ -56,6 +58,7 @@ class ModuleFn:
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._parts = modules_within(module)
         self._experts = layers_of_experts(self._parts)
+        self._shown = shown(self._parts)
         self._compared: set[nn.Module] = set()
         self._state: dict[str, Tensor] = {}
         for prefix, owner, attribute, x in _held(module):
@@ -127,7 +130,7 @@ class ModuleFn:
         if self.sharding is not None:
             return self._lending_pieces(self.sharding, params, run)
         named = {**self._state, **params}
-        with alone_with(self.module), self._rows_in_order():
+        with alone_with(self.module), self._methods_of_run():
             if torch.compiler.is_compiling():
                 return self._called(named, run)
             parts = modules_within(self.module)
@@ -162,11 +165,14 @@ class ModuleFn:
             finally:
                 loan.give_back()
 
-        with alone_with(self.module), without_hooks(self.module), self._rows_in_order():
+        with alone_with(self.module), without_hooks(self.module), self._methods_of_run():
             return run(losses)
 
-    def _rows_in_order(self) -> AbstractContextManager[None]:
-        return rows_in_order(self._experts, self._compared) if self._experts else nullcontext()
+    def _methods_of_run(self) -> AbstractContextManager[None]:
+        """What parts of the module do in a way of their own is done in one that taps see."""
+        if not (self._experts or self._shown):
+            return nullcontext()
+        return overridden([*self._shown, *rows_in_order(self._experts, self._compared)])
 
     def _lend(self, named: dict[str, Tensor], parts: list[nn.Module]) -> bool:
         """Put tensors where the module holds its own, as `functional_call` does; False where it

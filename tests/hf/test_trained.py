@@ -226,6 +226,18 @@ CASES: dict[str, Case] = {
             llama,
         )
     ),
+    "loha": Case(
+        lambda: adapted(
+            peft.LoHaConfig(r=2, alpha=4, target_modules=["q_proj", "down_proj"], **LM), llama
+        )
+    ),
+    "loha, checkpoints": Case(
+        lambda: adapted(peft.LoHaConfig(r=2, target_modules=["q_proj"], **LM), llama),
+        args={"activation_checkpointing": True},
+    ),
+    "randlora": Case(
+        lambda: adapted(peft.RandLoraConfig(r=2, target_modules=["q_proj", "up_proj"], **LM), llama)
+    ),
     "prompt tuning": Case(
         lambda: adapted(peft.PromptTuningConfig(num_virtual_tokens=3, **LM)),
         args={"learning_rate": 0.1},

@@ -31,6 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 DATA = {"train_dataset": texts(8, 0), "score_dataset": texts(5, 1)}
 
 
+ON_QUERIES: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
 def ghost(path: Path, model: nn.Module | None = None, **options: Any) -> Any:
     args = options.pop("args", {"max_steps": 2})
     given = {"model": gpt2() if model is None else model, **DATA, **options}
@@ -367,8 +370,15 @@ def test_a_penalty_on_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_adapters_whose_functions_are_their_own(tmp_path: Path) -> None:
-    """LoHa multiplies its factors in a `torch.autograd.Function`."""
-    config = peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.C3AConfig(block_size=4, **ON_QUERIES),
+        peft.LoraConfig(velora_config=peft.VeloraConfig(num_groups=4), **ON_QUERIES),
+    ],
+    ids=["c3a", "velora"],
+)
+def test_adapters_whose_gradients_are_their_own(config: Any, tmp_path: Path) -> None:
+    """What their `torch.autograd.Function` returns is not the gradient of its values."""
     with pytest.raises(gf.UntrackedUseError, match=r'mode="ghost" alone: .*such as LoRA'):
         ghost(tmp_path, peft.get_peft_model(llama(), config)).train()

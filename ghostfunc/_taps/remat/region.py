@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.errors import TransformError
-from ghostfunc._base.experts import in_order_now, rows_in_order
 from ghostfunc._base.locks import alone_with
+from ghostfunc._base.methods import overridden, overrides_now
 from ghostfunc._base.modes import Mode
 from ghostfunc._base.reach import modules_in_reach
 from ghostfunc._base.torch_private import address, tensors_of_module, without_torch_functions
@@ -22,8 +22,8 @@ class Region:
     """One call `fn(*args, **kwargs)`.
 
     Modules in reach of the call are lent, when it is made again, the parameters and buffers that
-    they had at first: `torch.func.functional_call` has taken them back by then. Routed experts
-    leave rows in order if they did so at first.
+    they had at first: `torch.func.functional_call` has taken them back by then. So are the methods
+    that stood in for their own.
 
     Attributes:
         inputs: the tensors among the arguments, apart from those `held`: whoever makes the call
@@ -46,7 +46,7 @@ class Region:
         self._rest = leaves
         self._borrower = _Borrower(modules_in_reach((fn, *leaves), names_of_files=False))
         self._borrowed = self._borrower.tensors()
-        self._experts = in_order_now(self._borrower.modules())
+        self._overrides = overrides_now(self._borrower.modules())
         self._parameters: set[int] = set()
 
     def run(self, *inputs: Tensor) -> Any:
@@ -57,7 +57,7 @@ class Region:
     def again(self, *inputs: Tensor) -> Any:
         """Every other call."""
         now = self._borrower.tensors()
-        with _Parameters(self._check), rows_in_order(self._experts, set(self._experts)):
+        with _Parameters(self._check), overridden(self._overrides):
             if all(x is now[name] for name, x in self._borrowed.items()):
                 return self._call(inputs)
             with alone_with(self._borrower):
