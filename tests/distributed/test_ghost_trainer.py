@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ddp_ranks import results
-from trainer_worker import ghost, outcome
+from trainer_worker import DATA, ghost, outcome
+from transformers import DataCollatorWithFlattening
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -30,14 +31,23 @@ def check_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float
         assert found["logged"][name] == pytest.approx(value, rel=1e-3), name
 
 
+def flattened() -> dict[str, Any]:
+    """Every rank's samples in one row, as documents."""
+    train, score = DATA["train_dataset"], DATA["score_dataset"]["a"]
+    lists = [[{k: x.tolist() for k, x in item.items()} for item in part] for part in (train, score)]
+    collator = DataCollatorWithFlattening()
+    return {"train_dataset": lists[0], "score_dataset": lists[1], "data_collator": collator}
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [
         (2, {}),
         (4, {"score_form": "previous_state"}),
         (2, {"score_form": "exact", "log_gradients": True}),
+        (2, flattened()),
     ],
-    ids=["sgd", "previous_state", "exact"],
+    ids=["sgd", "previous_state", "exact", "flattened"],
 )
 def test_values_and_weights_are_those_of_one_process_and_of_trainer(
     size: int, options: dict[str, Any], tmp_path: Path

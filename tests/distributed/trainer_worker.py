@@ -120,6 +120,7 @@ def trained_by_trainer(
     out = outcome(ghost(folder, size, resume, args, shards, **options))
     if plain:
         data = {"train_dataset": DATA["train_dataset"]}
+        data |= {k: x for k, x in options.items() if k in ("train_dataset", "data_collator")}
         other = trainer_of(Trainer, f"{folder}/plain", size, args, shards, **data)
         other.train()
         out["plain"] = weights(other)
