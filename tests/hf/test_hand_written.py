@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 from compare import assert_close
+from hf_trainers import llama
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from peft.tuners.loha.layer import HadaWeight, HadaWeightCP
 from peft.tuners.randlora.layer import UniqueBaseGrad
 from torch import Tensor, nn
 
+import ghostfunc as gf
 from ghostfunc._base.hand_written import ScaledBases, hadamard
 from ghostfunc._base.methods import overridden, override, overrides_now
 
@@ -55,6 +58,33 @@ def test_what_has_another_gradient() -> None:
     assert right(HadaWeight.apply, *MATRICES, *MATRICES)
     assert not right(HadaWeightCP.apply, *KERNELS, *KERNELS)
     assert not right(BlockCircularConvolution.apply, (3, 8), (2, 2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoHaConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        peft.RandLoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=["loha", "randlora"],
+)
+def test_every_mode(config: peft.PeftConfig) -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama(), config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.rand_like(p) / 4)
+    model_fn, params = gf.hf.causal_lm(model)
+    train, val = ({"input_ids": torch.randint(3, 40, (n, 6))} for n in (4, 2))
+    assert gf.verify(model_fn, params, train, val).ok
+    for mode in ("jvp", "materialized"):
+        scores = gf.ghost_dot_prod(model_fn, params, train, val, mode=mode)
+        assert_close(
+            gf.ghost_dot_prod(model_fn, params, train, val), scores, 1e-6
+        )  # RMS norms cast to float32
+    assert "get_delta_weight" not in {name for m in model.modules() for name in vars(m)}
 
 
 def test_methods_for_a_while() -> None:
