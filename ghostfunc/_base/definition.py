@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ghostfunc._base.company import neighbours
 from ghostfunc._base.dense_gradients import DenseGradients, dense, give_dense
 from ghostfunc._base.documents import apart, packing_of
-from ghostfunc._base.dtypes import normal_like, wide
+from ghostfunc._base.dtypes import coarsest_of, normal_like, wide
 from ghostfunc._base.errors import GhostError, RandomnessError, TransformError
 from ghostfunc._base.locks import FORWARD_MODE
 from ghostfunc._base.losses import check_finite, check_losses, check_shape, close
@@ -348,11 +348,13 @@ def _compare_alone(program: Program, batch: PyTree, alone: Tensor) -> None:
     n = batch_size(batch)
     if n == 1 or any(map(symbolic, tensors_of(batch))):
         return
+    dtypes: set[torch.dtype] = set()
     with torch.enable_grad():  # a model may take gradients itself
         params = lend(program.leaves)
         run = partial(program.losses, params, batch)
-        together = check_losses(pure(run, program, batch, params, Refusals()), n).detach()
-    if not close(alone, together):
+        losses = pure(run, program, batch, params, Refusals(), dtypes)
+        together = check_losses(losses, n).detach()
+    if not close(alone, together, coarsest_of(dtypes)):
         raise coupled_samples(
             f"by themselves, some samples have losses {alone[:8].tolist()}; in the batch, they "
             f"have {together[:8].tolist()}",

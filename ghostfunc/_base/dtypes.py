@@ -3,6 +3,7 @@ tensor's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 PIECE = 1 << 18
 """Numbers that are in float64 at one time."""
 
+
+_REAL = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 SMALL = 2.0**-480
 """The squares of smaller lengths lose digits in float64."""
@@ -36,6 +39,12 @@ def digits_of(dtype: torch.dtype) -> torch.dtype:
     if words & {"bf16", "medium"}:
         return torch.bfloat16
     return torch.float16 if words & {"tf32", "high"} else dtype
+
+
+def coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Of these dtypes, the real one whose products have the fewest digits."""
+    known = {*map(digits_of, dtypes)} & _REAL
+    return max(known, key=lambda x: torch.finfo(x).eps)
 
 
 def normal_like(generator: np.random.Generator, x: Tensor) -> Tensor:

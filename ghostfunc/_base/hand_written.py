@@ -1,19 +1,22 @@
 """Adapters of PEFT whose gradient is written by hand, as torch functions.
 
 LoHa and RandLoRA put a few products into a `torch.autograd.Function`, which keeps less for the
-backward pass and hides what it does with a parameter. While a model function runs, their layers
-make the same products of torch functions: values and gradients are the same, and taps see them.
+backward pass and hides what it does with a parameter. While a model function runs under taps or
+transforms, their layers make the same products of torch functions: values and gradients are the
+same, and taps see them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ghostfunc._base.methods import Override, override
+from ghostfunc._base.torch_private import function_modes, watched
 
 
 def hadamard(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, scale: Tensor) -> Tensor:
@@ -39,24 +42,38 @@ C3A and LoHa's kernels of convolutions are not among them: the gradients that PE
 inputs and of LoHa's `w1a` are not those of their values."""
 
 
-def shown(modules: Iterable[nn.Module]) -> list[Override]:
-    """Methods of the adapters among `modules` that make their products of torch functions."""
+def hand_written(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that call what is written by hand."""
     modules = list(modules)
-    methods = {kind: _methods(kind) for kind in set(map(type, modules))}
+    kinds = {kind for kind in set(map(type, modules)) if _methods(kind)}
+    return [module for module in modules if type(module) in kinds]
+
+
+def shown(adapters: Sequence[nn.Module]) -> list[Override]:
+    """Methods of `hand_written` layers that make their products of torch functions where more than
+    plain autograd looks on."""
+    methods = {kind: _methods(kind) for kind in set(map(type, adapters))}
     return [
-        override(module, name, method, module)
-        for module in modules
-        for name, method in methods[type(module)].items()
+        override(module, name, _called, *both, module)
+        for module in adapters
+        for name, both in methods[type(module)].items()
     ]
 
 
-def _methods(kind: type) -> dict[str, Callable[..., Any]]:
-    """The methods of a class that call what is written by hand, with what stands for it."""
+def _called(theirs: Callable[..., Any], ours: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT's own method for plain autograd: a checkpoint of torch runs it again by that."""
+    plain = not (function_modes() or watched() or torch.compiler.is_compiling())
+    return (theirs if plain else ours)(*args, **kwargs)
+
+
+def _methods(kind: type) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """The methods of a class that call what is written by hand, and the same without."""
     members = {name: x for base in reversed(kind.__mro__) for name, x in vars(base).items()}
+    called = {(x.__module__, name): x for name, x in members.items() if isinstance(x, FunctionType)}
     return {
-        name: _with(members[name], stand_ins)
-        for (file, name), stand_ins in _STAND_INS.items()
-        if name in members and members[name].__module__ == file
+        place[1]: (called[place], _with(called[place], stand_ins))
+        for place, stand_ins in _STAND_INS.items()
+        if place in called
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ghostfunc._base.errors import CoupledSamplesError, OptionError, ParamsError
 from ghostfunc._base.experts import layers_of_experts, rows_in_order
-from ghostfunc._base.hand_written import shown
+from ghostfunc._base.hand_written import hand_written, shown
 from ghostfunc._base.locks import Loan, alone_with
 from ghostfunc._base.methods import overridden
 from ghostfunc._base.options import check_number
@@ -58,7 +58,7 @@ class ModuleFn:
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._parts = modules_within(module)
         self._experts = layers_of_experts(self._parts)
-        self._shown = shown(self._parts)
+        self._adapters = hand_written(self._parts)
         self._compared: set[nn.Module] = set()
         self._state: dict[str, Tensor] = {}
         for prefix, owner, attribute, x in _held(module):
@@ -170,9 +170,10 @@ class ModuleFn:
 
     def _methods_of_run(self) -> AbstractContextManager[None]:
         """What parts of the module do in a way of their own is done in one that taps see."""
-        if not (self._experts or self._shown):
+        if not (self._experts or self._adapters):
             return nullcontext()
-        return overridden([*self._shown, *rows_in_order(self._experts, self._compared)])
+        methods = [*shown(self._adapters), *rows_in_order(self._experts, self._compared)]
+        return overridden(methods)
 
     def _lend(self, named: dict[str, Tensor], parts: list[nn.Module]) -> bool:
         """Put tensors where the module holds its own, as `functional_call` does; False where it

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from ghostfunc._base.company import in_parts
 from ghostfunc._base.couplings import cause
 from ghostfunc._base.documents import content, packing_of
+from ghostfunc._base.dtypes import coarsest_of
 from ghostfunc._base.errors import (
     CoupledSamplesError,
     GhostError,
@@ -95,7 +96,7 @@ def prove_independent(
     if program.randomness == "error" and other is None:
         beside = _beside_another(company.run, batch)
         if beside is not None:
-            company.compare({"beside another sample": (beside, pair[:1])})
+            company.compare({"beside another sample": (beside, pair[:1])}, of_as_many=True)
     if other is not None or n == 1:
         remembered.put(key, log is None)
     return last, pair
@@ -107,12 +108,14 @@ class _Company:
 
     Attributes:
         n: samples in the batch; `two` of them are looked at more closely.
+        dtypes: of what the runs were made of so far.
     """
 
     program: Program
     batch: PyTree
     n: int
     two: tuple[int, int]
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     def losses(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
         """The losses of other samples, `[n]`, in a run that a mode watches."""
@@ -123,7 +126,7 @@ class _Company:
 
     def run(self, data: PyTree, mode: Refusals | None = None) -> Tensor:
         """`losses`, or what the model raises."""
-        out = _run_purely(self.program, data, mode or Refusals())
+        out = _run_purely(self.program, data, mode or Refusals(), self.dtypes)
         return check_losses(out, batch_size(data)).detach()
 
     def whole(self) -> Tensor:
@@ -139,10 +142,14 @@ class _Company:
             found += [(i, x) for i, own, x in zip(*part, losses, strict=True) if own]
         return torch.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
 
-    def compare(self, company: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Raise `CoupledSamplesError` where losses found in some company are not the expected."""
+    def compare(
+        self, company: dict[str, tuple[Tensor, Tensor]], *, of_as_many: bool = False
+    ) -> None:
+        """Raise `CoupledSamplesError` where losses found in some company are not the expected. Runs
+        of as many samples round alike; others by the digits of what they are made of."""
+        dtype = None if of_as_many else coarsest_of(self.dtypes)
         for where, (found, expected) in company.items():
-            if not close(found, expected):
+            if not close(found, expected, dtype):
                 packed = packing_of(self.batch) is not None  # what a row couples no call tells
                 raise coupled_samples(
                     f"some samples have losses {expected[:8].tolist()}; {where}, they have "
@@ -161,7 +168,8 @@ class _Company:
         if randomness != "error":
             return pair
         alike = torch.stack([self.losses(take(batch, [i, i]))[0] for i in two])
-        company = {"beside a copy of itself": (alike, pair)}
+        self.compare({"beside a copy of itself": (alike, pair)}, of_as_many=True)
+        company: dict[str, tuple[Tensor, Tensor]] = {}
         if every is None and log is None:
             every = self.whole()
         if every is not None:
@@ -181,10 +189,11 @@ def pure(
     batch: PyTree,
     params: Sequence[Tensor],
     mode: Refusals,
+    dtypes: set[torch.dtype] | None = None,
 ) -> Tensor:
-    """The losses of a run at `params`, which `mode` watches, too. Raise if the function draws
-    random numbers that it should not, writes to what it is given, or depends on its parameters by
-    no way or by another one.
+    """The losses of a run at `params`, which `mode` watches, too; `dtypes` gets those of its
+    tensors. Raise if the function draws random numbers that it should not, writes to what it is
+    given, or depends on its parameters by no way or by another one.
 
     What is found of one way through a program says nothing of the next: whoever runs the program by
     plain autograd because something is new, runs it so.
@@ -208,14 +217,18 @@ def pure(
         )
     refuse_unreached(out)
     _refuse_kept(out, program, params)
+    if dtypes is not None:
+        dtypes |= {out.dtype, *effects.dtypes}
     return out
 
 
-def _run_purely(program: Program, batch: PyTree, mode: Refusals) -> Tensor:
+def _run_purely(
+    program: Program, batch: PyTree, mode: Refusals, dtypes: set[torch.dtype] | None = None
+) -> Tensor:
     """What a run at aliases of the parameters returns, which has to be `pure`."""
     params = lend(program.leaves)
     given = program.spec.unflatten(params)
-    return pure(lambda: program.model_fn(given, batch), program, batch, params, mode)
+    return pure(lambda: program.model_fn(given, batch), program, batch, params, mode, dtypes)
 
 
 @contextmanager

@@ -70,10 +70,15 @@ def _changes_nothing(func: Any, args: tuple[Any, ...]) -> bool:
 
 class SideEffects(Draws):
     """Raises, besides, before an op writes to memory of the program or of its batch, or sends
-    anything to another process."""
+    anything to another process.
+
+    Attributes:
+        dtypes: of what the ops return.
+    """
 
     def __init__(self, program: Program, batch: PyTree) -> None:
         super().__init__()
+        self.dtypes: set[torch.dtype] = set()
         self._protected = _protected(program, batch)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,7 +93,10 @@ class SideEffects(Draws):
             for argument, value in given:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._check(func, value)
-        return super().call(func, args, kwargs)
+        out = super().call(func, args, kwargs)
+        if isinstance(out, torch.Tensor):
+            self.dtypes.add(out.dtype)
+        return out
 
     def _check(self, func: Any, value: object) -> None:
         for x in tensors_of(value):

@@ -3,7 +3,7 @@ samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ghostfunc._base.company import Part
 from ghostfunc._base.definition import weighted_gradient, weighted_gradients
-from ghostfunc._base.dtypes import digits_of, wide
+from ghostfunc._base.dtypes import coarsest_of, wide
 from ghostfunc._base.errors import CoupledSamplesError
 from ghostfunc._base.losses import close
 from ghostfunc._base.purity import coupled_samples, taken_in_any_company
@@ -161,12 +161,6 @@ class Alone:
 def coarsest(model: TracedModel) -> torch.dtype:
     """The dtype of the run with the fewest digits, products counted."""
     return coarsest_of({x.dtype for x in model.leaves} | model.trace.dtypes)
-
-
-def coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Of these dtypes, the one whose products have the fewest digits."""
-    known = {*map(digits_of, dtypes)} & TOLERANCES.keys()
-    return max(known, key=lambda x: torch.finfo(x).eps)
 
 
 def tolerance_of(model: TracedModel, contract_dtype: ContractDtype) -> float:

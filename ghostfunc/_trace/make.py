@@ -35,7 +35,7 @@ from ghostfunc._base.program import Program
 from ghostfunc._base.purity import MODEL_FAILED, lend, prove_independent, unreached
 from ghostfunc._base.trees import batch_size, take
 from ghostfunc._base.types import PyTree
-from ghostfunc._trace.probe import probe_uses
+from ghostfunc._trace.probe import checkpoints_refused, probe_uses
 from ghostfunc._trace.record import Recorder, ShapeLog
 from ghostfunc._trace.sample_axis import allowed, settled
 from ghostfunc._trace.trace import Trace, pattern
@@ -129,7 +129,7 @@ def _traced(program: Program, batch: PyTree, few: Few, log: ShapeLog, plain: Ten
     n = k + few.more
     tracked = constants(program.leaves, program.spec)
     recorder = Recorder(tracked, log, k, n, large)
-    with recorder:
+    with checkpoints_refused(), recorder:
         losses = program.losses([t.shown for t in tracked], large)
     losses = check_losses(losses, n).detach()  # its graph need not outlive it
     recorder.release()

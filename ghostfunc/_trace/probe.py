@@ -3,7 +3,8 @@ a use's output that have a cotangent then are that sample's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,14 +121,8 @@ def probe_uses(
 
     def marked(c: Tensor, *, again: bool) -> list[Tensor]:
         """The marks of one loss; its cotangents are gone when those of the next one are made."""
-        try:
+        with checkpoints_refused():
             flat = gradients(losses, inputs, c, again=again)
-        except CheckpointError as error:
-            raise TransformError(
-                "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody "
-                "sees it. Use gf.remat instead (gf.hf.enable_remat(model) in transformers), or "
-                'mode="materialized" with vectorize=False.'
-            ) from error
         # A path that is there counts as a use, even if its gradient happens to vanish.
         refuse_unseen(program.spec, flat[len(taps) :])
         return [
@@ -136,6 +131,19 @@ def probe_uses(
         ]
 
     return [marked(c, again=i + 1 < len(losses)) for i, c in enumerate(_each(losses))]
+
+
+@contextmanager
+def checkpoints_refused() -> Iterator[None]:
+    """Say what a checkpoint of torch cannot do where others look on."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise TransformError(
+            "model_fn calls torch.utils.checkpoint, which runs parts of it again where nobody sees "
+            "it. Use gf.remat instead (gf.hf.enable_remat(model) in transformers), or "
+            'mode="materialized" with vectorize=False.'
+        ) from error
 
 
 def _marked(cotangent: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostfunc._base.dtypes import squared_norms, wide
+from ghostfunc._base.dtypes import coarsest_of, squared_norms, wide
 from ghostfunc._base.errors import VerificationError
 from ghostfunc._base.torch_private import in_transform, symbolic, unrounded
 from ghostfunc._base.trees import ParamSpec
 from ghostfunc._factors import bundles, contract, extreme_norms
 from ghostfunc._factors.matmul import dots
 from ghostfunc._quantities.quantity import kind_of
-from ghostfunc._taps.claim import FLOOR, TOLERANCES, coarsest_of
+from ghostfunc._taps.claim import FLOOR, TOLERANCES
 from ghostfunc._taps.proof import FEW
 from ghostfunc._taps.readings import PERIOD, Numbers, Reading, off_by
 from ghostfunc._taps.rounding import NOISE

@@ -61,7 +61,7 @@ class SampleLoss(NamedTuple):
         docs = samples_of_row(given, n) if self.rows == 1 else None
         if docs is not None:
             return docs
-        sizes = {len(x) for x in given.values() if isinstance(x, Tensor) and len(x.shape)}
+        shapes = {x.shape for x in given.values() if isinstance(x, Tensor) and len(x.shape)}
         out: Batch = {}
         for name, x in given.items():
             if not isinstance(x, Tensor) or len(x.shape) == 0:
@@ -70,7 +70,7 @@ class SampleLoss(NamedTuple):
                     f"{x!r:.80}. Leave it out of what the collator makes; what the model is to be "
                     "told besides goes into its config, or into sample_loss."
                 )
-            if len(x) == 1 and sizes & {n, self.rows * n}:
+            if len(x) == 1 and self._is_shared(x, n, shapes):
                 x = x.expand(self.rows * n, *x.shape[1:])
             if len(x) == n:
                 out[name] = x
@@ -86,6 +86,13 @@ class SampleLoss(NamedTuple):
                     "that begin anew, seq_idx or cu_seq_lens_q (DataCollatorWithFlattening)."
                 )
         return out
+
+    def _is_shared(self, x: Tensor, n: int, shapes: set[torch.Size]) -> bool:
+        """Whether a single row is every sample's, among tensors of these shapes. That of a single
+        sample, which owns several rows, is as long as they are."""
+        if n == 1:
+            return x.ndim > 1 and torch.Size([self.rows, *x.shape[1:]]) in shapes
+        return not {n, self.rows * n}.isdisjoint(shape[0] for shape in shapes)
 
 
 def one_item_each(loss: Callable[[nn.Module, Batch], Tensor]) -> SampleLoss:

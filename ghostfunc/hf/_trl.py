@@ -133,8 +133,8 @@ class DPOMixin(TrlMixin):
     one pair at a time; "sft" weighs a pair by its share of the batch's chosen tokens.
 
     Raises:
-        OptionError: losses that mix pairs ("aot" sorts them), which leave a pair no loss of its
-            own.
+        OptionError: losses that mix pairs ("aot" sorts them, "sft" with `use_weighting`), which
+            leave a pair no loss of its own.
     """
 
     def sample_loss(self) -> SampleLoss:
@@ -179,8 +179,14 @@ def _parts_of_loss(trainer: Any, losses: Weighted) -> list[PairPart]:
         return parts + [
             partial(_written, trainer, weight, cast(PairLoss, kind)) for kind, weight in asked
         ]
+    if trainer.use_weighting and parts:
+        raise OptionError(
+            f"use_weighting=True with 'sft' in loss_type={[kind for kind, _ in losses]}: TRL "
+            "multiplies the mean over the chosen tokens of all pairs by weights of each, so that a "
+            "pair has no loss of its own. Leave one of the two out."
+        )
     refuse_mixed_pairs(trainer, asked)
-    return [*parts, partial(asked_losses, trainer, asked)]
+    return [*parts, partial(asked_losses, trainer, asked)] if asked else parts
 
 
 def _sft(weight: float, said: AnswerTokens, batch: Batch) -> Tensor:

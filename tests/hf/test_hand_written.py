@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -60,7 +62,7 @@ def test_what_has_another_gradient() -> None:
     assert not right(BlockCircularConvolution.apply, (3, 8), (2, 2, 4))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
     "config",
     [
@@ -84,6 +86,43 @@ def test_every_mode(config: peft.PeftConfig) -> None:
         found = gf.ghost_dot_prod(model_fn, params, train, val)
         assert_close(found, scores, 1e-6)  # RMS norms round to float32
     assert "get_delta_weight" not in {name for m in model.modules() for name in vars(m)}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_checkpoint_of_torch() -> None:
+    """Plain autograd runs PEFT's own functions, the second time as the first; taps say what to
+    use."""
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config).train()
+    model.gradient_checkpointing_enable()
+    model_fn, params = gf.hf.causal_lm(model)
+    batch = {"input_ids": torch.randint(3, 40, (4, 7))}
+    leaves = {name: x.clone().requires_grad_() for name, x in params.items()}
+    model_fn(leaves, batch).sum().backward()
+    assert all(x.grad is not None for x in leaves.values())
+    with pytest.raises(gf.TransformError, match=r"torch.utils.checkpoint.*gf.remat"):
+        gf.ghost_norm(model_fn, params, batch, randomness="different")
+
+
+def loss_of(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    losses: Tensor = module(**batch).logits.square().mean((1, 2))
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_model_functions_are_pickled() -> None:
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model_fn, params = gf.from_module(peft.get_peft_model(llama(), config).eval(), loss_of)
+    batch = {"input_ids": torch.randint(3, 40, (2, 5))}
+    again = pickle.loads(pickle.dumps(model_fn))
+    assert torch.equal(gf.ghost_norm(again, params, batch), gf.ghost_norm(model_fn, params, batch))
+
+
+@pytest.mark.parametrize("member", [None, property(lambda self: 1), staticmethod(len)])
+def test_members_with_the_name_of_a_method(member: Any) -> None:
+    kind: Any = type("Odd", (nn.Linear,), {"get_delta_weight": member})
+    model_fn, params = gf.from_module(kind(3, 2), lambda module, x: module(x).sum(1))
+    assert gf.ghost_norm(model_fn, params, torch.randn(4, 3)).shape == (4,)
 
 
 def test_methods_for_a_while() -> None:

@@ -258,6 +258,10 @@ def test_rows_that_do_not_divide() -> None:
     loss = gf.hf.SampleLoss(lambda m, b: b, lambda b: b, rows=2)
     got: Any = loss.by_sample({"x": torch.arange(6).float()}, 3)
     assert got["x"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    alone = {"rows": torch.ones(2, 7), "places": torch.ones(1, 7), "reference": torch.ones(1)}
+    found: Any = loss.by_sample(alone, 1)
+    shapes = {name: list(x.shape) for name, x in found.items()}
+    assert shapes == {"rows": [1, 2, 7], "places": [1, 2, 7], "reference": [1]}
     with pytest.raises(gf.BatchError, match=r"made 5 rows of 'x' from 3 samples; .* 2 rows per"):
         loss.by_sample({"x": torch.zeros(5)}, 3)
     with pytest.raises(gf.BatchError, match="'x' of the batch is no tensor"):

@@ -241,6 +241,21 @@ def test_chosen_tokens_beside_pairs(weight: float, tokenizer: Any, tmp_path: Pat
     assert_close(ghost.scores.values, expected, 1e-4)
 
 
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"]}])
+def test_a_last_batch_of_one_pair(options: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    given = {"per_device_train_batch_size": 7, "max_steps": 4, "bf16": False, **options}
+    plain, ghost = trained("dpo", tokenizer, tmp_path, False, **given)
+    assert ghost.state.global_step == 4
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+    assert ghost.scores.ids.tolist() == list(range(8))
+
+
+def test_chosen_tokens_alone(tokenizer: Any, tmp_path: Path) -> None:
+    options = {"loss_type": ["sft"], "ld_alpha": 0.5, "max_steps": 2, "bf16": False}
+    plain, ghost = trained("dpo", tokenizer, tmp_path, False, **options)
+    assert_close(ghost.model.state_dict(), plain.model.state_dict(), 1e-6, floor=1.0)
+
+
 @pytest.mark.parametrize("kind", ["nca_pair", "discopop"])
 def test_losses_of_pairs_in_bf16(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
@@ -436,6 +451,7 @@ def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"loss_type": ["sigmoid", "aot"]}, r"loss_type='aot' is no sum over pairs"),
         ({"loss_type": "aot_unpaired"}, r"loss_type='aot_unpaired' .* three random pairs"),
+        ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, r"with 'sft' .*no loss of its"),
     ]
     for options, said in cases:
         args = settings(trl.DPOConfig, tmp_path, **options)

@@ -64,6 +64,35 @@ def test_numbers_have_the_digits_of_float32(model: Any) -> None:
         assert_right(case, ASKED, tolerance=1e-5)
 
 
+def rounded(p: Any, batch: Any) -> Tensor:
+    """Losses in float32 of products in bfloat16, whose last digits depend on how many there are."""
+    hidden = torch.tanh(batch.bfloat16() @ p["w"].bfloat16())
+    return energy((hidden @ p["v"].bfloat16()).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_in_between_is_no_coupling(dtype: torch.dtype) -> None:
+    generator = Generator().manual_seed(0)
+    p = {
+        k: torch.randn(s, generator=generator).to(dtype) for k, s in (("w", (6, 8)), ("v", (8, 3)))
+    }
+    for _ in range(8):
+        batch = 3 * torch.randn(5, 6, generator=generator)
+        found, right = (
+            gf.ghost_norm(rounded, p, batch, mode=mode) for mode in ("ghost", "materialized")
+        )
+        torch.testing.assert_close(found.float(), right.float(), rtol=0.1, atol=0.1)
+        gf.direction(rounded, p, batch)
+
+    def coupled(p: Any, batch: Any) -> Tensor:
+        losses = rounded(p, batch)
+        return losses * losses.mean()
+
+    for mode in ("ghost", "materialized"):
+        with pytest.raises(gf.CoupledSamplesError):
+            gf.ghost_norm(coupled, p, batch, mode=mode)
+
+
 def test_no_product_is_of_bfloat16() -> None:
     case = case_of(in_float32)
     for ask in (gf.ghost_norm, gf.ghost_gram, gf.factored_grads, gf.direction):
