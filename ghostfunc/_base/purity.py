@@ -296,8 +296,10 @@ def _beside_another(losses: Callable[[PyTree], Tensor], batch: PyTree) -> Tensor
 def not_captured() -> TransformError:
     """A compiled program is recorded on tensors without values."""
     return TransformError(
-        "torch.compile can record this call only with a batch like the one it was looked at with. "
-        "Compile a function that calls ghostfunc's public functions; do not trace them by other "
+        "torch.compile can record this call only with a batch like the one it was looked at with, "
+        "where the model goes the same way under the compiler. Masks of transformers may go "
+        "another one, which leaves open whose the rows are where a sample owns several. Compile a "
+        "function that calls ghostfunc's public functions; do not trace them by other "
         "means (make_fx, FakeTensorMode)."
     )
 

@@ -16,6 +16,7 @@ from ghostfunc._base.dtypes import wide
 from ghostfunc._base.errors import (
     BatchError,
     OptionError,
+    TransformError,
     UnsupportedOpError,
     UntrackedUseError,
 )
@@ -121,8 +122,7 @@ class Scoring:
         self._run: Callable[..., Any] = one_pass
         self._run_and_keep: Callable[..., Any] = keep_pass
         if self.compiled:
-            self._run = torch.compile(_another(one_pass), fullgraph=True)
-            self._run_and_keep = torch.compile(_another(keep_pass), fullgraph=True)
+            self._run, self._run_and_keep = _compiled(one_pass), _compiled(keep_pass)
 
     def _weighted(self, module: nn.Module, batch: Any) -> Tensor:
         samples, weight = apart_from_weight(batch)
@@ -358,10 +358,27 @@ def _roots(squares: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
     return squares.sqrt()
 
 
-def _another(f: Any) -> Callable[..., Any]:
-    """The same function with code of its own: the compiler counts the programs of each code, of all
-    trainers of a process, and gives up at some."""
-    return types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
+def _compiled(f: Any) -> Callable[..., Any]:
+    """The function, compiled, with code of its own: the compiler counts the programs of each code,
+    of all trainers of a process, and gives up at some. It hides what is raised inside behind words
+    of its own."""
+    own = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True)
+
+    def run(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, TransformError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise TransformError(
+                f"{cause} A trainer without compile=True (torch_compile=True) need not record it."
+            ) from error
+
+    return run
 
 
 def trainable(module: nn.Module) -> tuple[int, ...]:

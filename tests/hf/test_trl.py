@@ -210,6 +210,12 @@ def test_losses_of_pairs_in_a_compiled_pass(tokenizer: Any, tmp_path: Path) -> N
     assert_close(ghost.scores.values, expected_scores(ghost, "dpo"), 1e-4)
 
 
+def test_compiled_pairs_of_adapters_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """The compiler's own words would hide why."""
+    with pytest.raises(gf.TransformError, match=r"go another one.* without compile=True"):
+        trained("dpo", tokenizer, tmp_path, True, {"compile": True}, max_steps=1, bf16=False)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_chosen_tokens_beside_pairs(weight: float, tokenizer: Any, tmp_path: Path) -> None:
     """TRL's "sft" is a mean over the chosen tokens of a batch, in a sum with a loss of pairs."""
