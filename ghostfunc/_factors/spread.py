@@ -39,8 +39,11 @@ from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 from ghostfunc._factors.matmul import dots, inner_products, squares
 
 FEW_SAMPLES = 8
-"""Samples whose Gram matrix takes no more time than reading their gradients twice."""
+"""Samples whose Gram matrix takes fewer calls than norms and dot products, and no more time where
+gradients are small."""
 
+FEW_OF_LARGE = 4
+"""The same of large gradients: the matrix of eight takes twice as long as reading them twice."""
 
 STRETCH = 1 << 15
 """Elements of every gradient that are read at one time: few enough to be still at hand when they
@@ -165,7 +168,7 @@ def _in_place(
     stays."""
     like, (p, d) = wide(values(parts[0][0])), parts[0][0].shape
     total, ones = like.new_empty(p, d) if before is None else before, like.new_ones(n)
-    alone, few = before is None, n <= FEW_SAMPLES
+    alone, few = before is None, n <= FEW_OF_LARGE
     gram, sizes, along = like.new_zeros(n, n), like.new_zeros(n), like.new_zeros(n)
     for rows, block in pairs.row_blocks(parts, n, p, d, step):
         pieces = total[rows].view(-1).split(STRETCH), block.flatten(1).split(STRETCH, 1)
