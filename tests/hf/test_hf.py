@@ -25,7 +25,7 @@ def seeded(model_class: type, config: Any) -> nn.Module:
 
 
 def gpt2(model_class: type = hf.GPT2LMHeadModel, **options: Any) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return seeded(model_class, hf.GPT2Config(**sizes, **special, **options))
 
@@ -34,7 +34,7 @@ SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
 }
@@ -59,7 +59,7 @@ def t5_encoder_decoder() -> nn.Module:
 
 def vit() -> nn.Module:
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.ViTConfig(**sizes, **layers, num_labels=CLASSES)
     return seeded(hf.ViTForImageClassification, config)
 

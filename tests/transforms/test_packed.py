@@ -29,7 +29,7 @@ SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "max_position_embeddings": 32,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -39,7 +39,7 @@ SMALL = {
 
 
 def _gpt2() -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **special))
 
