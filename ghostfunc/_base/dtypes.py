@@ -14,11 +14,11 @@ from torch import Tensor
 PIECE = 1 << 18
 """Numbers that are in float64 at one time."""
 
-
-_REAL = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-
 SMALL = 2.0**-480
 """The squares of smaller lengths lose digits in float64."""
+
+_REAL = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+"""The dtypes that have digits to compare, unlike those of integers and masks."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def digits_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Of these dtypes, the real one whose products have the fewest digits."""
+    """The real dtype among these whose products have the fewest digits."""
     known = {*map(digits_of, dtypes)} & _REAL
     return max(known, key=lambda x: torch.finfo(x).eps)
 

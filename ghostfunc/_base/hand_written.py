@@ -1,4 +1,4 @@
-"""Adapters of PEFT whose gradient is written by hand, as torch functions.
+"""Torch functions for the products of PEFT's adapters whose gradients PEFT wrote by hand.
 
 LoHa and RandLoRA put a few products into a `torch.autograd.Function`, which keeps less for the
 backward pass and hides what it does with a parameter. While a model function runs under taps or
@@ -36,14 +36,15 @@ _STAND_INS: dict[tuple[str, str], dict[str, Any]] = {
     ("peft.tuners.loha.layer", "get_delta_weight"): {"make_weight": hadamard},
     ("peft.tuners.randlora.layer", "get_scaled_bases"): {"UniqueBaseGrad": ScaledBases},
 }
-"""By the file and the name of a method that calls what is written by hand: what stands for it.
+"""Our functions, by the names that PEFT's have where a method calls them. The keys are the file and
+the name of that method.
 
 C3A and LoHa's kernels of convolutions are not among them: the gradients that PEFT wrote of C3A's
 inputs and of LoHa's `w1a` are not those of their values."""
 
 
 def hand_written(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those that call what is written by hand."""
+    """The modules whose methods call a function of `_STAND_INS`."""
     modules = list(modules)
     kinds = {kind for kind in set(map(type, modules)) if _methods(kind)}
     return [module for module in modules if type(module) in kinds]
@@ -67,7 +68,8 @@ def _called(theirs: Callable[..., Any], ours: Callable[..., Any], *args: Any, **
 
 
 def _methods(kind: type) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-    """The methods of a class that call what is written by hand, and the same without."""
+    """The methods of a class that call a function of `_STAND_INS`: PEFT's own one, and a copy that
+    calls ours in its place."""
     members = {name: x for base in reversed(kind.__mro__) for name, x in vars(base).items()}
     called = {(x.__module__, name): x for name, x in members.items() if isinstance(x, FunctionType)}
     return {

@@ -19,11 +19,12 @@ class Override(NamedTuple):
 
 
 class _Method(partial[Any]):
-    """Told from what a module has of its own by its type."""
+    """The type of such a method, by which it is told from what a module has of its own."""
 
 
 def override(module: nn.Module, name: str, function: Any, *first: Any) -> Override:
-    """A `function` whose first arguments are given, as the module's method of that name."""
+    """The override that gives a module a method of this name: `function`, after its `first`
+    arguments."""
     return Override(module, name, _Method(function, *first))
 
 

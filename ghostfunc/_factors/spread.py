@@ -39,11 +39,12 @@ from ghostfunc._factors.factor import Dense, Grouped, OneHot, Outer
 from ghostfunc._factors.matmul import dots, inner_products, squares
 
 FEW_SAMPLES = 8
-"""Samples whose Gram matrix takes fewer calls than norms and dot products, and no more time where
-gradients are small."""
+"""The number of samples up to which a Gram matrix takes fewer calls than norms and dot products do,
+and no more time where gradients are small."""
 
 FEW_OF_LARGE = 4
-"""The same of large gradients: the matrix of eight takes twice as long as reading them twice."""
+"""The same number for large gradients: the Gram matrix of eight takes twice as long as reading them
+twice."""
 
 STRETCH = 1 << 15
 """Elements of every gradient that are read at one time: few enough to be still at hand when they

@@ -126,8 +126,8 @@ class _OneProcess:
 
 
 class _Unread:
-    """Stands for what is averaged for the log, over places that differ by pair: it reads as zero,
-    and no tensor is looked into, which a compiler could not follow."""
+    """A stand-in for numbers that TRL averages for its log, over places that differ by pair. It
+    reads as zero, so that no tensor is looked into, which a compiler could not follow."""
 
     def __getitem__(self, places: Any) -> _Unread:
         return self
